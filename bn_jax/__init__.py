@@ -1,0 +1,18 @@
+"""Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
+
+from bn_jax import linen, nnx
+from bn_jax.batch_norm import BatchStats, Params, batch_norm, init_batch_stats, init_params
+from bn_jax.moments import Moments, merge_moments, moments
+
+__all__ = [
+    "BatchStats",
+    "Moments",
+    "Params",
+    "batch_norm",
+    "init_batch_stats",
+    "init_params",
+    "linen",
+    "merge_moments",
+    "moments",
+    "nnx",
+]

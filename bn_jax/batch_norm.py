@@ -1,0 +1,410 @@
+"""Batch normalization as a pure function of parameters, statistics and input."""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from numbers import Real
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bn_jax.moments import (
+    AxisName,
+    CentredMoments,
+    Moments,
+    Reduction,
+    as_floating,
+    broadcastable_mask,
+    canonical_axes,
+    centred_moments,
+    make_reduction,
+    merge_along,
+    static_count,
+    statistics_dtype,
+)
+from bn_jax.standardize import Transform, standardize
+
+
+class Params(TypedDict, total=False):
+    """The learned parameters, each of the shape of the features; either may be absent."""
+
+    scale: jax.Array
+    bias: jax.Array
+
+
+class BatchStats(TypedDict):
+    """The running statistics, each of the shape of the features."""
+
+    mean: jax.Array
+    var: jax.Array
+
+
+def init_params(
+    features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Returns ``{"scale": ones, "bias": zeros}`` of shape `features`.
+
+    Args:
+        features: the number of features, or their shape where the feature axes are several.
+        use_scale: whether there is a scale.
+        use_bias: whether there is a bias.
+        dtype: the dtype of the parameters.
+
+    Returns:
+        The parameters for `batch_norm`.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> bn.init_params(2)["scale"]
+        Array([1., 1.], dtype=float32)
+    """
+    shape = _feature_shape(features)
+    params: Params = {}
+    if use_scale:
+        params["scale"] = jnp.ones(shape, dtype)
+    if use_bias:
+        params["bias"] = jnp.zeros(shape, dtype)
+    return params
+
+
+def init_batch_stats(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> BatchStats:
+    """Returns ``{"mean": zeros, "var": ones}`` of shape `features`.
+
+    Args:
+        features: the number of features, or their shape where the feature axes are several.
+        dtype: the dtype of the statistics.
+
+    Returns:
+        The running statistics for `batch_norm`.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> bn.init_batch_stats(2)["var"]
+        Array([1., 1.], dtype=float32)
+    """
+    shape = _feature_shape(features)
+    return {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
+
+
+def batch_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    *,
+    use_running_average: bool,
+    axis: int | Sequence[int] = -1,
+    momentum: float | jax.Array = 0.99,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
+    running_var_ddof: int = 0,
+    dtype: Any = None,
+    initializing: bool = False,
+) -> tuple[jax.Array, BatchStats]:
+    """Normalizes every feature over the batch and updates the running statistics.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``. In training, `mean` and `var` are
+    those of the batch (Algorithm 1 of the paper) and ::
+
+        new_mean = momentum * old_mean + (1 - momentum) * mean
+        new_var = momentum * old_var + (1 - momentum) * var * count / (count - running_var_ddof)
+
+    In evaluation they are the running ones. The relative error of the variance stays under 1e-5
+    for float32 input at any offset that the input itself resolves: see `bn_jax.moments`.
+
+    Args:
+        params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.
+        batch_stats: ``{"mean": [*F], "var": [*F]}``. With `axis_name` it must be the same on
+            every device, as it is when every update comes from this function.
+        x: floating-point array of any rank.
+        use_running_average: True for evaluation, False for training.
+        axis: the feature axis or axes of `x`; ``*F`` are their sizes in ascending order.
+        momentum: the weight of the old value in the running statistics (PyTorch's is its
+            complement).
+        epsilon: added to the variance.
+        mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
+            Every position is still normalized; NaN or infinity where the mask is zero reaches no
+            other position, no statistic and no derivative.
+        axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to synchronize over.
+            Under sharded `jit` leave it out: there the statistics are global anyway.
+        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
+        virtual_batch_size: statistics of their own for every that many consecutive examples
+            (ghost batch norm, Hoffer et al. 2017). Examples lie along the first axis that is not a
+            feature axis. The running statistics merge the groups by count.
+        running_var_ddof: 0 for the biased running variance, as Flax has it; 1 for the unbiased
+            one of Algorithm 2 of the paper, as PyTorch has it.
+        dtype: the dtype of `y`; by default that of `x` and `params` promoted.
+        initializing: True while a model is initialized: no update, no synchronization, and a
+            batch of one is allowed.
+
+    Returns:
+        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old. In evaluation
+        they are the old ones. A feature whose batch moments are not finite, or to which no valid
+        value contributed, keeps its old ones; without a valid value it is normalized by them.
+
+    Raises:
+        TypeError: `x` is not real floating point.
+        ValueError: an argument does not fit the others; the message says which and how to mend
+            it. Training on one value per feature is one such case: the output would be `bias`
+            whatever the input.
+        NameError: `axis_name` is not bound.
+
+    Where it differs from `flax.linen.BatchNorm`: the variance does not cancel, devices are merged
+    by their counts, an empty device or batch is no special case, and a batch that is not finite
+    leaves the running statistics alone.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> params, batch_stats = bn.init_params(1), bn.init_batch_stats(1)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, batch_stats = bn.batch_norm(params, batch_stats, x, use_running_average=False)
+        >>> y.round(3).tolist(), batch_stats["mean"].round(3).tolist()
+        ([[-1.0], [1.0]], [0.02])
+
+    Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
+    Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
+    """
+    x = as_floating("x", x)
+    feature_axes = canonical_axes("axis", axis, x.ndim)
+    _check_features(params, batch_stats, x.shape, feature_axes, axis)
+    _check_constants(momentum, epsilon, running_var_ddof)
+    mask = None if mask is None else broadcastable_mask(mask, x.shape)
+    dtype = _output_dtype(dtype, x, params)
+    compute_dtype = statistics_dtype(x.dtype, dtype)
+    layout = _make_layout(x.shape, feature_axes, compute_dtype)
+    if use_running_average:
+        mean, var = layout.expand(batch_stats["mean"]), layout.expand(batch_stats["var"])
+        transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
+        return standardize(dtype, x, mask, transform), batch_stats
+    if initializing:
+        axis_name = axis_index_groups = virtual_batch_size = None
+    examples = x
+    if virtual_batch_size is not None:
+        _check_groups(layout, x.shape, virtual_batch_size, axis_name)
+        layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
+    reduction = make_reduction(layout.reduction_axes, axis_name, axis_index_groups)
+    if not initializing:
+        _check_count(reduction, x.shape, examples.shape, axis)
+    found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
+    transform = _transform(layout, params, found.shift, found.delta, var, epsilon)
+    y = standardize(dtype, examples, mask, transform).reshape(x.shape)
+    if initializing:
+        return y, batch_stats
+    return y, _update(layout, batch_stats, found, momentum, running_var_ddof)
+
+
+class _Layout(NamedTuple):
+    """Where the features of an array are, and how per-feature arrays broadcast to it."""
+
+    feature_axes: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    expanded_shape: tuple[int, ...]
+    dtype: Any
+    group_axis: int | None = None
+
+    def expand(self, values: jax.Array) -> jax.Array:
+        return jnp.asarray(values, self.dtype).reshape(self.expanded_shape)
+
+
+def _make_layout(shape: tuple[int, ...], feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
+    return _Layout(
+        feature_axes=feature_axes,
+        reduction_axes=tuple(axis for axis in range(len(shape)) if axis not in feature_axes),
+        expanded_shape=tuple(
+            size if axis in feature_axes else 1 for axis, size in enumerate(shape)
+        ),
+        dtype=dtype,
+    )
+
+
+def _split_groups(
+    layout: _Layout, x: jax.Array, mask: jax.Array | None, virtual_batch_size: int
+) -> tuple[_Layout, jax.Array, jax.Array | None]:
+    """Splits the batch axis into groups and examples of a group."""
+    batch_axis = layout.reduction_axes[0]
+
+    def split(values: jax.Array) -> jax.Array:
+        before, after = values.shape[:batch_axis], values.shape[batch_axis + 1 :]
+        size = values.shape[batch_axis]
+        pair = (1, 1) if size == 1 else (size // virtual_batch_size, virtual_batch_size)
+        return values.reshape((*before, *pair, *after))
+
+    groups = split(x)
+    feature_axes = tuple(axis + (axis > batch_axis) for axis in layout.feature_axes)
+    split_layout = _make_layout(groups.shape, feature_axes, layout.dtype)._replace(
+        reduction_axes=tuple(
+            axis for axis in range(groups.ndim) if axis not in (*feature_axes, batch_axis)
+        ),
+        group_axis=batch_axis,
+    )
+    return split_layout, groups, None if mask is None else split(mask)
+
+
+def _transform(
+    layout: _Layout,
+    params: Params,
+    shift: jax.Array,
+    delta: jax.Array,
+    var: jax.Array,
+    epsilon: float | jax.Array,
+) -> Transform:
+    scale, bias = (
+        layout.expand(params[name]) if name in params else None for name in ("scale", "bias")
+    )
+    return Transform(shift, delta, var + jnp.asarray(epsilon, layout.dtype), scale, bias)
+
+
+def _batch_moments(
+    layout: _Layout,
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    batch_stats: BatchStats,
+) -> tuple[CentredMoments, jax.Array]:
+    """Returns the batch's moments, and the variance to normalize by.
+
+    Where nothing entered, both the centre and that variance are the running ones.
+    """
+    running_mean = layout.expand(batch_stats["mean"])
+    shift = lax.stop_gradient(jnp.where(jnp.isfinite(running_mean), running_mean, 0))
+    found = centred_moments(reduction, x, mask, shift)
+    return found, jnp.where(found.count > 0, found.var, layout.expand(batch_stats["var"]))
+
+
+def _update(
+    layout: _Layout,
+    batch_stats: BatchStats,
+    found: CentredMoments,
+    momentum: float | jax.Array,
+    running_var_ddof: int,
+) -> BatchStats:
+    merged = Moments(found.count, found.shift + found.delta, found.var)
+    if layout.group_axis is not None:
+        merged = merge_along(layout.group_axis, merged)
+    count, mean, var = merged
+    finite = jnp.isfinite(mean) & jnp.isfinite(var)
+    freedom = count - running_var_ddof
+    unbiased = var * (count / jnp.where(freedom > 0, freedom, 1))
+    momentum = jnp.asarray(momentum, layout.dtype)
+
+    def averaged(old: jax.Array, new: jax.Array, counted: jax.Array) -> jax.Array:
+        expanded = jnp.asarray(old, layout.dtype).reshape(new.shape)
+        average = momentum * expanded + (1 - momentum) * new
+        return jnp.where(finite & counted, average, expanded).reshape(old.shape).astype(old.dtype)
+
+    return {
+        **batch_stats,
+        "mean": averaged(batch_stats["mean"], mean, count > 0),
+        "var": averaged(batch_stats["var"], unbiased, freedom > 0),
+    }
+
+
+def _feature_shape(features: int | Sequence[int]) -> tuple[int, ...]:
+    return (features,) if isinstance(features, int) else tuple(features)
+
+
+def _output_dtype(dtype: Any, x: jax.Array, params: Params) -> jnp.dtype:
+    if dtype is None:
+        dtype = reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves((x, params))))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype).name} is not a real floating-point dtype: pass for example "
+            "dtype=jnp.float32, or None for that of x and params promoted."
+        )
+    return jnp.dtype(dtype)
+
+
+def _check_features(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    shape: tuple[int, ...],
+    feature_axes: tuple[int, ...],
+    axis: int | Sequence[int],
+) -> None:
+    unknown = set(params) - {"scale", "bias"}
+    if unknown:
+        raise ValueError(
+            f"params has the unknown entries {sorted(unknown)}; expected 'scale' and 'bias' or "
+            "either: pass the parameters of this norm alone."
+        )
+    missing = {"mean", "var"} - set(batch_stats)
+    if missing:
+        raise ValueError(
+            f"batch_stats lacks {sorted(missing)}; it has {sorted(batch_stats)}. Make a new one "
+            "with bn_jax.init_batch_stats(features)."
+        )
+    features = tuple(shape[position] for position in feature_axes)
+    params_shapes = {name: jnp.shape(value) for name, value in params.items()}
+    stats_shapes = {name: jnp.shape(batch_stats[name]) for name in ("mean", "var")}
+    if {*params_shapes.values(), *stats_shapes.values()} != {features}:
+        raise ValueError(
+            f"x of shape {shape} has features of shape {features} on axis={axis}, but params has "
+            f"{params_shapes} and batch_stats has {stats_shapes}. Pass the axis that holds the "
+            f"features, or make both with bn_jax.init_params({features}) and "
+            f"bn_jax.init_batch_stats({features})."
+        )
+
+
+def _check_constants(momentum: Any, epsilon: Any, running_var_ddof: int) -> None:
+    """Checks what is known while tracing; a traced momentum or epsilon is taken as it is."""
+    if isinstance(momentum, Real) and not 0 <= float(momentum) <= 1:
+        raise ValueError(
+            f"momentum={momentum} is outside [0, 1]: it is the weight of the old value, 0.9 or "
+            "0.99 for example (PyTorch's momentum is 1 minus this)."
+        )
+    if isinstance(epsilon, Real) and not float(epsilon) > 0:
+        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")
+    if running_var_ddof not in (0, 1):
+        raise ValueError(
+            f"running_var_ddof={running_var_ddof} must be 0 (biased, as Flax) or 1 (unbiased, as "
+            "the paper and PyTorch)."
+        )
+
+
+def _check_groups(
+    layout: _Layout,
+    shape: tuple[int, ...],
+    virtual_batch_size: int,
+    axis_name: AxisName | None,
+) -> None:
+    if axis_name is not None:
+        raise ValueError(
+            f"virtual_batch_size={virtual_batch_size} and axis_name={axis_name!r} contradict each "
+            "other: statistics are either per group or synchronized. Leave one out."
+        )
+    if not layout.reduction_axes:
+        raise ValueError(
+            f"virtual_batch_size={virtual_batch_size} needs an axis of examples: x of shape "
+            f"{shape} has feature axes only."
+        )
+    batch_size = shape[layout.reduction_axes[0]]
+    if virtual_batch_size >= 1 and batch_size % virtual_batch_size == 0:
+        return
+    divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+    below = [size for size in divisors if size < virtual_batch_size][-1:]
+    above = [size for size in divisors if size > virtual_batch_size][:1]
+    raise ValueError(
+        f"virtual_batch_size={virtual_batch_size} does not divide the batch of {batch_size} "
+        f"examples. The nearest divisors are {below + above}."
+    )
+
+
+def _check_count(
+    reduction: Reduction,
+    shape: tuple[int, ...],
+    examples_shape: tuple[int, ...],
+    axis: int | Sequence[int],
+) -> None:
+    if static_count(reduction, examples_shape) == 1:
+        raise ValueError(
+            f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "
+            "y would equal bias whatever x is. Use a larger batch, synchronize over devices with "
+            "axis_name, or evaluate with use_running_average=True."
+        )

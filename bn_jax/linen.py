@@ -1,0 +1,115 @@
+"""Flax Linen modules: variables and attributes; the arithmetic is in the pure functions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bn_jax.batch_norm import BatchStats, Params, batch_norm
+from bn_jax.moments import canonical_axes
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalization with every attribute, default and variable of `flax.linen.BatchNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
+    Parameters are ``scale`` and ``bias``, of the sizes of the feature axes, in `param_dtype`; the
+    collection ``batch_stats`` holds ``mean`` and ``var`` in float32. A checkpoint of Flax's layer
+    loads into this one and the other way round. While initializing, nothing is updated and
+    `axis_name` need not exist.
+
+    Attributes beyond Flax's:
+        virtual_batch_size: statistics of their own for every that many consecutive examples.
+        running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
+
+    Attributes that mean less than in Flax: `use_fast_variance`, since the one variance here is
+    both fast and safe, and `force_float32_reductions`, which only chooses the dtype that
+    ``batch_stats`` is stored in, since statistics are always computed in at least float32.
+
+    Raises:
+        ValueError: ``batch_stats`` is missing or immutable, or `bn_jax.batch_norm` objects.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer = bn.linen.BatchNorm(use_running_average=False)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> y.round(3).tolist(), updates["batch_stats"]["mean"].round(3).tolist()
+        ([[-1.0], [1.0]], [0.02])
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+
+    virtual_batch_size: int | None = None
+    running_var_ddof: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point array that holds the features on `axis`.
+            use_running_average: True for evaluation, False for training; overrides None in the
+                attribute of that name.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        self._require_batch_stats(use_running_average)
+        axes = canonical_axes("axis", self.axis, jnp.ndim(x))
+        features = tuple(x.shape[axis] for axis in axes)
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        params: Params = {}
+        if self.use_scale:
+            params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
+        batch_stats: BatchStats = {"mean": mean.value, "var": var.value}
+        y, updated = batch_norm(
+            params,
+            batch_stats,
+            x,
+            use_running_average=use_running_average,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
+            running_var_ddof=self.running_var_ddof,
+            dtype=self.dtype,
+            initializing=self.is_initializing(),
+        )
+        if not use_running_average and not self.is_initializing():
+            mean.value, var.value = updated["mean"], updated["var"]
+        return y
+
+    def _require_batch_stats(self, use_running_average: bool) -> None:
+        if self.is_initializing() or self.is_mutable_collection("batch_stats"):
+            return
+        layer = f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
+        if not self.has_variable("batch_stats", "mean"):
+            raise ValueError(
+                f"batch_stats has nothing for {layer}. Pass what init returned: "
+                "model.apply({'params': params, 'batch_stats': batch_stats}, x)"
+            )
+        if not use_running_average:
+            raise ValueError(
+                f"batch_stats is immutable, but {layer} has use_running_average=False "
+                "and updates it. In training write: "
+                "y, updates = model.apply(variables, x, mutable=['batch_stats']); "
+                "in evaluation pass use_running_average=True."
+            )

@@ -1,0 +1,174 @@
+"""Flax NNX modules: variables and attributes; the arithmetic is in the pure functions."""
+
+from collections.abc import Mapping
+from functools import reduce
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+
+from bn_jax.batch_norm import BatchStats, Params, batch_norm
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization with every argument, default and variable of `flax.nnx.BatchNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
+    ``scale`` and ``bias`` are `nnx.Param` of shape ``[num_features]`` in `param_dtype`, ``mean``
+    and ``var`` are `nnx.BatchStat` in float32. No derivative flows into the updated statistics.
+
+    Args:
+        num_features: the size of `axis`.
+        use_running_average: True for evaluation, False for training; `train()` and `eval()` of any
+            enclosing module set it.
+        axis: the feature axis of the input.
+        momentum: the weight of the old value in the running statistics.
+        epsilon: added to the variance.
+        dtype: the dtype of the result; by default that of input, statistics and parameters
+            promoted, as in Flax. Statistics are always computed, kept and used in at least
+            float32, where Flax casts them to `dtype`.
+        param_dtype: the dtype of ``scale`` and ``bias``.
+        use_bias: whether to add ``bias``.
+        use_scale: whether to multiply by ``scale``.
+        bias_init: initializer of ``bias``.
+        scale_init: initializer of ``scale``.
+        axis_name: the named axis to synchronize over.
+        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
+        use_fast_variance: accepted for compatibility; the one variance here is fast and safe.
+        promote_dtype: as in Flax, called on ``(x, mean, var, scale, bias)``; of what another
+            function than the default returns, the statistics are not used.
+        rngs: the random streams for the initializers.
+        bias_metadata: metadata of the ``bias`` variable.
+        scale_metadata: metadata of the ``scale`` variable.
+        virtual_batch_size: statistics of their own for every that many consecutive examples.
+        running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
+
+    Raises:
+        ValueError: `bn_jax.batch_norm` objects to the input.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0], [3.0]])).round(3).tolist()
+        [[-1.0], [1.0]]
+        >>> layer.mean[...].round(3).tolist()
+        [0.02]
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        virtual_batch_size: int | None = None,
+        running_var_ddof: int = 0,
+    ) -> None:
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.virtual_batch_size = virtual_batch_size
+        self.running_var_ddof = running_var_ddof
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point array that holds `num_features` features on `axis`.
+            use_running_average: True for evaluation, False for training; overrides the attribute.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is None in the constructor and in the call of BatchNorm. "
+                "Pass nnx.BatchNorm(..., use_running_average=False), or layer(x, "
+                "use_running_average=False), or call model.train() or model.eval()."
+            )
+        batch_stats: BatchStats = {"mean": self.mean[...], "var": self.var[...]}
+        x, params, dtype = self._promoted(x, batch_stats)
+        y, updated = batch_norm(
+            params,
+            batch_stats,
+            x,
+            use_running_average=use_running_average,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
+            running_var_ddof=self.running_var_ddof,
+            dtype=dtype,
+        )
+        if not use_running_average:
+            self.mean[...] = jax.lax.stop_gradient(updated["mean"])
+            self.var[...] = jax.lax.stop_gradient(updated["var"])
+        return y
+
+    def _promoted(self, x: jax.Array, batch_stats: BatchStats) -> tuple[jax.Array, Params, Dtype]:
+        """Returns input and parameters, promoted on demand only, and the dtype of the result."""
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        mean, var = batch_stats["mean"], batch_stats["var"]
+        if self.promote_dtype is not dtypes.promote_dtype:
+            x, mean, var, scale, bias = self.promote_dtype(
+                (x, mean, var, scale, bias), dtype=self.dtype
+            )
+        params: Params = {}
+        if scale is not None:
+            params["scale"] = scale
+        if bias is not None:
+            params["bias"] = bias
+        given = (jnp.asarray(value).dtype for value in (x, mean, var, *params.values()))
+        return x, params, reduce(jnp.promote_types, given) if self.dtype is None else self.dtype
