@@ -199,7 +199,7 @@ def centred_moments(
         count, sums = reduced[0], reduced[1:]
     divisor = jnp.where(count > 0, count, 1)
     delta, var = _delta_and_var(sums, divisor)
-    refine = jnp.any(cancels(delta, var))
+    refine = _agree(reduction, jnp.any(cancels(delta, var)))
     shift = jnp.where(refine, shift + delta, shift)
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
@@ -244,10 +244,7 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
 
 def statistics_dtype(*dtypes: Any) -> jnp.dtype:
     """Returns the dtype that statistics of these dtypes are computed in: at least float32."""
-    result = jnp.dtype(jnp.float32)
-    for dtype in dtypes:
-        result = jnp.promote_types(result, dtype)
-    return result
+    return max(map(jnp.dtype, (jnp.float32, *dtypes)), key=lambda dtype: dtype.itemsize)
 
 
 def _delta_and_var(sums: Sums, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -283,7 +280,7 @@ def _sum(reduction: Reduction, values: jax.Array) -> jax.Array:
 
 def _keep(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
-    return values if mask is None else jnp.where(mask != 0, values, 0)
+    return values if mask is None else jnp.where(mask.astype(bool), values, 0)
 
 
 def _weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -300,18 +297,25 @@ def _all_reduce(reduction: Reduction, *totals: jax.Array) -> Sums:
     groups = reduction.axis_index_groups
     if groups is None:
         return unravel(lax.psum(flat, reduction.axis_name))
-    try:
-        return unravel(lax.psum(flat, reduction.axis_name, axis_index_groups=groups))
-    except NotImplementedError:
-        # vmap and type-checked shard_map have no grouped psum: every group gets a row of one
-        # ungrouped psum.
-        group_of = [0] * sum(map(len, groups))
-        for number, group in enumerate(groups):
-            for index in group:
-                group_of[index] = number
-        mine = jnp.asarray(group_of)[lax.axis_index(reduction.axis_name)]
-        rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, flat[None], 0)
-        return unravel(lax.psum(rows, reduction.axis_name)[mine])
+    if reduction.axis_name in _manual_mesh_axes():
+        try:
+            return unravel(lax.psum(flat, reduction.axis_name, axis_index_groups=groups))
+        except NotImplementedError:
+            pass
+    # vmap and type-checked shard_map have no psum of groups: every group gets a row of a plain
+    # one.
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    numbers = jnp.asarray([group_of[index] for index in range(len(group_of))])
+    mine = numbers[lax.axis_index(reduction.axis_name)]
+    rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, flat[None], 0)
+    return unravel(lax.psum(rows, reduction.axis_name)[mine])
+
+
+def _agree(reduction: Reduction, refine: jax.Array) -> jax.Array:
+    """Makes all groups take the same branch, for the collective in it may span them all."""
+    if reduction.axis_index_groups is None:
+        return refine
+    return lax.pmax(refine.astype(jnp.int32), reduction.axis_name) > 0
 
 
 def _named_axis_size(axis_name: AxisName) -> int:
@@ -321,12 +325,8 @@ def _named_axis_size(axis_name: AxisName) -> int:
         try:
             size *= lax.axis_size(name)
         except NameError:
-            mesh_axes = [
-                other
-                for other, kind in zip(*_mesh_axes(), strict=True)
-                if kind == jax.sharding.AxisType.Manual
-            ]
-            listed = f"Bound by shard_map or pmap: {mesh_axes}" if mesh_axes else "None is known"
+            known = _manual_mesh_axes()
+            listed = f"Bound by shard_map or pmap: {known}" if known else "None is known"
             raise NameError(
                 f"axis_name={name!r} is not bound by any enclosing shard_map, pmap or vmap. "
                 f"{listed} (the axes of a vmap cannot be listed). Pass axis_name only inside a "
@@ -336,9 +336,15 @@ def _named_axis_size(axis_name: AxisName) -> int:
     return size
 
 
-def _mesh_axes() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _manual_mesh_axes() -> list[str]:
+    """The axes that an enclosing shard_map or pmap binds."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(mesh.axis_names), tuple(mesh.axis_types or ())
+    kinds = mesh.axis_types or ()
+    return [
+        name
+        for name, kind in zip(mesh.axis_names, kinds, strict=True)
+        if kind == jax.sharding.AxisType.Manual
+    ]
 
 
 def make_reduction(

@@ -70,7 +70,7 @@ def _standardize_jvp(
     slope, offset = _vary_together(x, slope, offset)
     deviation = centre(x, transform.shift, transform.delta)
     if mask is not None:
-        deviation = jnp.where((mask != 0) | jnp.isfinite(deviation), deviation, 0)
+        deviation = jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
     dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset
     return standardize(dtype, x, mask, transform), dy.astype(dtype)
 

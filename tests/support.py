@@ -1,0 +1,131 @@
+"""What the tests share: the definition in float64 NumPy, tolerances, and a reader of HLO."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+def assert_close(actual, expected, *, dtype=None, tolerance=None):
+    """Compares trees: dtype (where given), finiteness, and value to the tolerance of the dtype."""
+    actual_leaves, actual_tree = jax.tree.flatten(actual)
+    expected_leaves, expected_tree = jax.tree.flatten(expected)
+    assert actual_tree == expected_tree
+    assert actual_leaves
+    for one, other in zip(actual_leaves, expected_leaves, strict=True):
+        if dtype is not None:
+            assert one.dtype == dtype, f"dtype {one.dtype}, expected {dtype}"
+        bound = tolerance or TOLERANCE[str(one.dtype)]
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert one.shape == other.shape
+        assert np.isfinite(one).all(), "the actual value is not finite"
+        assert np.isfinite(other).all(), "the expected value is not finite"
+        error = np.abs(one - other) / np.maximum(1, np.abs(other))
+        assert error.max(initial=0) <= bound, f"error {error.max()} above {bound}"
+
+
+def _axes(axis, rank):
+    features = tuple(sorted(a % rank for a in np.atleast_1d(axis)))
+    return features, tuple(a for a in range(rank) if a not in features)
+
+
+def define_moments(x, axis=-1, mask=None):
+    """Count, mean and variance in float64, feature by feature, from the definition."""
+    x = np.asarray(x, np.float64)
+    weights = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), x.shape)
+    features, reduced = _axes(axis, x.ndim)
+    values = np.transpose(x, features + reduced).reshape(*(x.shape[a] for a in features), -1)
+    weights = np.transpose(weights, features + reduced).reshape(values.shape)
+    count = weights.sum(-1)
+    values = np.where(weights > 0, values, 0)
+    divisor = np.where(count > 0, count, 1)
+    mean = (weights * values).sum(-1) / divisor
+    var = (weights * (values - mean[..., None]) ** 2).sum(-1) / divisor
+    return count, mean, var
+
+
+def _expand(values, axis, shape):
+    features, _ = _axes(axis, len(shape))
+    return np.asarray(values, np.float64).reshape(
+        [size if position in features else 1 for position, size in enumerate(shape)]
+    )
+
+
+def define_affine(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias`` in float64."""
+    x = np.asarray(x, np.float64)
+    mean, var, scale, bias = (_expand(v, axis, x.shape) for v in (mean, var, scale, bias))
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def define_batch_norm(
+    params, batch_stats, x, *, axis=-1, momentum=0.99, epsilon=1e-5, mask=None, running_var_ddof=0
+):
+    """Training-mode batch norm in float64: output and new running statistics."""
+    count, mean, var = define_moments(x, axis, mask)
+    scale = params.get("scale", np.ones(mean.shape))
+    bias = params.get("bias", np.zeros(mean.shape))
+    y = define_affine(x, mean, var, scale, bias, axis, epsilon)
+    old = {name: np.asarray(value, np.float64) for name, value in batch_stats.items()}
+    unbiased = var * count / (count - running_var_ddof)
+    return y, {
+        "mean": momentum * old["mean"] + (1 - momentum) * mean,
+        "var": momentum * old["var"] + (1 - momentum) * unbiased,
+    }
+
+
+def differentiate(function, x, step=1e-5):
+    """The gradient of a scalar float64 NumPy function by central differences."""
+    x = np.asarray(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        shifted = np.zeros_like(x)
+        shifted[index] = step
+        gradient[index] = (function(x + shifted) - function(x - shifted)) / (2 * step)
+    return gradient
+
+
+def all_reduces(compiled_text):
+    """The operand sizes of the all-reduces of compiled HLO, outside any conditional's branch."""
+    computations, name = {}, None
+    for line in compiled_text.splitlines():
+        header = re.match(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = header.group(1)
+            computations[name] = []
+        elif name is not None:
+            computations[name].append(line)
+
+    def called(lines):
+        words = {word for line in lines for word in re.findall(r"%([\w.\-]+)", line)}
+        return words & set(computations)
+
+    everything = [line for lines in computations.values() for line in lines]
+    pending = called(line for line in everything if " conditional(" in line)
+    guarded = set()
+    while pending:
+        callee = pending.pop()
+        guarded.add(callee)
+        pending |= called(computations[callee]) - guarded
+    return [
+        sum(
+            int(np.prod([int(size) for size in shape.split(",") if size]))
+            for shape in re.findall(r"\w+\[([\d,]*)\]", line.split(" all-reduce")[0])
+        )
+        for name, lines in computations.items()
+        if name not in guarded
+        for line in lines
+        if re.search(r" all-reduce(-start)?\(", line)
+    ]
+
+
+def conditionals(compiled_text):
+    """How many conditionals compiled HLO holds."""
+    return len(re.findall(r" conditional\(", compiled_text))
+
+
+def standard_normal(seed, shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)

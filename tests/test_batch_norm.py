@@ -1,0 +1,688 @@
+import itertools
+import re
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import (
+    all_reduces,
+    assert_close,
+    conditionals,
+    define_affine,
+    define_batch_norm,
+    define_moments,
+    differentiate,
+    standard_normal,
+)
+
+import bn_jax as bn
+from bn_jax.moments import CANCELLATION_THRESHOLD, Reduction, centred_moments
+
+TRAIN = partial(bn.batch_norm, use_running_average=False)
+EVALUATE = partial(bn.batch_norm, use_running_average=True)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def make_state(features, present=("scale", "bias"), seed=100):
+    params = {name: standard_normal(seed + number, features) for number, name in enumerate(present)}
+    mean, var = standard_normal(seed + 8, features), standard_normal(seed + 9, features)
+    return params, {"mean": mean, "var": jnp.abs(var) + 0.1}
+
+
+def features_of(shape, axis):
+    return tuple(shape[a] for a in sorted(a % len(shape) for a in np.atleast_1d(axis)))
+
+
+# --- the definition ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape,axis",
+    [((8, 3), -1), ((3, 8), 0), ((4, 5, 3), -1), ((4, 3, 5), 1), ((2, 4, 4, 3), 3),
+     ((4, 3, 2), (1, 2)), ((4, 3, 2), (-1, 1)), ((6,), 0), ((6, 2), (0, 1))],
+)  # fmt: skip
+@pytest.mark.parametrize("present", [("scale", "bias"), ("scale",), ("bias",), ()])
+def test_training_is_the_definition(shape, axis, present):
+    x = standard_normal(0, shape) * 2 + 1
+    params, stats = make_state(features_of(shape, axis), present)
+    if len(features_of(shape, axis)) == len(shape):
+        with pytest.raises(ValueError, match="one value per feature"):
+            TRAIN(params, stats, x, axis=axis)
+        return
+    y, updated = TRAIN(params, stats, x, axis=axis)
+    expected = define_batch_norm(params, stats, x, axis=axis)
+    assert_close((y, updated), expected, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("running_var_ddof", [0, 1])
+def test_evaluation_after_several_steps(momentum, running_var_ddof):
+    params, stats = make_state((3,))
+    options = dict(momentum=momentum, epsilon=1e-3)
+    expected = stats
+    for step in range(5):
+        x = standard_normal(step, (6, 2, 3)) * (step + 1) + step
+        _, stats = TRAIN(params, stats, x, running_var_ddof=running_var_ddof, **options)
+        _, expected = define_batch_norm(
+            params, expected, x, running_var_ddof=running_var_ddof, **options
+        )
+    assert_close(stats, expected, dtype=jnp.float32)
+    y, unchanged = EVALUATE(params, stats, x, epsilon=1e-3)
+    assert_close(y, define_affine(x, *expected.values(), *params.values(), epsilon=1e-3))
+    assert unchanged is stats
+
+
+@pytest.mark.parametrize("masking", [None, "boolean", "weights"])
+@pytest.mark.parametrize("what", ["x", "scale", "bias"])
+def test_gradients_are_those_of_the_definition(what, masking):
+    x, (params, stats) = standard_normal(1, (5, 2, 3)) + 1, make_state((3,))
+    mask = {
+        None: None,
+        "boolean": standard_normal(2, (5, 2, 1)) > -0.5,
+        "weights": jnp.abs(standard_normal(2, (5, 1, 3))),
+    }[masking]
+    weights = np.asarray(standard_normal(3, x.shape))
+    stats_weights = np.asarray(standard_normal(4, (2, 3)))
+
+    def loss(module, function, value):
+        given = {**params, "x": x, what: value}
+        y, updated = function(
+            {"scale": given["scale"], "bias": given["bias"]}, stats, given["x"], mask=mask
+        )
+        stacked = module.stack([updated["mean"], updated["var"]])
+        return module.sum(module.sin(y) * weights) + module.sum(stacked * stats_weights)
+
+    value = {**params, "x": x}[what]
+    expected = differentiate(partial(loss, np, define_batch_norm), value)
+    assert_close(jax.grad(partial(loss, jnp, TRAIN))(value), expected)
+    assert_close(jax.jacfwd(partial(loss, jnp, TRAIN))(value), expected)
+
+
+def test_gradients_in_evaluation_are_those_of_the_definition():
+    x, (params, stats) = standard_normal(5, (5, 3)), make_state((3,))
+
+    def loss(x, params, stats):
+        return jnp.sum(jnp.sin(EVALUATE(params, stats, x)[0]))
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(x, params, stats)
+    given = {"x": x, **stats, **params}
+    computed = {"x": gradients[0], **gradients[1], **gradients[2]}
+    for name, value in given.items():
+
+        def define(value, name=name):
+            return np.sum(np.sin(define_affine(**{**given, name: value})))
+
+        assert_close(computed[name], differentiate(define, value))
+
+
+def test_every_mode_of_differentiation_agrees_with_plain_autodiff():
+    with jax.enable_x64(True):
+        params, stats = (
+            jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree) for tree in make_state((2,))
+        )
+        x = standard_normal(6, (4, 2), np.float64) + 3
+
+        def plain(x, params):
+            mean, var = jnp.mean(x, 0, keepdims=True), jnp.var(x, 0, keepdims=True)
+            y = (x - mean) / jnp.sqrt(var + 1e-5)
+            return jnp.sum(jnp.sin(y * params["scale"][None] + params["bias"][None]) ** 2)
+
+        def ours(x, params):
+            return jnp.sum(jnp.sin(TRAIN(params, stats, x)[0]) ** 2)
+
+        for mode in (
+            jax.grad,
+            jax.jacfwd,
+            jax.hessian,
+            lambda f, **k: jax.jacrev(jax.jacrev(f, **k), **k),
+            lambda f, **k: jax.jacrev(jax.jacfwd(f, **k), **k),
+            lambda f, **k: jax.grad(jax.checkpoint(f), **k),
+        ):
+            derivatives = (jax.jit(mode(f, argnums=(0, 1)))(x, params) for f in (ours, plain))
+            assert_close(*derivatives, dtype=jnp.float64, tolerance=1e-9)
+
+
+# --- offsets and the guard --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 1e4, 1e5, 1e6])
+def test_output_at_any_offset(offset):
+    x = standard_normal(7, (4096, 8)) + np.float32(offset)
+    params, stats = bn.init_params(8), bn.init_batch_stats(8)
+    y, updated = jax.jit(TRAIN)(params, stats, x)
+    expected, expected_stats = define_batch_norm(params, stats, x)
+    assert np.abs(y - expected).max() < 1e-5
+    assert_close(updated, expected_stats)
+
+
+def test_flax_is_wrong_at_an_offset_of_1e4():
+    x = standard_normal(7, (4096, 8)) + np.float32(1e4)
+    layer = nn.BatchNorm(use_running_average=False)
+    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    expected, _ = define_batch_norm({}, bn.init_batch_stats(8), x)
+    assert np.abs(y - expected).max() > 1000
+
+
+def guard_triggers(stats, x):
+    shift = stats["mean"][None]
+    return not (centred_moments(Reduction((0,)), x, None, shift).shift == shift).all()
+
+
+def test_the_guard_rests_once_the_running_mean_is_near():
+    x = standard_normal(8, (4096, 8)) + np.float32(1e4)
+    params, stats = bn.init_params(8), bn.init_batch_stats(8)
+    assert guard_triggers(stats, x)
+    _, stats = TRAIN(params, stats, x, momentum=0.0)
+    assert not guard_triggers(stats, x)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_guard_rests_after_the_derived_number_of_updates(momentum):
+    # After t updates from 0 the running mean is off by offset * momentum**t.
+    offset = 1e4
+    updates = np.log(np.sqrt(CANCELLATION_THRESHOLD) / offset) / np.log(momentum)
+    x = standard_normal(9, (4096, 1)) + np.float32(offset)
+    params, stats = bn.init_params(1), bn.init_batch_stats(1)
+    step = jax.jit(partial(TRAIN, momentum=momentum))
+    for _ in range(int(updates)):
+        assert guard_triggers(stats, x)
+        _, stats = step(params, stats, x)
+    for _ in range(2):
+        _, stats = step(params, stats, x)
+    assert not guard_triggers(stats, x)
+
+
+def test_a_running_mean_that_is_not_finite_does_not_spoil_the_output():
+    x, params = standard_normal(10, (16, 2)), bn.init_params(2)
+    stats = {"mean": jnp.array([jnp.nan, jnp.inf]), "var": jnp.ones(2)}
+    assert_close(TRAIN(params, stats, x)[0], define_batch_norm(params, stats, x)[0])
+
+
+# --- masks and state --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
+def test_masked_is_the_subset(poison, dtype):
+    x, (params, stats) = standard_normal(11, (8, 2, 3)) + 1, make_state((3,))
+    valid = np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)
+    mask = jnp.asarray(valid.astype(dtype))[:, None, None]
+    weights = standard_normal(12, x.shape)
+
+    def loss(params, x, mask, weights):
+        y, updated = TRAIN(params, stats, x, mask=mask)
+        kept = y * weights if mask is None else jnp.where(mask.astype(bool), y * weights, 0)
+        return jnp.sum(jnp.sin(kept)), (y, updated)
+
+    differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    poisoned = jnp.where(mask.astype(bool), x, poison)
+    (total, (y, updated)), (of_params, of_x) = differentiated(params, poisoned, mask, weights)
+    subset = differentiated(params, x[valid], None, weights[valid])
+    (expected, (expected_y, expected_stats)), (expected_of_params, expected_of_x) = subset
+    assert_close(total, expected)
+    assert_close(y[valid], expected_y)
+    assert_close(updated, expected_stats)
+    assert_close(of_params, expected_of_params)
+    assert_close(of_x[valid], expected_of_x)
+    assert (of_x[~valid] == 0).all()
+
+
+def test_every_position_is_normalized():
+    x, (params, stats) = standard_normal(13, (6, 3)), make_state((3,))
+    mask = jnp.array([True, True, True, True, False, False])[:, None]
+    y, _ = TRAIN(params, stats, x, mask=mask)
+    _, mean, var = define_moments(x, mask=mask)
+    assert_close(y, define_affine(x, mean, var, **params))
+
+
+def test_a_feature_with_nothing_valid_keeps_its_statistics():
+    x, (params, stats) = standard_normal(14, (6, 3)).at[:, 1].set(jnp.nan), make_state((3,))
+    mask = jnp.array([[True, False, True]])
+    y, updated = TRAIN(params, stats, x, mask=mask)
+    kept = jnp.array([0, 2])
+    expected = define_batch_norm(
+        *({name: leaf[kept] for name, leaf in tree.items()} for tree in (params, stats)),
+        x[:, kept],
+    )
+    assert_close((y[:, kept], {n: leaf[kept] for n, leaf in updated.items()}), expected)
+    for name in stats:
+        assert updated[name][1] == stats[name][1]
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_batch_with_nothing_valid(rows):
+    x, (params, stats) = standard_normal(15, (rows, 3)), make_state((3,))
+    y, updated = TRAIN(params, stats, x, mask=jnp.zeros((rows, 1), bool))
+    chex.assert_trees_all_equal(updated, stats)
+    assert y.shape == x.shape
+    assert_close(y, EVALUATE(params, stats, x)[0])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("virtual_batch_size", [None, 4])
+def test_a_poisoned_batch_does_not_poison_the_state(poison, virtual_batch_size):
+    x, (params, stats) = standard_normal(16, (8, 3)), make_state((3,))
+    _, clean = TRAIN(params, stats, x, virtual_batch_size=virtual_batch_size)
+    _, updated = TRAIN(params, stats, x.at[5, 1].set(poison), virtual_batch_size=virtual_batch_size)
+    for name in stats:
+        assert updated[name][1] == stats[name][1]
+        assert_close(updated[name][::2], clean[name][::2])
+
+
+def test_one_valid_value_leaves_no_unbiased_variance():
+    x, (params, stats) = standard_normal(17, (4, 3)), make_state((3,))
+    mask = jnp.array([[True], [False], [False], [False]])
+    _, updated = TRAIN(params, stats, x, mask=mask, running_var_ddof=1)
+    assert (updated["var"] == stats["var"]).all()
+    assert_close(updated["mean"], 0.99 * np.float64(stats["mean"]) + 0.01 * np.float64(x[0]))
+
+
+def test_the_state_keeps_its_type():
+    x, (params, _) = standard_normal(18, (8, 3), jnp.bfloat16), make_state((3,))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        stats = bn.init_batch_stats(3, dtype=dtype)
+        _, updated = TRAIN(params, stats, x, dtype=jnp.bfloat16)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updated, stats)
+
+
+def test_initializing_updates_and_synchronizes_nothing():
+    params, stats = make_state((3,))
+    for x in (standard_normal(19, (1, 3)), standard_normal(19, (6, 3))):
+        y, updated = (
+            TRAIN(params, stats, x, axis_name="unbound", virtual_batch_size=4, initializing=True)
+            if len(x) == 1
+            else TRAIN(params, stats, x, axis_name="unbound", initializing=True)
+        )
+        assert updated is stats
+        assert_close(y, define_batch_norm(params, stats, x)[0])
+
+
+# --- dtypes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_statistics_are_float32_whatever_the_input(dtype, offset):
+    x, (params, stats) = standard_normal(20, (256, 3), dtype) + dtype(offset), make_state((3,))
+    for function in (TRAIN, EVALUATE):
+        y, updated = function(params, stats, x, dtype=dtype)
+        assert y.dtype == dtype
+        chex.assert_trees_all_equal_dtypes(updated, stats)
+    y, updated = TRAIN(params, stats, x, dtype=jnp.float32)
+    assert_close((y, updated), define_batch_norm(params, stats, x), dtype=jnp.float32)
+
+
+def test_the_default_dtype_is_promoted():
+    x, (params, stats) = standard_normal(21, (8, 3), jnp.bfloat16), make_state((3,))
+    with jax.numpy_dtype_promotion("standard"):
+        assert TRAIN(params, stats, x)[0].dtype == jnp.float32
+    assert TRAIN({}, stats, x)[0].dtype == jnp.bfloat16
+
+
+def test_large_float16_does_not_overflow():
+    x = jnp.asarray(standard_normal(22, (256, 3)) * 5000, jnp.float16).at[0].set(65504)
+    params, stats = bn.init_params(3), bn.init_batch_stats(3)
+    y, updated = TRAIN(params, stats, x, dtype=jnp.float32)
+    assert_close((y, updated), define_batch_norm(params, stats, x))
+
+
+# --- transforms -------------------------------------------------------------------------------
+
+
+def test_vmap_is_a_loop():
+    x, (params, stats) = standard_normal(23, (2, 3, 8, 4)), make_state((4,))
+    # One of the six cancels, so that under vmap both branches of the guard are taken.
+    x = x.at[1, 2].add(1e4)
+    mapped = jax.vmap(jax.vmap(TRAIN, (None, None, 0)), (None, None, 0))(params, stats, x)
+    for i, j in itertools.product(range(2), range(3)):
+        one = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], mapped)
+        assert_close(one, define_batch_norm(params, stats, x[i, j]))
+
+
+def test_scan_is_a_loop_and_compiles_once():
+    xs, (params, stats) = standard_normal(24, (5, 8, 3)), make_state((3,))
+
+    def step(stats, x):
+        y, stats = TRAIN(params, stats, x)
+        return stats, y
+
+    scanned, ys = jax.lax.scan(step, stats, xs)
+    jitted = jax.jit(TRAIN)
+    for x, y in zip(xs, ys, strict=True):
+        expected, stats = jitted(params, stats, x)
+        assert_close(y, expected)
+    assert_close(scanned, stats)
+    assert jitted._cache_size() == 1
+
+
+def test_momentum_and_epsilon_may_be_traced():
+    x, (params, stats) = standard_normal(25, (8, 3)), make_state((3,))
+    momenta, epsilons = jnp.array([0.0, 0.5]), jnp.array([1e-3, 1e-1])
+    swept = jax.vmap(lambda m, e: TRAIN(params, stats, x, momentum=m, epsilon=e))(momenta, epsilons)
+    for number, (momentum, epsilon) in enumerate(zip(momenta, epsilons, strict=True)):
+        one = jax.tree.map(lambda leaf, number=number: leaf[number], swept)
+        expected = define_batch_norm(
+            params, stats, x, momentum=float(momentum), epsilon=float(epsilon)
+        )
+        assert_close(one, expected)
+
+
+def test_eval_shape():
+    x, (params, stats) = jax.ShapeDtypeStruct((8, 4, 3), jnp.float32), make_state((3,))
+    y, updated = jax.eval_shape(TRAIN, params, stats, x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updated, stats)
+
+
+def test_export_to_every_platform():
+    x, (params, stats) = standard_normal(26, (8, 3)), make_state((3,))
+    step = jax.jit(lambda params, stats, x: jax.grad(
+        lambda x: jnp.sum(TRAIN(params, stats, x)[0] ** 3))(x))  # fmt: skip
+    exported = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(params, stats, x)
+    assert_close(exported.call(params, stats, x), step(params, stats, x))
+
+
+# --- many devices -----------------------------------------------------------------------------
+
+DEVICES = 4
+
+
+def differentiated(params, stats, x, weights, mask, axis_name=None, **options):
+    """Outputs, new statistics, and the gradients of a sum over the shard."""
+
+    def loss(params, x):
+        y, updated = TRAIN(params, stats, x, mask=mask, axis_name=axis_name, **options)
+        kept = y if mask is None else jnp.where(mask, y, 0)
+        return jnp.sum(jnp.sin(kept) * weights), (y, updated)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+def automatic_mesh():
+    return Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+
+
+def explicit_mesh():
+    return jax.make_mesh((DEVICES,), ("data",))
+
+
+def by_shard_map(make_mesh, check_vma, params, stats, *batch):
+    mesh = make_mesh()
+
+    def shard(params, stats, *batch):
+        (of_params, of_x), (y, updated) = differentiated(params, stats, *batch, axis_name="data")
+        if not check_vma:
+            of_params = jax.lax.psum(of_params, "data")
+        return (of_params, of_x), (y, updated)
+
+    specs = ((P(), P("data")), (P("data"), P()))
+    mapped = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(P(), P(), *(P("data") for _ in batch)),
+        out_specs=specs,
+        check_vma=check_vma,
+    )
+    placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    return jax.jit(mapped)(*jax.device_put((params, stats), NamedSharding(mesh, P())), *placed)
+
+
+def by_jit(make_mesh, params, stats, *batch):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        state = jax.device_put((params, stats), NamedSharding(mesh, P()))
+        return jax.jit(differentiated)(*state, *placed)
+
+
+def by_named_map(transform, params, stats, *batch):
+    split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
+    mapped = transform(
+        partial(differentiated, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, None, *(0 for _ in batch)),
+    )
+    (of_params, of_x), (y, updated) = mapped(params, stats, *split)
+    join = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+    first = partial(jax.tree.map, lambda leaf: leaf[0])
+    chex.assert_trees_all_equal(first(updated), jax.tree.map(lambda leaf: leaf[-1], updated))
+    summed = jax.tree.map(lambda leaf: leaf.sum(0), of_params)
+    return (summed, join(of_x)), (join(y), first(updated))
+
+
+REGIMES = {
+    "pmap": partial(by_named_map, jax.pmap),
+    "vmap": partial(by_named_map, jax.vmap),
+    "shard_map": partial(by_shard_map, automatic_mesh, True),
+    "shard_map unchecked": partial(by_shard_map, automatic_mesh, False),
+    "shard_map explicit": partial(by_shard_map, explicit_mesh, True),
+    "jit": partial(by_jit, automatic_mesh),
+    "jit explicit": partial(by_jit, explicit_mesh),
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("masking", ["none", "uneven", "empty shard", "one shard"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_sharded_is_flattened(regime, masking, offset):
+    assert len(jax.devices()) >= DEVICES
+    rows = 4 * DEVICES
+    x, (params, stats) = standard_normal(27, (rows, 2, 3)), make_state((3,))
+    x, weights = x + np.float32(offset), standard_normal(28, x.shape)
+    valid = {
+        "none": None,
+        "uneven": np.arange(rows) % 5 < 3,
+        "empty shard": np.arange(rows) // 4 != 2,
+        "one shard": np.arange(rows) // 4 == 1,
+    }[masking]
+    mask = None if valid is None else jnp.asarray(valid)[:, None, None]
+    if valid is not None:
+        x = jnp.where(mask, x, jnp.nan)
+    batch = (x, weights) if mask is None else (x, weights, mask)
+    if mask is None:
+        found = REGIMES[regime](params, stats, *batch, jnp.ones((rows, 1, 1), bool))
+    else:
+        found = REGIMES[regime](params, stats, *batch)
+    rows_kept = slice(None) if valid is None else valid
+    (of_params, of_x), (y, updated) = jax.tree.map(np.asarray, found)
+    expected = differentiated(params, stats, x[rows_kept], weights[rows_kept], None)
+    expected_y, expected_stats = define_batch_norm(params, stats, x[rows_kept])
+    assert_close(y[rows_kept], expected_y)
+    assert_close(updated, expected_stats)
+    assert_close(of_params, expected[0][0])
+    assert_close(of_x[rows_kept], expected[0][1])
+
+
+@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap, "shard_map"])
+def test_index_groups(transform):
+    groups = [[0, 3], [2, 1]]
+    x, (params, stats) = standard_normal(29, (DEVICES, 5, 3)), make_state((3,))
+    train = partial(TRAIN, axis_name="data", axis_index_groups=groups)
+    if transform == "shard_map":
+        mesh = automatic_mesh()
+        mapped = jax.shard_map(
+            lambda x: jax.tree.map(lambda leaf: leaf[None], train(params, stats, x[0])),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        y, updated = jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, P("data"))))
+    else:
+        y, updated = transform(partial(train, params, stats), axis_name="data")(x)
+    for group in groups:
+        members = jnp.array(group)
+        expected_y, expected_stats = define_batch_norm(params, stats, x[members].reshape(10, 3))
+        assert_close(y[members].reshape(10, 3), expected_y)
+        for member in group:
+            assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], updated), expected_stats)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape,axis", [((8, 2, 3), -1), ((3, 8), 0), ((8, 3, 2), (1, 2))])
+def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
+    x, (params, stats) = standard_normal(30, shape), make_state(features_of(shape, axis))
+    batch_axis = 1 if axis == 0 else 0
+    valid = np.array([1, 1, 0, 1, 0, 0, 0, 0], bool) if masked else np.ones(8, bool)
+    mask_shape = [8 if a == batch_axis else 1 for a in range(len(shape))]
+    mask = jnp.asarray(valid).reshape(mask_shape) if masked else None
+    y, updated = TRAIN(params, stats, x, axis=axis, mask=mask, virtual_batch_size=4)
+    for number in range(2):
+        rows = np.arange(4 * number, 4 * number + 4)
+        rows = rows[valid[rows]]
+        if len(rows):
+            subset = jnp.take(x, rows, batch_axis)
+            expected, _ = define_batch_norm(params, stats, subset, axis=axis)
+            assert_close(jnp.take(y, rows, batch_axis), expected)
+    everything = jnp.take(x, np.flatnonzero(valid), batch_axis)
+    assert_close(updated, define_batch_norm(params, stats, everything, axis=axis)[1])
+
+
+@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
+@pytest.mark.parametrize("regime", ["shard_map", "jit"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
+    mesh, features = make_mesh(), 5
+    params, stats = make_state((features,))
+    axis_name = "data" if regime == "shard_map" else None
+
+    def forward(x, mask):
+        return TRAIN(params, stats, x, mask=mask if masked else None, axis_name=axis_name)
+
+    def backward(x, mask, cotangent):
+        return jax.vjp(lambda x: forward(x, mask)[0], x)[1](cotangent)[0]
+
+    def evaluate(x):
+        return EVALUATE(params, stats, x, axis_name=axis_name)[0]
+
+    def compiled(function, count, out_specs):
+        if regime == "shard_map":
+            function = jax.shard_map(
+                function, mesh=mesh, in_specs=(P("data"),) * count, out_specs=out_specs
+            )
+        sharding = NamedSharding(mesh, P("data"))
+        shapes = [(16, 2, features), (16, 1, 1), (16, 2, features)][:count]
+        dtypes = [jnp.float32, jnp.bool_, jnp.float32]
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for shape, dtype in zip(shapes, dtypes, strict=False)
+        ]
+        with jax.set_mesh(mesh):
+            return jax.jit(function).lower(*arguments).compile().as_text()
+
+    text = compiled(forward, 2, (P("data"), P()))
+    assert conditionals(text) == 1
+    assert all_reduces(text) == [2 * features + masked]
+    # Under jit the compiler moves what does not depend on the forward pass into its collective.
+    sizes = all_reduces(compiled(backward, 3, P("data")))
+    assert len(sizes) == 2
+    assert sum(sizes) == 4 * features + masked
+    assert all_reduces(compiled(evaluate, 1, P("data"))) == []
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+X = np.ones((4, 3), np.float32)
+
+BAD_INPUT = {
+    "features": (
+        dict(x=np.ones((4, 5), np.float32)), ValueError,
+        r"x of shape \(4, 5\) has features of shape \(5,\) on axis=-1, but params has "
+        r"\{'bias': \(3,\), 'scale': \(3,\)\} and batch_stats has \{'mean': \(3,\), 'var': "
+        r"\(3,\)\}",
+    ),
+    "integer": (dict(x=np.ones((4, 3), np.int32)), TypeError, "x has dtype int32; .*Cast it"),
+    "boolean": (dict(x=np.ones((4, 3), bool)), TypeError, "x has dtype bool; .*Cast it"),
+    "mask": (
+        dict(mask=np.ones(4, bool)), ValueError,
+        r"mask of shape \(4,\) does not broadcast to x of shape \(4, 3\)",
+    ),
+    "mask of higher rank": (
+        dict(mask=np.ones((1, 4, 3), bool)), ValueError,
+        r"mask of shape \(1, 4, 3\) does not broadcast to x of shape \(4, 3\)",
+    ),
+    "axis out of range": (dict(axis=2), ValueError, "axis=2 is out of range for x of rank 2"),
+    "axis repeated": (
+        dict(axis=(1, -1)), ValueError, r"axis=\(1, -1\) names an axis of x \(rank 2\) more than",
+    ),
+    "axis_name": (
+        dict(axis_name="batch"), NameError,
+        "axis_name='batch' is not bound by any enclosing .* under sharded jit.* initializing",
+    ),
+    "virtual_batch_size": (
+        dict(virtual_batch_size=3), ValueError,
+        r"virtual_batch_size=3 does not divide the batch of 4 examples. The nearest divisors are "
+        r"\[2, 4\]",
+    ),
+    "virtual_batch_size zero": (
+        dict(virtual_batch_size=0), ValueError, r"The nearest divisors are \[1\]",
+    ),
+    "virtual batches of one": (dict(virtual_batch_size=1), ValueError, "one value per feature"),
+    "virtual and synchronized": (
+        dict(virtual_batch_size=2, axis_name="batch"), ValueError, "contradict each other",
+    ),
+    "one value": (
+        dict(x=X[:1]), ValueError,
+        r"x of shape \(1, 3\) with axis=-1 has one value per feature to train on, so that y would "
+        "equal bias",
+    ),
+    "momentum": (dict(momentum=1.1), ValueError, r"momentum=1.1 is outside \[0, 1\]"),
+    "negative momentum": (dict(momentum=-0.1), ValueError, r"momentum=-0.1 is outside \[0, 1\]"),
+    "epsilon": (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
+    "running_var_ddof": (dict(running_var_ddof=2), ValueError, "running_var_ddof=2 must be 0"),
+    "dtype": (dict(dtype=jnp.int32), TypeError, "dtype=int32 is not a real floating-point dtype"),
+    "params": (
+        dict(params={"gamma": np.ones(3, np.float32)}), ValueError,
+        r"params has the unknown entries \['gamma'\]",
+    ),
+    "batch_stats": (
+        dict(batch_stats={"mean": np.ones(3, np.float32)}), ValueError,
+        r"batch_stats lacks \['var'\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    changes, error, message = BAD_INPUT[case]
+    arguments = {
+        "params": bn.init_params(3), "batch_stats": bn.init_batch_stats(3), "x": X, **changes
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        jax.eval_shape(partial(TRAIN, **{k: v for k, v in arguments.items() if k in changes}), **{
+            k: v for k, v in arguments.items() if k not in changes})  # fmt: skip
+
+
+def test_an_unbound_axis_lists_the_bound_ones():
+    mesh = automatic_mesh()
+    params, stats = make_state((3,))
+    train = jax.shard_map(
+        lambda x: TRAIN(params, stats, x, axis_name="batch")[0],
+        mesh=mesh, in_specs=P("data"), out_specs=P("data"),
+    )  # fmt: skip
+    message = re.escape("axis_name='batch' is not bound") + ".*" + re.escape("['data']")
+    with pytest.raises(NameError, match=message):
+        train(standard_normal(31, (8, 3)))
+
+
+def test_one_value_per_device_is_enough_when_synchronized():
+    x, (params, stats) = standard_normal(32, (4, 1, 3)), make_state((3,))
+    y, _ = jax.vmap(partial(TRAIN, params, stats, axis_name="data"), axis_name="data")(x)
+    assert_close(y[:, 0], define_batch_norm(params, stats, x[:, 0])[0])
+
+
+def test_a_mask_that_leaves_one_value_is_no_error():
+    x, (params, stats) = standard_normal(33, (4, 3)), make_state((3,))
+    mask = jnp.array([[False], [True], [False], [False]])
+    y, _ = TRAIN(params, stats, x, mask=mask)
+    assert_close(y[1], params["bias"])

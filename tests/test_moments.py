@@ -1,0 +1,201 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close, define_moments, standard_normal
+
+import bn_jax as bn
+from bn_jax.moments import CANCELLATION_THRESHOLD, Reduction, cancels, centred_moments
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def relative_error_of_var(x, **arguments):
+    found = jax.jit(partial(bn.moments, axes=0, **arguments))(x)
+    _, _, var = define_moments(x)
+    return np.abs(np.asarray(found.var, np.float64) / var - 1).max()
+
+
+@pytest.mark.parametrize("axes", [0, -1, (0, 1), (0, 2), (-1, 0), None])
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_the_definition(axes, masked):
+    x = standard_normal(0, (5, 6, 7)) * 3 + 2
+    mask = standard_normal(1, (5, 6, 7)) > 0 if masked else None
+    found = bn.moments(x, axes, mask=mask)
+    reduced = range(3) if axes is None else np.atleast_1d(axes)
+    kept = tuple(axis for axis in range(3) if axis not in [a % 3 for a in reduced])
+    count, mean, var = define_moments(x, kept, mask)
+    assert_close(jnp.broadcast_to(found.count, count.shape), count)
+    assert_close((found.mean, found.var), (mean, var), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, -1e6])
+@pytest.mark.parametrize("rows", [2, 17, 4096])
+def test_variance_at_any_offset(offset, rows):
+    assert relative_error_of_var(standard_normal(2, (rows, 8)) + np.float32(offset)) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1e6, -1e6, 3.0])
+def test_variance_with_a_stale_shift(shift):
+    x = standard_normal(3, (4096, 8))
+    assert relative_error_of_var(x, shift=jnp.full(8, shift)) < 1e-5
+
+
+@pytest.mark.parametrize("side", [0.98, 1.02])
+def test_variance_on_both_sides_of_the_threshold(side):
+    z = np.asarray(standard_normal(4, (4096, 64)))
+    z = (z - z.mean(0)) / z.std(0)
+    x = jnp.asarray(z + side * np.sqrt(CANCELLATION_THRESHOLD))
+    zeros = jnp.zeros((1, 64))
+    delta = jnp.mean(x, 0, keepdims=True)
+    assert bool(cancels(delta, jnp.var(x, 0, keepdims=True)).all()) == (side > 1)
+    kept_its_shift = (centred_moments(Reduction((0,)), x, None, zeros).shift == 0).all()
+    assert kept_its_shift == (side < 1)
+    assert relative_error_of_var(x) < 1e-5
+
+
+def test_squares_that_overflow_are_measured_again():
+    x = standard_normal(5, (256, 4)) * 1e16 + 1e20
+    assert relative_error_of_var(x) < 1e-5
+
+
+def test_a_constant_feature_has_variance_zero():
+    x = jnp.full((1000, 3), 12345.678)
+    found = bn.moments(x, 0)
+    assert (found.var == 0).all()
+    assert_close(found.mean, np.full(3, np.float32(12345.678)))
+
+
+def test_the_mask_is_a_weight():
+    x, weights = standard_normal(6, (6, 3)), jnp.array([1.0, 2.0, 0.0, 3.0, 1.0, 0.0])[:, None]
+    repeated = jnp.repeat(x, jnp.array([1, 2, 0, 3, 1, 0]), axis=0)
+    assert_close(bn.moments(x, 0, mask=weights), bn.moments(repeated, 0))
+    assert_close(bn.moments(x, 0, mask=weights * 0.5)[1:], bn.moments(repeated, 0)[1:])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+def test_what_is_masked_does_not_enter(poison, dtype):
+    x, mask = standard_normal(7, (8, 3)), np.array([1, 0, 1, 1, 0, 1, 1, 1], dtype)[:, None]
+    poisoned = jnp.where(mask != 0, x, poison)
+    assert_close(bn.moments(poisoned, 0, mask=mask), bn.moments(x[mask[:, 0] != 0], 0))
+
+
+def test_nothing_valid_counts_zero():
+    x = jnp.full((4, 2), jnp.nan)
+    found = bn.moments(x, 0, mask=jnp.zeros((4, 1), bool))
+    assert_close(found, bn.Moments(np.zeros(()), np.zeros(2), np.zeros(2)))
+    per_feature = bn.moments(jnp.ones((4, 2)), 0, mask=jnp.array([[True, False]]))
+    assert_close(per_feature, bn.Moments(np.array([4, 0]), np.array([1, 0]), np.zeros(2)))
+    assert_close(bn.moments(jnp.zeros((0, 2)), 0), found)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("sizes", [(5, 5), (1, 9), (3, 0, 7), (2, 2, 2, 4)])
+def test_merged_is_concatenated(sizes, offset):
+    x = standard_normal(8, (sum(sizes), 4)) + np.float32(offset)
+    parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist())
+    merged = bn.merge_moments(*(bn.moments(part, 0) for part in parts))
+    count, mean, var = define_moments(x)
+    assert_close(merged.count, count[0])
+    # The parts' means are rounded to float32, so the spread between them is known to that.
+    between = max(1e-5, 4 * offset * 2**-24)
+    assert_close((merged.mean, merged.var), (mean, var), tolerance=between)
+
+
+def test_merging_ignores_what_an_empty_set_holds():
+    full = bn.moments(standard_normal(9, (6, 3)), 0)
+    empty = bn.Moments(jnp.zeros(()), jnp.full(3, jnp.nan), jnp.full(3, jnp.inf))
+    assert_close(bn.merge_moments(empty, full), full)
+    assert_close(bn.merge_moments(full, empty), full)
+
+
+def test_merging_takes_counts_per_feature():
+    x, mask = standard_normal(10, (9, 3)), standard_normal(11, (9, 3)) > 0
+    parts = [bn.moments(x[rows], 0, mask=mask[rows]) for rows in (slice(0, 4), slice(4, 9))]
+    assert_close(bn.merge_moments(*parts), bn.Moments(*define_moments(x, mask=mask)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivative_is_that_of_the_definition(masked):
+    x, dx = standard_normal(12, (6, 3)) + 3, standard_normal(13, (6, 3))
+    mask = standard_normal(14, (6, 3)) + 1.0 if masked else None
+    mask = None if mask is None else jnp.maximum(mask, 0)
+
+    def mean_and_var(x):
+        found = bn.moments(x, 0, mask=mask)
+        return found.mean, found.var
+
+    _, forward = jax.jvp(mean_and_var, (x,), (dx,))
+    step = 1e-5
+    _, *above = define_moments(np.float64(x) + step * np.float64(dx), mask=mask)
+    _, *below = define_moments(np.float64(x) - step * np.float64(dx), mask=mask)
+    expected = tuple((a - b) / (2 * step) for a, b in zip(above, below, strict=True))
+    assert_close(forward, expected)
+    _, pull = jax.vjp(mean_and_var, x)
+    cotangent = standard_normal(15, (3,)), standard_normal(16, (3,))
+    (reverse,) = pull(cotangent)
+    inner = sum(float(jnp.vdot(a, b)) for a, b in zip(cotangent, forward, strict=True))
+    np.testing.assert_allclose(float(jnp.vdot(reverse, dx)), inner, rtol=1e-5)
+
+
+def test_half_precision_is_summed_in_float32():
+    x = jnp.full((4096, 2), 60000.0, jnp.float16).at[::2].set(65504)
+    found = bn.moments(x, 0)
+    _, mean, var = define_moments(x)
+    assert_close((found.mean, found.var), (mean, var), dtype=jnp.float32)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = standard_normal(17, (100, 3), np.float64) + 1e3
+        found = bn.moments(x, 0)
+        _, mean, var = define_moments(x)
+        assert_close((found.mean, found.var), (mean, var), dtype=jnp.float64)
+
+
+def test_named_axis_merges_by_count():
+    x, mask = standard_normal(18, (4, 5, 3)) + 3, standard_normal(19, (4, 5, 1)) > 0
+    mask = mask.at[2].set(False)
+    synchronized = jax.vmap(
+        lambda x, mask: bn.moments(x, 0, mask=mask, axis_name="data"), axis_name="data"
+    )(x, mask)
+    whole = bn.moments(x.reshape(20, 3), 0, mask=mask.reshape(20, 1))
+    assert_close(jax.tree.map(lambda leaf: leaf[3], synchronized), whole)
+
+
+def test_index_groups_have_moments_of_their_own():
+    x = standard_normal(20, (4, 5, 3))
+    grouped = jax.vmap(
+        lambda x: bn.moments(x, 0, axis_name="data", axis_index_groups=[[0, 2], [3, 1]]),
+        axis_name="data",
+    )(x)
+    for members in ([0, 2], [3, 1]):
+        expected = bn.moments(x[jnp.array(members)].reshape(10, 3), 0)
+        for member in members:
+            assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], grouped), expected)
+
+
+def test_errors_of_input():
+    x = jnp.ones((4, 3))
+    with pytest.raises(TypeError, match=r"x has dtype int32; expected a real floating-point dtype"):
+        bn.moments(jnp.ones((4, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"axes=2 is out of range for x of rank 2"):
+        bn.moments(x, 2)
+    with pytest.raises(ValueError, match=r"axes=\(0, -2\) names an axis of x \(rank 2\) more than"):
+        bn.moments(x, (0, -2))
+    with pytest.raises(ValueError, match=r"mask of shape \(4,\) does not broadcast to x of shape"):
+        bn.moments(x, mask=jnp.ones(4, bool))
+    with pytest.raises(ValueError, match=r"axis_index_groups=\(\(0, 1\),\) was given without axis"):
+        bn.moments(x, axis_index_groups=[[0, 1]])
+    with pytest.raises(ValueError, match=r"must be groups of one size that hold each index from 0"):
+        jax.vmap(
+            lambda x: bn.moments(x, axis_name="data", axis_index_groups=[[0], [1, 2, 3]]),
+            axis_name="data",
+        )(x)

@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close, define_affine, differentiate, standard_normal
+
+from bn_jax.standardize import Transform, standardize
+
+SHAPE = (4, 3)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def make_transform(present=("scale", "bias")):
+    mean, scale, bias = (standard_normal(seed, (1, 3)) for seed in (0, 1, 2))
+    var = jnp.abs(standard_normal(3, (1, 3))) + 0.1
+    return Transform(
+        shift=mean,
+        delta=jnp.zeros((1, 3)),
+        var_plus_epsilon=var,
+        scale=scale if "scale" in present else None,
+        bias=bias if "bias" in present else None,
+    )
+
+
+def define(x, shift, delta, var_plus_epsilon, scale, bias):
+    scale = np.ones((1, 3)) if scale is None else scale
+    bias = np.zeros((1, 3)) if bias is None else bias
+    mean = np.float64(shift) + np.float64(delta)
+    return define_affine(x, mean, np.float64(var_plus_epsilon), scale, bias, epsilon=0.0)
+
+
+@pytest.mark.parametrize("present", [(), ("scale",), ("bias",), ("scale", "bias")])
+def test_value_and_derivatives_are_those_of_the_definition(present):
+    x, weights = standard_normal(4, SHAPE), standard_normal(5, SHAPE)
+    transform = make_transform(present)
+    assert_close(standardize(jnp.float32, x, None, transform), define(x, *transform))
+
+    def loss(x, transform):
+        return jnp.vdot(jnp.sin(standardize(jnp.float32, x, None, transform)), weights)
+
+    gradients = jax.grad(loss, argnums=(0, 1))(x, transform)
+    arguments = {"x": x, **transform._asdict()}
+    computed = {"x": gradients[0], **gradients[1]._asdict()}
+    for name, value in arguments.items():
+        if value is None:
+            assert computed[name] is None
+            continue
+
+        def with_value(value, name=name):
+            return np.vdot(np.sin(define(**{**arguments, name: value})), np.float64(weights))
+
+        assert_close(computed[name], differentiate(with_value, value))
+
+
+def test_forward_and_reverse_agree():
+    x, dx, cotangent = (standard_normal(seed, SHAPE) for seed in (6, 7, 8))
+    transform, change = make_transform(), jax.tree.map(jnp.cos, make_transform())
+
+    def function(x, transform):
+        return standardize(jnp.float32, x, None, transform)
+
+    _, tangent = jax.jvp(function, (x, transform), (dx, change))
+    _, pull = jax.vjp(function, x, transform)
+    pulled = jax.tree.leaves(pull(cotangent))
+    inner = sum(
+        float(jnp.vdot(a, b)) for a, b in zip(pulled, jax.tree.leaves((dx, change)), strict=True)
+    )
+    np.testing.assert_allclose(float(jnp.vdot(tangent, cotangent)), inner, rtol=1e-5)
+
+
+def test_a_large_mean_leaves_no_rounding():
+    mean = np.float64(12345.678901)
+    shift = jnp.full((1, 3), np.float32(mean))
+    delta = jnp.full((1, 3), np.float32(mean - np.float64(np.float32(mean))))
+    x = standard_normal(9, SHAPE) + np.float32(mean)
+    transform = Transform(shift, delta, jnp.ones((1, 3)), None, None)
+    y = standardize(jnp.float32, x, None, transform)
+    assert_close(y, np.float64(x) - mean, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_result_is_rounded_once(dtype):
+    x = standard_normal(10, SHAPE, dtype)
+    transform = make_transform()
+    y = standardize(dtype, x, None, transform)
+    expected = jnp.asarray(define(x.astype(jnp.float32), *transform), jnp.float32).astype(dtype)
+    assert y.dtype == dtype
+    assert (y == expected).mean() > 0.9
+    assert_close(y, expected)
+
+
+def test_what_is_masked_and_not_finite_reaches_no_parameter():
+    x = standard_normal(11, SHAPE).at[2].set(jnp.nan)
+    mask = jnp.array([[True], [True], [False], [True]])
+
+    def loss(transform, mask):
+        y = standardize(jnp.float32, x, mask, transform)
+        return jnp.sum(jnp.where(mask, y, 0))
+
+    transform = make_transform()
+    rows = jnp.array([0, 1, 3])
+    expected = jax.grad(
+        lambda transform: jnp.sum(standardize(jnp.float32, x[rows], None, transform))
+    )(transform)
+    assert_close(jax.grad(loss)(transform, mask), expected)
+    unmasked = jax.grad(loss)(transform, jnp.ones((4, 1), bool))
+    assert jnp.isnan(unmasked.scale).all()
