@@ -23,7 +23,7 @@ format: $(READY)
 	$(VENV)/bin/ruff format
 
 bench: $(READY)
-	$(VENV)/bin/python -m benchmarks.correctness
+	$(VENV)/bin/python -m benchmarks.numerics
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready
