@@ -1,6 +1,6 @@
 """How far each batch norm is from float64 where batch norms go wrong.
 
-``python -m benchmarks.numerics`` writes ``benchmarks/results/numerics.json`` and prints it as tables.
+``python -m benchmarks.numerics`` prints tables and writes ``benchmarks/results/numerics.json``.
 """
 
 import json

@@ -164,9 +164,11 @@ def batch_norm(
         >>> import jax.numpy as jnp, bn_jax as bn
         >>> params, batch_stats = bn.init_params(1), bn.init_batch_stats(1)
         >>> x = jnp.array([[1.0], [3.0]])
-        >>> y, batch_stats = bn.batch_norm(params, batch_stats, x, use_running_average=False)
-        >>> y.round(3).tolist(), batch_stats["mean"].round(3).tolist()
-        ([[-1.0], [1.0]], [0.02])
+        >>> y, batch_stats = bn.batch_norm(
+        ...     params, batch_stats, x, use_running_average=False, momentum=0.5
+        ... )
+        >>> y.round(3).tolist(), batch_stats["mean"].tolist()
+        ([[-1.0], [1.0]], [1.0])
 
     Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.

@@ -1,0 +1,131 @@
+import ast
+import doctest
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import bn_jax as bn
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "moments": 1,
+    "standardize": 2,
+    "batch_norm": 3,
+    "linen": 4,
+    "nnx": 4,
+    "data": 6,
+    "models": 6,
+    "training": 6,
+    "cli": 7,
+}
+OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich")
+
+# Flax itself imports rich, so what must not be importable is all that Flax, optax, chex and JAX do
+# not need: they are imported first, then every import of anything else fails.
+IMPORT_ALONE = f"""
+import sys
+import chex, flax.linen, flax.nnx, jax, optax
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL!r}:
+            raise ImportError(name)
+
+before = set(sys.modules)
+for name in list(sys.modules):
+    if name.split(".")[0] in {OPTIONAL!r}:
+        del sys.modules[name]
+sys.meta_path.insert(0, Refuse())
+import bn_jax
+bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm, bn_jax.batch_norm
+print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+"""
+
+
+def test_import_needs_nothing_optional():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['bn_jax']"
+
+
+def imported_by(path):
+    """The rooms of bn_jax and the top-level packages that a file imports anywhere."""
+    rooms, packages = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, *rest = name.split(".")
+            if top == "bn_jax" and rest:
+                rooms.add(rest[0])
+            elif top not in sys.stdlib_module_names and top != "bn_jax":
+                packages.add(top)
+    return rooms, packages
+
+
+def test_every_room_has_a_floor():
+    files = {path.stem for path in (ROOT / "bn_jax").glob("*.py")} - {"__init__"}
+    assert files == set(FLOORS)
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_floors_import_downward(room):
+    path = ROOT / "bn_jax" / f"{room}.py"
+    rooms, packages = imported_by(path)
+    for other in rooms & set(FLOORS):
+        assert FLOORS[other] <= FLOORS[room], f"{room} imports {other}"
+    if FLOORS[room] <= 3:
+        assert packages <= {"jax", "chex"}
+    assert "jax._src" not in path.read_text()
+
+
+def test_the_public_surface_is_named_and_documented():
+    for name in bn.__all__:
+        assert getattr(bn, name).__doc__, name
+    source = ast.parse((ROOT / "bn_jax" / "__init__.py").read_text())
+    defined = [node for node in source.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert defined == []
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_docstring_examples(room):
+    module = importlib.import_module(f"bn_jax.{room}")
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "moments", "merge_moments", "init_params"])
+def test_public_functions_have_examples(name):
+    assert ">>> " in getattr(bn, name).__doc__
+
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_readme_examples_run(number):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 3
+    scope = {"__name__": "readme"}
+    exec(compile(snippets[number], "README.md", "exec"), scope)
+    assert jnp.isfinite(scope["y"]).all()
+
+
+def test_readme_quotes_the_measured_figures():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "numerics.json").read_text())
+    for offset in measured["offset"]["bn_jax"]:
+        figures = (f"{errors[offset]:.1e}" for errors in measured["offset"].values())
+        assert f"| {offset} | {' | '.join(figures)} |" in README
+    for case, row in measured["masked shards"].items():
+        figures = ("NaN" if mean is None else f"{mean:.3f}" for mean in row.values())
+        assert f"| {case} | {' | '.join(figures)} |" in README
