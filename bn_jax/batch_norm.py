@@ -121,8 +121,9 @@ def batch_norm(
 
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.
-        batch_stats: ``{"mean": [*F], "var": [*F]}``. With `axis_name` it must be the same on
-            every device, as it is when every update comes from this function.
+        batch_stats: ``{"mean": [*F], "var": [*F]}``. With `axis_name` the mean must be the same on
+            every device, as it is when every update comes from this function; only type-checked
+            `shard_map` can tell where it is not, and then costs a collective more.
         x: floating-point array of any rank.
         use_running_average: True for evaluation, False for training.
         axis: the feature axis or axes of `x`; ``*F`` are their sizes in ascending order.

@@ -80,8 +80,8 @@ def moments(
         axes: the axes to reduce over; all of them by default.
         mask: boolean or non-negative weights, broadcastable to `x`; what is zero or False does
             not enter, even if `x` is NaN there. It is a constant for differentiation.
-        shift: a guess of the mean, of the shape of the result, the same on every device; the
-            better it is, the rarer is the second pass. Zero by default.
+        shift: a guess of the mean, of the shape of the result, the same on every device of
+            `axis_name`; the better it is, the rarer is the second pass. Zero by default.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.
         axis_index_groups: groups of indices of `axis_name`; each group has its own moments.
 
@@ -184,11 +184,12 @@ def centred_moments(
         x: floating point.
         mask: None, boolean or weights, of the rank of `x`.
         shift: of the rank of `x`, in the dtype of the statistics, the same on every device of
-            `axis_name`.
+            `axis_name` (type-checked `shard_map` alone can tell, and then it is made so).
 
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
+    shift = _common(reduction, shift)
     sums: Sums = _local_sums(reduction, x, mask, shift)
     if mask is None:
         count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), shift.dtype)
@@ -309,6 +310,25 @@ def _all_reduce(reduction: Reduction, *totals: jax.Array) -> Sums:
     mine = numbers[lax.axis_index(reduction.axis_name)]
     rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, flat[None], 0)
     return unravel(lax.psum(rows, reduction.axis_name)[mine])
+
+
+def _common(reduction: Reduction, shift: jax.Array) -> jax.Array:
+    """Makes the shift the same on every device where type-checked shard_map says it is not."""
+    names = (
+        {reduction.axis_name}
+        if isinstance(reduction.axis_name, str)
+        else set(reduction.axis_name or ())
+    )
+    differing = tuple(sorted(names & varying_axes(shift)))
+    return lax.pmean(shift, differing) if differing else shift
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Returns the mesh axes that x varies over, as far as type-checked shard_map knows."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(kind.vma)
 
 
 def _agree(reduction: Reduction, refine: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.moments import centre
+from bn_jax.moments import centre, varying_axes
 
 
 class Transform(NamedTuple):
@@ -86,18 +86,11 @@ def _vary_together(like: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]
     The transpose of that mark is a psum. Marking the stacked values makes it a single one, where
     JAX would insert one for each value as it meets `like`.
     """
-    names = _varying_axes(like)
+    names = varying_axes(like)
     for value in values:
-        names = names - _varying_axes(value)
+        names = names - varying_axes(value)
     if not names:
         return values
     shape = jnp.broadcast_shapes(*(value.shape for value in values))
     stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in values])
     return tuple(lax.pcast(stacked, tuple(sorted(names)), to="varying"))
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    kind = jax.typeof(x)
-    if hasattr(kind, "manual_axis_type"):
-        return frozenset(kind.manual_axis_type.varying)
-    return frozenset(kind.vma)
