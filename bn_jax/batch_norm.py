@@ -278,7 +278,8 @@ def _batch_moments(
     running_mean = layout.expand(batch_stats["mean"])
     shift = lax.stop_gradient(jnp.where(jnp.isfinite(running_mean), running_mean, 0))
     found = centred_moments(reduction, x, mask, shift)
-    return found, jnp.where(found.count > 0, found.var, layout.expand(batch_stats["var"]))
+    running_var = _placed_like(found.var, layout.expand(batch_stats["var"]))
+    return found, jnp.where(found.count > 0, found.var, running_var)
 
 
 def _update(
@@ -298,7 +299,7 @@ def _update(
     momentum = jnp.asarray(momentum, layout.dtype)
 
     def averaged(old: jax.Array, new: jax.Array, counted: jax.Array) -> jax.Array:
-        expanded = jnp.asarray(old, layout.dtype).reshape(new.shape)
+        expanded = _placed_like(new, jnp.asarray(old, layout.dtype).reshape(new.shape))
         average = momentum * expanded + (1 - momentum) * new
         return jnp.where(finite & counted, average, expanded).reshape(old.shape).astype(old.dtype)
 
@@ -307,6 +308,11 @@ def _update(
         "mean": averaged(batch_stats["mean"], mean, count > 0),
         "var": averaged(batch_stats["var"], unbiased, freedom > 0),
     }
+
+
+def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `values` with the type-level sharding of `reference`, which a selection needs."""
+    return values + jnp.zeros_like(reference)
 
 
 def _feature_shape(features: int | Sequence[int]) -> tuple[int, ...]:

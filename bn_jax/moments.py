@@ -201,7 +201,7 @@ def centred_moments(
     divisor = jnp.where(count > 0, count, 1)
     delta, var = _delta_and_var(sums, divisor)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
-    shift = jnp.where(refine, shift + delta, shift)
+    shift = shift + jnp.where(refine, delta, 0)
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         return _all_reduce(reduction, *_local_sums(reduction, x, mask, shift))

@@ -503,6 +503,31 @@ def test_sharded_is_flattened(regime, masking, offset):
     assert_close(of_x[rows_kept], expected[0][1])
 
 
+@pytest.mark.parametrize("regime", ["shard_map", "jit explicit"])
+@pytest.mark.parametrize("state_spec", [P(), P("model")])
+def test_features_sharded_as_well(regime, state_spec):
+    # The guard triggers for the features of one half of the devices only.
+    x, (params, stats) = standard_normal(36, (8, 6)).at[:, :3].add(1e4), make_state((6,))
+    expected = define_batch_norm(params, stats, x)
+    x_spec = P("data", "model")
+    if regime == "jit explicit":
+        mesh = jax.make_mesh((2, 2), ("data", "model"))
+        with jax.set_mesh(mesh):
+            state = jax.device_put((params, stats), NamedSharding(mesh, state_spec))
+            x = jax.device_put(x, NamedSharding(mesh, x_spec))
+            found = jax.jit(lambda state, x: TRAIN(*state, x))(state, x)
+    else:
+        mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(2, 2), ("data", "model"))
+        train = jax.shard_map(
+            partial(TRAIN, axis_name="data"),
+            mesh=mesh,
+            in_specs=(P("model"), P("model"), x_spec),
+            out_specs=(x_spec, P("model")),
+        )
+        found = jax.jit(train)(params, stats, x)
+    assert_close(jax.tree.map(np.asarray, found), expected)
+
+
 def test_statistics_that_differ_between_devices_are_synchronized_all_the_same():
     x, params = standard_normal(34, (4 * DEVICES, 3)) + 2, make_state((3,))[0]
     stats = {"mean": standard_normal(35, (DEVICES, 3)) * 3, "var": jnp.ones((DEVICES, 3))}
