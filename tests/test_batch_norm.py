@@ -503,8 +503,10 @@ def test_sharded_is_flattened(regime, masking, offset):
     assert_close(of_x[rows_kept], expected[0][1])
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "jit explicit"])
-@pytest.mark.parametrize("state_spec", [P(), P("model")])
+@pytest.mark.parametrize(
+    "regime,state_spec",
+    [("shard_map", P("model")), ("jit explicit", P("model")), ("jit explicit", P())],
+)
 def test_features_sharded_as_well(regime, state_spec):
     # The guard triggers for the features of one half of the devices only.
     x, (params, stats) = standard_normal(36, (8, 6)).at[:, :3].add(1e4), make_state((6,))
@@ -521,8 +523,8 @@ def test_features_sharded_as_well(regime, state_spec):
         train = jax.shard_map(
             partial(TRAIN, axis_name="data"),
             mesh=mesh,
-            in_specs=(P("model"), P("model"), x_spec),
-            out_specs=(x_spec, P("model")),
+            in_specs=(state_spec, state_spec, x_spec),
+            out_specs=(x_spec, state_spec),
         )
         found = jax.jit(train)(params, stats, x)
     assert_close(jax.tree.map(np.asarray, found), expected)

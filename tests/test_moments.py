@@ -60,6 +60,15 @@ def test_variance_on_both_sides_of_the_threshold(side):
     assert relative_error_of_var(x) < 1e-5
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_feature_asks_for_no_second_pass(poison):
+    x = standard_normal(21, (16, 2)).at[3, 1].set(poison)
+    found = centred_moments(Reduction((0,)), x, None, jnp.full((1, 2), 0.25))
+    assert (found.shift == 0.25).all()
+    assert_close(found.var[0, :1], define_moments(x[:, :1])[2])
+    assert not jnp.isfinite(found.var[0, 1])
+
+
 def test_squares_that_overflow_are_measured_again():
     x = standard_normal(5, (256, 4)) * 1e16 + 1e20
     assert relative_error_of_var(x) < 1e-5
