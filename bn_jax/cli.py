@@ -1,0 +1,570 @@
+"""The command `bn-jax`: train a small ResNet with and without batch norm, evaluate a saved run."""
+
+import contextlib
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from bn_jax import data, linen, models, training
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        "bn-jax: error: typer is not installed; install with pip install 'bn-jax[demo]'"
+    ) from missing
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+NO_NORM = "no normalization"
+PER_DEVICE = "per-device batch norm"
+SYNCHRONIZED = "synchronized batch norm"
+ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
+TARGET = 0.9
+REPORT_EVERY = 5
+
+Show = Callable[[str, training.Report], None]
+
+app = typer.Typer(
+    help="Batch normalization for JAX and Flax, tried on real handwritten digits.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Config(NamedTuple):
+    """What the user chose for a run."""
+
+    data: str | None
+    devices: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+class Problem(NamedTuple):
+    """The parts of the data, standardized but for `test_images`, and how they were standardized."""
+
+    splits: data.Splits
+    test_images: data.FloatArray
+    mean: float
+    std: float
+    num_classes: int
+
+
+class SavedRun(NamedTuple):
+    """What `metrics.json` tells about the best arm's model and inputs."""
+
+    arm: str
+    image_shape: tuple[int, ...]
+    num_classes: int
+    mean: float
+    std: float
+    batch_size: int
+
+
+class Result(NamedTuple):
+    """A trained arm: its reports, its state after the last step, and its test evaluation."""
+
+    reports: list[training.Report]
+    state: training.TrainState
+    test: training.Evaluation
+
+    @property
+    def steps_to_target(self) -> int | None:
+        """Steps to the first report whose validation accuracy is at least `TARGET`."""
+        reached = (r.step for r in self.reports if r.validation.accuracy >= TARGET)
+        return next(reached, None)
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples trained on in a second, without compilation and evaluation."""
+        return self.reports[-1].examples / self.reports[-1].seconds
+
+
+def main() -> NoReturn:
+    """Runs the command line of this process.
+
+    Raises:
+        SystemExit: always; the code is 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
+    """
+    try:
+        code = typer.main.get_command(app).main(prog_name="bn-jax", standalone_mode=False)
+    except typer.TyperException as error:
+        _print_error(error.format_message())
+        code = error.exit_code
+    except OSError as error:
+        _print_error(f"{error}; nothing was saved")
+        code = 1
+    if code == 130:
+        _print_error("interrupted; nothing was saved")
+    sys.exit(code)
+
+
+def _print_error(message: str) -> None:
+    print("bn-jax: error:", " ".join(message.split()), file=sys.stderr)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    _print_error(message)
+    raise typer.Exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("bn-jax", importlib.metadata.version("bn-jax"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    data_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE.npz",
+            help="Arrays x, numbers [N, H, W] or [N, H, W, C], and y, integers [N] from 0. "
+            "Default: scikit-learn's digits.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/<date-time>.")
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(help="Devices to train on. Default: all; on a CPU 2 virtual ones."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step, over all devices.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of SGD.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the split, the parameters and the order.")] = 0,
+) -> None:
+    """Train without norm, with per-device and with synchronized batch norm, and compare."""
+    _require("rich", "matplotlib", "orbax.checkpoint", *([] if data_file else ["sklearn"]))
+    _check_positive(
+        devices=devices, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
+    )
+    if not 0 <= seed < 2**32:
+        _fail(f"--seed: received {seed}, expected 0 to {2**32 - 1}; choose one of these")
+    folder = _checked_out(out)
+    problem = _load(data_file, seed)
+    mesh = _make_mesh(devices, batch_size)
+    _check_enough_examples(problem, mesh.size)
+    source = None if data_file is None else str(data_file)
+    config = Config(source, mesh.size, epochs, batch_size, learning_rate, seed)
+    with _progress(_steps_per_epoch(problem, config), epochs) as show:
+        results = {arm: _train_arm(arm, problem, config, mesh, show) for arm in ARMS}
+    best = max(ARMS, key=lambda arm: _rank(results[arm].reports[-1].validation))
+    with _staged(folder) as staging:
+        _write(staging, problem, config, results, best)
+        reloaded = _evaluate_run(staging, None, mesh)
+        if reloaded.correct != results[best].test.correct:
+            raise RuntimeError(
+                f"the reloaded checkpoint answers {reloaded.correct} test examples correctly, "
+                f"expected {results[best].test.correct}"
+            )
+    _print_table(results)
+    print(f"Best by validation accuracy: {best}")
+    print(
+        f"Checkpoint reloaded: {reloaded.correct} of {reloaded.examples} test answers correct, "
+        f"the same as before saving ({reloaded.accuracy:.2%})"
+    )
+    print(f"Saved in {folder}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    data_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE.npz",
+            help="Arrays x and y as for train. Default: the run's own test part.",
+        ),
+    ] = None,
+) -> None:
+    """Evaluate the best arm of a saved run."""
+    _require("orbax.checkpoint")
+    mesh = training.make_mesh(jax.devices()[:1])
+    evaluation = _evaluate_run(run, data_file, mesh)
+    name = "test" if data_file is None else str(data_file)
+    print(
+        f"{name} accuracy {evaluation.accuracy:.2%} "
+        f"({evaluation.correct} of {evaluation.examples} correct)"
+    )
+
+
+def _require(*modules: str) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            _fail(f"{error.name} is not installed; install with pip install 'bn-jax[demo]'", code=1)
+
+
+def _check_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not 0 < value < math.inf:
+            _fail(
+                f"--{name.replace('_', '-')}: received {value}, expected a positive finite number; "
+                "choose one, or leave the option out for its default"
+            )
+
+
+def _checked_out(out: Path | None) -> Path:
+    folder = out or Path("runs", datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    try:
+        if folder.exists() and not folder.is_dir():
+            _fail(f"--out: {folder} is a file, expected a new folder; choose another name")
+        if folder.exists() and any(folder.iterdir()):
+            _fail(f"--out: {folder} exists and is not empty; choose another name or remove it")
+        parent = _existing_parent(folder)
+    except OSError as error:
+        _fail(f"--out: {folder} cannot be used ({error.strerror}); choose another folder")
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        _fail(f"--out: {folder} cannot be made in {parent}; choose another folder")
+    return folder
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(parent for parent in folder.absolute().parents if parent.exists())
+
+
+def _load(data_file: Path | None, seed: int) -> Problem:
+    try:
+        dataset = data.load_digits() if data_file is None else data.load_npz(data_file)
+        splits = data.split(dataset, seed)
+        mean, std = data.mean_and_std(splits.train)
+    except ValueError as error:
+        _fail(f"--data: {error}")
+    num_classes = int(dataset.y.max()) + 1
+    if num_classes == 1:
+        _fail("--data: array y holds only label 0, expected at least 2 classes; check the labels")
+    standardized = data.Splits(*(data.standardize(part, mean, std) for part in splits))
+    return Problem(standardized, splits.test.x, mean, std, num_classes)
+
+
+def _make_mesh(devices: int | None, batch_size: int) -> Mesh:
+    _check_divides(devices or 1, batch_size)
+    # Once JAX has its devices their number is fixed, and the check below answers.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices or 2)
+    present = jax.devices()
+    wanted = devices or (2 if jax.default_backend() == "cpu" else len(present))
+    if wanted > len(present):
+        _fail(
+            f"--devices: received {wanted}, expected at most the {len(present)} "
+            f"{jax.default_backend()} devices that JAX has; lower it"
+        )
+    _check_divides(wanted, batch_size)
+    return training.make_mesh(present[:wanted])
+
+
+def _check_divides(devices: int, batch_size: int) -> None:
+    if batch_size % devices:
+        lower = batch_size - batch_size % devices
+        nearest = f"{lower} or {lower + devices}" if lower else f"{devices}"
+        _fail(
+            f"--batch-size: received {batch_size}, expected a multiple of the number of devices, "
+            f"{devices}; use --batch-size {nearest}, or another --devices"
+        )
+
+
+def _check_enough_examples(problem: Problem, devices: int) -> None:
+    examples = sum(len(part.y) for part in problem.splits)
+    if examples < devices:
+        _fail(
+            f"--data: received {examples} examples, expected at least one for each of {devices} "
+            f"devices; add examples or use --devices {examples}"
+        )
+
+
+def _steps_per_epoch(problem: Problem, config: Config) -> int:
+    return math.ceil(len(problem.splits.train.y) / config.batch_size)
+
+
+def _make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
+    norms: dict[str, models.Norm | None] = {
+        NO_NORM: None,
+        # Under sharded jit, consecutive examples lie on one device.
+        PER_DEVICE: functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=per_device),
+        SYNCHRONIZED: functools.partial(linen.BatchNorm, momentum=0.9),
+    }
+    return models.ResNet(num_classes, stage_sizes=(2, 2, 2), norm=norms[arm])
+
+
+def _train_arm(arm: str, problem: Problem, config: Config, mesh: Mesh, show: Show) -> Result:
+    train, validation, test = problem.splits
+    state = training.create_state(
+        _make_model(arm, problem.num_classes, config.batch_size // config.devices),
+        training.make_optimizer(
+            config.learning_rate, config.epochs * _steps_per_epoch(problem, config)
+        ),
+        train.x.shape[1:],
+        config.seed,
+        mesh,
+    )
+    reports = []
+    for reached in training.fit(
+        state,
+        train,
+        validation,
+        mesh,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        report_every=REPORT_EVERY,
+    ):
+        trained, report = reached
+        reports.append(report)
+        show(arm, report)
+    test_batches = [
+        training.shard_batch(batch, mesh) for batch in data.batches(test, config.batch_size)
+    ]
+    return Result(reports, trained, training.evaluate(trained, test_batches))
+
+
+def _rank(evaluation: training.Evaluation) -> tuple[float, float]:
+    loss = evaluation.loss if math.isfinite(evaluation.loss) else math.inf
+    return evaluation.accuracy, -loss
+
+
+@contextlib.contextmanager
+def _progress(steps_per_epoch: int, epochs: int) -> Iterator[Show]:
+    if not (sys.stderr.isatty() or sys.stdout.isatty()):
+        yield functools.partial(_print_epoch, steps_per_epoch, epochs)
+        return
+    from rich import console, progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description:23}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[reached]}"),
+        progress.TimeElapsedColumn(),
+        console=console.Console(stderr=sys.stderr.isatty()),
+    )
+    total = steps_per_epoch * epochs
+    tasks = {arm: bar.add_task(arm, start=False, total=total, reached="") for arm in ARMS}
+    with bar:
+        yield lambda arm, report: _move_bar(bar, tasks[arm], report)
+
+
+def _move_bar(bar: "Progress", task: "TaskID", report: training.Report) -> None:
+    bar.start_task(task)
+    bar.update(task, completed=report.step, reached=_reached(report))
+
+
+def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, report: training.Report) -> None:
+    if report.step % steps_per_epoch == 0:
+        print(f"{arm}: epoch {report.epoch} of {epochs}, {_reached(report)}", flush=True)
+
+
+def _reached(report: training.Report) -> str:
+    return f"loss {report.training.loss:.4f}, validation accuracy {report.validation.accuracy:.2%}"
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    parent = _existing_parent(folder)
+    staging = parent / f".bn-jax-{uuid.uuid4().hex}"
+    try:
+        staging.mkdir()
+        yield staging
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.replace(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path, problem: Problem, config: Config, results: dict[str, Result], best: str
+) -> None:
+    training.save_checkpoint(folder / "checkpoint", results[best].state)
+    _plot(results, folder / "curves.png")
+    # As the user would write it, so that eval reads both alike and needs no other file.
+    np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
+    metrics = _metrics(problem, config, results, best)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def _metrics(
+    problem: Problem, config: Config, results: dict[str, Result], best: str
+) -> dict[str, Any]:
+    packages = ("bn-jax", "jax", "flax", "optax", "numpy")
+    return {
+        "config": config._asdict(),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "platform": jax.default_backend(),
+        "data": {
+            "examples": {k: len(part.y) for k, part in problem.splits._asdict().items()},
+            "image_shape": problem.test_images.shape[1:],
+            "num_classes": problem.num_classes,
+            "mean": problem.mean,
+            "std": problem.std,
+        },
+        "arms": {arm: _arm_metrics(result) for arm, result in results.items()},
+        "best_arm": best,
+    }
+
+
+def _arm_metrics(result: Result) -> dict[str, Any]:
+    reports = result.reports
+    return {
+        "test_accuracy": result.test.accuracy,
+        "test_correct": result.test.correct,
+        "steps_to_90_percent_validation_accuracy": result.steps_to_target,
+        "examples_per_second": result.examples_per_second,
+        "curves": {
+            "step": [report.step for report in reports],
+            "loss": [_finite(report.training.loss) for report in reports],
+            "accuracy": [report.training.accuracy for report in reports],
+            "validation_loss": [_finite(report.validation.loss) for report in reports],
+            "validation_accuracy": [report.validation.accuracy for report in reports],
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plot(results: dict[str, Result], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for arm, result in results.items():
+        steps = [report.step for report in result.reports]
+        loss.plot(steps, [report.training.loss for report in result.reports], label=arm)
+        accuracy.plot(steps, [100 * r.validation.accuracy for r in result.reports], label=arm)
+    loss.set(yscale="log", ylabel=f"training loss, mean of {REPORT_EVERY} steps")
+    accuracy.set(ylim=(0, 101), ylabel="validation accuracy (%)")
+    accuracy.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _evaluate_run(run: Path, data_file: Path | None, mesh: Mesh) -> training.Evaluation:
+    saved = _read_run(run)
+    dataset = _load_like(saved, run, data_file)
+    state = _restore(saved, run, mesh)
+    test_batches = (
+        training.shard_batch(batch, mesh) for batch in data.batches(dataset, saved.batch_size)
+    )
+    return training.evaluate(state, test_batches)
+
+
+def _read_run(run: Path) -> SavedRun:
+    try:
+        metrics = json.loads((run / "metrics.json").read_text())
+        facts = metrics["data"]
+        return SavedRun(
+            arm=ARMS[ARMS.index(metrics["best_arm"])],
+            image_shape=tuple(map(int, facts["image_shape"])),
+            num_classes=int(facts["num_classes"]),
+            mean=float(facts["mean"]),
+            std=float(facts["std"]),
+            batch_size=int(metrics["config"]["batch_size"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _fail(
+            f"DIR: {run} is not a run ({type(error).__name__}: {error}), expected a folder that "
+            "bn-jax train has saved, with metrics.json"
+        )
+
+
+def _load_like(saved: SavedRun, run: Path, data_file: Path | None) -> data.Dataset:
+    argument = "DIR" if data_file is None else "--data"
+    try:
+        dataset = data.load_npz(data_file or run / "test.npz", saved.num_classes)
+    except ValueError as error:
+        _fail(f"{argument}: {error}")
+    if dataset.x.shape[1:] != saved.image_shape:
+        _fail(
+            f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
+            f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
+        )
+    return data.standardize(dataset, saved.mean, saved.std)
+
+
+def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
+    state = training.create_state(
+        _make_model(saved.arm, saved.num_classes, saved.batch_size),
+        optax.identity(),
+        saved.image_shape,
+        seed=0,
+        mesh=mesh,
+    )
+    try:
+        return training.restore_checkpoint(run / "checkpoint", state)
+    except Exception as error:
+        # Orbax and its storage layer each raise their own kinds for a damaged folder.
+        _fail(
+            f"DIR: {run / 'checkpoint'} cannot be restored ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}), expected the checkpoint that bn-jax train has saved; "
+            "train again"
+        )
+
+
+def _print_table(results: dict[str, Result]) -> None:
+    from rich import console, table
+
+    columns = table.Table()
+    columns.add_column("arm", no_wrap=True)
+    for header in (
+        "test accuracy",
+        f"steps to {TARGET:.0%}\nvalidation accuracy\n(checked every {REPORT_EVERY})",
+        "examples\nper second",
+    ):
+        columns.add_column(header, justify="right")
+    for arm, result in results.items():
+        columns.add_row(
+            arm,
+            f"{result.test.accuracy:.2%}",
+            str(result.steps_to_target or "never"),
+            f"{result.examples_per_second:,.0f}",
+        )
+    console.Console().print(columns)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import all_reduces, assert_close
+
+from bn_jax import data, linen, models, training
+
+SIZE = 8
+NORMS = {
+    "none": None,
+    "per device": functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=SIZE // 4),
+    "synchronized": functools.partial(linen.BatchNorm, momentum=0.9),
+}
+MODELS = {
+    name: models.ResNet(3, stage_sizes=(1,), widths=(4,), norm=norm) for name, norm in NORMS.items()
+}
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+jitted_step = jax.jit(training.train_step)
+
+
+def dataset(examples, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, examples).astype(np.int32)
+    x = rng.standard_normal((examples, 4, 4, 1)) + y[:, None, None, None]
+    return data.Dataset(x.astype(np.float32), y)
+
+
+@functools.cache
+def mesh(devices):
+    assert len(jax.devices()) >= 4, "conftest.py asks for 4 devices"
+    return training.make_mesh(jax.devices()[:devices])
+
+
+@functools.cache
+def initial_state(name, devices=1):
+    return training.create_state(MODELS[name], OPTIMIZER, (4, 4, 1), 0, mesh(devices))
+
+
+def variables(state):
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def train(name, devices, examples=18):
+    """One epoch; of 18 examples in batches of 8, the last leaves 3 of 4 devices without any."""
+    state = initial_state(name, devices)
+    for batch in data.batches(dataset(examples), SIZE):
+        state, metrics = jitted_step(state, training.shard_batch(batch, mesh(devices)))
+    return state, metrics
+
+
+@pytest.mark.parametrize("name", ["none", "synchronized"])
+def test_padding_changes_neither_loss_nor_gradient_nor_statistics(name):
+    x, y = dataset(5)
+    state = initial_state(name)
+    padded = data.pad_batch(x, y, SIZE)
+    disturbed = padded._replace(
+        x=np.where(padded.mask[:, None, None, None], padded.x, 100),
+        y=np.where(padded.mask, padded.y, 2).astype(np.int32),
+    )
+    expected, expected_metrics = jitted_step(state, data.pad_batch(x, y, 5))
+    assert expected_metrics.examples == 5
+    for batch in (padded, disturbed):
+        actual, metrics = jitted_step(state, batch)
+        assert_close(metrics.loss, expected_metrics.loss)
+        assert metrics[1:] == expected_metrics[1:]
+        # After one step of SGD the difference of the parameters is the gradient.
+        gradient, expected_gradient = (
+            jax.tree.map(lambda old, new: (old - new) / 0.1, state.params, new.params)
+            for new in (actual, expected)
+        )
+        assert_close(gradient, expected_gradient, tolerance=1e-5)
+        if name != "none":
+            assert_close(actual.batch_stats, expected.batch_stats)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_valid_examples():
+    x, y = dataset(5)
+    state = initial_state("none")
+    logits = np.asarray(state.apply_fn({"params": state.params}, x, train=True), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(5), y]
+    _, metrics = jitted_step(state, data.pad_batch(x, y, SIZE))
+    np.testing.assert_allclose(metrics.loss, losses.sum(), rtol=1e-5)
+    assert metrics.correct == (logits.argmax(-1) == y).sum()
+
+
+def test_a_fully_masked_batch_moves_nothing():
+    state = initial_state("synchronized")
+    batch = data.pad_batch(*dataset(4), SIZE)._replace(mask=np.zeros(SIZE, bool))
+    after, metrics = jitted_step(state, batch)
+    assert_close(variables(after), variables(state), tolerance=1e-12)
+    assert metrics == (0, 0, 0)
+
+
+def test_synchronized_devices_train_as_one():
+    one, one_metrics = train("synchronized", 1)
+    four, four_metrics = train("synchronized", 4)
+    assert (int(one.step), int(four.step)) == (3, 3)
+    assert_close(variables(four), variables(one))
+    assert_close(four_metrics.loss, one_metrics.loss)
+
+
+def test_per_device_statistics_are_those_of_each_shard():
+    one, _ = train("per device", 1)
+    four, _ = train("per device", 4)
+    assert_close(variables(four), variables(one))
+    synchronized, _ = train("synchronized", 4)
+    kernels = (state.params["classifier"]["kernel"] for state in (four, synchronized))
+    assert not np.allclose(*kernels, atol=1e-4)
+
+
+def test_a_step_keeps_types_and_placement():
+    before = initial_state("synchronized", 4)
+    after, _ = train("synchronized", 4)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype, old.weak_type) == (new.shape, new.dtype, new.weak_type)
+        assert len(new.sharding.device_set) == 4 and new.sharding.is_fully_replicated
+    batch = training.shard_batch(next(data.batches(dataset(8), SIZE)), mesh(4))
+    assert {shard.data.shape for shard in batch.x.addressable_shards} == {(2, 4, 4, 1)}
+
+
+@pytest.mark.parametrize(("name", "crosses"), [("per device", False), ("synchronized", True)])
+def test_only_synchronized_statistics_cross_devices(name, crosses):
+    def logits(state, batch):
+        apply = functools.partial(state.apply_fn, train=True, mutable=["batch_stats"])
+        return apply(variables(state), batch.x, mask=batch.mask)[0]
+
+    batch = training.shard_batch(next(data.batches(dataset(8), SIZE)), mesh(4))
+    compiled = jax.jit(logits).lower(initial_state(name, 4), batch).compile().as_text()
+    assert "all-gather" not in compiled
+    # A predicate, one number, crosses either way: whether a second reading of x is needed.
+    assert (max(all_reduces(compiled)) > 1) == crosses
+
+
+def test_the_number_of_devices_must_divide_a_batch():
+    batch = next(data.batches(dataset(6), 6))
+    with pytest.raises(
+        ValueError, match="batch has 6 examples, expected a multiple of the mesh's 4"
+    ):
+        training.shard_batch(batch, mesh(4))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluation_does_not_depend_on_batches(devices):
+    state, _ = train("synchronized", devices)
+    x, y = dataset(13, seed=1)
+    logits = state.apply_fn(variables(jax.device_get(state)), x, train=False)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    for size in (4, 8, 16):
+        batches = [
+            training.shard_batch(b, mesh(devices)) for b in data.batches(dataset(13, 1), size)
+        ]
+        evaluation = training.evaluate(state, batches)
+        assert (evaluation.correct, evaluation.examples) == ((logits.argmax(-1) == y).sum(), 13)
+        assert evaluation.accuracy == evaluation.correct / 13
+        np.testing.assert_allclose(evaluation.loss, expected, rtol=1e-5)
+
+
+def fit(name="synchronized", seed=0, epochs=3):
+    return list(
+        training.fit(
+            initial_state(name, 2),
+            dataset(35),
+            dataset(7, 1),
+            mesh(2),
+            batch_size=SIZE,
+            epochs=epochs,
+            seed=seed,
+            report_every=2,
+        )
+    )
+
+
+def test_fit_reports():
+    reports = [report for _, report in fit()]
+    # 35 examples are five batches of 8: reports after 2, 4 and 5 steps.
+    assert [report.step for report in reports] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert [report.epoch for report in reports] == [1] * 3 + [2] * 3 + [3] * 3
+    assert [report.training.examples for report in reports] == [16, 16, 3] * 3
+    assert [report.examples for report in reports] == np.cumsum([16, 16, 3] * 3).tolist()
+    assert all(report.validation.examples == 7 for report in reports)
+    seconds = [report.seconds for report in reports]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_fit_is_reproducible_and_shuffles():
+    (*_, (state, _)), (*_, (again, _)), (*_, (other, _)) = fit(), fit(), fit(seed=1)
+    jax.tree.map(np.testing.assert_array_equal, variables(state), variables(again))
+    kernels = (s.params["classifier"]["kernel"] for s in (state, other))
+    assert not np.allclose(*kernels, atol=1e-5)
+    assert state.step == 15
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_optimizer_reaches_the_learning_rate_and_returns_to_zero(steps):
+    optimizer = training.make_optimizer(0.5, steps)
+    params = jnp.zeros(())
+    opt_state = optimizer.init(params)
+    gradients = iter([1.0] + [0.0] * steps)
+    moved = []
+    for gradient in gradients:
+        update, opt_state = optimizer.update(jnp.float32(gradient), opt_state, params)
+        moved.append(float(update))
+    # A gradient of one at the first step, then nothing but momentum: rate = -update / momentum.
+    momentum = np.concatenate([[1.9], 0.9 ** np.arange(2, steps + 2)])
+    rates = -np.array(moved) / momentum
+    np.testing.assert_allclose(rates.max(), 0.5, rtol=1e-5)
+    assert rates.argmax() == steps // 10
+    np.testing.assert_allclose(rates[-1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_checkpoint_moves_between_device_counts(tmp_path, name):
+    state, _ = train(name, 4)
+    training.save_checkpoint(tmp_path / "checkpoint", state)
+    for devices in (1, 2):
+        restored = training.restore_checkpoint(
+            tmp_path / "checkpoint", initial_state(name, devices)
+        )
+        jax.tree.map(np.testing.assert_array_equal, variables(restored), variables(state))
+        kernel = restored.params["classifier"]["kernel"]
+        assert kernel.sharding.device_set == set(mesh(devices).devices.flat)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    training.save_checkpoint(tmp_path / "checkpoint", initial_state("none"))
+    with pytest.raises(ValueError, match="batch_stats"):
+        training.restore_checkpoint(tmp_path / "checkpoint", initial_state("synchronized"))
+
+
+def test_it_learns_digits():
+    splits = data.split(data.load_digits(), seed=0)
+    train, validation, _ = (
+        data.standardize(part, *data.mean_and_std(splits.train)) for part in splits
+    )
+    model = models.ResNet(10, stage_sizes=(1, 1), widths=(8, 16), norm=NORMS["synchronized"])
+    state = training.create_state(model, training.make_optimizer(0.2, 160), (8, 8, 1), 0, mesh(2))
+    *_, (_, report) = training.fit(
+        state, train, validation, mesh(2), batch_size=64, epochs=8, seed=0, report_every=20
+    )
+    assert report.validation.accuracy > 0.9
