@@ -238,6 +238,20 @@ def test_masked_is_the_subset(poison, dtype):
     assert (of_x[~valid] == 0).all()
 
 
+def test_masked_is_the_subset_in_forward_mode():
+    x, (params, stats) = standard_normal(37, (8, 3)).at[2].set(jnp.nan), make_state((3,))
+    valid = np.arange(8) != 2
+    dx = standard_normal(38, x.shape).at[2].set(jnp.inf)
+
+    def push(rows, mask):
+        train = partial(TRAIN, params, stats, mask=mask)
+        _, (dy, updated) = jax.jvp(train, (x[rows],), (dx[rows],))
+        return dy, updated
+
+    dy, updated = push(slice(None), jnp.asarray(valid)[:, None])
+    assert_close((dy[valid], updated), push(valid, None))
+
+
 def test_every_position_is_normalized():
     x, (params, stats) = standard_normal(13, (6, 3)), make_state((3,))
     mask = jnp.array([True, True, True, True, False, False])[:, None]
