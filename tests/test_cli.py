@@ -20,13 +20,13 @@ COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.cli")
 
 
 def bars(examples=60, seed=0):
-    """Images of a horizontal, a vertical and no bar, in noise."""
+    """Images of a horizontal, a vertical and no bar, in noise, that need to be standardized."""
     rng = np.random.default_rng(seed)
     y = np.arange(examples) % 3
     x = rng.normal(0, 0.1, (examples, 4, 4))
     x[y == 0, 1] += 1
     x[y == 1, :, 1] += 1
-    return {"x": x, "y": y}
+    return {"x": 100 - 20 * x, "y": y}
 
 
 def environment(**variables):

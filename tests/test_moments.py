@@ -125,6 +125,14 @@ def test_merging_ignores_what_an_empty_set_holds():
     assert_close(bn.merge_moments(full, empty), full)
 
 
+def test_merging_equal_means_is_exact():
+    mean = jnp.linspace(1e3, 1e6, 257)
+    parts = [bn.Moments(jnp.float32(count), mean, jnp.zeros(257)) for count in range(1, 8)]
+    merged = bn.merge_moments(*parts)
+    assert (merged.mean == mean).all()
+    assert (merged.var == 0).all()
+
+
 def test_merging_takes_counts_per_feature():
     x, mask = standard_normal(10, (9, 3)), standard_normal(11, (9, 3)) > 0
     parts = [bn.moments(x[rows], 0, mask=mask[rows]) for rows in (slice(0, 4), slice(4, 9))]
