@@ -132,13 +132,12 @@ def create_state(
     def init() -> TrainState:
         images = jnp.zeros((1, *image_shape))
         variables = model.init(jax.random.key(seed), images, train=False)
-        state: TrainState = TrainState.create(
+        return TrainState.create(
             apply_fn=model.apply,
             params=variables["params"],
             batch_stats=variables.get("batch_stats", {}),
             tx=optimizer,
         )
-        return state.replace(step=jnp.zeros((), jnp.int32))
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
