@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bn_jax.moments import (
     AxisName,
@@ -276,7 +275,7 @@ def _batch_moments(
     Where nothing entered, both the centre and that variance are the running ones.
     """
     running_mean = layout.expand(batch_stats["mean"])
-    shift = lax.stop_gradient(jnp.where(jnp.isfinite(running_mean), running_mean, 0))
+    shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     found = centred_moments(reduction, x, mask, shift)
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"]))
     return found, jnp.where(found.count > 0, found.var, running_var)

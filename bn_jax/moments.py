@@ -107,7 +107,7 @@ def moments(
     kept_shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
     dtype = statistics_dtype(x.dtype)
     start = jnp.zeros(kept_shape, dtype) if shift is None else jnp.asarray(shift, dtype)
-    found = centred_moments(reduction, x, mask, lax.stop_gradient(start.reshape(kept_shape)))
+    found = centred_moments(reduction, x, mask, start.reshape(kept_shape))
     count = found.count.reshape(()) if found.count.size == 1 else found.count
     if count.ndim:
         count = lax.squeeze(jnp.broadcast_to(count, kept_shape), axes)
@@ -438,4 +438,4 @@ def broadcastable_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             f"mask of shape {mask.shape} does not broadcast to x of shape {shape}: give it "
             "trailing axes of size 1, for example mask[:, None] for one value per example."
         )
-    return lax.stop_gradient(mask.reshape(padded))
+    return mask.reshape(padded)

@@ -84,7 +84,7 @@ def test_evaluation_after_several_steps(momentum, running_var_ddof):
 
 
 @pytest.mark.parametrize("masking", [None, "boolean", "weights"])
-@pytest.mark.parametrize("what", ["x", "scale", "bias"])
+@pytest.mark.parametrize("what", ["x", "scale", "bias", "mean", "var"])
 def test_gradients_are_those_of_the_definition(what, masking):
     x, (params, stats) = standard_normal(1, (5, 2, 3)) + 1, make_state((3,))
     mask = {
@@ -96,14 +96,13 @@ def test_gradients_are_those_of_the_definition(what, masking):
     stats_weights = np.asarray(standard_normal(4, (2, 3)))
 
     def loss(module, function, value):
-        given = {**params, "x": x, what: value}
-        y, updated = function(
-            {"scale": given["scale"], "bias": given["bias"]}, stats, given["x"], mask=mask
-        )
+        given = {**params, **stats, "x": x, what: value}
+        state = ({name: given[name] for name in names} for names in (params, stats))
+        y, updated = function(*state, given["x"], mask=mask)
         stacked = module.stack([updated["mean"], updated["var"]])
         return module.sum(module.sin(y) * weights) + module.sum(stacked * stats_weights)
 
-    value = {**params, "x": x}[what]
+    value = {**params, **stats, "x": x}[what]
     expected = differentiate(partial(loss, np, define_batch_norm), value)
     assert_close(jax.grad(partial(loss, jnp, TRAIN))(value), expected)
     assert_close(jax.jacfwd(partial(loss, jnp, TRAIN))(value), expected)

@@ -32,7 +32,8 @@ def bars(examples=60, seed=0):
 def environment(**variables):
     root = Path(cli.__file__).parents[1]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path} | variables
+    # Compiling is most of the time that these small runs take.
+    return os.environ | {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
 
 
 def run_process(arguments, folder, **variables):
