@@ -11,7 +11,7 @@ demo: $(READY)
 	$(VENV)/bin/bn-jax train
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
@@ -27,7 +27,7 @@ bench: $(READY)
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n auto $(CORE_TESTS)
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile $(CORE_TESTS)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'bn_jax needs Python 3.11 or newer: make PYTHON=python3.12')"

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -80,6 +81,7 @@ class SavedRun(NamedTuple):
     mean: float
     std: float
     batch_size: int
+    checkpoint_sha256: str
 
 
 class Result(NamedTuple):
@@ -418,6 +420,7 @@ def _write(
     # As the user would write it, so that eval reads both alike and needs no other file.
     np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
     metrics = _metrics(problem, config, results, best)
+    metrics["checkpoint_sha256"] = _sha256(folder / "checkpoint")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
@@ -504,6 +507,7 @@ def _read_run(run: Path) -> SavedRun:
             mean=float(facts["mean"]),
             std=float(facts["std"]),
             batch_size=int(metrics["config"]["batch_size"]),
+            checkpoint_sha256=str(metrics["checkpoint_sha256"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _fail(
@@ -527,6 +531,12 @@ def _load_like(saved: SavedRun, run: Path, data_file: Path | None) -> data.Datas
 
 
 def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
+    # Checked first: where a file is damaged, Orbax's threads print tracebacks after it has failed.
+    if _sha256(run / "checkpoint") != saved.checkpoint_sha256:
+        _fail(
+            f"DIR: {run / 'checkpoint'} is missing or damaged (its SHA-256 is not the one in "
+            "metrics.json), expected what bn-jax train has saved; copy the run anew or train again"
+        )
     state = training.create_state(
         _make_model(saved.arm, saved.num_classes, saved.batch_size),
         optax.identity(),
@@ -534,15 +544,15 @@ def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
         seed=0,
         mesh=mesh,
     )
-    try:
-        return training.restore_checkpoint(run / "checkpoint", state)
-    except Exception as error:
-        # Orbax and its storage layer each raise their own kinds for a damaged folder.
-        _fail(
-            f"DIR: {run / 'checkpoint'} cannot be restored ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}), expected the checkpoint that bn-jax train has saved; "
-            "train again"
-        )
+    return training.restore_checkpoint(run / "checkpoint", state)
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -646,6 +646,23 @@ def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
     assert all_reduces(compiled(evaluate, 1, P("data"))) == []
 
 
+def test_the_derivative_asks_for_one_collective():
+    params, stats = make_state((3,))
+
+    def gradients(params, x):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(TRAIN(params, stats, x, axis_name="data")[0]))
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    mapped = jax.shard_map(
+        gradients, mesh=automatic_mesh(), in_specs=(P(), P("data")), out_specs=(P(), P("data"))
+    )
+    # Forward, the guard's second pass, and backward; scale and bias need none of their own.
+    program = str(jax.make_jaxpr(mapped)(params, standard_normal(39, (8, 3))))
+    assert len(re.findall(r"= psum\w*\[", program)) == 3
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 X = np.ones((4, 3), np.float32)

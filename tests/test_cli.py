@@ -296,8 +296,8 @@ def test_eval_refuses(trained, command, tmp_path):
         ("json",): "DIR: json is not a run (JSONDecodeError",
         ("keys",): "DIR: keys is not a run (KeyError: 'data'), expected a folder that bn-jax train",
         ("no test",): "DIR: no test/test.npz does not exist",
-        ("no checkpoint",): "DIR: no checkpoint/checkpoint cannot be restored",
-        ("damaged",): "DIR: damaged/checkpoint cannot be restored",
+        ("no checkpoint",): "DIR: no checkpoint/checkpoint is missing or damaged (its",
+        ("damaged",): "DIR: damaged/checkpoint is missing or damaged (its",
         (run, "--data", "no.npz"): "--data: no.npz does not exist; give the path",
         (run, "--data", "large.npz"): "--data: received images of shape (9, 9, 1), expected "
         "(4, 4, 1) [H, W, C] as the run was trained on; resize them",
