@@ -39,6 +39,7 @@ PER_DEVICE = "per-device batch norm"
 SYNCHRONIZED = "synchronized batch norm"
 ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
 TARGET = 0.9
+DEFAULT_BATCH_SIZE = 64
 REPORT_EVERY = 5
 
 Show = Callable[[str, training.Report], None]
@@ -168,7 +169,13 @@ def train(
         typer.Option(help="Devices to train on. Default: all; on a CPU 2 virtual ones."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Examples in a step, over all devices.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples in a step, over all devices. Default: the multiple of the number of "
+            "devices that is 64 or next below."
+        ),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of SGD.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the split, the parameters and the order.")] = 0,
 ) -> None:
@@ -181,10 +188,10 @@ def train(
         _fail(f"--seed: received {seed}, expected 0 to {2**32 - 1}; choose one of these")
     folder = _checked_out(out)
     problem = _load(data_file, seed)
-    mesh = _make_mesh(devices, batch_size)
-    _check_enough_examples(problem, mesh.size)
+    mesh = _make_mesh(devices, sum(len(part.y) for part in problem.splits))
+    chosen_batch_size = _choose_batch_size(batch_size, mesh.size, len(problem.splits.train.y))
     source = None if data_file is None else str(data_file)
-    config = Config(source, mesh.size, epochs, batch_size, learning_rate, seed)
+    config = Config(source, mesh.size, epochs, chosen_batch_size, learning_rate, seed)
     with _progress(_steps_per_epoch(problem, config), epochs) as show:
         results = {arm: _train_arm(arm, problem, config, mesh, show) for arm in ARMS}
     best = max(ARMS, key=lambda arm: _rank(results[arm].reports[-1].validation))
@@ -278,8 +285,8 @@ def _load(data_file: Path | None, seed: int) -> Problem:
     return Problem(standardized, splits.test.x, mean, std, num_classes)
 
 
-def _make_mesh(devices: int | None, batch_size: int) -> Mesh:
-    _check_divides(devices or 1, batch_size)
+def _make_mesh(devices: int | None, examples: int) -> Mesh:
+    _check_enough_examples(examples, devices or 1)
     # Once JAX has its devices their number is fixed, and the check below answers.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices or 2)
@@ -290,27 +297,32 @@ def _make_mesh(devices: int | None, batch_size: int) -> Mesh:
             f"--devices: received {wanted}, expected at most the {len(present)} "
             f"{jax.default_backend()} devices that JAX has; lower it"
         )
-    _check_divides(wanted, batch_size)
+    _check_enough_examples(examples, wanted)
     return training.make_mesh(present[:wanted])
 
 
-def _check_divides(devices: int, batch_size: int) -> None:
-    if batch_size % devices:
-        lower = batch_size - batch_size % devices
-        nearest = f"{lower} or {lower + devices}" if lower else f"{devices}"
-        _fail(
-            f"--batch-size: received {batch_size}, expected a multiple of the number of devices, "
-            f"{devices}; use --batch-size {nearest}, or another --devices"
-        )
-
-
-def _check_enough_examples(problem: Problem, devices: int) -> None:
-    examples = sum(len(part.y) for part in problem.splits)
+def _check_enough_examples(examples: int, devices: int) -> None:
     if examples < devices:
         _fail(
             f"--data: received {examples} examples, expected at least one for each of {devices} "
             f"devices; add examples or use --devices {examples}"
         )
+
+
+def _choose_batch_size(received: int | None, devices: int, examples: int) -> int:
+    # A device with one example of 1x1 positions would have no variance to normalize by.
+    least = 2 * devices
+    most = max(least, math.ceil(examples / devices) * devices)
+    if received is None:
+        return min(max(least, DEFAULT_BATCH_SIZE // devices * devices), most)
+    if received % devices or not least <= received <= most:
+        nearest = min(max(least, received // devices * devices), most)
+        _fail(
+            f"--batch-size: received {received}, expected a multiple of the number of devices, "
+            f"{devices}, from {least} to {most} (for {examples} training examples); "
+            f"use --batch-size {nearest}, or another --devices"
+        )
+    return received
 
 
 def _steps_per_epoch(problem: Problem, config: Config) -> int:

@@ -202,13 +202,19 @@ BAD_OPTIONS = {
     "unknown": (["--epoch", "3"], "No such option: --epoch"),
     "indivisible": (
         ["--batch-size", "15"],
-        "--batch-size: received 15, expected a multiple of the number of devices, 2; "
-        "use --batch-size 14 or 16, or another --devices",
+        "--batch-size: received 15, expected a multiple of the number of devices, 2, from 4 to ",
     ),
-    "more devices than examples in a batch": (
+    "one example for each device": (
+        ["--batch-size", "2"],
+        "--batch-size: received 2, expected a multiple of the number of devices, 2, from 4 to ",
+    ),
+    "more examples in a batch than there are": (
+        ["--batch-size", "1000000000"],
+        "; use --batch-size ",
+    ),
+    "devices without number": (
         ["--devices", "99999"],
-        "--batch-size: received 64, expected a multiple of the number of devices, 99999; "
-        "use --batch-size 99999, or another --devices",
+        " examples, expected at least one for each of 99999 devices; add examples or use --devices",
     ),
     "more devices than there are": (
         ["--devices", "8"],
@@ -263,6 +269,15 @@ def test_train_refuses(bad_files, tmp_path, command, options, message):
     assert err.startswith("bn-jax: error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert message in err
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("devices", "examples", "chosen"),
+    [(1, 1257, 64), (2, 1257, 64), (3, 1257, 63), (40, 1257, 80), (2, 9, 10), (4, 3, 8)],
+)
+def test_the_default_batch_size_suits_devices_and_data(devices, examples, chosen):
+    assert cli._choose_batch_size(None, devices, examples) == chosen
+    assert cli._choose_batch_size(chosen, devices, examples) == chosen
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
