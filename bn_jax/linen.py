@@ -93,7 +93,7 @@ class BatchNorm(nn.BatchNorm):
             dtype=self.dtype,
             initializing=self.is_initializing(),
         )
-        if not use_running_average and not self.is_initializing():
+        if not use_running_average:
             mean.value, var.value = updated["mean"], updated["var"]
         return y
 
