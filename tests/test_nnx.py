@@ -93,6 +93,14 @@ def test_statistics_are_not_cast_in_evaluation():
     assert np.abs(np.float64(theirs(x)) - expected).max() > 0.5
 
 
+def test_the_input_is_not_rounded_to_dtype_first():
+    x = standard_normal(10, (64, 3)) + 1000
+    layer = OURS(3, dtype=jnp.bfloat16, momentum=0.0, rngs=nnx.Rngs(0))
+    expected, stats = define_batch_norm(bn.init_params(3), bn.init_batch_stats(3), x, momentum=0.0)
+    assert_close(layer(x), expected, dtype=jnp.bfloat16)
+    assert_close({"mean": layer.mean[...], "var": layer.var[...]}, stats)
+
+
 def test_train_and_eval_switch_it():
     x, layer = standard_normal(4, (6, 3)), OURS(3, rngs=nnx.Rngs(0))
     layer.train()
