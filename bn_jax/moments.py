@@ -4,10 +4,10 @@ One pass over ``x`` collects ``sum(x - shift)`` and ``sum((x - shift)**2)`` arou
 does not depend on the batch (a batch norm passes its running mean). With ``delta`` the mean of
 ``x - shift``, the variance is ``mean((x - shift)**2) - delta**2``. The subtraction cancels when
 ``delta**2`` is large against the variance: both sums carry a relative rounding error ``e``, so the
-variance carries ``e * (1 + 3 * delta**2 / var)``. Compilers sum in a tree, which keeps ``e`` under
-2 ** -22 for any length met in practice, so ``delta**2 <= 10 * var`` bounds the relative error of
-the variance by 31 * 2 ** -22 = 7.4e-6. Where some feature exceeds that, and only then, a second
-pass measures again around the mean that the first pass found.
+variance carries ``e * (1 + 3 * delta**2 / var)``. Compilers sum in a tree, whose ``e`` grows with
+the logarithm of the length; taking it as 2 ** -22, four roundings, ``delta**2 <= 10 * var`` bounds
+the relative error of the variance by 31 * 2 ** -22 = 7.4e-6. Where some feature exceeds that, and
+only then, a second pass measures again around the mean that the first pass found.
 
 The centre stays the unevaluated sum ``shift + delta``: rounding it to one float would leave half a
 unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
