@@ -24,6 +24,7 @@ import bn_jax as bn
 RESULTS = Path(__file__).parent / "results" / "numerics.json"
 OFFSETS = (0.0, 1e2, 1e3, 1e4, 1e5, 1e6)
 ROWS, FEATURES = 4096, 64
+SHARDS = np.arange(8, dtype=np.float32).reshape(2, 4, 1) ** 2 / 4
 
 
 def _linen(kind: Callable[..., nn.Module], x: jax.Array, **options: Any) -> jax.Array:
@@ -59,26 +60,24 @@ def synchronized_mean(kind: Callable[..., nn.Module], valid: np.ndarray) -> floa
     Returns:
         The mean that the statistics were updated with, or None where it or an output is NaN.
     """
-    x = np.arange(8, dtype=np.float32).reshape(2, 4, 1) ** 2 / 4
     layer = kind(use_running_average=False, axis_name="data", momentum=0.0)
-    variables = layer.init(jax.random.key(0), x[0])
+    variables = layer.init(jax.random.key(0), SHARDS[0])
 
     def train(x: jax.Array, mask: jax.Array) -> Any:
         return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
 
     mapped = jax.vmap(train, axis_name="data")
-    y, updates = mapped(jnp.asarray(x), jnp.asarray(valid.reshape(2, 4, 1)))
+    y, updates = mapped(jnp.asarray(SHARDS), jnp.asarray(valid.reshape(SHARDS.shape)))
     mean = updates["batch_stats"]["mean"][0, 0]
     return float(mean) if jnp.isfinite(mean) & jnp.isfinite(y).all() else None
 
 
 def measure() -> dict[str, Any]:
     """Returns every figure of the tables, with versions and the command."""
-    shards = {
+    masks = {
         "5 of 8 rows valid": np.array([1, 1, 1, 1, 1, 0, 0, 0], bool),
         "one shard fully masked": np.array([1, 1, 1, 1, 0, 0, 0, 0], bool),
     }
-    values = np.arange(8) ** 2 / 4
     return {
         "command": "python -m benchmarks.numerics",
         "versions": {name: version(name) for name in ("bn-jax", "jax", "flax", "numpy")},
@@ -89,11 +88,11 @@ def measure() -> dict[str, Any]:
         },
         "masked shards": {
             case: {
-                "true mean": float(values[valid].mean()),
+                "true mean": float(SHARDS.ravel()[valid].mean()),
                 "bn_jax": synchronized_mean(bn.linen.BatchNorm, valid),
                 "flax.linen": synchronized_mean(nn.BatchNorm, valid),
             }
-            for case, valid in shards.items()
+            for case, valid in masks.items()
         },
     }
 

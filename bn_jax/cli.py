@@ -172,8 +172,8 @@ def train(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Examples in a step, over all devices. Default: the multiple of the number of "
-            "devices that is 64 or next below."
+            help="Examples in a step, over all devices. Default: 64, or what the devices divide "
+            "near it; fewer where the data are few."
         ),
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of SGD.")] = 0.1,
@@ -364,9 +364,7 @@ def _train_arm(arm: str, problem: Problem, config: Config, mesh: Mesh, show: Sho
         trained, report = reached
         reports.append(report)
         show(arm, report)
-    test_batches = [
-        training.shard_batch(batch, mesh) for batch in data.batches(test, config.batch_size)
-    ]
+    test_batches = training.shard_dataset(test, config.batch_size, mesh)
     return Result(reports, trained, training.evaluate(trained, test_batches))
 
 
@@ -502,10 +500,7 @@ def _evaluate_run(run: Path, data_file: Path | None, mesh: Mesh) -> training.Eva
     saved = _read_run(run)
     dataset = _load_like(saved, run, data_file)
     state = _restore(saved, run, mesh)
-    test_batches = (
-        training.shard_batch(batch, mesh) for batch in data.batches(dataset, saved.batch_size)
-    )
-    return training.evaluate(state, test_batches)
+    return training.evaluate(state, training.shard_dataset(dataset, saved.batch_size, mesh))
 
 
 def _read_run(run: Path) -> SavedRun:

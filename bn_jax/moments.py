@@ -57,7 +57,7 @@ class Reduction(NamedTuple):
     """Which axes of the array, and which named axes of the program, the moments reduce over."""
 
     axes: tuple[int, ...]
-    axis_name: AxisName | None = None
+    axis_names: tuple[str, ...] = ()
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -272,7 +272,7 @@ def static_count(reduction: Reduction, shape: tuple[int, ...]) -> int:
     count = prod(shape[axis] for axis in reduction.axes)
     if reduction.axis_index_groups is not None:
         return count * len(reduction.axis_index_groups[0])
-    return count * (1 if reduction.axis_name is None else _named_axis_size(reduction.axis_name))
+    return count * _named_axes_size(reduction.axis_names)
 
 
 def _sum(reduction: Reduction, values: jax.Array) -> jax.Array:
@@ -292,34 +292,30 @@ def _weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def _all_reduce(reduction: Reduction, *totals: jax.Array) -> Sums:
     """Sums over the named axis, all arrays in one collective."""
-    if reduction.axis_name is None:
+    names = reduction.axis_names
+    if not names:
         return totals
     flat, unravel = ravel_pytree(totals)
     groups = reduction.axis_index_groups
     if groups is None:
-        return unravel(lax.psum(flat, reduction.axis_name))
-    if reduction.axis_name in _manual_mesh_axes():
+        return unravel(lax.psum(flat, names))
+    if set(names) <= set(_manual_mesh_axes()):
         try:
-            return unravel(lax.psum(flat, reduction.axis_name, axis_index_groups=groups))
+            return unravel(lax.psum(flat, names, axis_index_groups=groups))
         except NotImplementedError:
             pass
     # vmap and type-checked shard_map have no psum of groups: every group gets a row of a plain
     # one.
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     numbers = jnp.asarray([group_of[index] for index in range(len(group_of))])
-    mine = numbers[lax.axis_index(reduction.axis_name)]
+    mine = numbers[lax.axis_index(names)]
     rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, flat[None], 0)
-    return unravel(lax.psum(rows, reduction.axis_name)[mine])
+    return unravel(lax.psum(rows, names)[mine])
 
 
 def _common(reduction: Reduction, shift: jax.Array) -> jax.Array:
     """Makes the shift the same on every device where type-checked shard_map says it is not."""
-    names = (
-        {reduction.axis_name}
-        if isinstance(reduction.axis_name, str)
-        else set(reduction.axis_name or ())
-    )
-    differing = tuple(sorted(names & varying_axes(shift)))
+    differing = tuple(sorted(varying_axes(shift).intersection(reduction.axis_names)))
     return lax.pmean(shift, differing) if differing else shift
 
 
@@ -335,11 +331,10 @@ def _agree(reduction: Reduction, refine: jax.Array) -> jax.Array:
     """Makes all groups take the same branch, for the collective in it may span them all."""
     if reduction.axis_index_groups is None:
         return refine
-    return lax.pmax(refine.astype(jnp.int32), reduction.axis_name) > 0
+    return lax.pmax(refine.astype(jnp.int32), reduction.axis_names) > 0
 
 
-def _named_axis_size(axis_name: AxisName) -> int:
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def _named_axes_size(names: tuple[str, ...]) -> int:
     size = 1
     for name in names:
         try:
@@ -382,11 +377,11 @@ def make_reduction(
                 "the groups divide, or leave axis_index_groups out."
             )
     if axis_name is not None:
-        name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-        size = _named_axis_size(name)
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        size = _named_axes_size(names)
         if groups is not None:
             _check_groups(groups, size)
-        return Reduction(axes, name, groups)
+        return Reduction(axes, names, groups)
     return Reduction(axes)
 
 

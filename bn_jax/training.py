@@ -90,6 +90,23 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
 
 
+def shard_dataset(dataset: Dataset, batch_size: int, mesh: Mesh) -> list[Batch]:
+    """Puts every example of a dataset, in order, on the devices of a mesh.
+
+    Args:
+        dataset: the examples.
+        batch_size: the size of every batch; the last is padded and masked.
+        mesh: a mesh made by `make_mesh`.
+
+    Returns:
+        The batches for `evaluate`.
+
+    Raises:
+        ValueError: the number of devices does not divide `batch_size`.
+    """
+    return [shard_batch(batch, mesh) for batch in batches(dataset, batch_size)]
+
+
 def make_optimizer(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
     """Makes SGD with Nesterov momentum 0.9, a linear warm-up over a tenth of the steps, and cosine.
 
@@ -243,7 +260,7 @@ def fit(
         The state so far and a report on it.
     """
     step = _compile_train_step(state, train, mesh, batch_size)
-    validation_batches = [shard_batch(batch, mesh) for batch in batches(validation, batch_size)]
+    validation_batches = shard_dataset(validation, batch_size, mesh)
     rng = np.random.default_rng(seed)
     steps = examples = 0
     seconds = 0.0

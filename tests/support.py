@@ -127,5 +127,10 @@ def conditionals(compiled_text):
     return len(re.findall(r" conditional\(", compiled_text))
 
 
+def far_from_initial(tree):
+    """Gives ones and zeros, the initial values of a norm, values that differ and are positive."""
+    return jax.tree.map(lambda leaf: jnp.abs(jnp.sin(3.0 * leaf + 1)) + leaf, tree)
+
+
 def standard_normal(seed, shape, dtype=np.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)

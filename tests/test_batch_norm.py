@@ -28,10 +28,7 @@ TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)
 
 
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
 def make_state(features, present=("scale", "bias"), seed=100):

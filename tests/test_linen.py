@@ -8,16 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
-from support import assert_close, define_batch_norm, standard_normal
+from support import assert_close, define_batch_norm, far_from_initial, standard_normal
 
 import bn_jax as bn
 
 OURS, FLAX = bn.linen.BatchNorm, nn.BatchNorm
-
-
-def filled(variables):
-    """Variables whose values are far from the initial ones."""
-    return jax.tree.map(lambda leaf: jnp.abs(jnp.sin(3.0 * leaf + 1)) + leaf, variables)
 
 
 def make_loss(layer, mask=None):
@@ -66,7 +61,7 @@ def test_agrees_with_flax(options, use_running_average, masked):
     variables = [layer.init(key, x, use_running_average=False) for layer in (ours, flax)]
     chex.assert_trees_all_equal(*variables)
     found, expected = (
-        make_loss(layer, mask)(filled(variables[0]), x, use_running_average)
+        make_loss(layer, mask)(far_from_initial(variables[0]), x, use_running_average)
         for layer in (ours, flax)
     )
     chex.assert_trees_all_equal_dtypes(found, expected)
@@ -86,7 +81,8 @@ def test_dtypes_agree_with_flax(x_dtype, dtype, param_dtype, use_running_average
         variables, ours.init(jax.random.key(0), x, use_running_average=False)
     )
     (_, found), (_, expected) = (
-        make_loss(layer)(filled(variables), x, use_running_average) for layer in (ours, flax)
+        make_loss(layer)(far_from_initial(variables), x, use_running_average)
+        for layer in (ours, flax)
     )
     chex.assert_trees_all_equal_dtypes(found, expected)
     assert_close(found, expected)
@@ -95,7 +91,7 @@ def test_dtypes_agree_with_flax(x_dtype, dtype, param_dtype, use_running_average
 def test_a_checkpoint_moves_either_way():
     x = standard_normal(3, (6, 3))
     ours, flax = (layer(use_running_average=True) for layer in (OURS, FLAX))
-    variables = filled(flax.init(jax.random.key(0), x))
+    variables = far_from_initial(flax.init(jax.random.key(0), x))
     for source, target in ((flax, ours), (ours, flax)):
         stored = serialization.to_bytes(variables)
         loaded = serialization.from_bytes(target.init(jax.random.key(1), x), stored)

@@ -9,11 +9,7 @@ from support import assert_close, define_moments, standard_normal
 import bn_jax as bn
 from bn_jax.moments import CANCELLATION_THRESHOLD, Reduction, cancels, centred_moments
 
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
 def relative_error_of_var(x, **arguments):

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close, define_affine, define_batch_norm, standard_normal
+from support import (
+    assert_close,
+    define_affine,
+    define_batch_norm,
+    far_from_initial,
+    standard_normal,
+)
 
 import bn_jax as bn
 
@@ -16,8 +22,7 @@ OURS, FLAX = bn.nnx.BatchNorm, nnx.BatchNorm
 
 def fill(layer):
     """Gives the variables values far from the initial ones."""
-    state = jax.tree.map(lambda leaf: jnp.abs(jnp.sin(3.0 * leaf + 1)) + leaf, nnx.state(layer))
-    nnx.update(layer, state)
+    nnx.update(layer, far_from_initial(nnx.state(layer)))
     return layer
 
 

@@ -9,10 +9,7 @@ from bn_jax.standardize import Transform, standardize
 SHAPE = (4, 3)
 
 
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
 def make_transform(present=("scale", "bias")):

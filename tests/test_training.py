@@ -150,9 +150,7 @@ def test_evaluation_does_not_depend_on_batches(devices):
     logits = state.apply_fn(variables(jax.device_get(state)), x, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     for size in (4, 8, 16):
-        batches = [
-            training.shard_batch(b, mesh(devices)) for b in data.batches(dataset(13, 1), size)
-        ]
+        batches = training.shard_dataset(dataset(13, 1), size, mesh(devices))
         evaluation = training.evaluate(state, batches)
         assert (evaluation.correct, evaluation.examples) == ((logits.argmax(-1) == y).sum(), 13)
         assert evaluation.accuracy == evaluation.correct / 13
