@@ -1,12 +1,13 @@
 """Batch normalization as a pure function of parameters, statistics and input."""
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from numbers import Real
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bn_jax.moments import (
     AxisName,
@@ -18,11 +19,14 @@ from bn_jax.moments import (
     canonical_axes,
     centred_moments,
     make_reduction,
+    mean_dtype,
     merge_along,
     static_count,
     statistics_dtype,
 )
 from bn_jax.standardize import Transform, standardize
+
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Params(TypedDict, total=False):
@@ -33,10 +37,14 @@ class Params(TypedDict, total=False):
 
 
 class BatchStats(TypedDict):
-    """The running statistics, each of the shape of the features."""
+    """The running statistics, each of the shape of the features.
+
+    `count` is the number of batches that entered them; where it is kept, each update adds one.
+    """
 
     mean: jax.Array
     var: jax.Array
+    count: NotRequired[jax.Array]
 
 
 def init_params(
@@ -71,12 +79,18 @@ def init_params(
     return params
 
 
-def init_batch_stats(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> BatchStats:
+def init_batch_stats(
+    features: int | Sequence[int], *, dtype: Any = jnp.float32, use_count: bool = False
+) -> BatchStats:
     """Returns ``{"mean": zeros, "var": ones}`` of shape `features`.
 
     Args:
         features: the number of features, or their shape where the feature axes are several.
-        dtype: the dtype of the statistics.
+        dtype: the dtype of the statistics; for complex input that of the mean, and the variance
+            is real.
+        use_count: whether there is ``"count": zeros`` as well, the number of batches, which
+            ``momentum=None`` needs. It is a float (exact to 2**24 batches), so that averaging
+            ``batch_stats`` over devices does not change its type.
 
     Returns:
         The running statistics for `batch_norm`.
@@ -87,7 +101,13 @@ def init_batch_stats(features: int | Sequence[int], *, dtype: Any = jnp.float32)
         Array([1., 1.], dtype=float32)
     """
     shape = _feature_shape(features)
-    return {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
+    batch_stats: BatchStats = {
+        "mean": jnp.zeros(shape, dtype),
+        "var": jnp.ones(shape, jnp.finfo(dtype).dtype),
+    }
+    if use_count:
+        batch_stats["count"] = jnp.zeros(shape, statistics_dtype(dtype))
+    return batch_stats
 
 
 def batch_norm(
@@ -97,9 +117,11 @@ def batch_norm(
     *,
     use_running_average: bool,
     axis: int | Sequence[int] = -1,
-    momentum: float | jax.Array = 0.99,
+    momentum: float | jax.Array | None = 0.99,
     epsilon: float | jax.Array = 1e-5,
     mask: jax.Array | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     virtual_batch_size: int | None = None,
@@ -109,29 +131,36 @@ def batch_norm(
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes every feature over the batch and updates the running statistics.
 
-    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``. In training, `mean` and `var` are
-    those of the batch (Algorithm 1 of the paper) and ::
+    ``y = activation((x - mean) * rsqrt(var + epsilon) * scale + bias + residual)``. In training,
+    `mean` and `var` are those of the batch (Algorithm 1 of the paper) and, with `n` the number of
+    values that entered, ::
 
         new_mean = momentum * old_mean + (1 - momentum) * mean
-        new_var = momentum * old_var + (1 - momentum) * var * count / (count - running_var_ddof)
+        new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)
 
     In evaluation they are the running ones. The relative error of the variance stays under 1e-5
-    for float32 input at any offset that the input itself resolves: see `bn_jax.moments`.
+    for float32 input at any offset that the input itself resolves: see `bn_jax.moments`. Of
+    complex `x`, the variance is the mean of ``|x - mean|**2``.
 
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.
-        batch_stats: ``{"mean": [*F], "var": [*F]}``. With `axis_name` the mean must be the same on
-            every device, as it is when every update comes from this function; only type-checked
-            `shard_map` can tell where it is not, and then costs a collective more.
-        x: floating-point array of any rank.
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]``. With
+            `axis_name` the mean must be the same on every device, as it is when every update
+            comes from this function; only type-checked `shard_map` can tell where it is not, and
+            then costs a collective more.
+        x: floating-point or complex array of any rank.
         use_running_average: True for evaluation, False for training.
         axis: the feature axis or axes of `x`; ``*F`` are their sizes in ascending order.
         momentum: the weight of the old value in the running statistics (PyTorch's is its
-            complement).
+            complement). None for the cumulative average, every batch weighing the same; it needs
+            ``batch_stats["count"]``.
         epsilon: added to the variance.
         mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
             Every position is still normalized; NaN or infinity where the mask is zero reaches no
-            other position, no statistic and no derivative.
+            other position, no statistic and no derivative. Weights are constants for
+            differentiation.
+        activation: a function applied to the result, `jax.nn.relu` for example.
+        residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to synchronize over.
             Under sharded `jit` leave it out: there the statistics are global anyway.
         axis_index_groups: groups of indices of `axis_name` with statistics of their own.
@@ -140,17 +169,18 @@ def batch_norm(
             feature axis. The running statistics merge the groups by count.
         running_var_ddof: 0 for the biased running variance, as Flax has it; 1 for the unbiased
             one of Algorithm 2 of the paper, as PyTorch has it.
-        dtype: the dtype of `y`; by default that of `x` and `params` promoted.
+        dtype: the dtype of `y`; by default that of `x`, `params` and `residual` promoted.
         initializing: True while a model is initialized: no update, no synchronization, and a
             batch of one is allowed.
 
     Returns:
-        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old. In evaluation
-        they are the old ones. A feature whose batch moments are not finite, or to which no valid
-        value contributed, keeps its old ones; without a valid value it is normalized by them.
+        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old (but a real
+        mean becomes complex where `x` is). In evaluation they are the old ones. A feature whose
+        batch moments are not finite, or to which no more than `running_var_ddof` valid values
+        contributed, keeps its old ones; without a valid value it is normalized by them.
 
     Raises:
-        TypeError: `x` is not real floating point.
+        TypeError: `x` is integer or boolean, or `dtype` is real where something is complex.
         ValueError: an argument does not fit the others; the message says which and how to mend
             it. Training on one value per feature is one such case: the output would be `bias`
             whatever the input.
@@ -174,17 +204,25 @@ def batch_norm(
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
     """
     x = as_floating("x", x)
+    params = cast(Params, jax.tree.map(jnp.asarray, params))
     feature_axes = canonical_axes("axis", axis, x.ndim)
     _check_features(params, batch_stats, x.shape, feature_axes, axis)
     _check_constants(momentum, epsilon, running_var_ddof)
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"activation={activation!r} is not a function: pass for example jax.nn.relu."
+        )
+    if residual is not None:
+        residual = as_floating("residual", residual)
+        _check_residual(residual, x.shape)
     mask = None if mask is None else broadcastable_mask(mask, x.shape)
-    dtype = _output_dtype(dtype, x, params)
-    compute_dtype = statistics_dtype(x.dtype, dtype)
-    layout = _make_layout(x.shape, feature_axes, compute_dtype)
+    dtype = _output_dtype(dtype, x, params, residual)
+    layout = _make_layout(x, feature_axes, dtype)
+    finish = partial(_finish, mask, activation, residual)
     if use_running_average:
-        mean, var = layout.expand(batch_stats["mean"]), layout.expand(batch_stats["var"])
+        mean, var = layout.expand_mean(batch_stats["mean"]), layout.expand(batch_stats["var"])
         transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
-        return standardize(dtype, x, mask, transform), batch_stats
+        return finish(standardize(dtype, x, mask, transform)), batch_stats
     if initializing:
         axis_name = axis_index_groups = virtual_batch_size = None
     examples = x
@@ -193,10 +231,11 @@ def batch_norm(
         layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
     reduction = make_reduction(layout.reduction_axes, axis_name, axis_index_groups)
     if not initializing:
-        _check_count(reduction, x.shape, examples.shape, axis)
+        _check_count_kept(momentum, batch_stats)
+        _check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
     transform = _transform(layout, params, found.shift, found.delta, var, epsilon)
-    y = standardize(dtype, examples, mask, transform).reshape(x.shape)
+    y = finish(standardize(dtype, examples, mask, transform).reshape(x.shape))
     if initializing:
         return y, batch_stats
     return y, _update(layout, batch_stats, found, momentum, running_var_ddof)
@@ -209,20 +248,26 @@ class _Layout(NamedTuple):
     reduction_axes: tuple[int, ...]
     expanded_shape: tuple[int, ...]
     dtype: Any
+    mean_dtype: Any
     group_axis: int | None = None
 
     def expand(self, values: jax.Array) -> jax.Array:
         return jnp.asarray(values, self.dtype).reshape(self.expanded_shape)
 
+    def expand_mean(self, values: jax.Array) -> jax.Array:
+        return jnp.asarray(values, self.mean_dtype).reshape(self.expanded_shape)
 
-def _make_layout(shape: tuple[int, ...], feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
+
+def _make_layout(x: jax.Array, feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
+    real_dtype = statistics_dtype(x.dtype, dtype)
     return _Layout(
         feature_axes=feature_axes,
-        reduction_axes=tuple(axis for axis in range(len(shape)) if axis not in feature_axes),
+        reduction_axes=tuple(axis for axis in range(x.ndim) if axis not in feature_axes),
         expanded_shape=tuple(
-            size if axis in feature_axes else 1 for axis, size in enumerate(shape)
+            size if axis in feature_axes else 1 for axis, size in enumerate(x.shape)
         ),
-        dtype=dtype,
+        dtype=real_dtype,
+        mean_dtype=mean_dtype(real_dtype, x.dtype),
     )
 
 
@@ -240,9 +285,15 @@ def _split_groups(
 
     groups = split(x)
     feature_axes = tuple(axis + (axis > batch_axis) for axis in layout.feature_axes)
-    split_layout = _make_layout(groups.shape, feature_axes, layout.dtype)._replace(
+    split_layout = layout._replace(
+        feature_axes=feature_axes,
         reduction_axes=tuple(
             axis for axis in range(groups.ndim) if axis not in (*feature_axes, batch_axis)
+        ),
+        expanded_shape=(
+            *layout.expanded_shape[:batch_axis],
+            1,
+            *layout.expanded_shape[batch_axis:],
         ),
         group_axis=batch_axis,
     )
@@ -257,10 +308,14 @@ def _transform(
     var: jax.Array,
     epsilon: float | jax.Array,
 ) -> Transform:
+    given = (params[name].dtype for name in ("scale", "bias") if name in params)
+    dtype = mean_dtype(layout.dtype, layout.mean_dtype, *given)
     scale, bias = (
-        layout.expand(params[name]) if name in params else None for name in ("scale", "bias")
+        jnp.asarray(params[name], dtype).reshape(layout.expanded_shape) if name in params else None
+        for name in ("scale", "bias")
     )
-    return Transform(shift, delta, var + jnp.asarray(epsilon, layout.dtype), scale, bias)
+    var_plus_epsilon = var + jnp.asarray(epsilon, layout.dtype)
+    return Transform(shift.astype(dtype), delta.astype(dtype), var_plus_epsilon, scale, bias)
 
 
 def _batch_moments(
@@ -274,59 +329,106 @@ def _batch_moments(
 
     Where nothing entered, both the centre and that variance are the running ones.
     """
-    running_mean = layout.expand(batch_stats["mean"])
+    running_mean = layout.expand_mean(batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     found = centred_moments(reduction, x, mask, shift)
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"]))
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
+def _finish(
+    mask: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+    y: jax.Array,
+) -> jax.Array:
+    """Adds the residual and applies the activation."""
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    if mask is not None:
+        # Of a masked NaN the activation's derivative is NaN, and NaN times a cotangent of zero
+        # would reach the sums over the batch.
+        y = jnp.where(mask.astype(bool) | jnp.isfinite(y), y, lax.stop_gradient(y))
+    return y if activation is None else activation(y)
+
+
 def _update(
     layout: _Layout,
     batch_stats: BatchStats,
     found: CentredMoments,
-    momentum: float | jax.Array,
+    momentum: float | jax.Array | None,
     running_var_ddof: int,
 ) -> BatchStats:
     merged = Moments(found.count, found.shift + found.delta, found.var)
     if layout.group_axis is not None:
         merged = merge_along(layout.group_axis, merged)
     count, mean, var = merged
-    finite = jnp.isfinite(mean) & jnp.isfinite(var)
     freedom = count - running_var_ddof
     unbiased = var * (count / jnp.where(freedom > 0, freedom, 1))
-    momentum = jnp.asarray(momentum, layout.dtype)
-
-    def averaged(old: jax.Array, new: jax.Array, counted: jax.Array) -> jax.Array:
-        expanded = _placed_like(new, jnp.asarray(old, layout.dtype).reshape(new.shape))
-        average = momentum * expanded + (1 - momentum) * new
-        return jnp.where(finite & counted, average, expanded).reshape(old.shape).astype(old.dtype)
-
-    return {
-        **batch_stats,
-        "mean": averaged(batch_stats["mean"], mean, count > 0),
-        "var": averaged(batch_stats["var"], unbiased, freedom > 0),
+    old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
+    batches = old.get("count")
+    new = {
+        "mean": _average(momentum, batches, old["mean"], mean),
+        "var": _average(momentum, batches, old["var"], unbiased),
     }
+    if batches is not None:
+        new["count"] = _placed_like(var, batches.reshape(var.shape)) + 1
+    enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        kept = _placed_like(new, old.astype(new.dtype).reshape(new.shape))
+        return jnp.where(enters, new, kept).reshape(old.shape)
+
+    chosen = {name: choose(old[name], values) for name, values in new.items()}
+    return cast(BatchStats, {**batch_stats, **chosen})
+
+
+def _average(
+    momentum: float | jax.Array | None, batches: jax.Array | None, old: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Returns the new running value, of the shape of `new`, in the dtype it is stored in."""
+    dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
+    new = new.astype(dtype)
+    old_value = _placed_like(new, old.astype(dtype).reshape(new.shape))
+    if momentum is None and batches is not None:
+        # As a sum of two weighted terms, the weight 1 / (batches + 1) would lose its digits.
+        before = _placed_like(new, batches.reshape(new.shape))
+        step = (new - old_value) / (before + 1).astype(dtype)
+        average = jnp.where(before > 0, old_value + step, new)
+    else:
+        momentum = jnp.asarray(momentum, statistics_dtype(dtype))
+        average = momentum.astype(dtype) * old_value + (1 - momentum).astype(dtype) * new
+    becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
+    return average if becomes_complex else average.astype(old.dtype)
 
 
 def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `values` with the type-level sharding of `reference`, which a selection needs."""
-    return values + jnp.zeros_like(reference)
+    return values + jnp.zeros_like(reference, dtype=values.dtype)
 
 
 def _feature_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _output_dtype(dtype: Any, x: jax.Array, params: Params) -> jnp.dtype:
+def _output_dtype(
+    dtype: Any, x: jax.Array, params: Params, residual: jax.Array | None
+) -> jnp.dtype:
+    given = [leaf.dtype for leaf in jax.tree.leaves((x, params, residual))]
     if dtype is None:
-        dtype = reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves((x, params))))
-    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = reduce(jnp.promote_types, given)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"dtype={jnp.dtype(dtype).name} is not a real floating-point dtype: pass for example "
+            f"dtype={dtype.name} is not a floating-point dtype: pass for example "
             "dtype=jnp.float32, or None for that of x and params promoted."
         )
-    return jnp.dtype(dtype)
+    if mean_dtype(dtype, *given) != dtype and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"dtype={dtype.name} would discard the imaginary part: x, params and residual have "
+            f"the dtypes {[one.name for one in given]}. Pass dtype=jnp.complex64 or None."
+        )
+    return dtype
 
 
 def _check_features(
@@ -350,13 +452,34 @@ def _check_features(
         )
     features = tuple(shape[position] for position in feature_axes)
     params_shapes = {name: jnp.shape(value) for name, value in params.items()}
-    stats_shapes = {name: jnp.shape(batch_stats[name]) for name in ("mean", "var")}
+    stats_shapes = {
+        name: jnp.shape(batch_stats[name])
+        for name in BatchStats.__annotations__
+        if name in batch_stats
+    }
     if {*params_shapes.values(), *stats_shapes.values()} != {features}:
         raise ValueError(
             f"x of shape {shape} has features of shape {features} on axis={axis}, but params has "
             f"{params_shapes} and batch_stats has {stats_shapes}. Pass the axis that holds the "
             f"features, or make both with bn_jax.init_params({features}) and "
             f"bn_jax.init_batch_stats({features})."
+        )
+
+
+def _check_count_kept(momentum: Any, batch_stats: Mapping[str, Any]) -> None:
+    if momentum is None and "count" not in batch_stats:
+        raise ValueError(
+            f"momentum=None averages over all batches and needs their count, but batch_stats has "
+            f"{sorted(batch_stats)}. Make it with bn_jax.init_batch_stats(features, "
+            "use_count=True), or pass a momentum."
+        )
+
+
+def _check_residual(residual: jax.Array | None, shape: tuple[int, ...]) -> None:
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"residual of shape {residual.shape} cannot be added to x of shape {shape}: expected "
+            "the same shape. Broadcast it yourself."
         )
 
 
@@ -404,7 +527,7 @@ def _check_groups(
     )
 
 
-def _check_count(
+def _check_values_per_feature(
     reduction: Reduction,
     shape: tuple[int, ...],
     examples_shape: tuple[int, ...],

@@ -1,11 +1,13 @@
 """Flax Linen modules: variables and attributes; the arithmetic is in the pure functions."""
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.batch_norm import BatchStats, Params, batch_norm
-from bn_jax.moments import canonical_axes
+from bn_jax.batch_norm import Activation, BatchStats, Params, batch_norm, init_batch_stats
+from bn_jax.moments import canonical_axes, mean_dtype, statistics_dtype
 
 
 class BatchNorm(nn.BatchNorm):
@@ -13,11 +15,15 @@ class BatchNorm(nn.BatchNorm):
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
     Parameters are ``scale`` and ``bias``, of the sizes of the feature axes, in `param_dtype`; the
-    collection ``batch_stats`` holds ``mean`` and ``var`` in float32. A checkpoint of Flax's layer
-    loads into this one and the other way round. While initializing, nothing is updated and
-    `axis_name` need not exist.
+    collection ``batch_stats`` holds ``mean`` and ``var`` in float32 (float64 for double precision;
+    the mean of complex input is complex: Flax's changes its dtype at the first update). A
+    checkpoint of Flax's layer loads into this one and the other way round. While initializing,
+    nothing is updated and `axis_name` need not exist.
 
     Attributes beyond Flax's:
+        momentum: None for the cumulative average over all batches; ``batch_stats`` then holds
+            their ``count`` as well.
+        activation: a function applied to the result.
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
 
@@ -40,6 +46,8 @@ class BatchNorm(nn.BatchNorm):
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
 
+    momentum: float | None = 0.99  # type: ignore[assignment]
+    activation: Activation | None = None
     virtual_batch_size: int | None = None
     running_var_ddof: int = 0
 
@@ -50,14 +58,16 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
         Args:
-            x: floating-point array that holds the features on `axis`.
+            x: floating-point or complex array that holds the features on `axis`.
             use_running_average: True for evaluation, False for training; overrides None in the
                 attribute of that name.
             mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+            residual: an array of the shape of `x`, added before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -68,15 +78,13 @@ class BatchNorm(nn.BatchNorm):
         self._require_batch_stats(use_running_average)
         axes = canonical_axes("axis", self.axis, jnp.ndim(x))
         features = tuple(x.shape[axis] for axis in axes)
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        variables = self._variables(features, jnp.asarray(x).dtype)
         params: Params = {}
         if self.use_scale:
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
-        batch_stats: BatchStats = {"mean": mean.value, "var": var.value}
+        batch_stats = cast(BatchStats, {name: one.value for name, one in variables.items()})
         y, updated = batch_norm(
             params,
             batch_stats,
@@ -86,6 +94,8 @@ class BatchNorm(nn.BatchNorm):
             momentum=self.momentum,
             epsilon=self.epsilon,
             mask=mask,
+            activation=self.activation,
+            residual=residual,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
@@ -94,8 +104,23 @@ class BatchNorm(nn.BatchNorm):
             initializing=self.is_initializing(),
         )
         if not use_running_average:
-            mean.value, var.value = updated["mean"], updated["var"]
+            for name, variable in variables.items():
+                variable.value = cast(dict[str, jax.Array], updated)[name]
         return y
+
+    def _variables(self, features: tuple[int, ...], x_dtype: Any) -> dict[str, nn.Variable[Any]]:
+        known = self.has_variable("batch_stats", "mean")
+        counted = self.has_variable("batch_stats", "count")
+        real = statistics_dtype(x_dtype) if self.force_float32_reductions else self.param_dtype
+        initial = init_batch_stats(
+            features,
+            dtype=mean_dtype(jnp.dtype(real), x_dtype),
+            use_count=counted or (self.momentum is None and not known),
+        )
+        return {
+            name: self.variable("batch_stats", name, lambda value=value: value)
+            for name, value in initial.items()
+        }
 
     def _require_batch_stats(self, use_running_average: bool) -> None:
         if self.is_initializing() or self.is_mutable_collection("batch_stats"):

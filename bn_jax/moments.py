@@ -32,11 +32,13 @@ CANCELLATION_THRESHOLD = 10.0
 class Moments(NamedTuple):
     """The count, mean and biased variance of a set of values, feature by feature.
 
+    Of complex values, `mean` is complex and `var`, the mean of ``|x - mean|**2``, is real.
+
     Attributes:
         count: how many values entered (the sum of the weights, where the mask has weights); a
             scalar where it is the same for every feature, else as `mean`.
         mean: ``sum(w * x) / count``, 0 where `count` is 0.
-        var: ``sum(w * (x - mean)**2) / count``, 0 where `count` is 0.
+        var: ``sum(w * |x - mean|**2) / count``, 0 where `count` is 0.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -72,11 +74,11 @@ def moments(
 ) -> Moments:
     """Computes count, mean and biased variance over some axes, guarded against cancellation.
 
-    ``mean = sum(w * x) / count``, ``var = sum(w * (x - mean)**2) / count``, ``count = sum(w)``,
+    ``mean = sum(w * x) / count``, ``var = sum(w * |x - mean|**2) / count``, ``count = sum(w)``,
     with ``w`` the mask (1 everywhere without one), summed over `axes` and over `axis_name`.
 
     Args:
-        x: a floating-point array. Half precision is accumulated in float32.
+        x: a floating-point or complex array. Half precision is accumulated in float32.
         axes: the axes to reduce over; all of them by default.
         mask: boolean or non-negative weights, broadcastable to `x`; what is zero or False does
             not enter, even if `x` is NaN there. It is a constant for differentiation.
@@ -86,10 +88,11 @@ def moments(
         axis_index_groups: groups of indices of `axis_name`; each group has its own moments.
 
     Returns:
-        `Moments` of `x` without the reduced axes, in float32 (float64 for float64 input).
+        `Moments` of `x` without the reduced axes, in float32 (float64 for double precision); the
+        mean of complex `x` is complex.
 
     Raises:
-        TypeError: `x` is not real floating point.
+        TypeError: `x` is integer or boolean.
         ValueError: `axes` or `mask` do not fit `x`.
         NameError: `axis_name` is not bound.
 
@@ -105,7 +108,7 @@ def moments(
     if mask is not None:
         mask = broadcastable_mask(mask, x.shape)
     kept_shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
-    dtype = statistics_dtype(x.dtype)
+    dtype = mean_dtype(statistics_dtype(x.dtype), x.dtype)
     start = jnp.zeros(kept_shape, dtype) if shift is None else jnp.asarray(shift, dtype)
     found = centred_moments(reduction, x, mask, start.reshape(kept_shape))
     count = found.count.reshape(()) if found.count.size == 1 else found.count
@@ -162,10 +165,11 @@ def merge_along(axis: int, parts: Moments) -> Moments:
     part_var = jnp.where(present, parts.var, 0)
     # A first estimate of the mean, then its correction: sum(share * mean_i) alone would carry
     # the rounding of `share` times the offset.
-    estimate = jnp.sum(share * part_mean, axis, keepdims=True)
-    correction = jnp.sum(share * jnp.where(present, part_mean - estimate, 0), axis, keepdims=True)
+    factor = share.astype(part_mean.dtype)
+    estimate = jnp.sum(factor * part_mean, axis, keepdims=True)
+    correction = jnp.sum(factor * jnp.where(present, part_mean - estimate, 0), axis, keepdims=True)
     deviation = jnp.where(present, (part_mean - estimate) - correction, 0)
-    var = jnp.sum(share * (part_var + jnp.square(deviation)), axis, keepdims=True)
+    var = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
     return Moments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate + correction, var)))
 
 
@@ -176,30 +180,30 @@ def centred_moments(
     """Computes guarded moments; every array keeps the rank of `x`.
 
     In reverse and in forward mode the derivative is ``d mean = mean(dx)`` and
-    ``d var = 2 * mean(dx * (x - mean))``; all of ``d mean`` is carried by `delta`. `shift` and
-    `mask` are constants.
+    ``d var = 2 * mean(real(dx * conj(x - mean)))``; all of ``d mean`` is carried by `delta`.
+    `shift` and `mask` are constants.
 
     Args:
         reduction: what to reduce over.
-        x: floating point.
+        x: floating point or complex.
         mask: None, boolean or weights, of the rank of `x`.
-        shift: of the rank of `x`, in the dtype of the statistics, the same on every device of
+        shift: of the rank of `x`, in the dtype of the mean, the same on every device of
             `axis_name` (type-checked `shard_map` alone can tell, and then it is made so).
 
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
+    dtype = statistics_dtype(shift.dtype)
     shift = _common(reduction, shift)
     sums: Sums = _local_sums(reduction, x, mask, shift)
     if mask is None:
-        count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), shift.dtype)
+        count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), dtype)
         sums = _all_reduce(reduction, *sums)
     else:
-        counted = _local_count(reduction, mask.astype(shift.dtype), x.shape)
+        counted = _local_count(reduction, mask.astype(dtype), x.shape)
         reduced = _all_reduce(reduction, counted, *sums)
         count, sums = reduced[0], reduced[1:]
-    divisor = jnp.where(count > 0, count, 1)
-    delta, var = _delta_and_var(sums, divisor)
+    delta, var = _delta_and_var(sums, count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
     shift = shift + jnp.where(refine, delta, 0)
 
@@ -211,7 +215,7 @@ def centred_moments(
 
     # x goes in as it came: a float32 copy of a bfloat16 x would be materialised as an operand.
     sums = lax.cond(refine, measure_again, keep, x, mask, shift)
-    return CentredMoments(count, shift, *_delta_and_var(sums, divisor))
+    return CentredMoments(count, shift, *_delta_and_var(sums, count))
 
 
 @centred_moments.defjvp
@@ -222,9 +226,9 @@ def _centred_moments_jvp(
     found = centred_moments(reduction, x, mask, shift)
     dx = _weigh(_keep(tangents[0].astype(shift.dtype), mask), mask)
     deviation = _keep(centre(x, found.shift, found.delta), mask)
-    sums = _all_reduce(reduction, _sum(reduction, dx), _sum(reduction, dx * deviation))
-    divisor = jnp.where(found.count > 0, found.count, 1)
-    mean_dx, mean_dx_deviation = (total / divisor for total in sums)
+    inner = jnp.real(dx * jnp.conj(deviation))
+    sums = _all_reduce(reduction, _sum(reduction, dx), _sum(reduction, inner))
+    mean_dx, mean_dx_deviation = _divide(sums, found.count)
     constant = jnp.zeros_like(found.count), jnp.zeros_like(found.shift)
     return found, CentredMoments(*constant, mean_dx, 2 * mean_dx_deviation)
 
@@ -240,25 +244,45 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     Also true where the squares overflowed although the values did not. False for a feature that
     is NaN or infinite: a second pass would not help it.
     """
-    return jnp.isfinite(delta) & ~(jnp.square(delta) <= CANCELLATION_THRESHOLD * var)
+    return jnp.isfinite(delta) & ~(absolute_square(delta) <= CANCELLATION_THRESHOLD * var)
+
+
+def absolute_square(values: jax.Array) -> jax.Array:
+    """Returns ``|values|**2``, real."""
+    if jnp.iscomplexobj(values):
+        return jnp.square(values.real) + jnp.square(values.imag)
+    return jnp.square(values)
 
 
 def statistics_dtype(*dtypes: Any) -> jnp.dtype:
-    """Returns the dtype that statistics of these dtypes are computed in: at least float32."""
-    return max(map(jnp.dtype, (jnp.float32, *dtypes)), key=lambda dtype: dtype.itemsize)
+    """Returns the real dtype that statistics of these dtypes are computed in: at least float32."""
+    real = (jnp.finfo(dtype).dtype for dtype in (jnp.float32, *dtypes))
+    return max(real, key=lambda dtype: dtype.itemsize)
 
 
-def _delta_and_var(sums: Sums, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    delta, mean_square = (total / divisor for total in sums)
-    return delta, jnp.maximum(mean_square - jnp.square(delta), 0)
+def mean_dtype(dtype: jnp.dtype, *dtypes: Any) -> jnp.dtype:
+    """Returns the statistics' real dtype, or its complex one where any of the others is complex."""
+    if any(jnp.issubdtype(other, jnp.complexfloating) for other in dtypes):
+        return jnp.dtype(jnp.complex128 if dtype.itemsize == 8 else jnp.complex64)
+    return dtype
+
+
+def _delta_and_var(sums: Sums, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    delta, mean_square = _divide(sums, count)
+    return delta, jnp.maximum(mean_square - absolute_square(delta), 0)
+
+
+def _divide(sums: Sums, count: jax.Array) -> Sums:
+    divisor = jnp.where(count > 0, count, 1)
+    return tuple(total / divisor.astype(total.dtype) for total in sums)
 
 
 def _local_sums(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     deviation = _keep(x.astype(shift.dtype) - shift, mask)
-    weighted = _weigh(deviation, mask)
-    return _sum(reduction, weighted), _sum(reduction, weighted * deviation)
+    square = _weigh(absolute_square(deviation), mask)
+    return _sum(reduction, _weigh(deviation, mask)), _sum(reduction, square)
 
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -292,16 +316,29 @@ def _weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def _all_reduce(reduction: Reduction, *totals: jax.Array) -> Sums:
     """Sums over the named axis, all arrays in one collective."""
-    names = reduction.axis_names
-    if not names:
+    if not reduction.axis_names:
         return totals
-    flat, unravel = ravel_pytree(totals)
-    groups = reduction.axis_index_groups
+    flat, unravel = ravel_pytree(tuple(map(_as_pair, totals)))
+    summed = unravel(_sum_over_devices(reduction, flat))
+    return tuple(map(_from_pair, summed, totals))
+
+
+def _as_pair(total: jax.Array) -> jax.Array:
+    """Stacks real and imaginary part, so that all totals of a collective have one dtype."""
+    return jnp.stack([total.real, total.imag]) if jnp.iscomplexobj(total) else total
+
+
+def _from_pair(pair: jax.Array, like: jax.Array) -> jax.Array:
+    return lax.complex(*pair) if jnp.iscomplexobj(like) else pair
+
+
+def _sum_over_devices(reduction: Reduction, flat: jax.Array) -> jax.Array:
+    names, groups = reduction.axis_names, reduction.axis_index_groups
     if groups is None:
-        return unravel(lax.psum(flat, names))
+        return lax.psum(flat, names)
     if set(names) <= set(_manual_mesh_axes()):
         try:
-            return unravel(lax.psum(flat, names, axis_index_groups=groups))
+            return lax.psum(flat, names, axis_index_groups=groups)
         except NotImplementedError:
             pass
     # vmap and type-checked shard_map have no psum of groups: every group gets a row of a plain
@@ -310,7 +347,7 @@ def _all_reduce(reduction: Reduction, *totals: jax.Array) -> Sums:
     numbers = jnp.asarray([group_of[index] for index in range(len(group_of))])
     mine = numbers[lax.axis_index(names)]
     rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, flat[None], 0)
-    return unravel(lax.psum(rows, names)[mine])
+    return lax.psum(rows, names)[mine]
 
 
 def _common(reduction: Reduction, shift: jax.Array) -> jax.Array:
@@ -397,9 +434,9 @@ def _check_groups(groups: tuple[tuple[int, ...], ...], size: int) -> None:
 def as_floating(name: str, x: jax.Array) -> jax.Array:
     """Returns `x` as a JAX array, or raises the TypeError that says what to cast."""
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{name} has dtype {x.dtype}; expected a real floating-point dtype. Cast it yourself, "
+            f"{name} has dtype {x.dtype}; expected a floating-point dtype. Cast it yourself, "
             f"for example {name}.astype(jnp.float32): which dtype is your choice."
         )
     return x

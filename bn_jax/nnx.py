@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import reduce
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from bn_jax.batch_norm import BatchStats, Params, batch_norm
+from bn_jax.batch_norm import Activation, BatchStats, Params, batch_norm
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -26,7 +26,8 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: True for evaluation, False for training; `train()` and `eval()` of any
             enclosing module set it.
         axis: the feature axis of the input.
-        momentum: the weight of the old value in the running statistics.
+        momentum: the weight of the old value in the running statistics; None for the cumulative
+            average over all batches, whose ``count`` is then kept beside them.
         epsilon: added to the variance.
         dtype: the dtype of the result; by default that of input, statistics and parameters
             promoted, as in Flax. Statistics are always computed, kept and used in at least
@@ -44,6 +45,7 @@ class BatchNorm(nnx.BatchNorm):
         rngs: the random streams for the initializers.
         bias_metadata: metadata of the ``bias`` variable.
         scale_metadata: metadata of the ``scale`` variable.
+        activation: a function applied to the result.
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
 
@@ -68,7 +70,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         use_running_average: bool | None = False,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -83,6 +85,7 @@ class BatchNorm(nnx.BatchNorm):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        activation: Activation | None = None,
         virtual_batch_size: int | None = None,
         running_var_ddof: int = 0,
     ) -> None:
@@ -90,7 +93,7 @@ class BatchNorm(nnx.BatchNorm):
             num_features,
             use_running_average=use_running_average,
             axis=axis,
-            momentum=momentum,
+            momentum=momentum,  # type: ignore[arg-type]
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -106,6 +109,9 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
+        if momentum is None:
+            self.count = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
+        self.activation = activation
         self.virtual_batch_size = virtual_batch_size
         self.running_var_ddof = running_var_ddof
 
@@ -115,13 +121,15 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
         Args:
-            x: floating-point array that holds `num_features` features on `axis`.
+            x: floating-point or complex array that holds `num_features` features on `axis`.
             use_running_average: True for evaluation, False for training; overrides the attribute.
             mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+            residual: an array of the shape of `x`, added before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -134,8 +142,11 @@ class BatchNorm(nnx.BatchNorm):
                 "Pass nnx.BatchNorm(..., use_running_average=False), or layer(x, "
                 "use_running_average=False), or call model.train() or model.eval()."
             )
-        batch_stats: BatchStats = {"mean": self.mean[...], "var": self.var[...]}
-        x, params, dtype = self._promoted(x, batch_stats)
+        variables = {"mean": self.mean, "var": self.var}
+        if hasattr(self, "count"):
+            variables["count"] = self.count
+        batch_stats = cast(BatchStats, {name: one[...] for name, one in variables.items()})
+        x, params, dtype = self._promoted(x, residual, batch_stats)
         y, updated = batch_norm(
             params,
             batch_stats,
@@ -145,6 +156,8 @@ class BatchNorm(nnx.BatchNorm):
             momentum=self.momentum,
             epsilon=self.epsilon,
             mask=mask,
+            activation=self.activation,
+            residual=residual,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
@@ -152,11 +165,15 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
         )
         if not use_running_average:
-            self.mean[...] = jax.lax.stop_gradient(updated["mean"])
-            self.var[...] = jax.lax.stop_gradient(updated["var"])
+            for name, variable in variables.items():
+                new = cast(dict[str, jax.Array], updated)[name]
+                # The mean of complex input is complex; item assignment would keep the old dtype.
+                variable.set_value(jax.lax.stop_gradient(new))
         return y
 
-    def _promoted(self, x: jax.Array, batch_stats: BatchStats) -> tuple[jax.Array, Params, Dtype]:
+    def _promoted(
+        self, x: jax.Array, residual: jax.Array | None, batch_stats: BatchStats
+    ) -> tuple[jax.Array, Params, Dtype]:
         """Returns input and parameters, promoted on demand only, and the dtype of the result."""
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -170,5 +187,7 @@ class BatchNorm(nnx.BatchNorm):
             params["scale"] = scale
         if bias is not None:
             params["bias"] = bias
-        given = (jnp.asarray(value).dtype for value in (x, mean, var, *params.values()))
-        return x, params, reduce(jnp.promote_types, given) if self.dtype is None else self.dtype
+        if self.dtype is not None:
+            return x, params, self.dtype
+        given = jax.tree.leaves((x, mean, var, params, residual))
+        return x, params, reduce(jnp.promote_types, (jnp.asarray(one).dtype for one in given))

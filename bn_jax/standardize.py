@@ -13,6 +13,8 @@ from bn_jax.moments import centre, varying_axes
 class Transform(NamedTuple):
     """What standardizing needs besides x, every array of the rank of x.
 
+    The variance is real; the others are of one dtype, complex if `x` or a parameter is.
+
     Attributes:
         shift: the larger part of the mean.
         delta: the rest of the mean, kept apart so that no rounding of the mean is left in y.
@@ -42,7 +44,7 @@ def standardize(
 
     Args:
         dtype: the dtype of the result.
-        x: floating point, of any rank.
+        x: floating point or complex, of any rank.
         mask: None, or boolean or weights of the rank of `x`: a value of `x` that is not finite
             sends no derivative to the parameters where the mask is zero.
         transform: the moments, scale and bias.
@@ -61,9 +63,10 @@ def _standardize_jvp(
     x, mask, transform = primals
     dx, _, change = tangents
     multiplier = _multiplier(transform)
-    slope = -0.5 * multiplier / transform.var_plus_epsilon * change.var_plus_epsilon
+    relative = -0.5 * change.var_plus_epsilon / transform.var_plus_epsilon
+    slope = multiplier * relative.astype(multiplier.dtype)
     if transform.scale is not None:
-        slope = slope + change.scale * lax.rsqrt(transform.var_plus_epsilon)
+        slope = slope + change.scale * _inverse_deviation(transform)
     offset = -multiplier * (change.shift + change.delta)
     if transform.bias is not None:
         offset = offset + change.bias
@@ -76,8 +79,12 @@ def _standardize_jvp(
 
 
 def _multiplier(transform: Transform) -> jax.Array:
-    inverse_deviation = lax.rsqrt(transform.var_plus_epsilon)
+    inverse_deviation = _inverse_deviation(transform)
     return inverse_deviation if transform.scale is None else inverse_deviation * transform.scale
+
+
+def _inverse_deviation(transform: Transform) -> jax.Array:
+    return lax.rsqrt(transform.var_plus_epsilon).astype(transform.delta.dtype)
 
 
 def _vary_together(like: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:

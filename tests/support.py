@@ -6,7 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+TOLERANCE = {
+    "float64": 1e-10,
+    "float32": 1e-5,
+    "float16": 2e-3,
+    "bfloat16": 1.6e-2,
+    "complex128": 1e-10,
+    "complex64": 1e-5,
+}
+
+
+def exact(values):
+    """The same values in double precision, complex where they are."""
+    values = np.asarray(values)
+    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
 
 
 def assert_close(actual, expected, *, dtype=None, tolerance=None):
@@ -19,7 +32,7 @@ def assert_close(actual, expected, *, dtype=None, tolerance=None):
         if dtype is not None:
             assert one.dtype == dtype, f"dtype {one.dtype}, expected {dtype}"
         bound = tolerance or TOLERANCE[str(one.dtype)]
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        one, other = exact(one), exact(other)
         assert one.shape == other.shape
         assert np.isfinite(one).all(), "the actual value is not finite"
         assert np.isfinite(other).all(), "the expected value is not finite"
@@ -34,7 +47,7 @@ def _axes(axis, rank):
 
 def define_moments(x, axis=-1, mask=None):
     """Count, mean and variance in float64, feature by feature, from the definition."""
-    x = np.asarray(x, np.float64)
+    x = exact(x)
     weights = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), x.shape)
     features, reduced = _axes(axis, x.ndim)
     values = np.transpose(x, features + reduced).reshape(*(x.shape[a] for a in features), -1)
@@ -43,20 +56,20 @@ def define_moments(x, axis=-1, mask=None):
     values = np.where(weights > 0, values, 0)
     divisor = np.where(count > 0, count, 1)
     mean = (weights * values).sum(-1) / divisor
-    var = (weights * (values - mean[..., None]) ** 2).sum(-1) / divisor
+    var = (weights * np.abs(values - mean[..., None]) ** 2).sum(-1) / divisor
     return count, mean, var
 
 
 def _expand(values, axis, shape):
     features, _ = _axes(axis, len(shape))
-    return np.asarray(values, np.float64).reshape(
+    return exact(values).reshape(
         [size if position in features else 1 for position, size in enumerate(shape)]
     )
 
 
 def define_affine(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
     """``(x - mean) / sqrt(var + epsilon) * scale + bias`` in float64."""
-    x = np.asarray(x, np.float64)
+    x = exact(x)
     mean, var, scale, bias = (_expand(v, axis, x.shape) for v in (mean, var, scale, bias))
     return (x - mean) / np.sqrt(var + epsilon) * scale + bias
 
@@ -69,12 +82,16 @@ def define_batch_norm(
     scale = params.get("scale", np.ones(mean.shape))
     bias = params.get("bias", np.zeros(mean.shape))
     y = define_affine(x, mean, var, scale, bias, axis, epsilon)
-    old = {name: np.asarray(value, np.float64) for name, value in batch_stats.items()}
+    old = {name: exact(value) for name, value in batch_stats.items()}
     unbiased = var * count / (count - running_var_ddof)
-    return y, {
-        "mean": momentum * old["mean"] + (1 - momentum) * mean,
-        "var": momentum * old["var"] + (1 - momentum) * unbiased,
-    }
+    updated = {}
+    if "count" in old:
+        updated["count"] = old["count"] + 1
+    if momentum is None:
+        momentum = old["count"] / (old["count"] + 1)
+    updated["mean"] = momentum * old["mean"] + (1 - momentum) * mean
+    updated["var"] = momentum * old["var"] + (1 - momentum) * unbiased
+    return y, updated
 
 
 def differentiate(function, x, step=1e-5):
@@ -133,4 +150,9 @@ def far_from_initial(tree):
 
 
 def standard_normal(seed, shape, dtype=np.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    """Reproducible values; of a complex dtype the real and the imaginary part are normal."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        values = values + 1j * rng.standard_normal(shape)
+    return jnp.asarray(values, dtype)

@@ -290,11 +290,12 @@ def test_a_poisoned_batch_does_not_poison_the_state(poison, virtual_batch_size):
         assert_close(updated[name][::2], clean[name][::2])
 
 
-def test_one_valid_value_leaves_no_unbiased_variance():
+def test_one_valid_value_has_no_unbiased_variance_and_updates_nothing():
     x, (params, stats) = standard_normal(17, (4, 3)), make_state((3,))
     mask = jnp.array([[True], [False], [False], [False]])
     _, updated = TRAIN(params, stats, x, mask=mask, running_var_ddof=1)
-    assert (updated["var"] == stats["var"]).all()
+    chex.assert_trees_all_equal(updated, stats)
+    _, updated = TRAIN(params, stats, x, mask=mask, running_var_ddof=0)
     assert_close(updated["mean"], 0.99 * np.float64(stats["mean"]) + 0.01 * np.float64(x[0]))
 
 
@@ -710,7 +711,7 @@ BAD_INPUT = {
     "negative momentum": (dict(momentum=-0.1), ValueError, r"momentum=-0.1 is outside \[0, 1\]"),
     "epsilon": (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
     "running_var_ddof": (dict(running_var_ddof=2), ValueError, "running_var_ddof=2 must be 0"),
-    "dtype": (dict(dtype=jnp.int32), TypeError, "dtype=int32 is not a real floating-point dtype"),
+    "dtype": (dict(dtype=jnp.int32), TypeError, "dtype=int32 is not a floating-point dtype"),
     "params": (
         dict(params={"gamma": np.ones(3, np.float32)}), ValueError,
         r"params has the unknown entries \['gamma'\]",
