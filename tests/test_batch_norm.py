@@ -1,6 +1,8 @@
 import itertools
+import json
 import re
 from functools import partial
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -78,6 +80,40 @@ def test_evaluation_after_several_steps(momentum, running_var_ddof):
     y, unchanged = EVALUATE(params, stats, x, epsilon=1e-3)
     assert_close(y, define_affine(x, *expected.values(), *params.values(), epsilon=1e-3))
     assert unchanged is stats
+
+
+PYTORCH = json.loads((Path(__file__).parent / "golden" / "pytorch.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("case", PYTORCH, ids=lambda case: f"{case['layer']} {case['momentum']}")
+def test_agrees_with_pytorch_after_every_step(case, dtype):
+    tolerance = {jnp.float32: 2e-6, jnp.float64: 1e-13}[dtype]
+    momentum = None if case["momentum"] is None else 1 - case["momentum"]
+    options = dict(axis=1, epsilon=case["epsilon"])
+
+    def loss(params, stats, x):
+        y, updated = TRAIN(
+            params, stats, x, momentum=momentum, running_var_ddof=1, **options
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(y)), (y, updated)
+
+    with jax.enable_x64(dtype == jnp.float64):
+        params = {name: jnp.asarray(case[name], dtype) for name in ("scale", "bias")}
+        stats = bn.init_batch_stats(3, dtype=dtype, use_count=True)
+        for step in case["steps"]:
+            x = jnp.asarray(step["x"], dtype)
+            (of_params, of_x), (y, stats) = jax.grad(loss, argnums=(0, 2), has_aux=True)(
+                params, stats, x
+            )
+            found = {"y": y, "mean": stats["mean"], "var": stats["var"]}
+            expected = {name: np.asarray(step[name]) for name in found}
+            assert_close(found, expected, dtype=dtype, tolerance=tolerance)
+            gradients = {name: np.asarray(value) for name, value in step["gradients"].items()}
+            assert_close({**of_params, "x": of_x}, gradients, tolerance=10 * tolerance)
+        assert (stats["count"] == case["num_batches_tracked"]).all()
+        evaluated, _ = EVALUATE(params, stats, x, **options)
+        assert_close(evaluated, np.asarray(case["evaluated"]), dtype=dtype, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("masking", [None, "boolean", "weights"])
@@ -183,6 +219,51 @@ def test_the_guard_rests_once_the_running_mean_is_near():
     assert not guard_triggers(stats, x)
 
 
+def test_with_the_cumulative_average_the_guard_rests_after_the_first_update():
+    x, params = standard_normal(8, (4096, 8)) + np.float32(1e4), bn.init_params(8)
+    stats = bn.init_batch_stats(8, use_count=True)
+    assert guard_triggers(stats, x)
+    _, stats = TRAIN(params, stats, x, momentum=None)
+    assert not guard_triggers(stats, x)
+    assert_close(stats["mean"], define_moments(x)[1], tolerance=1e-7)
+
+
+def test_the_first_batch_of_the_cumulative_average_leaves_nothing_of_the_initial_values():
+    x = standard_normal(45, (64, 3)) * 1e-6
+    stats = {**make_state((3,))[1], "count": jnp.zeros(3)}
+    _, updated = TRAIN({}, stats, x, momentum=None)
+    _, mean, var = define_moments(x)
+    np.testing.assert_allclose(updated["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(updated["var"], var, rtol=1e-5)
+
+
+def test_the_cumulative_average_counts_what_entered_feature_by_feature():
+    xs, stats = standard_normal(46, (5, 8, 3)), bn.init_batch_stats(3, use_count=True)
+    poisoned = xs.at[1, 2, 0].set(jnp.nan).at[3, 0, 2].set(jnp.inf)
+    for x in poisoned:
+        _, stats = TRAIN({}, stats, x, momentum=None)
+    entered = np.array([[0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 4]], object)
+    assert stats["count"].tolist() == [4, 5, 4]
+    for feature, batches in enumerate(entered):
+        moments = [define_moments(xs[batch, :, feature : feature + 1]) for batch in batches]
+        mean, var = (np.mean([one[part] for one in moments]) for part in (1, 2))
+        assert_close((stats["mean"][feature], stats["var"][feature]), (mean, var))
+
+
+def test_the_millionth_batch_still_weighs_a_millionth():
+    x = standard_normal(47, (64, 1)) * 100 + 1000
+    stats = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.full(1, 1e6 - 1)}
+    _, updated = TRAIN({}, stats, x, momentum=None)
+    np.testing.assert_allclose(updated["mean"], define_moments(x)[1] / 1e6, rtol=1e-5)
+
+
+def test_a_momentum_goes_on_counting():
+    x, stats = standard_normal(48, (8, 3)), bn.init_batch_stats(3, use_count=True)
+    for _ in range(3):
+        _, stats = TRAIN({}, stats, x)
+    assert stats["count"].tolist() == [3, 3, 3]
+
+
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 def test_the_guard_rests_after_the_derived_number_of_updates(momentum):
     # After t updates from 0 the running mean is off by offset * momentum**t.
@@ -270,6 +351,42 @@ def test_a_feature_with_nothing_valid_keeps_its_statistics():
         assert updated[name][1] == stats[name][1]
 
 
+@pytest.mark.parametrize(
+    "shape", [(6, 1, 1, 1), (1, 2, 4, 1), (4, 1), (1, 1, 1, 3), (3,), (), (6, 2, 4, 3), (2, 1, 3)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("axis", [-1, 1, (2, 3)])
+def test_a_mask_broadcasts_from_any_side(shape, weighted, axis):
+    x = standard_normal(39, (6, 2, 4, 3)) + 1
+    weights = np.abs(standard_normal(40, shape)) + 0.1
+    chosen = np.asarray(standard_normal(41, shape)) > -0.7
+    # The first entry stays, so that no feature is left without any value for lack of luck.
+    chosen = chosen | (np.arange(chosen.size).reshape(shape) == 0)
+    mask = weights * chosen if weighted else chosen
+    valid = np.broadcast_to(chosen, x.shape)
+    params, stats = make_state(features_of(x.shape, axis))
+    y, updated = TRAIN(params, stats, jnp.where(valid, x, jnp.nan), axis=axis, mask=mask)
+    count, mean, var = define_moments(x, axis, mask)
+    some = count > 0
+    expected, expected_stats = define_batch_norm(params, stats, x, axis=axis, mask=mask)
+    for name, old in stats.items():
+        assert_close(updated[name], np.where(some, expected_stats[name], old))
+    mean, var = np.where(some, mean, stats["mean"]), np.where(some, var, stats["var"])
+    expected = define_affine(x, mean, var, **params, axis=axis)
+    assert_close(y[valid], expected[valid])
+
+
+def test_a_loss_on_a_masked_position_reaches_it_through_normalization_alone():
+    x, (params, stats) = standard_normal(42, (6, 3)), make_state((3,))
+    mask = jnp.array([True, True, False, True, True, True])[:, None]
+    gradient = jax.grad(lambda x: TRAIN(params, stats, x, mask=mask)[0][2].sum())(x)
+    _, _, var = define_moments(x, mask=mask)
+    assert_close(gradient[2], params["scale"] / np.sqrt(var + 1e-5))
+    ignoring = jax.grad(lambda x: TRAIN(params, stats, x, mask=mask)[0][3].sum())(x)
+    assert (ignoring[2] == 0).all()
+    assert (jnp.abs(ignoring[:2]) > 1e-3).any()
+
+
 @pytest.mark.parametrize("rows", [0, 4])
 def test_a_batch_with_nothing_valid(rows):
     x, (params, stats) = standard_normal(15, (rows, 3)), make_state((3,))
@@ -288,6 +405,28 @@ def test_a_poisoned_batch_does_not_poison_the_state(poison, virtual_batch_size):
     for name in stats:
         assert updated[name][1] == stats[name][1]
         assert_close(updated[name][::2], clean[name][::2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_what_overflows_where_it_is_stored_does_not_enter(dtype):
+    x = standard_normal(43, (64, 2)) * jnp.array([[1.0, 1e20]])
+    stats = bn.init_batch_stats(2, dtype=dtype)
+    _, updated = TRAIN({}, stats, x, dtype=jnp.float32)
+    assert updated["mean"][1] == 0
+    assert updated["var"][1] == 1
+    _, expected = define_batch_norm({}, stats, x[:, :1])
+    for name, values in updated.items():
+        assert_close(values[:1], expected[name][:1], dtype=dtype)
+
+
+def test_statistics_in_double_precision_are_averaged_in_it():
+    with jax.enable_x64(True):
+        x, stats = standard_normal(44, (64, 3)), bn.init_batch_stats(3, dtype=jnp.float64)
+        stats["mean"] = stats["mean"] + 1e-9
+        _, updated = TRAIN({}, stats, x, momentum=1.0)
+        chex.assert_trees_all_equal(updated, stats)
+        _, updated = TRAIN({}, stats, x.at[0].set(jnp.nan))
+        chex.assert_trees_all_equal(updated, stats)
 
 
 def test_one_valid_value_has_no_unbiased_variance_and_updates_nothing():
@@ -427,11 +566,13 @@ def explicit_mesh():
     return jax.make_mesh((DEVICES,), ("data",))
 
 
-def by_shard_map(make_mesh, check_vma, params, stats, *batch):
+def by_shard_map(make_mesh, check_vma, params, stats, *batch, **options):
     mesh = make_mesh()
 
     def shard(params, stats, *batch):
-        (of_params, of_x), (y, updated) = differentiated(params, stats, *batch, axis_name="data")
+        (of_params, of_x), (y, updated) = differentiated(
+            params, stats, *batch, axis_name="data", **options
+        )
         if not check_vma:
             of_params = jax.lax.psum(of_params, "data")
         return (of_params, of_x), (y, updated)
@@ -448,18 +589,18 @@ def by_shard_map(make_mesh, check_vma, params, stats, *batch):
     return jax.jit(mapped)(*jax.device_put((params, stats), NamedSharding(mesh, P())), *placed)
 
 
-def by_jit(make_mesh, params, stats, *batch):
+def by_jit(make_mesh, params, stats, *batch, **options):
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
         state = jax.device_put((params, stats), NamedSharding(mesh, P()))
-        return jax.jit(differentiated)(*state, *placed)
+        return jax.jit(partial(differentiated, **options))(*state, *placed)
 
 
-def by_named_map(transform, params, stats, *batch):
+def by_named_map(transform, params, stats, *batch, **options):
     split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
     mapped = transform(
-        partial(differentiated, axis_name="data"),
+        partial(differentiated, axis_name="data", **options),
         axis_name="data",
         in_axes=(None, None, *(0 for _ in batch)),
     )
@@ -512,6 +653,24 @@ def test_sharded_is_flattened(regime, masking, offset):
     assert_close(updated, expected_stats)
     assert_close(of_params, expected[0][0])
     assert_close(of_x[rows_kept], expected[0][1])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_poison_on_one_device_does_not_poison_the_state(regime, momentum, poison):
+    x, (params, stats) = standard_normal(49, (4 * DEVICES, 3)), make_state((3,))
+    stats["count"] = jnp.full(3, 2.0)
+    batch = x.at[5, 1].set(poison), standard_normal(50, x.shape), jnp.ones((len(x), 1), bool)
+    _, (y, updated) = jax.tree.map(
+        np.asarray, REGIMES[regime](params, stats, *batch, momentum=momentum)
+    )
+    expected_y, expected = define_batch_norm(params, stats, x, momentum=momentum)
+    clean = np.array([0, 2])
+    assert_close(y[:, clean], expected_y[:, clean])
+    for name, old in stats.items():
+        assert updated[name][1] == old[1]
+        assert_close(updated[name][clean], expected[name][clean])
 
 
 @pytest.mark.parametrize(

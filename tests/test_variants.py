@@ -1,0 +1,345 @@
+"""One table: every variant of batch norm under every transform, against plain autodiff.
+
+The reference is the definition in two passes, differentiated by JAX itself, in double precision.
+"""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import assert_close, standard_normal
+
+import bn_jax as bn
+
+TOLERANCE = 1e-8
+
+
+def define(
+    params,
+    stats,
+    x,
+    *,
+    use_running_average=False,
+    axis=-1,
+    momentum=0.99,
+    epsilon=1e-5,
+    mask=1.0,
+    virtual_batch_size=None,
+    running_var_ddof=0,
+    activation=lambda y: y,
+    residual=0.0,
+):
+    """Batch norm from its definition, in jax.numpy without any rule of its own."""
+    features = tuple(sorted(a % x.ndim for a in np.atleast_1d(axis)))
+    reduced = tuple(a for a in range(x.ndim) if a not in features)
+    weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), x.shape)
+
+    def expand(values):
+        return jnp.expand_dims(values, reduced)
+
+    def measure(x, weights):
+        count = weights.sum(reduced, keepdims=True)
+        mean = (weights * x).sum(reduced, keepdims=True) / count
+        var = (weights * jnp.square(jnp.abs(x - mean))).sum(reduced, keepdims=True) / count
+        return count, mean, var
+
+    def normalize(x, mean, var):
+        y = (x - mean) / jnp.sqrt(var + epsilon)
+        y = y * expand(params["scale"]) if "scale" in params else y
+        return y + expand(params["bias"]) if "bias" in params else y
+
+    if use_running_average:
+        y = normalize(x, expand(stats["mean"]), expand(stats["var"]))
+        return activation(y + residual), stats
+    count, mean, var = measure(x, weights)
+    groups = len(x) // (virtual_batch_size or len(x))
+    y = jnp.concatenate(
+        [
+            normalize(part, *measure(part, part_weights)[1:])
+            for part, part_weights in zip(
+                jnp.split(x, groups), jnp.split(weights, groups), strict=True
+            )
+        ]
+    )
+    updated = {}
+    if "count" in stats:
+        updated["count"] = stats["count"] + 1
+    if momentum is None:
+        momentum = stats["count"] / (stats["count"] + 1)
+    unbiased = var * count / (count - running_var_ddof)
+    for name, new in (("mean", mean), ("var", unbiased)):
+        updated[name] = momentum * stats[name] + (1 - momentum) * new.squeeze(reduced)
+    return activation(y + residual), updated
+
+
+def from_pairs(function):
+    """A function of complex x as one of its real and imaginary part, and so for its results."""
+
+    def real(params, stats, x, **options):
+        stats = {**stats, "mean": jax.lax.complex(*jnp.moveaxis(stats["mean"], -1, 0))}
+        y, updated = function(params, stats, jax.lax.complex(x[..., 0], x[..., 1]), **options)
+
+        def split(values):
+            return jnp.stack([values.real, values.imag], -1)
+
+        return split(y), {**updated, "mean": split(updated["mean"])}
+
+    return real
+
+
+def by_linen(params, stats, x, axis_name=None, **options):
+    layer = bn.linen.BatchNorm(use_running_average=False, axis_name=axis_name)
+    y, updates = layer.apply({"params": params, "batch_stats": stats}, x, mutable="batch_stats")
+    return y, updates["batch_stats"]
+
+
+def by_nnx(params, stats, x, axis_name=None):
+    layer = bn.nnx.BatchNorm(3, axis_name=axis_name, rngs=nnx.Rngs(0))
+    nnx.update(layer, {**params, **stats})
+    y = layer(x)
+    return y, {"mean": layer.mean[...], "var": layer.var[...]}
+
+
+def without_gradient_of_updates(function):
+    def stopped(*state):
+        y, updated = function(*state)
+        return y, jax.lax.stop_gradient(updated)
+
+    return stopped
+
+
+TRAIN = partial(bn.batch_norm, use_running_average=False)
+EVALUATE = partial(bn.batch_norm, use_running_average=True)
+
+
+class Variant:
+    """One way of calling batch norm: ours, the reference, and arguments that fit both."""
+
+    def __init__(
+        self, ours=TRAIN, reference=define, *, shape=(6, 3), features=(3,), pair=False,
+        present=("scale", "bias"), offset=0.0, mapped=True, **options,
+    ):  # fmt: skip
+        self.ours = partial(ours, **options)
+        self.reference = partial(reference, **options)
+        self.mapped = mapped
+        self.shape = (*shape, 2) if pair else shape
+        self.features, self.pair, self.present = features, pair, present
+        self.offset, self.counts = offset, "momentum" in options
+
+    def arguments(self, seed, lead=()):
+        """Parameters, statistics and input, stacked along the axes `lead`."""
+        mean = (*self.features, 2) if self.pair else self.features
+        shapes = {"scale": self.features, "bias": self.features, "mean": mean}
+        arrays = {
+            name: standard_normal(seed + number, (*lead, *shape), np.float64)
+            for number, (name, shape) in enumerate(shapes.items())
+        }
+        params = {name: arrays[name] for name in self.present}
+        var = jnp.abs(standard_normal(seed + 3, (*lead, *self.features), np.float64)) + 0.1
+        stats = {"mean": arrays["mean"], "var": var}
+        if self.counts:
+            stats["count"] = jnp.full((*lead, *self.features), 2.0)
+        x = standard_normal(seed + 4, (*lead, *self.shape), np.float64) + self.offset
+        return params, stats, x
+
+
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.uniform(0.1, 2, (6, 1)) * np.array([1, 1, 0, 1, 1, 1])[:, None]
+RESIDUAL = RNG.standard_normal((6, 3))
+
+VARIANTS = {
+    "plain": Variant(),
+    "no parameters": Variant(present=()),
+    "evaluation": Variant(EVALUATE, partial(define, use_running_average=True)),
+    "several feature axes": Variant(shape=(4, 3, 2), features=(3, 2), axis=(1, 2)),
+    "first axis": Variant(shape=(3, 6), axis=0, mapped=False),
+    "boolean mask": Variant(mask=WEIGHTS > 0, mapped=False),
+    "weights": Variant(mask=WEIGHTS, mapped=False),
+    "ghost": Variant(virtual_batch_size=3, mapped=False),
+    "cumulative unbiased": Variant(momentum=None, running_var_ddof=1),
+    "guard triggers": Variant(offset=1e3),
+    "activation": Variant(activation=jax.nn.silu),
+    "activation and residual": Variant(
+        activation=jax.nn.relu, residual=RESIDUAL, mask=WEIGHTS > 0, mapped=False
+    ),
+    "complex": Variant(from_pairs(TRAIN), from_pairs(define), pair=True),
+    "linen": Variant(by_linen),
+    "nnx": Variant(by_nnx, without_gradient_of_updates(define)),
+}
+
+
+def loss_of(function):
+    """A scalar that depends on the output and on the new statistics in every entry."""
+
+    def loss(*arguments):
+        leaves = jax.tree.leaves(function(*arguments))
+        return sum(
+            jnp.vdot(jnp.sin(leaf), jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape))
+            for leaf in leaves
+        )
+
+    return loss
+
+
+def output_of(function):
+    return lambda *arguments: function(*arguments)[0]
+
+
+def directions(arguments):
+    return jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), arguments)
+
+
+def by_vjp(function, *arguments):
+    result, pull = jax.vjp(function, *arguments)
+    return result, pull(directions(result))
+
+
+def by_linearize(function, *arguments):
+    result, push = jax.linearize(function, *arguments)
+    return result, push(*directions(arguments))
+
+
+def by_forward_over_reverse(function, *arguments):
+    gradient = jax.grad(loss_of(function), argnums=(0, 1, 2))
+    return jax.jvp(gradient, arguments, directions(arguments))
+
+
+def by_reverse_over_reverse(function, *arguments):
+    gradient = jax.grad(loss_of(function), argnums=(0, 1, 2))
+    return by_vjp(gradient, *arguments)
+
+
+def by_reverse_over_forward(function, *arguments):
+    def forward(*arguments):
+        return jax.jvp(function, arguments, directions(arguments))
+
+    return by_vjp(forward, *arguments)
+
+
+DERIVATIVES = {
+    "jit": lambda f, *a: jax.jit(f)(*a),
+    "grad": lambda f, *a: jax.grad(loss_of(f), argnums=(0, 1, 2))(*a),
+    "grad of jit": lambda f, *a: jax.grad(jax.jit(loss_of(f)), argnums=(0, 1, 2))(*a),
+    "vjp": by_vjp,
+    "jvp": lambda f, *a: jax.jvp(f, a, directions(a)),
+    "linearize": by_linearize,
+    "jacfwd": lambda f, *a: jax.jacfwd(f, argnums=(0, 1, 2))(*a),
+    "jacrev": lambda f, *a: jax.jacrev(f, argnums=(0, 1, 2))(*a),
+    "hessian": lambda f, *a: jax.jit(jax.hessian(loss_of(f), argnums=(0, 2)))(*a),
+    "forward over reverse": by_forward_over_reverse,
+    "reverse over reverse": by_reverse_over_reverse,
+    "reverse over forward": by_reverse_over_forward,
+    "checkpoint": lambda f, *a: jax.grad(jax.checkpoint(loss_of(f)), argnums=(0, 1, 2))(*a),
+}
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def check(variant, transformed, *arguments):
+    found = transformed(variant.ours, *arguments)
+    expected = transformed(variant.reference, *arguments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    assert_close(found, expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("transform", DERIVATIVES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_derivatives_agree(name, transform):
+    variant = VARIANTS[name]
+    check(variant, DERIVATIVES[transform], *variant.arguments(0))
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+@pytest.mark.parametrize("transform", ["value", "grad", "jvp"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vmap_is_a_loop(name, transform, lead):
+    """Nested as well: google/flax#4760 and #3319 fail there."""
+    variant = VARIANTS[name]
+    arguments = variant.arguments(10, lead)
+    one = partial(DERIVATIVES.get(transform, lambda f, *a: f(*a)), variant.ours)
+    mapped = one
+    for _ in lead:
+        mapped = jax.vmap(mapped)
+    found = mapped(*arguments)
+    for index in np.ndindex(lead):
+        own = jax.tree.map(lambda leaf, index=index: leaf[index], arguments)
+        expected = DERIVATIVES.get(transform, lambda f, *a: f(*a))(variant.reference, *own)
+        picked = jax.tree.map(lambda leaf, index=index: leaf[index], found)
+        assert_close(picked, expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.mapped])
+def test_vmap_with_an_axis_name_is_the_whole_batch(name):
+    variant = VARIANTS[name]
+    params, stats, x = variant.arguments(20)
+    parts = x.reshape(2, -1, *x.shape[1:])
+
+    def ours(params, stats, x):
+        y, updated = jax.vmap(
+            partial(variant.ours, axis_name="data"), (None, None, 0), (0, None), axis_name="data"
+        )(params, stats, x.reshape(parts.shape))
+        return y.reshape(x.shape), updated
+
+    for transform in ("grad", "jvp", "hessian"):
+        found = DERIVATIVES[transform](ours, params, stats, x)
+        expected = DERIVATIVES[transform](variant.reference, params, stats, x)
+        assert_close(found, expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scan_is_a_loop(name):
+    variant = VARIANTS[name]
+    params, stats, _ = variant.arguments(30)
+    xs = variant.arguments(40, (4,))[2]
+
+    def by_scan(function, params, stats, xs):
+        def step(stats, x):
+            y, stats = function(params, stats, x)
+            return stats, y
+
+        last, ys = jax.lax.scan(step, stats, xs)
+        return ys, last
+
+    def by_loop(function, params, stats, xs):
+        ys = []
+        for x in xs:
+            y, stats = function(params, stats, x)
+            ys.append(y)
+        return jnp.stack(ys), stats
+
+    for transform in ("jit", "grad", "jvp"):
+        found = DERIVATIVES[transform](partial(by_scan, variant.ours), params, stats, xs)
+        expected = DERIVATIVES[transform](partial(by_loop, variant.reference), params, stats, xs)
+        assert_close(found, expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shapes_are_known_without_computing(name):
+    variant = VARIANTS[name]
+    arguments = variant.arguments(50)
+    abstract = jax.eval_shape(lambda: arguments)
+    found = jax.eval_shape(variant.ours, *abstract)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, variant.ours(*arguments))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found[1], arguments[1])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_second_step_compiles_nothing_and_reuses_the_donated_state(name):
+    variant = VARIANTS[name]
+    params, stats, x = variant.arguments(60)
+    expected = variant.reference(params, variant.reference(params, stats, x)[1], x)
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(lambda *state: variant.ours(*state), n=1)
+    step = jax.jit(counted, donate_argnums=1)
+    stats = jax.tree.map(jnp.copy, stats)
+    _, updated = step(params, stats, x)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stats))
+    assert_close(step(params, updated, x), expected, tolerance=TOLERANCE)
