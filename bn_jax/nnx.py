@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
@@ -152,9 +153,20 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
         )
         if not use_running_average:
-            self.mean[...] = jax.lax.stop_gradient(updated["mean"])
-            self.var[...] = jax.lax.stop_gradient(updated["var"])
+            self._store(jax.lax.stop_gradient(updated))
         return y
+
+    def _store(self, batch_stats: BatchStats) -> None:
+        try:
+            self.mean[...], self.var[...] = batch_stats["mean"], batch_stats["var"]
+        except TraceContextError as error:
+            raise TraceContextError(
+                "BatchNorm updates its running statistics inside of a transform (nnx.jit, "
+                "nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, and did not "
+                "come in as an argument. Pass the model: nnx.eval_shape(lambda model, x: model(x), "
+                "model, x); or leave the statistics alone: "
+                "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
+            ) from error
 
     def _promoted(self, x: jax.Array, batch_stats: BatchStats) -> tuple[jax.Array, Params, Dtype]:
         """Returns input and parameters, promoted on demand only, and the dtype of the result."""
