@@ -17,6 +17,10 @@ class BatchNorm(nn.BatchNorm):
     loads into this one and the other way round. While initializing, nothing is updated and
     `axis_name` need not exist.
 
+    Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
+    `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
+    it among ``variable_broadcast`` instead.
+
     Attributes beyond Flax's:
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.

@@ -50,6 +50,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises:
         ValueError: `bn_jax.batch_norm` objects to the input.
+        TraceContextError: in training, a transform that the layer is no argument of encloses the
+            call: the update would be lost.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
