@@ -20,6 +20,10 @@ class BatchNorm(nn.BatchNorm):
     checkpoint of Flax's layer loads into this one and the other way round. While initializing,
     nothing is updated and `axis_name` need not exist.
 
+    Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
+    `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
+    it among ``variable_broadcast`` instead.
+
     Attributes beyond Flax's:
         momentum: None for the cumulative average over all batches; ``batch_stats`` then holds
             their ``count`` as well.
@@ -123,15 +127,19 @@ class BatchNorm(nn.BatchNorm):
         }
 
     def _require_batch_stats(self, use_running_average: bool) -> None:
-        if self.is_initializing() or self.is_mutable_collection("batch_stats"):
+        if self.is_mutable_collection("batch_stats"):
             return
         layer = f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
         if not self.has_variable("batch_stats", "mean"):
             raise ValueError(
                 f"batch_stats has nothing for {layer}. Pass what init returned: "
-                "model.apply({'params': params, 'batch_stats': batch_stats}, x)"
+                "model.apply({'params': params, 'batch_stats': batch_stats}, x). Name batch_stats "
+                "also where a lifted transform encloses the layer, for example "
+                "nn.scan(..., variable_carry='batch_stats') or "
+                "nn.vmap(..., variable_axes={'params': 0, 'batch_stats': 0}), and in "
+                "init(..., mutable=[...]) where that is given."
             )
-        if not use_running_average:
+        if not use_running_average and not self.is_initializing():
             raise ValueError(
                 f"batch_stats is immutable, but {layer} has use_running_average=False "
                 "and updates it. In training write: "

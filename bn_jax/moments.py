@@ -205,17 +205,19 @@ def centred_moments(
         count, sums = reduced[0], reduced[1:]
     delta, var = _delta_and_var(sums, count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
-    shift = shift + jnp.where(refine, delta, 0)
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        return _all_reduce(reduction, *_local_sums(reduction, x, mask, shift))
+        total, _ = _local_sums(reduction, x, mask, shift)
+        (rest,) = _divide(_all_reduce(reduction, total), count)
+        return shift + rest, *_all_reduce(reduction, *_local_sums(reduction, x, mask, shift + rest))
 
     def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        return sums
+        return shift, *sums
 
     # x goes in as it came: a float32 copy of a bfloat16 x would be materialised as an operand.
-    sums = lax.cond(refine, measure_again, keep, x, mask, shift)
-    return CentredMoments(count, shift, *_delta_and_var(sums, count))
+    shift = shift + jnp.where(refine, delta, 0)
+    shift, *sums = lax.cond(refine, measure_again, keep, x, mask, shift)
+    return CentredMoments(count, shift, *_delta_and_var(tuple(sums), count))
 
 
 @centred_moments.defjvp
@@ -239,12 +241,13 @@ def centre(x: jax.Array, shift: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
-    """Tells where the variance has lost its digits, so that a second pass is due.
+    """Tells where the variance has lost its digits, so that measuring again is due.
 
     Also true where the squares overflowed although the values did not. False for a feature that
-    is NaN or infinite: a second pass would not help it.
+    is NaN or infinite: measuring again would not help it.
     """
-    return jnp.isfinite(delta) & ~(absolute_square(delta) <= CANCELLATION_THRESHOLD * var)
+    kept = absolute_square(delta) <= CANCELLATION_THRESHOLD * var
+    return jnp.isfinite(delta) & ~(kept & jnp.isfinite(var))
 
 
 def absolute_square(values: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
@@ -51,6 +52,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises:
         ValueError: `bn_jax.batch_norm` objects to the input.
+        TraceContextError: in training, a transform that the layer is no argument of encloses the
+            call: the update would be lost.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -165,11 +168,23 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
         )
         if not use_running_average:
-            for name, variable in variables.items():
-                new = cast(dict[str, jax.Array], updated)[name]
-                # The mean of complex input is complex; item assignment would keep the old dtype.
-                variable.set_value(jax.lax.stop_gradient(new))
+            self._store(variables, updated)
         return y
+
+    def _store(self, variables: dict[str, nnx.BatchStat[Any]], batch_stats: BatchStats) -> None:
+        new = cast(dict[str, jax.Array], batch_stats)
+        try:
+            for name, variable in variables.items():
+                # Assigning to an item would cast the mean of complex input to the old real dtype.
+                variable.set_value(jax.lax.stop_gradient(new[name]))
+        except TraceContextError as error:
+            raise TraceContextError(
+                "BatchNorm updates its running statistics inside of a transform (nnx.jit, "
+                "nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, and did not "
+                "come in as an argument. Pass the model: nnx.eval_shape(lambda model, x: model(x), "
+                "model, x); or leave the statistics alone: "
+                "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
+            ) from error
 
     def _promoted(
         self, x: jax.Array, residual: jax.Array | None, batch_stats: BatchStats

@@ -94,6 +94,15 @@ def define_batch_norm(
     return y, updated
 
 
+def define_steps(params, batch_stats, batches, **options):
+    """`define_batch_norm` batch after batch: all outputs and the last running statistics."""
+    outputs = []
+    for x in batches:
+        y, batch_stats = define_batch_norm(params, batch_stats, x, **options)
+        outputs.append(y)
+    return np.stack(outputs), batch_stats
+
+
 def differentiate(function, x, step=1e-5):
     """The gradient of a scalar float64 NumPy function by central differences."""
     x = np.asarray(x, np.float64)

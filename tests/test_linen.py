@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
-from support import assert_close, define_batch_norm, far_from_initial, standard_normal
+from support import (
+    assert_close,
+    define_affine,
+    define_batch_norm,
+    define_steps,
+    differentiate,
+    far_from_initial,
+    standard_normal,
+)
 
 import bn_jax as bn
 
@@ -169,3 +177,359 @@ def test_use_running_average_must_be_given_once():
         OURS().init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="use_running_average"):
         OURS(use_running_average=True).init(jax.random.key(0), x, use_running_average=True)
+
+
+def trained(layer, variables, x, **options):
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"], **options)
+    return y, updates["batch_stats"]
+
+
+def initialized(layer, x):
+    variables = far_from_initial(layer.init(jax.random.key(0), x))
+    return variables, variables["params"], variables["batch_stats"]
+
+
+def shared_vmap(layer, variables, x):
+    def mapped(function, name):
+        return jax.vmap(function, in_axes=(None, 0), out_axes=(0, None), axis_name=name)
+
+    return mapped(mapped(partial(trained, layer), "inner"), "outer")(variables, x)
+
+
+def shared_lifted_vmap(layer, variables, x):
+    shared = dict(variable_axes={"params": None, "batch_stats": None}, split_rngs={"params": False})
+    inner = nn.vmap(OURS, axis_name="inner", **shared)
+    outer = nn.vmap(inner, axis_name="outer", **shared)
+    return trained(outer(layer.use_running_average, axis_name=layer.axis_name), variables, x)
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        pytest.param(shared_lifted_vmap, id="google/flax#3319"),
+        pytest.param(shared_vmap, id="dm-haiku#786 #788 #790 equinox#707"),
+    ],
+)
+def test_vmap_inside_vmap_over_named_axes_is_one_batch(mapped):
+    x = standard_normal(20, (4, 5, 3))
+    layer = OURS(use_running_average=False, axis_name=("outer", "inner"))
+    variables, params, stats = initialized(layer, x[0, 0])
+    y, updated = jax.jit(partial(mapped, layer))(variables, x)
+    expected = define_batch_norm(params, stats, x.reshape(20, 3))
+    assert_close((y.reshape(20, 3), updated), expected)
+    # Statistics that are shared over an axis that is not named have no single new value.
+    with pytest.raises(ValueError, match="out_axes is None"):
+        mapped(layer.clone(axis_name="inner"), variables, x)
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+def test_vmap_inside_vmap_over_variables_is_an_ensemble(lifted):
+    """dm-haiku#786, google/flax#3319."""
+    x = standard_normal(21, (2, 3, 6, 4))
+    layer = OURS(use_running_average=False)
+    of_their_own = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
+    ensemble = nn.vmap(nn.vmap(OURS, **of_their_own), **of_their_own)(use_running_average=False)
+    variables = jax.tree.map(
+        lambda leaf: leaf + standard_normal(22, leaf.shape) ** 2,
+        ensemble.init(jax.random.key(0), x),
+    )
+    apply = partial(trained, ensemble) if lifted else jax.vmap(jax.vmap(partial(trained, layer)))
+    y, updated = jax.jit(apply)(variables, x)
+    for member in np.ndindex(2, 3):
+        own, of_member = (
+            jax.tree.map(lambda leaf, member=member: leaf[member], tree)
+            for tree in (variables, updated)
+        )
+        expected = define_batch_norm(own["params"], own["batch_stats"], x[member])
+        assert_close((y[member], of_member), expected)
+
+
+def test_groups_of_a_vmapped_axis():
+    x = standard_normal(23, (4, 5, 3))
+    ours, flax = (
+        kind(use_running_average=False, axis_name="data", axis_index_groups=[[0, 2], [1, 3]])
+        for kind in (OURS, FLAX)
+    )
+    variables, params, stats = initialized(ours, x[0])
+    y, updated = jax.jit(jax.vmap(partial(trained, ours, variables), axis_name="data"))(x)
+    for group in (np.array([0, 2]), np.array([1, 3])):
+        expected, expected_stats = define_batch_norm(params, stats, x[group].reshape(10, 3))
+        assert_close(y[group].reshape(10, 3), expected)
+        for index in group:
+            own = jax.tree.map(lambda leaf, index=index: leaf[index], updated)
+            assert_close(own, expected_stats)
+    with pytest.raises(NotImplementedError, match="axis_index_groups"):
+        jax.vmap(partial(trained, flax, variables), axis_name="data")(x)
+
+
+def lifted_scan(**how):
+    def body(layer, carry, x):
+        return carry, layer(x)
+
+    return lambda layer, x: nn.scan(body, split_rngs={"params": False}, **how)(layer, None, x)[1]
+
+
+# `nn.scan` can create no carried variable and return no immutable one, whatever the module. What
+# it can create is a broadcast variable that does not depend on the data: our statistics are one
+# while initializing.
+CARRIED = lifted_scan(variable_broadcast="params", variable_carry="batch_stats")
+BROADCAST = lifted_scan(variable_broadcast=["params", "batch_stats"])
+
+
+def test_lifted_scan_carries_the_statistics():
+    """google/flax#2052."""
+    x = standard_normal(24, (5, 6, 3))
+    layer = OURS(use_running_average=False, momentum=0.5)
+    key = jax.random.key(0)
+    created = nn.init(BROADCAST, layer)(key, x)
+    chex.assert_trees_all_equal(created, layer.init(key, x[0]))
+    variables = far_from_initial(created)
+    y, updates = jax.jit(nn.apply(CARRIED, layer, mutable=["batch_stats"]))(variables, x)
+    expected = define_steps(variables["params"], variables["batch_stats"], x, momentum=0.5)
+    assert_close((y, updates["batch_stats"]), expected)
+    with pytest.raises(TypeError, match="pytree structure"):
+        nn.init(CARRIED, layer)(key, x)
+
+
+def test_lifted_scan_in_evaluation():
+    """google/flax#3602."""
+    x = standard_normal(25, (5, 6, 3))
+    layer = OURS(use_running_average=True)
+    variables, params, stats = initialized(layer, x[0])
+    y = nn.apply(BROADCAST, layer)(variables, x)
+    assert_close(y, define_affine(x, *stats.values(), params["scale"], params["bias"]))
+    carried = nn.apply(CARRIED, layer, mutable=["batch_stats"])(variables, x)
+    chex.assert_trees_all_equal(carried, (y, {"batch_stats": stats}))
+    with pytest.raises(TypeError, match="pytree structure"):
+        nn.apply(CARRIED, layer)(variables, x)
+
+
+def test_scan_inside_vmap_inside_grad():
+    """equinox#237."""
+    x = standard_normal(26, (4, 3, 2))
+    layer = OURS(use_running_average=False, momentum=0.5, axis_name="data")
+    _, params, stats = initialized(layer, x[0, 0])
+
+    def loss(x):
+        def step(batch_stats, x):
+            y, batch_stats = trained(layer, {"params": params, "batch_stats": batch_stats}, x)
+            return batch_stats, y
+
+        scanned = jax.vmap(partial(jax.lax.scan, step, stats), axis_name="data", out_axes=(None, 1))
+        batch_stats, y = scanned(x)
+        return jnp.sum(jnp.sin(y)), batch_stats
+
+    def defined_loss(x):
+        return np.sum(np.sin(define_steps(params, stats, np.swapaxes(x, 0, 1))[0]))
+
+    gradient, updated = jax.jit(jax.grad(loss, has_aux=True))(x)
+    assert_close(gradient, differentiate(defined_loss, x))
+    assert_close(updated, define_steps(params, stats, jnp.swapaxes(x, 0, 1), momentum=0.5)[1])
+
+
+class Deep(nn.Module):
+    """A scan over four layers, each with variables of its own."""
+
+    rematerialized: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return jnp.sin(layer(x)), None
+
+        if self.rematerialized:
+            body = nn.remat(body, prevent_cse=False)
+        lifted = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
+        return nn.scan(body, length=4, **lifted)(OURS(use_running_average=False), x, None)[0]
+
+
+def test_scan_over_layers_with_rematerialization_updates_once():
+    """pytorch#96136."""
+    x = standard_normal(27, (6, 3))
+    models = [Deep(rematerialized) for rematerialized in (False, True)]
+    variables = jax.tree.map(
+        lambda leaf: leaf + standard_normal(28, leaf.shape) ** 2,
+        models[0].init(jax.random.key(0), x),
+    )
+
+    def loss(model, variables):
+        y, updates = model.apply(variables, x, mutable=["batch_stats"])
+        return jnp.sum(y**2), (y, updates["batch_stats"]["BatchNorm_0"])
+
+    plain, rematerialized = (
+        jax.jit(jax.grad(partial(loss, model), has_aux=True))(variables) for model in models
+    )
+    assert_close(rematerialized, plain)
+    y, (_, (found, updated)) = x, plain
+    for number in range(4):
+        params, stats = (
+            jax.tree.map(lambda leaf, number=number: leaf[number], collection["BatchNorm_0"])
+            for collection in (variables["params"], variables["batch_stats"])
+        )
+        y, expected = define_batch_norm(params, stats, y)
+        y = np.sin(y)
+        assert_close(jax.tree.map(lambda leaf, number=number: leaf[number], updated), expected)
+    assert_close(found, y)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        nn.remat,
+        nn.jit,
+        lambda layer: nn.jit(nn.remat(layer)),
+        partial(nn.remat, policy=jax.checkpoint_policies.everything_saveable),
+    ],
+    ids=["remat pytorch#96136", "jit", "jit remat", "remat saving everything"],
+)
+def test_lifted_transforms_update_once(transform):
+    x = standard_normal(29, (5, 6, 3))
+    layer = transform(OURS)(use_running_average=False, axis_name="data")
+    variables, params, stats = initialized(layer, x[0])
+
+    def loss(variables):
+        apply = jax.vmap(partial(trained, layer, variables), axis_name="data", out_axes=(0, None))
+        y, updated = apply(x)
+        return jnp.sum(jnp.sin(y)), updated
+
+    def defined_loss(scale):
+        changed = {**params, "scale": scale}
+        return np.sum(np.sin(define_batch_norm(changed, stats, x.reshape(30, 3))[0]))
+
+    gradient, updated = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert_close(updated, define_batch_norm(params, stats, x.reshape(30, 3))[1])
+    assert_close(gradient["params"]["scale"], differentiate(defined_loss, params["scale"]))
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_branch_updates_only_if_taken(taken):
+    x = standard_normal(30, (6, 3))
+    layer = OURS(use_running_average=False)
+    variables, params, stats = initialized(layer, x)
+
+    def branch(layer, taken, x):
+        return nn.cond(taken, lambda layer, x: layer(x), lambda layer, x: x, layer, x)
+
+    found = nn.apply(branch, layer, mutable=["batch_stats"])(variables, taken, x)
+    y, updated = define_batch_norm(params, stats, x) if taken else (x, stats)
+    assert_close(found, (y, {"batch_stats": updated}))
+
+
+def test_a_reused_layer_with_a_named_axis():
+    """google/flax#1250, #2606."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, use_running_average=False):
+            norm = OURS(use_running_average, axis_name="data", momentum=0.5, name="norm")
+            return norm(norm(x))
+
+    x = standard_normal(31, (6, 3))
+    model = Twice()
+    variables = far_from_initial(model.init(jax.random.key(0), x[0]))
+    y, updated = jax.jit(jax.vmap(partial(trained, model, variables), axis_name="data"))(x)
+    params, stats = (variables[name]["norm"] for name in ("params", "batch_stats"))
+    expected, once = define_batch_norm(params, stats, x, momentum=0.5)
+    expected, twice = define_batch_norm(params, once, expected, momentum=0.5)
+    assert_close((y, jax.tree.map(lambda leaf: leaf[0], updated["norm"])), (expected, twice))
+    model.apply(variables, x, use_running_average=True)
+    with pytest.raises(NameError, match=r"axis_name='data' is not bound .* while initializing"):
+        trained(model, variables, x)
+
+
+@pytest.mark.parametrize("create", ["eval_shape", "lazy_init"])
+def test_abstract_initialization(create):
+    layer = OURS(use_running_average=False, axis_name="nowhere", axis=(1, -1))
+    x, key = jax.ShapeDtypeStruct((1, 4, 3), jnp.bfloat16), jax.random.key(0)
+    init = layer.lazy_init if create == "lazy_init" else partial(jax.eval_shape, layer.init)
+    expected = layer.init(key, jnp.ones(x.shape, x.dtype))
+    chex.assert_trees_all_equal_shapes_and_dtypes(init(key, x), expected)
+
+
+def test_a_donated_state_is_updated_in_one_compilation():
+    x = standard_normal(32, (4, 6, 3))
+    layer = OURS(use_running_average=False, momentum=0.5)
+    _, params, stats = initialized(layer, x[0])
+    expected, expected_stats = define_steps(
+        *jax.tree.map(np.array, (params, stats)), x, momentum=0.5
+    )
+
+    def step(batch_stats, x):
+        return trained(layer, {"params": params, "batch_stats": batch_stats}, x)
+
+    step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    donated = stats
+    for one, y in zip(x, expected, strict=True):
+        found, stats = step(stats, one)
+        assert_close(found, y)
+    assert_close(stats, expected_stats)
+    assert all(leaf.is_deleted() for leaf in donated.values())
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param((5, 3, 1, 2), id="google/flax#2417"),
+        pytest.param((5, 3, 1, 0), id="pytorch#74944"),
+    ],
+)
+def test_uneven_batches_are_merged_by_count(counts):
+    x = np.array(standard_normal(33, (4, 5, 3))) + np.arange(4, dtype=np.float32)[:, None, None]
+    valid = np.arange(5)[None] < np.array(counts)[:, None]
+    x[~valid] = np.nan
+    options = dict(use_running_average=False, momentum=0.0, axis_name="data")
+    variables, params, stats = initialized(OURS(**options), x[0])
+
+    def train(layer):
+        apply = partial(trained, layer, variables)
+        mapped = jax.pmap(lambda x, mask: apply(x, mask=mask), axis_name="data")
+        y, updated = mapped(x, valid[..., None])
+        return np.asarray(y), jax.tree.map(lambda leaf: leaf[0], updated)
+
+    y, updated = train(OURS(**options))
+    expected, expected_stats = define_batch_norm(params, stats, x[valid], momentum=0.0)
+    assert_close((y[valid], updated), (expected, expected_stats))
+    _, theirs = train(FLAX(**options))
+    assert not np.abs(theirs["mean"] - expected_stats["mean"]).max() < 0.1
+
+
+def test_an_empty_batch_changes_nothing():
+    """pytorch#74944."""
+    x = jnp.zeros((0, 3))
+    ours, flax = OURS(use_running_average=False), FLAX(use_running_average=False)
+    variables, _, stats = initialized(ours, jnp.zeros((2, 3)))
+
+    def loss(variables, x):
+        y, updated = trained(ours, variables, x)
+        return jnp.sum(y), (y, updated)
+
+    gradient, (y, updated) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
+    assert y.shape == x.shape
+    chex.assert_trees_all_equal(updated, stats)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, (variables, x)))
+    assert np.isnan(trained(flax, variables, x)[1]["var"]).all()
+
+
+def test_the_variance_far_from_zero():
+    """google/flax#1491."""
+    x = 1000 + 0.01 * standard_normal(34, (512, 3))
+    ours, flax = (kind(use_running_average=False, momentum=0.0) for kind in (OURS, FLAX))
+    variables, params, stats = initialized(ours, x)
+    expected = define_batch_norm(params, stats, x, momentum=0.0)
+    assert_close(trained(ours, variables, x), expected)
+    assert np.abs(trained(flax, variables, x)[0] - expected[0]).max() > 1
+
+
+def test_a_transform_that_leaves_batch_stats_out():
+    """google/flax#2279."""
+    x = standard_normal(35, (5, 6, 3))
+    layer = OURS(use_running_average=False)
+    forgetful = lifted_scan(variable_broadcast="params")
+    variables = layer.init(jax.random.key(0), x[0])
+    message = "batch_stats has nothing for .* variable_carry='batch_stats'"
+    with pytest.raises(ValueError, match=message):
+        nn.init(forgetful, layer)(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message):
+        nn.apply(forgetful, layer, mutable=["batch_stats"])(variables, x)
+    with pytest.raises(ValueError, match=message):
+        layer.init(jax.random.key(0), x, mutable=["params"])

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
+from jax.sharding import AxisType, PartitionSpec
 from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_steps,
+    differentiate,
     far_from_initial,
     standard_normal,
 )
@@ -179,3 +183,297 @@ def test_errors():
         OURS(3, rngs=nnx.Rngs(0))(standard_normal(9, (6, 4)))
     with pytest.raises(NameError, match="axis_name='data' is not bound"):
         partial(OURS(3, axis_name="data", rngs=nnx.Rngs(0)))(x)
+
+
+def make(kind=OURS, **options):
+    return fill(kind(3, rngs=nnx.Rngs(0), **options))
+
+
+def call(layer, x):
+    return layer(x)
+
+
+def params_of(layer):
+    """Copies, which a donation or an update leaves alone."""
+    return {"scale": np.array(layer.scale[...]), "bias": np.array(layer.bias[...])}
+
+
+def stats_of(layer):
+    return {"mean": np.array(layer.mean[...]), "var": np.array(layer.var[...])}
+
+
+def nested_nnx_vmap(layer, x):
+    mapped = call
+    for name in ("inner", "outer"):
+        mapped = nnx.vmap(mapped, in_axes=(None, 0), axis_name=name)
+    return nnx.jit(mapped)(layer, x)
+
+
+def nested_jax_vmap(layer, x):
+    graph, state = nnx.split(layer)
+
+    def mapped(state, x):
+        layer = nnx.merge(graph, state)
+        return layer(x), nnx.state(layer)
+
+    for name in ("inner", "outer"):
+        mapped = jax.vmap(mapped, in_axes=(None, 0), out_axes=(0, None), axis_name=name)
+    y, state = jax.jit(mapped)(state, x)
+    nnx.update(layer, state)
+    return y
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        pytest.param(nested_nnx_vmap, id="google/flax#4760"),
+        pytest.param(nested_jax_vmap, id="dm-haiku#786 #788 #790 equinox#707"),
+    ],
+)
+def test_vmap_inside_vmap_over_named_axes_is_one_batch(mapped):
+    x = standard_normal(20, (4, 5, 3))
+    layer = make(axis_name=("outer", "inner"), momentum=0.5)
+    expected = define_steps(params_of(layer), stats_of(layer), [x.reshape(20, 3)] * 2, momentum=0.5)
+    y = [mapped(layer, x).reshape(20, 3) for _ in range(2)]
+    assert_close((jnp.stack(y), stats_of(layer)), expected)
+    # Statistics that are shared over an axis that is not named have no single new value.
+    with pytest.raises(ValueError, match="out_axes is None"):
+        mapped(make(axis_name="inner"), x)
+
+
+def make_ensemble(*shape):
+    def create(key):
+        return OURS(3, scale_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
+
+    for _ in shape:
+        create = nnx.vmap(create)
+    return create(jax.random.split(jax.random.key(0), shape))
+
+
+def test_vmap_inside_vmap_over_layers_is_an_ensemble():
+    """google/flax#4760."""
+    x = standard_normal(21, (2, 3, 6, 3))
+    layers = make_ensemble(2, 3)
+    params, stats = params_of(layers), stats_of(layers)
+    y = nnx.jit(nnx.vmap(nnx.vmap(call)))(layers, x)
+    for member in np.ndindex(2, 3):
+        own_params, own_stats, updated = (
+            {name: leaf[member] for name, leaf in tree.items()}
+            for tree in (params, stats, stats_of(layers))
+        )
+        assert_close((y[member], updated), define_batch_norm(own_params, own_stats, x[member]))
+
+
+def test_statistics_of_their_own_under_shared_parameters():
+    """google/flax#4760."""
+    x = standard_normal(22, (4, 6, 3))
+    layer = make()
+    params, stats = params_of(layer), stats_of(layer)
+    for variable in (layer.mean, layer.var):
+        variable.set_value(jnp.stack([variable[...]] * 4))
+    axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
+    y = nnx.jit(nnx.vmap(call, in_axes=(axes, 0)))(layer, x)
+    for member in range(4):
+        updated = {name: leaf[member] for name, leaf in stats_of(layer).items()}
+        assert_close((y[member], updated), define_batch_norm(params, stats, x[member]))
+
+
+CLOSURES = {
+    "nnx.eval_shape google/flax#4734": lambda layer, x: nnx.eval_shape(layer, x),
+    "nnx.vmap google/flax#4760": lambda layer, x: nnx.vmap(lambda x: layer(x))(x),
+    "nnx.jit": lambda layer, x: nnx.jit(layer)(x),
+    "jax.grad": lambda layer, x: jax.jit(jax.grad(lambda x: jnp.sum(layer(x))))(x),
+}
+
+
+@pytest.mark.parametrize("closed", CLOSURES.values(), ids=CLOSURES)
+def test_a_layer_that_is_no_argument_of_the_transform(closed):
+    x = standard_normal(23, (5, 6, 3))
+    layer = make()
+    before = stats_of(layer)
+    with pytest.raises(TraceContextError, match=r"Pass the model: .*use_running_average=True"):
+        closed(layer, x)
+    chex.assert_trees_all_equal(stats_of(layer), before)
+    found = closed(nnx.view(layer, use_running_average=True), x)
+    assert found.shape == x.shape
+    with pytest.raises(TraceContextError, match="Cannot mutate BatchStat"):
+        closed(make(FLAX), x)
+
+
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        lambda x: nnx.eval_shape(call, make(), x),
+        lambda x: nnx.eval_shape(call, nnx.eval_shape(lambda: OURS(3, rngs=nnx.Rngs(0))), x),
+        lambda x: nnx.eval_shape(lambda x: OURS(3, rngs=nnx.Rngs(0))(x), x),
+    ],
+    ids=["argument", "abstract argument", "made inside"],
+)
+def test_eval_shape_in_training(evaluated):
+    """google/flax#4734."""
+    x = jax.ShapeDtypeStruct((6, 3), jnp.bfloat16)
+    assert evaluated(x) == jax.ShapeDtypeStruct((6, 3), jnp.float32)
+
+
+def test_eval_shape_makes_a_layer_to_restore_into():
+    """google/flax#4734."""
+    x = standard_normal(24, (6, 3))
+    saved = make()
+    abstract = nnx.eval_shape(lambda: OURS(3, rngs=nnx.Rngs(0)))
+    expected = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stats_of(saved)
+    )
+    found = {"mean": abstract.mean.get_value(), "var": abstract.var.get_value()}
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    restored = nnx.merge(nnx.graphdef(abstract), nnx.clone(nnx.state(saved)))
+    y, updated = define_batch_norm(params_of(saved), stats_of(saved), x)
+    assert_close((restored(x), stats_of(restored)), (y, updated))
+
+
+def scan_the_layer(layer, x):
+    def step(layer, x):
+        return layer, layer(x)
+
+    return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(layer, x)[1]
+
+
+def scan_the_statistics(layer, x):
+    def step(layer, carry, x):
+        return carry, layer(x)
+
+    axes = nnx.StateAxes({nnx.BatchStat: nnx.Carry, ...: None})
+    return nnx.scan(step, in_axes=(axes, nnx.Carry, 0), out_axes=(nnx.Carry, 0))(layer, None, x)[1]
+
+
+def scan_the_split_layer(layer, x):
+    graph, params, state = nnx.split(layer, nnx.Param, ...)
+
+    def step(state, x):
+        layer = nnx.merge(graph, params, state)
+        y = layer(x)
+        return nnx.state(layer, nnx.BatchStat), y
+
+    state, y = jax.lax.scan(step, state, x)
+    nnx.update(layer, state)
+    return y
+
+
+@pytest.mark.parametrize("scan", [scan_the_layer, scan_the_statistics, scan_the_split_layer])
+def test_scan_carries_the_statistics(scan):
+    """google/flax#2052, #3602."""
+    x = standard_normal(25, (5, 6, 3))
+    layer = make(momentum=0.5)
+    expected = define_steps(params_of(layer), stats_of(layer), x, momentum=0.5)
+    assert_close((scan(layer, x), stats_of(layer)), expected)
+    layer.eval()
+    before = stats_of(layer)
+    expected = define_affine(x, *before.values(), *params_of(layer).values())
+    assert_close(scan(layer, x), expected)
+    chex.assert_trees_all_equal(stats_of(layer), before)
+
+
+def test_scan_inside_vmap_inside_grad():
+    """equinox#237."""
+    x = standard_normal(26, (4, 2, 3))
+    layer = make(axis_name="data", momentum=0.5)
+    params, stats = params_of(layer), stats_of(layer)
+    mapped = nnx.vmap(scan_the_layer, in_axes=(None, 0), out_axes=1, axis_name="data")
+
+    def loss(layer, x):
+        return jnp.sum(jnp.sin(mapped(layer, x)))
+
+    def defined_loss(scale):
+        steps = define_steps({**params, "scale": scale}, stats, np.swapaxes(x, 0, 1), momentum=0.5)
+        return np.sum(np.sin(steps[0]))
+
+    gradient = nnx.jit(nnx.grad(loss))(layer, x)
+    assert_close(gradient["scale"][...], differentiate(defined_loss, params["scale"]))
+    expected = define_steps(params, stats, np.swapaxes(x, 0, 1), momentum=0.5)[1]
+    assert_close(stats_of(layer), expected)
+
+
+@pytest.mark.parametrize("rematerialized", [False, True], ids=["plain", "remat pytorch#96136"])
+def test_scan_over_layers_updates_each_once(rematerialized):
+    x = standard_normal(27, (6, 3))
+    layers = make_ensemble(4)
+    params, stats = params_of(layers), stats_of(layers)
+
+    def body(x, layer):
+        return jnp.sin(layer(x))
+
+    deep = nnx.scan(
+        nnx.remat(body) if rematerialized else body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+    )
+
+    def define(scales):
+        y, updated = x, []
+        for number, scale in enumerate(scales):
+            own = {name: leaf[number] for name, leaf in stats.items()}
+            y, own = define_batch_norm({"scale": scale, "bias": np.zeros(3)}, own, y)
+            y = np.sin(y)
+            updated.append(own)
+        return np.sum(y**2), updated
+
+    gradient = nnx.jit(nnx.grad(lambda layers, x: jnp.sum(deep(x, layers) ** 2)))(layers, x)
+    assert_close(
+        gradient["scale"][...], differentiate(lambda scales: define(scales)[0], params["scale"])
+    )
+    for number, expected in enumerate(define(params["scale"])[1]):
+        assert_close({name: leaf[number] for name, leaf in stats_of(layers).items()}, expected)
+
+
+@pytest.mark.parametrize("outer", [lambda function: function, nnx.jit], ids=["eager", "jit"])
+def test_remat_updates_once(outer):
+    """pytorch#96136."""
+    x = standard_normal(28, (6, 3))
+    layer = make()
+    params, stats = params_of(layer), stats_of(layer)
+    rematerialized = nnx.remat(lambda layer, x: jnp.sin(layer(x)))
+    gradient = outer(nnx.grad(lambda layer, x: jnp.sum(rematerialized(layer, x))))(layer, x)
+    assert_close(stats_of(layer), define_batch_norm(params, stats, x)[1])
+
+    def defined_loss(scale):
+        return np.sum(np.sin(define_batch_norm({**params, "scale": scale}, stats, x)[0]))
+
+    assert_close(gradient["scale"][...], differentiate(defined_loss, params["scale"]))
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_branch_updates_only_if_taken(taken):
+    x = standard_normal(29, (6, 3))
+    layer = make()
+    stats = stats_of(layer)
+    y, updated = define_batch_norm(params_of(layer), stats, x) if taken else (x, stats)
+    found = nnx.cond(taken, call, lambda layer, x: x, layer, x)
+    assert_close((found, stats_of(layer)), (y, updated))
+
+
+def test_shard_map_is_flattened():
+    x = standard_normal(30, (8, 3))
+    layer = make(axis_name="data")
+    expected = define_batch_norm(params_of(layer), stats_of(layer), x)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    sharded = nnx.shard_map(call, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+    assert_close((nnx.jit(sharded)(layer, x), stats_of(layer)), expected)
+
+
+def test_a_donated_layer_is_updated_in_one_compilation():
+    x = standard_normal(31, (4, 6, 3))
+    layer = make(momentum=0.5)
+    donated = layer.mean.get_value()
+    expected = define_steps(params_of(layer), stats_of(layer), x, momentum=0.5)
+    step = nnx.jit(chex.assert_max_traces(call, n=1), donate_argnums=0)
+    y = [step(layer, one) for one in x]
+    assert_close((jnp.stack(y), stats_of(layer)), expected)
+    assert donated.is_deleted()
+
+
+def test_an_empty_batch_changes_nothing():
+    """pytorch#74944."""
+    ours, flax = make(), make(FLAX)
+    before = stats_of(ours)
+    assert ours(jnp.zeros((0, 3))).shape == (0, 3)
+    chex.assert_trees_all_equal(stats_of(ours), before)
+    flax(jnp.zeros((0, 3)))
+    assert np.isnan(stats_of(flax)["mean"]).all()
