@@ -23,6 +23,7 @@ format: $(READY)
 	$(VENV)/bin/ruff format
 
 bench: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]"
 	$(VENV)/bin/python -m benchmarks.numerics
 
 # The lower bounds of pyproject.toml, installed exactly and tested.

@@ -1,127 +1,315 @@
 """How far each batch norm is from float64 where batch norms go wrong.
 
-``python -m benchmarks.numerics`` prints tables and writes ``benchmarks/results/numerics.json``.
+``python -m benchmarks.numerics`` prints the table and writes ``benchmarks/results/numerics.json``.
+Each layer trains one step, jit-compiled, on each of `benchmarks.adversarial.CASES`; with momentum
+0 its new running variance is the variance of the batch.
 """
 
 import json
 import platform
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
+from benchmarks.adversarial import CASES, Batch, Case, Layer, truth
 
 RESULTS = Path(__file__).parent / "results" / "numerics.json"
-OFFSETS = (0.0, 1e2, 1e3, 1e4, 1e5, 1e6)
-ROWS, FEATURES = 4096, 64
-SHARDS = np.arange(8, dtype=np.float32).reshape(2, 4, 1) ** 2 / 4
+BOUND = 1e-5
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+OURS = "bn_jax"
+TABLE_WIDTH = 160
 
 
-def _linen(kind: Callable[..., nn.Module], x: jax.Array, **options: Any) -> jax.Array:
-    layer = kind(use_running_average=False, **options)
-    variables = layer.init(jax.random.key(0), x)
-    return layer.apply(variables, x, mutable=["batch_stats"])[0]
+class Errors(NamedTuple):
+    """The largest errors of one layer on one case.
+
+    Attributes:
+        output: relative to the largest of 1, ``|scale|`` and the true output.
+        variance: relative to the true variance; None where that is nowhere a normal number.
+        tiny_variance: absolute, where the true variance is below float32's smallest normal number;
+            None where it is nowhere so small.
+    """
+
+    output: float
+    variance: float | None
+    tiny_variance: float | None
+
+    def within_bound(self) -> bool:
+        """Tells whether every error is under its bound; NaN is not."""
+        relative = (self.output, 0.0 if self.variance is None else self.variance)
+        absolute = 0.0 if self.tiny_variance is None else self.tiny_variance
+        return all(error < BOUND for error in relative) and absolute < SMALLEST_NORMAL
+
+    def __str__(self) -> str:
+        """Shows output and variance, an absolute error of the variance in bars."""
+        figures = [_short(self.output)]
+        if self.variance is not None:
+            figures.append(_short(self.variance))
+        if self.tiny_variance is not None:
+            figures.append(f"|{_short(self.tiny_variance)}|")
+        return " / ".join(figures)
 
 
-def _nnx(kind: Callable[..., Callable[..., jax.Array]], x: jax.Array) -> jax.Array:
-    return kind(x.shape[-1], rngs=nnx.Rngs(0))(x)
+def _short(error: float) -> str:
+    """Gives one digit and the exponent."""
+    if not np.isfinite(error) or error == 0:
+        return "NaN" if np.isnan(error) else f"{error:g}"
+    digit, exponent = f"{error:.0e}".split("e")
+    return f"{digit}e{int(exponent)}"
 
 
-CONTESTANTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "bn_jax": partial(_linen, bn.linen.BatchNorm),
-    "flax.linen": partial(_linen, nn.BatchNorm),
-    "flax.linen two-pass": partial(_linen, nn.BatchNorm, use_fast_variance=False),
-    "flax.nnx": partial(_nnx, nnx.BatchNorm),
+class Contestant(NamedTuple):
+    """A layer to measure.
+
+    Attributes:
+        train: takes the configuration and the arrays to the output and the batch variance.
+        lacks: what it has no argument for, in the words of `needs`.
+    """
+
+    train: Callable[[Layer, Batch], tuple[jax.Array, jax.Array]]
+    lacks: frozenset[str] = frozenset()
+
+
+def needs(case: Case, batch: Batch) -> frozenset[str]:
+    """Names the abilities beyond the usual that a layer must have for this case."""
+    needed = {
+        "mask": batch.mask is not None and batch.mask.dtype == bool,
+        "weights": batch.mask is not None and batch.mask.dtype != bool,
+        "output dtype": case.layer.dtype is not None,
+        "several feature axes": not isinstance(case.layer.axis, int),
+        "groups of rows": case.layer.virtual_batch_size is not None,
+    }
+    return frozenset(name for name, is_needed in needed.items() if is_needed)
+
+
+def _linen(
+    kind: Callable[..., nn.Module], layer: Layer, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    module = kind(
+        use_running_average=False,
+        axis=layer.axis,
+        momentum=0.0,
+        epsilon=layer.epsilon,
+        dtype=layer.dtype,
+        axis_name=layer.axis_name,
+    )
+    variables = {
+        "params": {"scale": batch.scale, "bias": batch.bias},
+        "batch_stats": {"mean": batch.running_mean, "var": batch.running_var},
+    }
+    y, updates = module.apply(variables, batch.x, mask=batch.mask, mutable=["batch_stats"])
+    return y, updates["batch_stats"]["var"]
+
+
+def _ours(layer: Layer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    kind = partial(bn.linen.BatchNorm, virtual_batch_size=layer.virtual_batch_size)
+    return _linen(kind, layer, batch)
+
+
+def _nnx(layer: Layer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    assert isinstance(layer.axis, int)
+    module = nnx.BatchNorm(
+        batch.scale.size,
+        axis=layer.axis,
+        momentum=0.0,
+        epsilon=layer.epsilon,
+        dtype=layer.dtype,
+        axis_name=layer.axis_name,
+        scale_init=lambda *_: batch.scale,
+        bias_init=lambda *_: batch.bias,
+        rngs=nnx.Rngs(0),
+    )
+    module.mean[...], module.var[...] = batch.running_mean, batch.running_var
+    y = module(batch.x, mask=batch.mask)
+    return y, module.var[...]
+
+
+def _haiku(layer: Layer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    import haiku
+
+    rank = batch.x.ndim
+
+    def train(x: jax.Array) -> jax.Array:
+        module = haiku.BatchNorm(
+            create_scale=False,
+            create_offset=False,
+            decay_rate=0.0,
+            eps=layer.epsilon,
+            axis=layer.reduction_axes(rank),
+            cross_replica_axis=layer.axis_name,
+        )
+        scale, offset = (layer.expand(leaf, rank) for leaf in (batch.scale, batch.bias))
+        return module(x, is_training=True, scale=scale, offset=offset)
+
+    transformed = haiku.transform_with_state(train)
+    trained: Any = transformed.apply(*transformed.init(None, batch.x), None, batch.x)
+    y, state = trained
+    return y, state["batch_norm/~/var_ema"]["average"].reshape(batch.scale.shape)
+
+
+FLAX_LACKS = frozenset({"weights", "groups of rows"})
+CONTESTANTS: dict[str, Contestant] = {
+    OURS: Contestant(_ours),
+    "flax.linen": Contestant(partial(_linen, nn.BatchNorm), FLAX_LACKS),
+    "flax.linen two-pass": Contestant(
+        partial(_linen, partial(nn.BatchNorm, use_fast_variance=False)), FLAX_LACKS
+    ),
+    "flax.nnx": Contestant(_nnx, FLAX_LACKS | {"several feature axes"}),
+    "haiku": Contestant(_haiku, FLAX_LACKS | {"mask", "output dtype"}),
 }
 
 
-def output_error(function: Callable[[jax.Array], jax.Array], offset: float) -> float:
-    """Returns the largest error of the output for ``offset + N(0, 1)`` in float32."""
-    noise = np.random.default_rng(0).standard_normal((ROWS, FEATURES))
-    x = (noise + offset).astype(np.float32)
-    exact = np.float64(x)
-    expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    return float(np.abs(np.float64(function(jnp.asarray(x))) - expected).max())
+@lru_cache
+def compiled(contestant: str, layer: Layer) -> Callable[[Batch], tuple[jax.Array, jax.Array]]:
+    """Returns the compiled training step of a contestant, mapped over shards if there are any."""
+    train = partial(CONTESTANTS[contestant].train, layer)
+    if layer.axis_name is not None:
+        in_axes = Batch(x=0, mask=0, scale=None, bias=None, running_mean=None, running_var=None)
+        train = jax.vmap(train, in_axes=(in_axes,), axis_name=layer.axis_name)
+    return jax.jit(train)
 
 
-def synchronized_mean(kind: Callable[..., nn.Module], valid: np.ndarray) -> float | None:
-    """Trains one step on two shards of four masked rows.
-
-    Returns:
-        The mean that the statistics were updated with, or None where it or an output is NaN.
-    """
-    layer = kind(use_running_average=False, axis_name="data", momentum=0.0)
-    variables = layer.init(jax.random.key(0), SHARDS[0])
-
-    def train(x: jax.Array, mask: jax.Array) -> Any:
-        return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-
-    mapped = jax.vmap(train, axis_name="data")
-    y, updates = mapped(jnp.asarray(SHARDS), jnp.asarray(valid.reshape(SHARDS.shape)))
-    mean = updates["batch_stats"]["mean"][0, 0]
-    return float(mean) if jnp.isfinite(mean) & jnp.isfinite(y).all() else None
+def measure(case: Case, contestants: tuple[str, ...] = (OURS,)) -> dict[str, Errors]:
+    """Returns the errors on one case of every contestant that has the abilities it needs."""
+    batch = case.make()
+    output, variance = truth(case.layer, batch)
+    smallest_unit = np.maximum(1, np.abs(case.layer.expand(batch.scale, output.ndim)))
+    found = {}
+    for name in contestants:
+        if CONTESTANTS[name].lacks.isdisjoint(needs(case, batch)):
+            found_output, found_variance = compiled(name, case.layer)(batch)
+            found[name] = Errors(
+                _output_error(np.asarray(found_output), output, smallest_unit),
+                *_variance_errors(np.asarray(found_variance), variance),
+            )
+    return found
 
 
-def measure() -> dict[str, Any]:
-    """Returns every figure of the tables, with versions and the command."""
-    masks = {
-        "5 of 8 rows valid": np.array([1, 1, 1, 1, 1, 0, 0, 0], bool),
-        "one shard fully masked": np.array([1, 1, 1, 1, 0, 0, 0, 0], bool),
-    }
+def _output_error(found: np.ndarray, output: np.ndarray, smallest_unit: np.ndarray) -> float:
+    """Returns the largest error where there is a truth: behind a mask there may be NaN."""
+    unit = np.abs(output)
+    np.maximum(unit, smallest_unit, out=unit)
+    error = output - found
+    np.abs(error, out=error)
+    error /= unit
+    return float(error[np.isfinite(output)].max())
+
+
+def _variance_errors(found: np.ndarray, variance: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the relative error of normal and the absolute one of smaller variances."""
+    error = np.abs(found - variance)
+    variance = np.broadcast_to(variance, error.shape)
+    normal = variance >= SMALLEST_NORMAL
+    return (
+        float((error[normal] / variance[normal]).max()) if normal.any() else None,
+        float(error[~normal].max()) if not normal.all() else None,
+    )
+
+
+def installed_contestants() -> tuple[str, ...]:
+    """Returns the names of all contestants but those whose package is missing."""
+    return tuple(name for name in CONTESTANTS if name != "haiku" or find_spec("haiku"))
+
+
+def measure_all() -> dict[str, dict[str, Errors]]:
+    """Returns the errors of all contestants on all cases, showing how far it is."""
+    contestants = installed_contestants()
+    rows = {}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(CASES))
+        for case in CASES:
+            progress.update(task, description=escape(case.name))
+            rows[case.name] = measure(case, contestants)
+            progress.advance(task)
+    return rows
+
+
+def report(rows: dict[str, dict[str, Errors]]) -> dict[str, Any]:
+    """Returns what the JSON holds: the figures, and how they came about."""
+    packages = ["bn-jax", "jax", "flax", "numpy", *(["dm-haiku"] if find_spec("haiku") else [])]
     return {
         "command": "python -m benchmarks.numerics",
-        "versions": {name: version(name) for name in ("bn-jax", "jax", "flax", "numpy")},
+        "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "offset": {
-            name: {f"{offset:g}": output_error(function, offset) for offset in OFFSETS}
-            for name, function in CONTESTANTS.items()
-        },
-        "masked shards": {
-            case: {
-                "true mean": float(SHARDS.ravel()[valid].mean()),
-                "bn_jax": synchronized_mean(bn.linen.BatchNorm, valid),
-                "flax.linen": synchronized_mean(nn.BatchNorm, valid),
-            }
-            for case, valid in masks.items()
+        "bound": {"output": BOUND, "variance": BOUND, "tiny_variance": SMALLEST_NORMAL},
+        "rows": {
+            case: {name: _as_json(errors) for name, errors in row.items()}
+            for case, row in rows.items()
         },
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    """Prints the tables."""
-    console = Console()
-    table = Table(title=f"Largest output error, x = offset + N(0, 1), {ROWS} rows, float32")
-    table.add_column("offset", justify="right")
-    for name in found["offset"]:
-        table.add_column(name, justify="right")
-    for offset in found["offset"]["bn_jax"]:
-        row = (f"{errors[offset]:.1e}" for errors in found["offset"].values())
-        table.add_row(offset, *row)
-    console.print(table)
-    table = Table(title="Synchronized over 2 devices of 4 rows")
-    for column in ("case", "true mean", "bn_jax", "flax.linen"):
-        table.add_column(column, justify="right")
-    for case, row in found["masked shards"].items():
-        table.add_row(case, *("NaN" if mean is None else f"{mean:.3f}" for mean in row.values()))
-    console.print(table)
+def _as_json(errors: Errors) -> dict[str, float | str]:
+    """Leaves out what is None and spells out what JSON has no number for."""
+    return {
+        name: error if np.isfinite(error) else str(error)
+        for name, error in errors._asdict().items()
+        if error is not None
+    }
+
+
+def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
+    """Reads the rows of a JSON that `report` made."""
+
+    def errors(figures: dict[str, float | str]) -> Errors:
+        known = {name: float(figure) for name, figure in figures.items()}
+        return Errors(known["output"], known.get("variance"), known.get("tiny_variance"))
+
+    return {
+        case: {name: errors(figures) for name, figures in row.items()}
+        for case, row in json.loads(path.read_text())["rows"].items()
+    }
+
+
+def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
+    """Returns the rows as a table; what is over the bound is red."""
+    tiny = _short(SMALLEST_NORMAL)
+    table = Table(
+        title="Largest error against float64: output / variance",
+        caption=(
+            f"Bound: {_short(BOUND)} (over it: red). Where the true variance is under {tiny}, the "
+            "error of the variance is |absolute|, and that number is its bound."
+        ),
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("input", no_wrap=True)
+    for name in CONTESTANTS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for case, row in rows.items():
+        shown = zip(cells(row), CONTESTANTS, strict=True)
+        table.add_row(escape(case), *(_coloured(cell, row.get(name)) for cell, name in shown))
+    return table
+
+
+def cells(row: dict[str, Errors]) -> list[str]:
+    """Returns what the table shows of a row: a dash where a contestant has no such ability."""
+    return [str(row[name]) if name in row else "-" for name in CONTESTANTS]
+
+
+def _coloured(cell: str, errors: Errors | None) -> str:
+    return cell if errors is None or errors.within_bound() else f"[red]{cell}[/red]"
 
 
 def main() -> None:
-    """Measures, writes the JSON and prints the tables."""
-    found = measure()
+    """Measures, writes the JSON and prints the table."""
+    rows = measure_all()
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-    show(found)
+    RESULTS.write_text(json.dumps(report(rows), indent=2) + "\n")
+    Console(width=TABLE_WIDTH).print(make_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 import ast
 import doctest
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import bn_jax as bn
+from benchmarks.numerics import CONTESTANTS, OURS, cells, load
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
@@ -122,10 +122,14 @@ def test_readme_examples_run(number):
 
 
 def test_readme_quotes_the_measured_figures():
-    measured = json.loads((ROOT / "benchmarks" / "results" / "numerics.json").read_text())
-    for offset in measured["offset"]["bn_jax"]:
-        figures = (f"{errors[offset]:.1e}" for errors in measured["offset"].values())
-        assert f"| {offset} | {' | '.join(figures)} |" in README
-    for case, row in measured["masked shards"].items():
-        figures = ("NaN" if mean is None else f"{mean:.3f}" for mean in row.values())
-        assert f"| {case} | {' | '.join(figures)} |" in README
+    measured = load()
+    section = README.split("## Right where Flax is not")[1].split("\n## ")[0]
+    header, _, *quoted = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    assert header.split(" | ") == ["input", *CONTESTANTS]
+    assert len(quoted) >= 10
+    for line in quoted:
+        case, *shown = line.split(" | ")
+        assert shown == [cell.replace("|", "\\|") for cell in cells(measured[case])]
+    over = {case for case, row in measured.items() if not row[OURS].within_bound()}
+    assert f"all but {len(over)} of its {len(measured)} inputs" in section
+    assert over == {name for name in measured if f"`{name}`" in section}
