@@ -189,8 +189,8 @@ def _long_batch(shape: tuple[int, ...], offset: float, layer: Layer) -> Batch:
     return _batch(x, layer=layer)
 
 
-def _constant(rows: int = ROWS) -> Batch:
-    return _batch(np.full((rows, FEATURES), 12345.678))
+def _constant(value: float, rows: int = ROWS) -> Batch:
+    return _batch(np.full((rows, FEATURES), value))
 
 
 def _every_other_constant() -> Batch:
@@ -206,8 +206,9 @@ def _outlier(value: float) -> Batch:
 
 
 def _extremes() -> Iterator[Case]:
-    yield Case("constant at 12345.678", _constant)
-    yield Case("constant at 12345.678, 4097 rows", partial(_constant, 4097))
+    yield Case("constant at 12345.678", partial(_constant, 12345.678))
+    yield Case("constant at 12345.678, 4097 rows", partial(_constant, 12345.678, 4097))
+    yield Case("constant at 3e10, 100003 rows", partial(_constant, 3e10, 100_003))
     yield Case("constant beside varying features", _every_other_constant)
     yield Case("one outlier of 1e6", partial(_outlier, 1e6))
     yield Case("one outlier of 1e10", partial(_outlier, 1e10))

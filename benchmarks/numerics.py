@@ -29,7 +29,10 @@ from benchmarks.adversarial import CASES, Batch, Case, Layer, truth
 
 RESULTS = Path(__file__).parent / "results" / "numerics.json"
 BOUND = 1e-5
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+# Squares under float32's smallest normal number vanish, from the mean square and from the square
+# of the mean alike.
+UNDERFLOW = 2 * float(np.finfo(np.float32).tiny)
+TINY_VARIANCE = UNDERFLOW / BOUND
 OURS = "bn_jax"
 TABLE_WIDTH = 160
 
@@ -39,9 +42,10 @@ class Errors(NamedTuple):
 
     Attributes:
         output: relative to the largest of 1, ``|scale|`` and the true output.
-        variance: relative to the true variance; None where that is nowhere a normal number.
-        tiny_variance: absolute, where the true variance is below float32's smallest normal number;
-            None where it is nowhere so small.
+        variance: relative to the true variance; None where that is under `TINY_VARIANCE`
+            everywhere.
+        tiny_variance: absolute, where the true variance is under `TINY_VARIANCE`; None where it is
+            nowhere so small.
     """
 
     output: float
@@ -52,7 +56,7 @@ class Errors(NamedTuple):
         """Tells whether every error is under its bound; NaN is not."""
         relative = (self.output, 0.0 if self.variance is None else self.variance)
         absolute = 0.0 if self.tiny_variance is None else self.tiny_variance
-        return all(error < BOUND for error in relative) and absolute < SMALLEST_NORMAL
+        return all(error < BOUND for error in relative) and absolute < UNDERFLOW
 
     def __str__(self) -> str:
         """Shows output and variance, an absolute error of the variance in bars."""
@@ -210,13 +214,13 @@ def _output_error(found: np.ndarray, output: np.ndarray, smallest_unit: np.ndarr
 
 
 def _variance_errors(found: np.ndarray, variance: np.ndarray) -> tuple[float | None, float | None]:
-    """Returns the relative error of normal and the absolute one of smaller variances."""
+    """Returns the relative error of variances that are not tiny and the absolute one of others."""
     error = np.abs(found - variance)
     variance = np.broadcast_to(variance, error.shape)
-    normal = variance >= SMALLEST_NORMAL
+    tiny = variance < TINY_VARIANCE
     return (
-        float((error[normal] / variance[normal]).max()) if normal.any() else None,
-        float(error[~normal].max()) if not normal.all() else None,
+        float((error[~tiny] / variance[~tiny]).max()) if not tiny.all() else None,
+        float(error[tiny].max()) if tiny.any() else None,
     )
 
 
@@ -245,7 +249,7 @@ def report(rows: dict[str, dict[str, Errors]]) -> dict[str, Any]:
         "command": "python -m benchmarks.numerics",
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "bound": {"output": BOUND, "variance": BOUND, "tiny_variance": SMALLEST_NORMAL},
+        "bound": {"output": BOUND, "variance": BOUND, "tiny_variance": UNDERFLOW},
         "rows": {
             case: {name: _as_json(errors) for name, errors in row.items()}
             for case, row in rows.items()
@@ -277,12 +281,12 @@ def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
 
 def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
     """Returns the rows as a table; what is over the bound is red."""
-    tiny = _short(SMALLEST_NORMAL)
     table = Table(
         title="Largest error against float64: output / variance",
         caption=(
-            f"Bound: {_short(BOUND)} (over it: red). Where the true variance is under {tiny}, the "
-            "error of the variance is |absolute|, and that number is its bound."
+            f"Bound: {_short(BOUND)} (over it: red). Where the true variance is under "
+            f"{_short(TINY_VARIANCE)}, its error is |absolute| and the bound is "
+            f"{_short(UNDERFLOW)}: smaller squares vanish."
         ),
         box=SIMPLE_HEAD,
     )

@@ -1,7 +1,7 @@
 """Batch normalization as a pure function of parameters, statistics and input."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from numbers import Real
 from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
@@ -218,11 +218,11 @@ def batch_norm(
     mask = None if mask is None else broadcastable_mask(mask, x.shape)
     dtype = _output_dtype(dtype, x, params, residual)
     layout = _make_layout(x, feature_axes, dtype)
-    finish = partial(_finish, mask, activation, residual)
+    normalize = _make_normalizer(dtype, x.shape, mask, activation, residual)
     if use_running_average:
         mean, var = layout.expand_mean(batch_stats["mean"]), layout.expand(batch_stats["var"])
         transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
-        return finish(standardize(dtype, x, mask, transform)), batch_stats
+        return normalize(x, mask, transform), batch_stats
     if initializing:
         axis_name = axis_index_groups = virtual_batch_size = None
     examples = x
@@ -235,7 +235,7 @@ def batch_norm(
         _check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
     transform = _transform(layout, params, found.shift, found.delta, var, epsilon)
-    y = finish(standardize(dtype, examples, mask, transform).reshape(x.shape))
+    y = normalize(examples, mask, transform)
     if initializing:
         return y, batch_stats
     return y, _update(layout, batch_stats, found, momentum, running_var_ddof)
@@ -336,20 +336,44 @@ def _batch_moments(
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
+def _make_normalizer(
+    dtype: Any,
+    shape: tuple[int, ...],
+    mask: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+) -> Callable[[jax.Array, jax.Array | None, Transform], jax.Array]:
+    """Returns what takes examples, their mask and the transform to the output."""
+
+    def normalize(examples: jax.Array, own_mask: jax.Array | None, by: Transform) -> jax.Array:
+        y = standardize(dtype, examples, own_mask, by).reshape(shape)
+        return _finish(mask, activation, residual, y)
+
+    # Rematerialized, a scan keeps x alone for the backward pass. With a residual it would have to
+    # keep that too, of which a relu needs no more than a sign.
+    if activation is None or residual is not None:
+        return normalize
+    return jax.checkpoint(normalize, prevent_cse=False)
+
+
 def _finish(
     mask: jax.Array | None,
     activation: Activation | None,
     residual: jax.Array | None,
     y: jax.Array,
 ) -> jax.Array:
-    """Adds the residual and applies the activation."""
+    """Adds the residual and applies the activation; a masked NaN has no derivative in them."""
     if residual is not None:
         y = y + residual.astype(y.dtype)
-    if mask is not None:
-        # Of a masked NaN the activation's derivative is NaN, and NaN times a cotangent of zero
-        # would reach the sums over the batch.
-        y = jnp.where(mask.astype(bool) | jnp.isfinite(y), y, lax.stop_gradient(y))
-    return y if activation is None else activation(y)
+    if mask is None:
+        return y if activation is None else activation(y)
+    # The derivative of a NaN is NaN, and NaN times a cotangent of zero would reach the sums over
+    # the batch: what is differentiated must not see it.
+    usable = mask.astype(bool) | jnp.isfinite(y)
+    if activation is None:
+        return jnp.where(usable, y, lax.stop_gradient(y))
+    unusable = lax.stop_gradient(activation(y))
+    return jnp.where(usable, activation(jnp.where(usable, y, 0)), unusable)
 
 
 def _update(

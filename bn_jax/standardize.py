@@ -71,11 +71,28 @@ def _standardize_jvp(
     if transform.bias is not None:
         offset = offset + change.bias
     slope, offset = _vary_together(x, slope, offset)
-    deviation = centre(x, transform.shift, transform.delta)
+    # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
+    tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
+    dy = tangent(x, mask, transform.shift, transform.delta, dx, multiplier, slope, offset)
+    return standardize(dtype, x, mask, transform), dy
+
+
+def _tangent(
+    dtype: Any,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    delta: jax.Array,
+    dx: jax.Array,
+    multiplier: jax.Array,
+    slope: jax.Array,
+    offset: jax.Array,
+) -> jax.Array:
+    deviation = centre(x, shift, delta)
     if mask is not None:
         deviation = jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
     dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset
-    return standardize(dtype, x, mask, transform), dy.astype(dtype)
+    return dy.astype(dtype)
 
 
 def _multiplier(transform: Transform) -> jax.Array:

@@ -815,9 +815,9 @@ def test_the_derivative_asks_for_one_collective():
     mapped = jax.shard_map(
         gradients, mesh=automatic_mesh(), in_specs=(P(), P("data")), out_specs=(P(), P("data"))
     )
-    # Forward, the guard's second pass, and backward; scale and bias need none of their own.
+    # Forward, two in the guard's branch, and backward; scale and bias need none of their own.
     program = str(jax.make_jaxpr(mapped)(params, standard_normal(39, (8, 3))))
-    assert len(re.findall(r"= psum\w*\[", program)) == 3
+    assert len(re.findall(r"= psum\w*\[", program)) == 4
 
 
 # --- bad input --------------------------------------------------------------------------------
