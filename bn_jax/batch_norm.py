@@ -157,8 +157,7 @@ def batch_norm(
         epsilon: added to the variance.
         mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
             Every position is still normalized; NaN or infinity where the mask is zero reaches no
-            other position, no statistic and no derivative. Weights are constants for
-            differentiation.
+            other position, no statistic and no derivative.
         activation: a function applied to the result, `jax.nn.relu` for example.
         residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to synchronize over.
@@ -207,6 +206,7 @@ def batch_norm(
     params = cast(Params, jax.tree.map(jnp.asarray, params))
     feature_axes = canonical_axes("axis", axis, x.ndim)
     _check_features(params, batch_stats, x.shape, feature_axes, axis)
+    _check_mean_fits(batch_stats, x)
     _check_constants(momentum, epsilon, running_var_ddof)
     if activation is not None and not callable(activation):
         raise TypeError(
@@ -487,6 +487,14 @@ def _check_features(
             f"{params_shapes} and batch_stats has {stats_shapes}. Pass the axis that holds the "
             f"features, or make both with bn_jax.init_params({features}) and "
             f"bn_jax.init_batch_stats({features})."
+        )
+
+
+def _check_mean_fits(batch_stats: BatchStats, x: jax.Array) -> None:
+    if jnp.iscomplexobj(batch_stats["mean"]) and not jnp.iscomplexobj(x):
+        raise TypeError(
+            f"batch_stats has a complex mean, but x has dtype {x.dtype}: cast x to "
+            "jnp.complex64, or make batch_stats with bn_jax.init_batch_stats(features)."
         )
 
 

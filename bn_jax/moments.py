@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 AxisName: TypeAlias = str | Sequence[str]
@@ -96,7 +97,7 @@ def moments(
         x: a floating-point or complex array. Half precision is accumulated in float32.
         axes: the axes to reduce over; all of them by default.
         mask: boolean or non-negative weights, broadcastable to `x`; what is zero or False does
-            not enter, even if `x` is NaN there. It is a constant for differentiation.
+            not enter, even if `x` is NaN there, and has no derivative.
         shift: a guess of the mean, of the shape of the result, the same on every device of
             `axis_name`; the better it is, the rarer is the second pass. Zero by default.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.
@@ -195,8 +196,9 @@ def centred_moments(
     """Computes guarded moments; every array keeps the rank of `x`.
 
     In reverse and in forward mode the derivative is ``d mean = mean(dx)`` and
-    ``d var = 2 * mean(real(dx * conj(x - mean)))``; all of ``d mean`` is carried by `delta`.
-    `shift` and `mask` are constants.
+    ``d var = 2 * mean(real(dx * conj(x - mean)))``. A change of the weights adds
+    ``sum(dw * (x - mean)) / count`` and ``sum(dw * (|x - mean|**2 - var)) / count``. All of
+    ``d mean`` is carried by `delta`; `shift` is a constant.
 
     Args:
         reduction: what to reduce over.
@@ -237,32 +239,49 @@ def centred_moments(
     return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
 
 
-@centred_moments.defjvp
+@partial(centred_moments.defjvp, symbolic_zeros=True)
 def _centred_moments_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
     x, mask, shift = primals
+    dx, d_mask = map(_unless_zero, tangents[:2])
     found = centred_moments(reduction, x, mask, shift)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
-    local_sums = jax.checkpoint(partial(_local_tangent_sums, reduction), prevent_cse=False)
-    sums = _all_reduce(reduction, *local_sums(x, mask, found.shift, found.delta, tangents[0]))
-    mean_dx, mean_dx_deviation = _divide(sums, found.count)
-    constant = jnp.zeros_like(found.count), jnp.zeros_like(found.shift)
-    return found, CentredMoments(*constant, mean_dx, 2 * mean_dx_deviation)
+    changes = jax.checkpoint(partial(_local_changes, reduction), prevent_cse=False)
+    totals = _all_reduce(reduction, *changes(x, mask, found, dx, d_mask))
+    d_count = jnp.zeros_like(found.count) if d_mask is None else totals[2]
+    d_mean, d_var = _divide(totals[:2], found.count)
+    return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
 
 
-def _local_tangent_sums(
+def _unless_zero(tangent: Any) -> jax.Array | None:
+    """Returns a tangent, or None where it is zero or what it belongs to has none."""
+    absent = isinstance(tangent, SymbolicZero) or tangent is None
+    return None if absent or tangent.dtype == jax.dtypes.float0 else tangent
+
+
+def _local_changes(
     reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
-    delta: jax.Array,
-    dx: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    weighted = _weigh(_keep(dx.astype(shift.dtype), mask), mask)
-    deviation = _keep(centre(x, shift, delta), mask)
-    inner = jnp.real(weighted * jnp.conj(deviation))
-    return _sum(reduction, weighted), _sum(reduction, inner)
+    found: CentredMoments,
+    dx: jax.Array | None,
+    d_mask: jax.Array | None,
+) -> Sums:
+    """Sums the changes of count * mean, of count * var and, with `d_mask`, of count."""
+    deviation = _keep(centre(x, found.shift, found.delta), mask)
+    of_mean, of_var = jnp.zeros_like(deviation), jnp.zeros_like(deviation.real)
+    if dx is not None:
+        weighted = _weigh(_keep(dx.astype(deviation.dtype), mask), mask)
+        of_mean = weighted
+        of_var = 2 * jnp.real(weighted * jnp.conj(deviation))
+    if mask is None or d_mask is None:
+        return _sum(reduction, of_mean), _sum(reduction, of_var)
+    d_weight = _keep(d_mask.astype(of_var.dtype), mask)
+    of_mean += d_weight.astype(deviation.dtype) * deviation
+    of_var += d_weight * (absolute_square(deviation) - found.var)
+    d_count = _local_count(reduction, d_weight, x.shape)
+    return _sum(reduction, of_mean), _sum(reduction, of_var), d_count
 
 
 def centre(x: jax.Array, shift: jax.Array, delta: jax.Array) -> jax.Array:

@@ -141,6 +141,59 @@ def test_gradients_are_those_of_the_definition(what, masking):
     assert_close(jax.jacfwd(partial(loss, jnp, TRAIN))(value), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 2, 3), (5, 1, 1), (3,)])
+@pytest.mark.parametrize("running_var_ddof", [0, 1])
+def test_gradients_of_weights_are_those_of_the_definition(shape, running_var_ddof):
+    x, (params, stats) = standard_normal(51, (5, 2, 3)) + 1, make_state((3,))
+    weights = jnp.abs(standard_normal(52, shape)) + 0.5
+
+    def loss(module, function, weights):
+        y, updated = function(
+            params, stats, x, mask=weights, running_var_ddof=running_var_ddof, momentum=0.5
+        )
+        return module.sum(module.sin(y)) + module.sum(module.sin(updated["var"]))
+
+    expected = differentiate(partial(loss, np, define_batch_norm), weights)
+    assert_close(jax.grad(partial(loss, jnp, TRAIN))(weights), expected)
+    assert_close(jax.jacfwd(partial(loss, jnp, TRAIN))(weights), expected)
+
+
+def test_a_weight_of_zero_has_no_derivative_whatever_it_hides():
+    x, (params, stats) = standard_normal(53, (5, 3)), make_state((3,))
+    weights = jnp.array([1.0, 2.0, 0.0, 0.5, 0.0])[:, None]
+
+    def loss(x, weights):
+        y, updated = TRAIN(params, stats, x, mask=weights)
+        return jnp.sum(jnp.where(weights > 0, jnp.sin(y), 0)) + jnp.sum(updated["var"])
+
+    kept = jnp.array([0, 1, 3])
+    expected = jax.grad(loss, argnums=(0, 1))(x[kept], weights[kept])
+    for hidden in (jnp.nan, jnp.inf, 3e38):
+        of_x, of_weights = jax.grad(loss, argnums=(0, 1))(x.at[2].set(hidden), weights)
+        assert_close((of_x[kept], of_weights[kept]), expected)
+        assert (of_x[2] == 0).all()
+        assert (of_weights[2] == 0).all()
+
+
+def test_gradients_of_weights_meet_over_devices():
+    x, (params, stats) = standard_normal(54, (4, 5, 3)), make_state((3,))
+    weights = jnp.abs(standard_normal(55, (4, 5, 1))) + 0.5
+
+    def loss(weights, x, **options):
+        y, updated = TRAIN(params, stats, x, mask=weights, **options)
+        return jnp.sum(jnp.sin(y)), updated["var"]
+
+    def synchronized(weights):
+        losses, var = jax.vmap(partial(loss, axis_name="data"), axis_name="data")(weights, x)
+        return losses.sum() + var[0].sum()
+
+    def whole(weights):
+        total, var = loss(weights.reshape(20, 1), x.reshape(20, 3))
+        return total + var.sum()
+
+    assert_close(jax.grad(synchronized)(weights), jax.grad(whole)(weights))
+
+
 def test_gradients_in_evaluation_are_those_of_the_definition():
     x, (params, stats) = standard_normal(5, (5, 3)), make_state((3,))
 
@@ -456,6 +509,132 @@ def test_initializing_updates_and_synchronizes_nothing():
         )
         assert updated is stats
         assert_close(y, define_batch_norm(params, stats, x)[0])
+
+
+# --- activation and residual ------------------------------------------------------------------
+
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "none": None}
+
+
+def compose(params, stats, x, residual=None, activation=None, **options):
+    y, updated = bn.batch_norm(params, stats, x, **options)
+    y = y if residual is None else y + residual.astype(y.dtype)
+    return (y if activation is None else activation(y)), updated
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_residual_are_the_composition(activation, added, use_running_average, dtype):
+    x, (params, stats) = standard_normal(56, (6, 3), dtype), make_state((3,))
+    residual = standard_normal(57, x.shape, dtype) if added else None
+    options = dict(
+        activation=ACTIVATIONS[activation], use_running_average=use_running_average, dtype=dtype
+    )
+
+    def value_and_gradients(function):
+        def loss(params, x, residual):
+            y, updated = function(params, stats, x, residual=residual, **options)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, updated)
+
+        argnums = (0, 1, 2) if added else (0, 1)
+        gradients, aux = jax.grad(loss, argnums, has_aux=True)(params, x, residual)
+        return gradients, aux
+
+    found, expected = value_and_gradients(bn.batch_norm), value_and_gradients(compose)
+    chex.assert_trees_all_equal_dtypes(found, expected)
+    assert_close(found, expected)
+
+
+def test_activation_and_residual_are_those_of_the_definition():
+    x, residual = standard_normal(58, (6, 3)), standard_normal(59, (6, 3))
+    params, stats = make_state((3,))
+    y, updated = TRAIN(params, stats, x, activation=jax.nn.relu, residual=residual)
+    expected, expected_stats = define_batch_norm(params, stats, x)
+    expected = np.maximum(expected + np.asarray(residual), 0)
+    assert_close((y, updated), (expected, expected_stats), dtype=jnp.float32)
+    grouped, _ = TRAIN(
+        params, stats, x, activation=jax.nn.relu, residual=residual, virtual_batch_size=3
+    )
+    halves = [define_batch_norm(params, stats, half)[0] for half in (x[:3], x[3:])]
+    assert_close(grouped, np.maximum(np.concatenate(halves) + np.asarray(residual), 0))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["x", "residual"])
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, where, poison):
+    x, residual = standard_normal(60, (6, 3)), standard_normal(61, (6, 3))
+    params, stats = make_state((3,))
+    params["slope"] = jnp.float32(0.7)
+    valid = np.arange(6) != 2
+
+    def loss(params, x, residual, mask):
+        slope = params["slope"]
+        own = {name: params[name] for name in ("scale", "bias")}
+        y, _ = bn.batch_norm(
+            own, stats, x, mask=mask, residual=residual, use_running_average=use_running_average,
+            activation=lambda y: y * jax.nn.sigmoid(slope * y),
+        )  # fmt: skip
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0))
+
+    poisoned = {"x": x, "residual": residual}
+    poisoned[where] = poisoned[where].at[2].set(poison)
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    found = gradient(params, *poisoned.values(), jnp.asarray(valid)[:, None])
+    expected = gradient(params, x[valid], residual[valid], jnp.ones((5, 1), bool))
+    assert_close(found[0], expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert_close(one[valid], other)
+        assert (one[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_activation_and_residual_cost_no_more_than_the_composition(
+    activation, added, dtype, scanned
+):
+    x, (params, stats) = jax.ShapeDtypeStruct((64, 14, 14, 32), dtype), make_state((32,))
+    options = dict(activation=ACTIVATIONS[activation], use_running_average=False, dtype=dtype)
+
+    def compile_gradients(function):
+        def layer(params, x):
+            return function(params, stats, x, residual=x if added else None, **options)
+
+        def loss(params, x):
+            if not scanned:
+                y, updated = layer(params, x)
+                return jnp.sum(jnp.square(y.astype(jnp.float32))), updated
+            y, updated = jax.lax.scan(lambda x, _: layer(params, x), x, length=4)
+            return jnp.sum(jnp.square(y.astype(jnp.float32))), updated
+
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient).lower(params, x).compile()
+
+    ours, composed = (compile_gradients(function) for function in (bn.batch_norm, compose))
+    memory = [one.memory_analysis().temp_size_in_bytes for one in (ours, composed)]
+    traffic = [one.cost_analysis()["bytes accessed"] for one in (ours, composed)]
+    assert memory[0] <= memory[1]
+    assert traffic[0] <= traffic[1]
+
+
+def test_a_scan_keeps_the_input_alone_for_the_backward_pass():
+    layers, x = 8, jax.ShapeDtypeStruct((64, 14, 14, 32), jnp.float32)
+    params, stats = make_state((32,))
+
+    def loss(x):
+        def layer(x, _):
+            return TRAIN(params, stats, x, activation=jax.nn.silu)
+
+        return jnp.sum(jax.lax.scan(layer, x, length=layers)[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+    at_work_in_one_layer = 3
+    most = (layers + at_work_in_one_layer) * x.size * x.dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
 # --- dtypes -----------------------------------------------------------------------------------
@@ -870,6 +1049,32 @@ BAD_INPUT = {
     "negative momentum": (dict(momentum=-0.1), ValueError, r"momentum=-0.1 is outside \[0, 1\]"),
     "epsilon": (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
     "running_var_ddof": (dict(running_var_ddof=2), ValueError, "running_var_ddof=2 must be 0"),
+    "momentum without a count": (
+        dict(momentum=None), ValueError,
+        r"momentum=None averages over all batches .* batch_stats has \['mean', 'var'\].*use_count",
+    ),
+    "residual": (
+        dict(residual=np.ones((4, 1), np.float32)), ValueError,
+        r"residual of shape \(4, 1\) cannot be added to x of shape \(4, 3\)",
+    ),
+    "integer residual": (
+        dict(residual=np.ones((4, 3), np.int32)), TypeError, "residual has dtype int32; .*Cast it",
+    ),
+    "activation": (
+        dict(activation="relu"), TypeError, "activation='relu' is not a function: .*jax.nn.relu",
+    ),
+    "real dtype of complex x": (
+        dict(x=np.ones((4, 3), np.complex64), dtype=jnp.float32), TypeError,
+        r"dtype=float32 would discard the imaginary part: .*\['complex64', 'float32', 'float32'\]",
+    ),
+    "complex mean of real x": (
+        dict(batch_stats=bn.init_batch_stats(3, dtype=jnp.complex64)), TypeError,
+        r"batch_stats has a complex mean, but x has dtype float32",
+    ),
+    "count": (
+        dict(batch_stats={**bn.init_batch_stats(3), "count": np.zeros((), np.float32)}), ValueError,
+        r"batch_stats has \{'mean': \(3,\), 'var': \(3,\), 'count': \(\)\}",
+    ),
     "dtype": (dict(dtype=jnp.int32), TypeError, "dtype=int32 is not a floating-point dtype"),
     "params": (
         dict(params={"gamma": np.ones(3, np.float32)}), ValueError,
