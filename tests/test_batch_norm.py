@@ -621,13 +621,14 @@ def test_activation_and_residual_cost_no_more_than_the_composition(
     assert traffic[0] <= traffic[1]
 
 
-def test_a_scan_keeps_the_input_alone_for_the_backward_pass():
+@pytest.mark.parametrize("activation", [None, jax.nn.silu])
+def test_a_scan_keeps_the_input_alone_for_the_backward_pass(activation):
     layers, x = 8, jax.ShapeDtypeStruct((64, 14, 14, 32), jnp.float32)
     params, stats = make_state((32,))
 
     def loss(x):
         def layer(x, _):
-            return TRAIN(params, stats, x, activation=jax.nn.silu)
+            return TRAIN(params, stats, x, activation=activation)
 
         return jnp.sum(jax.lax.scan(layer, x, length=layers)[0])
 

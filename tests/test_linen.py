@@ -77,7 +77,7 @@ def test_agrees_with_flax(options, use_running_average, masked):
 
 
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("use_running_average", [False, True])
 def test_dtypes_agree_with_flax(x_dtype, dtype, param_dtype, use_running_average):
@@ -94,6 +94,99 @@ def test_dtypes_agree_with_flax(x_dtype, dtype, param_dtype, use_running_average
     )
     chex.assert_trees_all_equal_dtypes(found, expected)
     assert_close(found, expected)
+
+
+DOUBLES = [
+    (x_dtype, dtype, param_dtype)
+    for x_dtype in (jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
+    for dtype in (None, jnp.float32, jnp.float64, jnp.complex64)
+    for param_dtype in (jnp.float32, jnp.float64, jnp.complex64)
+    if (x_dtype, dtype, param_dtype) != (jnp.float32, None, jnp.float32)
+]
+
+
+def is_complex(*dtypes):
+    return any(dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+
+
+@pytest.mark.parametrize("x_dtype,dtype,param_dtype", DOUBLES)
+def test_double_precision_and_complex_dtypes_agree_with_flax(x_dtype, dtype, param_dtype):
+    with jax.enable_x64(True):
+        x = standard_normal(10, (16, 3), x_dtype)
+        options = dict(dtype=dtype, param_dtype=param_dtype, momentum=0.9)
+        ours, flax = OURS(**options), FLAX(**options)
+        if dtype is not None and not is_complex(dtype) and is_complex(x_dtype, param_dtype):
+            # Flax drops the imaginary part, with a warning.
+            with pytest.raises(TypeError, match="would discard the imaginary part"):
+                ours.init(jax.random.key(0), x, use_running_average=False)
+            return
+        initial = ours.init(jax.random.key(0), x, use_running_average=False)
+        theirs = flax.init(jax.random.key(0), x, use_running_average=False)
+        assert_close(initial, theirs)
+        chex.assert_trees_all_equal_dtypes(initial["params"], theirs["params"])
+        # Flax's statistics have this type too, from the first update on.
+        real = jnp.finfo(x_dtype).dtype
+        types = {name: leaf.dtype for name, leaf in initial["batch_stats"].items()}
+        assert types == {"mean": jnp.dtype(x_dtype), "var": jnp.dtype(real)}
+        y, updates = ours.apply(initial, x, False, mutable=["batch_stats"])
+        expected, expected_updates = flax.apply(theirs, x, False, mutable=["batch_stats"])
+        chex.assert_trees_all_equal_dtypes(updates["batch_stats"], initial["batch_stats"])
+        assert_close(updates, expected_updates, tolerance=2e-6)
+        assert_close(y, expected, dtype=expected.dtype, tolerance=2e-6)
+        trained = {**initial, **updates}
+        assert_close(
+            ours.apply(trained, x, True),
+            flax.apply({**theirs, **expected_updates}, x, True),
+            dtype=expected.dtype,
+            tolerance=2e-6,
+        )
+        expected, expected_stats = define_batch_norm(
+            initial["params"], initial["batch_stats"], x, momentum=0.9
+        )
+        precision = 1e-12 if real == jnp.float64 else None
+        assert_close(updates["batch_stats"], expected_stats, tolerance=precision)
+        if y.dtype in (jnp.float64, jnp.complex128):
+            assert_close(y, expected, tolerance=precision)
+
+
+def test_a_complex_derivative_is_that_of_flax():
+    x = standard_normal(11, (16, 3), jnp.complex64) + (2 - 3j)
+
+    def loss(x, layer):
+        variables = layer.init(jax.random.key(0), x)
+        y, _ = layer.apply(variables, x, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(jnp.abs(y)) + y.real)
+
+    found, expected = (jax.grad(loss)(x, kind(use_running_average=False)) for kind in (OURS, FLAX))
+    assert_close(found, expected, dtype=jnp.complex64)
+
+
+def test_the_cumulative_average_keeps_a_count():
+    layer = OURS(momentum=None)
+    xs = standard_normal(12, (4, 8, 3)) + 5
+    variables = layer.init(jax.random.key(0), xs[0], use_running_average=False)
+    assert_close(variables["batch_stats"], bn.init_batch_stats(3, use_count=True))
+    expected = variables["batch_stats"]
+    for x in xs:
+        _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        _, expected = define_batch_norm({}, expected, x, momentum=None)
+    assert_close(variables["batch_stats"], expected)
+    y = layer.apply(variables, xs[0], True)
+    assert_close(
+        y, define_affine(xs[0], expected["mean"], expected["var"], np.ones(3), np.zeros(3))
+    )
+    without_count = FLAX().init(jax.random.key(0), xs[0], use_running_average=False)
+    assert_close(layer.apply(without_count, xs[0], True), FLAX().apply(without_count, xs[0], True))
+    with pytest.raises(ValueError, match="momentum=None averages over all batches"):
+        layer.apply(without_count, xs[0], False, mutable=["batch_stats"])
+
+
+def test_a_momentum_goes_on_counting():
+    x = standard_normal(13, (8, 3))
+    variables = OURS(momentum=None).init(jax.random.key(0), x, use_running_average=False)
+    _, updates = OURS(momentum=0.9).apply(variables, x, False, mutable=["batch_stats"])
+    assert updates["batch_stats"]["count"].tolist() == [1, 1, 1]
 
 
 def test_a_checkpoint_moves_either_way():
@@ -143,12 +236,13 @@ def test_synchronized_is_flattened():
 
 def test_new_attributes_reach_the_core():
     x = standard_normal(7, (8, 3))
-    layer = OURS(use_running_average=False, virtual_batch_size=4, running_var_ddof=1)
+    options = dict(virtual_batch_size=4, running_var_ddof=1, activation=jax.nn.silu)
+    layer = OURS(use_running_average=False, **options)
     variables = layer.init(jax.random.key(0), x)
-    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    y, updates = layer.apply(variables, x, residual=x, mutable=["batch_stats"])
     expected, stats = bn.batch_norm(
         variables["params"], variables["batch_stats"], x,
-        use_running_average=False, virtual_batch_size=4, running_var_ddof=1,
+        use_running_average=False, residual=x, **options,
     )  # fmt: skip
     chex.assert_trees_all_equal((y, updates["batch_stats"]), (expected, stats))
 

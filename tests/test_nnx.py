@@ -102,6 +102,46 @@ def test_statistics_are_not_cast_in_evaluation():
     assert np.abs(np.float64(theirs(x)) - expected).max() > 0.5
 
 
+def test_the_cumulative_average_keeps_a_count():
+    layer = OURS(3, momentum=None, rngs=nnx.Rngs(0))
+    expected = bn.init_batch_stats(3, use_count=True)
+    for x in standard_normal(12, (4, 8, 3)) + 5:
+        layer(x)
+        _, expected = define_batch_norm({}, expected, x, momentum=None)
+    stats = {name: getattr(layer, name)[...] for name in ("mean", "var", "count")}
+    assert_close(stats, expected)
+    assert not hasattr(OURS(3, rngs=nnx.Rngs(0)), "count")
+
+
+def test_the_mean_of_complex_input_stays_complex():
+    x = standard_normal(13, (16, 3), jnp.complex64) + (2 - 3j)
+    layer = OURS(3, momentum=0.5, rngs=nnx.Rngs(0))
+    y, stats = define_batch_norm(bn.init_params(3), bn.init_batch_stats(3), x, momentum=0.5)
+    assert_close(layer(x), y, dtype=jnp.complex64)
+    assert_close({"mean": layer.mean[...], "var": layer.var[...]}, stats)
+    layer.eval()
+    expected = define_affine(x, stats["mean"], stats["var"], np.ones(3), np.zeros(3))
+    assert_close(layer(x), expected, dtype=jnp.complex64)
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.float64])
+def test_double_precision_dtypes_agree_with_flax(x_dtype, param_dtype, dtype):
+    with jax.enable_x64(True):
+        x = standard_normal(14, (16, 3), x_dtype)
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        ours, flax = OURS(3, **options), FLAX(3, **options)
+        # In training Flax's warns that it casts statistics of float64 to float32.
+        evaluated = flax(x, use_running_average=True)
+        assert_close(ours(x, use_running_average=True), evaluated, dtype=evaluated.dtype)
+        found = ours(x)
+        truth, stats = define_batch_norm(bn.init_params(3), bn.init_batch_stats(3), x)
+        precise = x_dtype == found.dtype == jnp.float64
+        assert_close(found, truth, dtype=evaluated.dtype, tolerance=1e-12 if precise else 2e-6)
+        assert_close({"mean": ours.mean[...], "var": ours.var[...]}, stats, dtype=jnp.float32)
+
+
 def test_the_input_is_not_rounded_to_dtype_first():
     x = standard_normal(10, (64, 3)) + 1000
     layer = OURS(3, dtype=jnp.bfloat16, momentum=0.0, rngs=nnx.Rngs(0))
@@ -153,12 +193,13 @@ def test_synchronized_is_flattened():
 
 def test_new_arguments_reach_the_core():
     x = standard_normal(7, (8, 3))
-    options = dict(virtual_batch_size=4, running_var_ddof=1)
+    options = dict(virtual_batch_size=4, running_var_ddof=1, activation=jax.nn.silu)
     layer = OURS(3, **options, rngs=nnx.Rngs(0))
     expected = bn.batch_norm(
-        bn.init_params(3), bn.init_batch_stats(3), x, use_running_average=False, **options
-    )
-    y = layer(x)
+        bn.init_params(3), bn.init_batch_stats(3), x,
+        use_running_average=False, residual=x, **options,
+    )  # fmt: skip
+    y = layer(x, residual=x)
     chex.assert_trees_all_equal((y, {"mean": layer.mean[...], "var": layer.var[...]}), expected)
 
 
