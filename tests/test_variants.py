@@ -142,7 +142,7 @@ class Variant:
         var = jnp.abs(standard_normal(seed + 3, (*lead, *self.features), np.float64)) + 0.1
         stats = {"mean": arrays["mean"], "var": var}
         if self.counts:
-            stats["count"] = jnp.full((*lead, *self.features), 2.0)
+            stats["count"] = jnp.full((*lead, *self.features), 2, jnp.float64)
         x = standard_normal(seed + 4, (*lead, *self.shape), np.float64) + self.offset
         return params, stats, x
 
@@ -221,7 +221,7 @@ def by_reverse_over_forward(function, *arguments):
 
 
 DERIVATIVES = {
-    "jit": lambda f, *a: jax.jit(f)(*a),
+    "value": lambda f, *a: f(*a),
     "grad": lambda f, *a: jax.grad(loss_of(f), argnums=(0, 1, 2))(*a),
     "grad of jit": lambda f, *a: jax.grad(jax.jit(loss_of(f)), argnums=(0, 1, 2))(*a),
     "vjp": by_vjp,
@@ -229,7 +229,7 @@ DERIVATIVES = {
     "linearize": by_linearize,
     "jacfwd": lambda f, *a: jax.jacfwd(f, argnums=(0, 1, 2))(*a),
     "jacrev": lambda f, *a: jax.jacrev(f, argnums=(0, 1, 2))(*a),
-    "hessian": lambda f, *a: jax.jit(jax.hessian(loss_of(f), argnums=(0, 2)))(*a),
+    "hessian": lambda f, *a: jax.hessian(loss_of(f), argnums=(0, 2))(*a),
     "forward over reverse": by_forward_over_reverse,
     "reverse over reverse": by_reverse_over_reverse,
     "reverse over forward": by_reverse_over_forward,
@@ -243,18 +243,17 @@ def double_precision():
         yield
 
 
-def check(variant, transformed, *arguments):
-    found = transformed(variant.ours, *arguments)
-    expected = transformed(variant.reference, *arguments)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-    assert_close(found, expected, tolerance=TOLERANCE)
-
-
 @pytest.mark.parametrize("transform", DERIVATIVES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_derivatives_agree(name, transform):
     variant = VARIANTS[name]
-    check(variant, DERIVATIVES[transform], *variant.arguments(0))
+    arguments = variant.arguments(0)
+    found, expected = (
+        jax.jit(partial(DERIVATIVES[transform], function))(*arguments)
+        for function in (variant.ours, variant.reference)
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    assert_close(found, expected, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("lead", [(3,), (2, 3)])
@@ -264,16 +263,16 @@ def test_vmap_is_a_loop(name, transform, lead):
     """Nested as well: google/flax#4760 and #3319 fail there."""
     variant = VARIANTS[name]
     arguments = variant.arguments(10, lead)
-    one = partial(DERIVATIVES.get(transform, lambda f, *a: f(*a)), variant.ours)
-    mapped = one
+    mapped = partial(DERIVATIVES[transform], variant.ours)
     for _ in lead:
         mapped = jax.vmap(mapped)
-    found = mapped(*arguments)
+    found = jax.jit(mapped)(*arguments)
+    reference = jax.jit(partial(DERIVATIVES[transform], variant.reference))
     for index in np.ndindex(lead):
-        own = jax.tree.map(lambda leaf, index=index: leaf[index], arguments)
-        expected = DERIVATIVES.get(transform, lambda f, *a: f(*a))(variant.reference, *own)
-        picked = jax.tree.map(lambda leaf, index=index: leaf[index], found)
-        assert_close(picked, expected, tolerance=TOLERANCE)
+        own, picked = (
+            jax.tree.map(lambda leaf, index=index: leaf[index], tree) for tree in (arguments, found)
+        )
+        assert_close(picked, reference(*own), tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.mapped])
@@ -289,8 +288,10 @@ def test_vmap_with_an_axis_name_is_the_whole_batch(name):
         return y.reshape(x.shape), updated
 
     for transform in ("grad", "jvp", "hessian"):
-        found = DERIVATIVES[transform](ours, params, stats, x)
-        expected = DERIVATIVES[transform](variant.reference, params, stats, x)
+        found, expected = (
+            jax.jit(partial(DERIVATIVES[transform], function))(params, stats, x)
+            for function in (ours, variant.reference)
+        )
         assert_close(found, expected, tolerance=TOLERANCE)
 
 
@@ -315,9 +316,11 @@ def test_scan_is_a_loop(name):
             ys.append(y)
         return jnp.stack(ys), stats
 
-    for transform in ("jit", "grad", "jvp"):
-        found = DERIVATIVES[transform](partial(by_scan, variant.ours), params, stats, xs)
-        expected = DERIVATIVES[transform](partial(by_loop, variant.reference), params, stats, xs)
+    for transform in ("value", "grad", "jvp"):
+        found, expected = (
+            jax.jit(partial(DERIVATIVES[transform], function))(params, stats, xs)
+            for function in (partial(by_scan, variant.ours), partial(by_loop, variant.reference))
+        )
         assert_close(found, expected, tolerance=TOLERANCE)
 
 
