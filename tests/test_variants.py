@@ -116,6 +116,16 @@ TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)
 
 
+def strictly(function):
+    """The function without any implicit promotion of dtypes in it."""
+
+    def strict(*arguments, **options):
+        with jax.numpy_dtype_promotion("strict"):
+            return function(*arguments, **options)
+
+    return strict
+
+
 class Variant:
     """One way of calling batch norm: ours, the reference, and arguments that fit both."""
 
@@ -123,7 +133,7 @@ class Variant:
         self, ours=TRAIN, reference=define, *, shape=(6, 3), features=(3,), pair=False,
         present=("scale", "bias"), offset=0.0, mapped=True, **options,
     ):  # fmt: skip
-        self.ours = partial(ours, **options)
+        self.ours = strictly(partial(ours, **options))
         self.reference = partial(reference, **options)
         self.mapped = mapped
         self.shape = (*shape, 2) if pair else shape
@@ -166,7 +176,9 @@ VARIANTS = {
     "activation and residual": Variant(
         activation=jax.nn.relu, residual=RESIDUAL, mask=WEIGHTS > 0, mapped=False
     ),
-    "complex": Variant(from_pairs(TRAIN), from_pairs(define), pair=True),
+    "complex": Variant(
+        from_pairs(partial(TRAIN, dtype=jnp.complex128)), from_pairs(define), pair=True
+    ),
     "linen": Variant(by_linen),
     "nnx": Variant(by_nnx, without_gradient_of_updates(define)),
 }
