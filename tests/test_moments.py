@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, define_moments, standard_normal
+from support import assert_close, define_moments, differentiate, standard_normal
 
 import bn_jax as bn
 from bn_jax.moments import CANCELLATION_THRESHOLD, Reduction, cancels, centred_moments
@@ -156,6 +156,49 @@ def test_derivative_is_that_of_the_definition(masked):
     (reverse,) = pull(cotangent)
     inner = sum(float(jnp.vdot(a, b)) for a, b in zip(cotangent, forward, strict=True))
     np.testing.assert_allclose(float(jnp.vdot(reverse, dx)), inner, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1e4 - 3e4j])
+@pytest.mark.parametrize("masked", [False, True])
+def test_complex_moments_are_those_of_the_definition(offset, masked):
+    x = standard_normal(22, (20, 3), jnp.complex64) + np.complex64(offset)
+    mask = jnp.abs(standard_normal(23, (20, 1))) if masked else None
+    _, mean, var = define_moments(x, mask=mask)
+    found = bn.moments(x, 0, mask=mask)
+    assert_close(found.mean, mean, dtype=jnp.complex64)
+    assert_close(found.var, var, dtype=jnp.float32)
+    parts = x.reshape(4, 5, 3)
+    weights = None if mask is None else mask.reshape(4, 5, 1)
+    synchronized = jax.vmap(
+        lambda x, mask: bn.moments(x, 0, mask=mask, axis_name="data"), axis_name="data"
+    )(parts, weights)
+    assert_close(jax.tree.map(lambda leaf: leaf[1], synchronized), found)
+    split = [
+        bn.moments(x[rows], 0, mask=None if mask is None else mask[rows])
+        for rows in (slice(0, 8), slice(8, 20))
+    ]
+    merged = bn.merge_moments(*split)
+    assert_close((merged.mean, merged.var), (mean, var), tolerance=max(1e-5, 1e-7 * abs(offset)))
+
+
+def test_a_complex_derivative_is_that_of_the_definition():
+    x = standard_normal(24, (6, 2), jnp.complex64) + np.complex64(3 - 2j)
+    weights = jnp.abs(standard_normal(25, (6, 1))) + 0.5
+
+    def loss(module, mean, var):
+        return module.sum(module.sin(mean.real) + module.cos(mean.imag) + module.sin(var))
+
+    def of_ours(parts):
+        found = bn.moments(jax.lax.complex(parts[0], parts[1]), 0, mask=weights)
+        return loss(jnp, found.mean, found.var)
+
+    def of_definition(parts):
+        return loss(np, *define_moments(parts[0] + 1j * parts[1], mask=weights)[1:])
+
+    parts = jnp.stack([x.real, x.imag])
+    expected = differentiate(of_definition, parts)
+    assert_close(jax.grad(of_ours)(parts), expected)
+    assert_close(jax.jacfwd(of_ours)(parts), expected)
 
 
 def test_half_precision_is_summed_in_float32():
