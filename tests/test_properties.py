@@ -1,6 +1,6 @@
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,7 +15,7 @@ import bn_jax as bn
 
 settings.register_profile(
     "reproducible",
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
@@ -33,13 +33,14 @@ def compiled(function):
     return lambda *args, **kwargs: jax.tree.map(np.asarray, jitted(*args, **kwargs))
 
 
-def differentiate_training(params, stats, x, cotangent, axis, dtype=None, **options):
+TRAIN = partial(bn.batch_norm, use_running_average=False)
+
+
+def differentiate_training(params, stats, x, cotangent, axis, **options):
     """The output, the new statistics, and the derivatives of the output by params and x."""
 
     def train(params, x):
-        return bn.batch_norm(
-            params, stats, x, use_running_average=False, axis=axis, dtype=dtype, **options
-        )
+        return TRAIN(params, stats, x, axis=axis, dtype=jnp.float32, **options)
 
     y, pull, updated = jax.vjp(train, params, x, has_aux=True)
     return y, updated, pull(cotangent.astype(y.dtype))
@@ -56,7 +57,6 @@ def differentiate_projection(kernel, u, cotangent, epsilon):
     return y, *pull(cotangent)
 
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
 train = compiled(TRAIN)
 evaluate = compiled(partial(bn.batch_norm, use_running_average=True))
 train_and_differentiate = compiled(differentiate_training)
@@ -171,8 +171,8 @@ def mask_shapes(draw, shape):
 
 
 @st.composite
-def configurations(draw, *, ranks=(2, 4), dtypes=DTYPES, maskings=MASKINGS):
-    shape, axis = draw(layouts(ranks))
+def configurations(draw, *, ranks=(2, 4), layout=None, dtypes=DTYPES, maskings=MASKINGS):
+    shape, axis = layout or draw(layouts(ranks))
     offsets = st.just(0.0) | st.integers(0, 6).map(lambda digits: 10.0**digits)
     return Configuration(
         shape=shape,
@@ -190,6 +190,30 @@ def configurations(draw, *, ranks=(2, 4), dtypes=DTYPES, maskings=MASKINGS):
 def trainable(**options):
     """Configurations with more than one value per feature."""
     return configurations(**options).filter(lambda drawn: drawn.values_per_feature > 1)
+
+
+# Few enough that the properties below share what they compile.
+LAYOUTS = [
+    ((4, 3), -1),
+    ((3, 5), 0),
+    ((2, 3, 4), 1),
+    ((3, 1, 2), -1),
+    ((2, 2, 3), (2, 0)),
+    ((1, 4, 3), 0),
+    ((2, 3, 2, 2), -1),
+    ((3, 2, 1, 2), (1, -1)),
+]
+
+
+@st.composite
+def few_layouts(draw, *, dtypes=("float32", "bfloat16"), maskings=MASKINGS):
+    """Configurations of `LAYOUTS`, with a mask for every value or for every position."""
+    shape, axis = draw(st.sampled_from(LAYOUTS))
+    drawn = draw(configurations(layout=(shape, axis), dtypes=dtypes, maskings=maskings))
+    by_position = [
+        1 if position in drawn.feature_axes else size for position, size in enumerate(shape)
+    ]
+    return replace(drawn, mask_shape=tuple(draw(st.sampled_from([by_position, shape]))))
 
 
 # --- what is expected -------------------------------------------------------------------------
@@ -262,7 +286,7 @@ def assert_equal(actual, expected):
 # --- equality with the definition -------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     configurations(ranks=(1, 4)),
     st.sampled_from([("scale", "bias"), ("scale",), ("bias",), ()]),
@@ -321,24 +345,31 @@ def test_evaluation_is_the_definition_and_idempotent(configuration, epsilon):
     assert_equal(np.where(other, 0, disturbed), np.where(other, 0, y))
 
 
-@given(trainable(), epsilons)
-def test_evaluation_after_forgetting_is_training(configuration, epsilon):
+@given(few_layouts(), epsilons)
+def test_the_batch_s_own_moments_normalize_in_evaluation_or_undo_it(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
-    x, mask, axis = configuration.make_x(), configuration.make_mask(), configuration.axis
-    y, updated = train(params, stats, x, axis=axis, epsilon=epsilon, mask=mask, momentum=0.0)
-    evaluated, _ = evaluate(params, updated, x, axis=axis, epsilon=epsilon)
-    mean, var = (configuration.expand(updated[name]) for name in ("mean", "var"))
-    slack = np.abs(configuration.expand(params["scale"]) * mean / np.sqrt(var + epsilon)) * 2.0**-24
+    x, cotangent = configuration.make_x(), configuration.make_cotangent()
+    options = dict(axis=configuration.axis, mask=configuration.make_mask(), epsilon=epsilon)
+    options["momentum"] = 0.0
+    y, own, _ = train_and_differentiate(params, stats, x, cotangent, **options)
+    evaluated, _ = evaluate(params, own, x, axis=configuration.axis, epsilon=epsilon)
+    scale, mean, var = map(configuration.expand, (params["scale"], own["mean"], own["var"]))
+    slack = np.abs(scale * mean / np.sqrt(var + epsilon)) * 2.0**-24
     assert_near(evaluated, y, output_unit(configuration, params, exact(y)), slack=slack)
+    undoing = {"scale": np.sqrt(own["var"] + np.float32(epsilon)), "bias": own["mean"]}
+    identity, *_ = train_and_differentiate(undoing, stats, x, cotangent, **options)
+    unit = np.abs(exact(x)) + configuration.expand(undoing["scale"]) + np.abs(mean)
+    assert_near(identity, x, unit)
 
 
 # --- invariance -------------------------------------------------------------------------------
 
 
-@given(trainable(dtypes=("float32", "bfloat16")), powers_of_two, st.sampled_from([1, -1]), epsilons)
+@given(few_layouts(), powers_of_two, st.sampled_from([1, -1]), epsilons)
 def test_scaling_input_and_epsilon_scales_nothing_else(configuration, size, sign, epsilon):
     factor = size * sign
-    params, stats = configuration.make_params(("scale",)), configuration.make_stats()
+    params, stats = configuration.make_params(), configuration.make_stats()
+    params["bias"] = np.zeros_like(params["bias"])
     x, cotangent = configuration.make_x(), configuration.make_cotangent()
     options = dict(axis=configuration.axis, mask=configuration.make_mask(), momentum=0.5)
     y, updated, (of_params, of_x) = train_and_differentiate(
@@ -352,10 +383,17 @@ def test_scaling_input_and_epsilon_scales_nothing_else(configuration, size, sign
     assert_equal(scaled_y, y * sign)
     expected = {"mean": updated["mean"] * factor, "var": updated["var"] * factor**2}
     assert_equal(scaled_updated, expected)
-    assert_equal((scaled_of_params, scaled_of_x), (of_params, of_x / factor))
+    assert_equal(scaled_of_params["scale"], of_params["scale"])
+    assert_equal(exact(scaled_of_x) * factor, exact(of_x))
 
 
-@given(st.integers(4, 9), st.integers(1, 5), st.integers(1, 4), powers_of_two, seeds)
+@given(
+    st.sampled_from([4, 9]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 2]),
+    powers_of_two,
+    seeds,
+)
 def test_the_scale_of_a_kernel_only_divides_its_gradient(rows, inputs, outputs, factor, seed):
     rng = np.random.default_rng(seed)
     u, kernel, cotangent = (
@@ -363,7 +401,8 @@ def test_the_scale_of_a_kernel_only_divides_its_gradient(rows, inputs, outputs, 
         for shape in ((rows, inputs), (inputs, outputs), (rows, outputs))
     )
     y, gradient = project_and_differentiate(kernel, u, cotangent, 1e-20)
-    scaled_y, scaled_gradient = project_and_differentiate(factor * kernel, u, cotangent, 1e-20)
+    scaled_kernel = np.float32(factor) * kernel
+    scaled_y, scaled_gradient = project_and_differentiate(scaled_kernel, u, cotangent, 1e-20)
     assert_near(scaled_y, y, 1)
     deviation = define_moments(exact(u) @ exact(kernel))[2] ** 0.5
     unit = np.abs(exact(u)).T @ np.abs(exact(cotangent)) / deviation
@@ -391,15 +430,15 @@ def gradient_unit(configuration, params, x, mask, epsilon, cotangent):
     return terms.sum(configuration.reduced_axes)
 
 
-@given(trainable(), epsilons, momenta)
+@given(few_layouts(), epsilons, momenta)
 def test_shifting_input_shifts_the_running_mean_alone(configuration, epsilon, momentum):
     params, stats = configuration.make_params(), configuration.make_stats()
     mask, axis = configuration.make_mask(), configuration.axis
     present = define_moments(np.zeros(configuration.shape), axis, mask)[0] > 0
     x, shifted_x, summand = make_shifted(configuration, present)
-    options = dict(axis=axis, mask=mask, epsilon=epsilon, momentum=momentum, dtype=jnp.float32)
+    options = dict(axis=axis, mask=mask, epsilon=epsilon, momentum=momentum)
     cotangent = configuration.make_cotangent()
-    y, updated = train(params, stats, x, **options)
+    y, updated, _ = train_and_differentiate(params, stats, x, cotangent, **options)
     shifted_y, shifted, (_, of_x) = train_and_differentiate(
         params, stats, shifted_x, cotangent, **options
     )
@@ -424,7 +463,7 @@ def permute(values, orders):
     return values
 
 
-@given(trainable(), epsilons)
+@given(few_layouts(), epsilons)
 def test_permuting_input_permutes_output(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
     x, mask = configuration.make_x(), configuration.make_mask()
@@ -436,10 +475,16 @@ def test_permuting_input_permutes_output(configuration, epsilon):
         for tree in (params, stats)
     )
     options = dict(axis=configuration.axis, epsilon=epsilon, momentum=0.5)
-    y, updated = train(params, stats, x, mask=mask, **options)
+    cotangent = configuration.make_cotangent()
+    y, updated, _ = train_and_differentiate(params, stats, x, cotangent, mask=mask, **options)
     permuted_mask = None if mask is None else permute(mask, orders)
-    permuted_y, permuted = train(
-        permuted_params, permuted_stats, permute(x, orders), mask=permuted_mask, **options
+    permuted_y, permuted, _ = train_and_differentiate(
+        permuted_params,
+        permuted_stats,
+        permute(x, orders),
+        permute(cotangent, orders),
+        mask=permuted_mask,
+        **options,
     )
     expected = permute(y, orders)
     unit = output_unit(configuration, permuted_params, exact(expected))
@@ -450,45 +495,31 @@ def test_permuting_input_permutes_output(configuration, epsilon):
     assert_stats(permuted, expected, exact(unit), tolerance=2e-5)
 
 
-@given(trainable(), epsilons)
-def test_the_batch_s_own_moments_as_parameters_are_the_identity(configuration, epsilon):
-    x, mask, axis = configuration.make_x(), configuration.make_mask(), configuration.axis
-    stats = configuration.make_stats()
-    found = measure(x, configuration.reduced_axes, mask=mask)
-    mean = np.where(found.count > 0, found.mean, stats["mean"])
-    var = np.where(found.count > 0, found.var, stats["var"])
-    params = {"scale": np.sqrt(var + np.float32(epsilon)), "bias": mean}
-    y, _ = train(params, stats, x, axis=axis, epsilon=epsilon, mask=mask)
-    unit = (
-        np.abs(exact(x))
-        + configuration.expand(params["scale"])
-        + np.abs(configuration.expand(mean))
-    )
-    assert_near(y, x, unit)
-
-
-@given(trainable(), epsilons)
+@given(few_layouts(), epsilons)
 def test_the_sign_of_the_parameters_is_the_sign_of_the_output(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
     x, cotangent = configuration.make_x(), configuration.make_cotangent()
     options = dict(axis=configuration.axis, epsilon=epsilon, mask=configuration.make_mask())
+    options["momentum"] = 0.5
     y, updated, (of_params, of_x) = train_and_differentiate(params, stats, x, cotangent, **options)
     opposite = {name: -leaf for name, leaf in params.items()}
     found = train_and_differentiate(opposite, stats, x, cotangent, **options)
     assert_equal(found, (-y, updated, (of_params, -of_x)))
 
 
-@given(trainable(), epsilons)
+@given(few_layouts(), epsilons)
 def test_a_scale_of_zero_leaves_the_bias(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
     params["scale"] = np.zeros_like(params["scale"])
     x, cotangent = configuration.make_x(), configuration.make_cotangent()
     options = dict(axis=configuration.axis, epsilon=epsilon, mask=configuration.make_mask())
+    options["momentum"] = 0.5
     y, _, (of_params, of_x) = train_and_differentiate(params, stats, x, cotangent, **options)
     bias = configuration.expand(params["bias"])
     assert_equal(y, np.broadcast_to(bias, configuration.shape))
     assert_equal(of_x, np.zeros(configuration.shape))
-    normalized, _ = train({}, stats, x, dtype=jnp.float32, **options)
+    plain = {"scale": np.ones_like(params["bias"]), "bias": np.zeros_like(params["bias"])}
+    normalized, *_ = train_and_differentiate(plain, stats, x, cotangent, **options)
     products = exact(cotangent) * exact(normalized)
     total, size = (
         values.sum(configuration.reduced_axes) for values in (products, np.abs(products))
@@ -499,7 +530,7 @@ def test_a_scale_of_zero_leaves_the_bias(configuration, epsilon):
 # --- parts and wholes -------------------------------------------------------------------------
 
 
-@given(configurations(), st.lists(st.floats(0, 1), max_size=3), st.booleans())
+@given(few_layouts(dtypes=DTYPES), st.lists(st.floats(0, 1), max_size=3), st.booleans())
 def test_merged_moments_are_those_of_the_whole(configuration, cuts, nested):
     x, mask, axes = configuration.make_x(), configuration.make_mask(), configuration.reduced_axes
     rows = configuration.shape[axes[0]]
@@ -557,7 +588,7 @@ def hide(configuration, x, mask):
     return np.where(np.broadcast_to(mask, x.shape).astype(bool), x, poison)
 
 
-@given(trainable(maskings=("boolean", "weights")), epsilons)
+@given(few_layouts(dtypes=DTYPES, maskings=("boolean", "weights")), epsilons)
 def test_nothing_behind_a_mask_is_seen(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
     x, mask = configuration.make_x(), configuration.make_mask()
@@ -589,7 +620,7 @@ def position_mask(configuration, repeats):
     return repeats.reshape(sizes)
 
 
-@given(trainable(), st.integers(1, 4), epsilons, momenta, freedoms)
+@given(few_layouts(dtypes=DTYPES), st.integers(1, 4), epsilons, momenta, freedoms)
 def test_weights_are_repetitions_and_zero_is_absence(
     configuration, largest, epsilon, momentum, running_var_ddof
 ):
@@ -658,11 +689,10 @@ def test_batch_stats_keep_their_type(configuration, dtype, kinds, momentum, use_
     params = configuration.make_params()
     use_count = use_count or momentum is None
     stats = bn.init_batch_stats(configuration.features, dtype=dtype, use_count=use_count)
-    types = jax.eval_shape(lambda: stats)
+    types = jax.eval_shape(lambda leaves: leaves, stats)
     for number, kind in enumerate(kinds):
         x, mask = make_step(configuration, number, kind)
         options = dict(axis=configuration.axis, mask=mask, momentum=momentum)
-        assert jax.eval_shape(lambda: TRAIN(params, stats, x, **options)[1]) == types
+        assert jax.eval_shape(partial(TRAIN, **options), params, stats, x)[1] == types
         _, stats = train(params, stats, x, **options)
         assert all(np.isfinite(exact(leaf)).all() for leaf in stats.values())
-        assert jax.eval_shape(lambda: stats) == types
