@@ -56,6 +56,15 @@ def test_variance_on_both_sides_of_the_threshold(side):
     assert relative_error_of_var(x) < 1e-5
 
 
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_a_constant_at_the_shift_asks_for_no_second_pass(value):
+    found = centred_moments(
+        Reduction((0,)), jnp.full((16, 2), value), None, jnp.full((1, 2), value)
+    )
+    assert not cancels(found.delta, found.var).any()
+    assert (found.var == 0).all()
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_poisoned_feature_asks_for_no_second_pass(poison):
     x = standard_normal(21, (16, 2)).at[3, 1].set(poison)
