@@ -86,6 +86,13 @@ def test_a_constant_feature_has_variance_zero():
     assert_close(found.mean, np.full(3, np.float32(12345.678)))
 
 
+def test_no_variance_is_negative():
+    constants = jnp.abs(standard_normal(26, (1, 4096))) + 1
+    x = jnp.broadcast_to(constants, (7, 4096))
+    found = centred_moments(Reduction((0,)), x, None, 3e8 * constants)
+    assert (found.var >= 0).all()
+
+
 def test_the_mask_is_a_weight():
     x, weights = standard_normal(6, (6, 3)), jnp.array([1.0, 2.0, 0.0, 3.0, 1.0, 0.0])[:, None]
     repeated = jnp.repeat(x, jnp.array([1, 2, 0, 3, 1, 0]), axis=0)
