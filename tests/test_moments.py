@@ -112,6 +112,8 @@ def test_nothing_valid_counts_zero():
     x = jnp.full((4, 2), jnp.nan)
     found = bn.moments(x, 0, mask=jnp.zeros((4, 1), bool))
     assert_close(found, bn.Moments(np.zeros(()), np.zeros(2), np.zeros(2)))
+    shifted = bn.moments(x, 0, mask=jnp.zeros((4, 1), bool), shift=jnp.ones(2))
+    assert_close(shifted, found)
     per_feature = bn.moments(jnp.ones((4, 2)), 0, mask=jnp.array([[True, False]]))
     assert_close(per_feature, bn.Moments(np.array([4, 0]), np.array([1, 0]), np.zeros(2)))
     assert_close(bn.moments(jnp.zeros((0, 2)), 0), found)
