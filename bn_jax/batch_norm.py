@@ -390,13 +390,13 @@ def _update(
     freedom = count - running_var_ddof
     unbiased = var * (count / jnp.where(freedom > 0, freedom, 1))
     old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
-    batches = old.get("count")
+    weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
     new = {
-        "mean": _average(momentum, batches, old["mean"], mean),
-        "var": _average(momentum, batches, old["var"], unbiased),
+        "mean": _average(weight, old["mean"], mean),
+        "var": _average(weight, old["var"], unbiased),
     }
-    if batches is not None:
-        new["count"] = _placed_like(var, batches.reshape(var.shape)) + 1
+    if "count" in old:
+        new["count"] = _placed_like(var, old["count"].reshape(var.shape)) + 1
     enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
 
     def choose(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -407,27 +407,24 @@ def _update(
     return cast(BatchStats, {**batch_stats, **chosen})
 
 
-def _average(
-    momentum: float | jax.Array | None, batches: jax.Array | None, old: jax.Array, new: jax.Array
-) -> jax.Array:
+def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the new running value, of the shape of `new`, in the dtype it is stored in."""
     dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
     new = new.astype(dtype)
     old_value = _placed_like(new, old.astype(dtype).reshape(new.shape))
-    if momentum is None and batches is not None:
-        # As a sum of two weighted terms, the weight 1 / (batches + 1) would lose its digits.
-        before = _placed_like(new, batches.reshape(new.shape))
-        step = (new - old_value) / (before + 1).astype(dtype)
-        average = jnp.where(before > 0, old_value + step, new)
-    else:
-        momentum = jnp.asarray(momentum, statistics_dtype(dtype))
-        average = momentum.astype(dtype) * old_value + (1 - momentum).astype(dtype) * new
+    weight = weight.astype(statistics_dtype(dtype))
+    weight = _placed_like(new, weight.reshape(new.shape) if weight.ndim else weight)
+    share = weight.astype(dtype)
+    # A step from the old value stays where it is once it has arrived, for any rounding of a small
+    # weight; a sum of shares leaves nothing of the old value where the weight is 1.
+    by_step = old_value + share * (new - old_value)
+    average = jnp.where(weight < 0.5, by_step, (1 - share) * old_value + share * new)
     becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
     return average if becomes_complex else average.astype(old.dtype)
 
 
 def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `values` with the type-level sharding of `reference`, which a selection needs."""
+    """Returns `values` with shape and sharding type of `reference`, which a selection needs."""
     return values + jnp.zeros_like(reference, dtype=values.dtype)
 
 

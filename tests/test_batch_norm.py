@@ -310,6 +310,17 @@ def test_the_millionth_batch_still_weighs_a_millionth():
     np.testing.assert_allclose(updated["mean"], define_moments(x)[1] / 1e6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999, 0.9999])
+def test_the_running_mean_neither_lags_nor_drifts(momentum):
+    offset = np.float32(12345.678)
+    x, stats = jnp.full((4, 1), offset), bn.init_batch_stats(1)
+    _, updated = TRAIN({}, stats, x, momentum=momentum)
+    np.testing.assert_allclose(updated["mean"], (1 - momentum) * offset, rtol=1e-6)
+    arrived = {"mean": jnp.full(1, offset), "var": jnp.zeros(1)}
+    _, updated = TRAIN({}, arrived, x, momentum=momentum)
+    chex.assert_trees_all_equal(updated, arrived)
+
+
 def test_a_momentum_goes_on_counting():
     x, stats = standard_normal(48, (8, 3)), bn.init_batch_stats(3, use_count=True)
     for _ in range(3):
