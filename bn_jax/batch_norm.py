@@ -158,7 +158,7 @@ def batch_norm(
         mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
             Every position is still normalized; NaN or infinity where the mask is zero reaches no
             other position, no statistic and no derivative.
-        activation: a function applied to the result, `jax.nn.relu` for example.
+        activation: an elementwise function applied to the result, `jax.nn.relu` for example.
         residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to synchronize over.
             Under sharded `jit` leave it out: there the statistics are global anyway.
@@ -208,13 +208,8 @@ def batch_norm(
     _check_features(params, batch_stats, x.shape, feature_axes, axis)
     _check_mean_fits(batch_stats, x)
     _check_constants(momentum, epsilon, running_var_ddof)
-    if activation is not None and not callable(activation):
-        raise TypeError(
-            f"activation={activation!r} is not a function: pass for example jax.nn.relu."
-        )
-    if residual is not None:
-        residual = as_floating("residual", residual)
-        _check_residual(residual, x.shape)
+    _check_activation(activation)
+    residual = None if residual is None else _as_residual(residual, x.shape)
     mask = None if mask is None else broadcastable_mask(mask, x.shape)
     dtype = _output_dtype(dtype, x, params, residual)
     layout = _make_layout(x, feature_axes, dtype)
@@ -504,12 +499,21 @@ def _check_count_kept(momentum: Any, batch_stats: Mapping[str, Any]) -> None:
         )
 
 
-def _check_residual(residual: jax.Array | None, shape: tuple[int, ...]) -> None:
-    if residual is not None and residual.shape != shape:
+def _check_activation(activation: Any) -> None:
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"activation={activation!r} is not a function: pass for example jax.nn.relu."
+        )
+
+
+def _as_residual(residual: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    residual = as_floating("residual", residual)
+    if residual.shape != shape:
         raise ValueError(
             f"residual of shape {residual.shape} cannot be added to x of shape {shape}: expected "
             "the same shape. Broadcast it yourself."
         )
+    return residual
 
 
 def _check_constants(momentum: Any, epsilon: Any, running_var_ddof: int) -> None:

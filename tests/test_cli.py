@@ -385,10 +385,19 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     assert "loss 0.2500, validation accuracy 50.00%" in err
 
 
+# What a background shell starts inherits that SIGINT is ignored.
+HEED_SIGINT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_ctrl_c(good, tmp_path):
     before = files(tmp_path)
+    train = [*COMMAND, *TRAIN, "--data", "good.npz", "--epochs", "10000"]
     process = subprocess.Popen(
-        [*COMMAND, *TRAIN, "--data", "good.npz", "--epochs", "10000"],
+        [sys.executable, "-c", HEED_SIGINT, *train],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
