@@ -483,6 +483,12 @@ def test_what_overflows_where_it_is_stored_does_not_enter(dtype):
         assert_close(values[:1], expected[name][:1], dtype=dtype)
 
 
+def test_a_mean_that_overflows_where_it_is_stored_does_not_enter():
+    stats = bn.init_batch_stats(2, dtype=jnp.float16)
+    x = standard_normal(62, (64, 2)) + 1e5
+    chex.assert_trees_all_equal(TRAIN({}, stats, x, momentum=0.0, dtype=jnp.float32)[1], stats)
+
+
 def test_statistics_in_double_precision_are_averaged_in_it():
     with jax.enable_x64(True):
         x, stats = standard_normal(44, (64, 3)), bn.init_batch_stats(3, dtype=jnp.float64)
