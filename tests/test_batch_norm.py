@@ -607,6 +607,18 @@ def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, 
         assert (one[2] == 0).all()
 
 
+@pytest.mark.parametrize("activation", [None, jax.nn.silu])
+def test_poison_that_is_not_masked_shows_in_the_gradient(activation):
+    x, (params, stats) = standard_normal(63, (6, 3)).at[2, 1].set(jnp.nan), make_state((3,))
+
+    def loss(params, mask):
+        y, _ = EVALUATE(params, stats, x, mask=mask, activation=activation)
+        return jnp.sum(jnp.sin(y))
+
+    of_bias = jax.grad(loss)(params, jnp.ones((6, 1), bool))["bias"]
+    assert jnp.isnan(of_bias).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
