@@ -607,6 +607,21 @@ def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, 
         assert (one[2] == 0).all()
 
 
+@pytest.mark.parametrize("function", [TRAIN, EVALUATE], ids=["training", "evaluation"])
+def test_poison_behind_a_mask_does_not_come_back_from_what_follows(function):
+    x, (params, stats) = standard_normal(64, (6, 3)), make_state((3,))
+    valid = np.arange(6) != 2
+
+    def loss(params, x, mask):
+        y, _ = function(params, stats, x, mask=mask)
+        return jnp.sum(jnp.where(mask, jax.nn.silu(y), 0))
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    of_params, of_x = gradient(params, x.at[2].set(jnp.nan), jnp.asarray(valid)[:, None])
+    expected = gradient(params, x[valid], jnp.ones((5, 1), bool))
+    assert_close((of_params, of_x[valid]), expected)
+
+
 @pytest.mark.parametrize("activation", [None, jax.nn.silu])
 def test_poison_that_is_not_masked_shows_in_the_gradient(activation):
     x, (params, stats) = standard_normal(63, (6, 3)).at[2, 1].set(jnp.nan), make_state((3,))
