@@ -215,7 +215,8 @@ def batch_norm(
     layout = _make_layout(x, feature_axes, dtype)
     normalize = _make_normalizer(dtype, x.shape, mask, activation, residual)
     if use_running_average:
-        mean, var = layout.expand_mean(batch_stats["mean"]), layout.expand(batch_stats["var"])
+        mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
+        var = layout.expand(batch_stats["var"], layout.dtype)
         transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
         return normalize(x, mask, transform), batch_stats
     if initializing:
@@ -246,11 +247,8 @@ class _Layout(NamedTuple):
     mean_dtype: Any
     group_axis: int | None = None
 
-    def expand(self, values: jax.Array) -> jax.Array:
-        return jnp.asarray(values, self.dtype).reshape(self.expanded_shape)
-
-    def expand_mean(self, values: jax.Array) -> jax.Array:
-        return jnp.asarray(values, self.mean_dtype).reshape(self.expanded_shape)
+    def expand(self, values: jax.Array, dtype: Any) -> jax.Array:
+        return jnp.asarray(values, dtype).reshape(self.expanded_shape)
 
 
 def _make_layout(x: jax.Array, feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
@@ -306,8 +304,7 @@ def _transform(
     given = (params[name].dtype for name in ("scale", "bias") if name in params)
     dtype = mean_dtype(layout.dtype, layout.mean_dtype, *given)
     scale, bias = (
-        jnp.asarray(params[name], dtype).reshape(layout.expanded_shape) if name in params else None
-        for name in ("scale", "bias")
+        layout.expand(params[name], dtype) if name in params else None for name in ("scale", "bias")
     )
     var_plus_epsilon = var + jnp.asarray(epsilon, layout.dtype)
     return Transform(shift.astype(dtype), delta.astype(dtype), var_plus_epsilon, scale, bias)
@@ -324,10 +321,10 @@ def _batch_moments(
 
     Where nothing entered, both the centre and that variance are the running ones.
     """
-    running_mean = layout.expand_mean(batch_stats["mean"])
+    running_mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     found = centred_moments(reduction, x, mask, shift)
-    running_var = _placed_like(found.var, layout.expand(batch_stats["var"]))
+    running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 

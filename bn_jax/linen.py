@@ -116,15 +116,15 @@ class BatchNorm(nn.BatchNorm):
         known = self.has_variable("batch_stats", "mean")
         counted = self.has_variable("batch_stats", "count")
         real = statistics_dtype(x_dtype) if self.force_float32_reductions else self.param_dtype
-        initial = init_batch_stats(
-            features,
-            dtype=mean_dtype(jnp.dtype(real), x_dtype),
-            use_count=counted or (self.momentum is None and not known),
-        )
-        return {
-            name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in initial.items()
-        }
+        use_count = counted or (self.momentum is None and not known)
+        dtype = mean_dtype(jnp.dtype(real), x_dtype)
+
+        def initial(name: str) -> jax.Array:
+            made = init_batch_stats(features, dtype=dtype, use_count=use_count)
+            return cast(dict[str, jax.Array], made)[name]
+
+        names = ("mean", "var", "count") if use_count else ("mean", "var")
+        return {name: self.variable("batch_stats", name, initial, name) for name in names}
 
     def _require_batch_stats(self, use_running_average: bool) -> None:
         if self.is_mutable_collection("batch_stats"):

@@ -60,7 +60,7 @@ def define_moments(x, axis=-1, mask=None):
     return count, mean, var
 
 
-def _expand(values, axis, shape):
+def expand(values, axis, shape):
     features, _ = _axes(axis, len(shape))
     return exact(values).reshape(
         [size if position in features else 1 for position, size in enumerate(shape)]
@@ -70,7 +70,7 @@ def _expand(values, axis, shape):
 def define_affine(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
     """``(x - mean) / sqrt(var + epsilon) * scale + bias`` in float64."""
     x = exact(x)
-    mean, var, scale, bias = (_expand(v, axis, x.shape) for v in (mean, var, scale, bias))
+    mean, var, scale, bias = (expand(v, axis, x.shape) for v in (mean, var, scale, bias))
     return (x - mean) / np.sqrt(var + epsilon) * scale + bias
 
 

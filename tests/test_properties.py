@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import assert_close, define_affine, define_batch_norm, define_moments, exact
+from support import assert_close, define_affine, define_batch_norm, define_moments, exact, expand
 
 import bn_jax as bn
 
@@ -120,7 +120,7 @@ class Configuration:
         return np.random.default_rng([self.seed, *purpose.encode()])
 
     def expand(self, values):
-        return expand(values, self.shape, self.axis)
+        return expand(values, self.axis, self.shape)
 
     def flatten(self, values):
         """Gives values of the shape of x the shape [positions, *features]."""
@@ -221,12 +221,6 @@ def few_layouts(draw, *, dtypes=("float32", "bfloat16"), maskings=MASKINGS):
 # --- what is expected -------------------------------------------------------------------------
 
 
-def expand(values, shape, axis):
-    features = {position % len(shape) for position in np.atleast_1d(axis).tolist()}
-    kept = [size if position in features else 1 for position, size in enumerate(shape)]
-    return exact(values).reshape(kept)
-
-
 def define_evaluation(params, stats, x, *, axis, epsilon):
     scale = params.get("scale", np.ones(stats["mean"].shape))
     bias = params.get("bias", np.zeros(stats["mean"].shape))
@@ -240,7 +234,7 @@ def define_training(params, stats, x, *, axis, epsilon, mask=None, running_var_d
     with np.errstate(invalid="ignore", divide="ignore"):
         y, updated = define_batch_norm(params, stats, x, **options)
     by_running = define_evaluation(params, stats, x, axis=axis, epsilon=epsilon)
-    y = np.where(expand(count, x.shape, axis) > 0, y, by_running)
+    y = np.where(expand(count, axis, x.shape) > 0, y, by_running)
     enters = (count > running_var_ddof) & np.isfinite(mean) & np.isfinite(var)
     kept = {name: np.where(enters, updated[name], exact(stats[name])) for name in stats}
     return y, kept
