@@ -15,8 +15,10 @@ from bn_jax.moments import (
     Moments,
     Reduction,
     as_floating,
+    bound_axes,
     broadcastable_mask,
     canonical_axes,
+    canonical_groups,
     centred_moments,
     make_reduction,
     mean_dtype,
@@ -160,9 +162,14 @@ def batch_norm(
             other position, no statistic and no derivative.
         activation: an elementwise function applied to the result, `jax.nn.relu` for example.
         residual: an array of the shape of `x`, added before the activation.
-        axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to synchronize over.
-            Under sharded `jit` leave it out: there the statistics are global anyway.
-        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
+        axis_name: the named axis or axes to synchronize over. Where `shard_map`, `pmap` or `vmap`
+            binds the axis, statistics are summed over it. Under `jit` without these, plain or
+            sharded, `x` is the whole batch and its statistics are global: there the name has
+            nothing to add and changes nothing. What cannot be right is an error: an axis that
+            is neither bound nor one of the mesh in use, while others are.
+        axis_index_groups: groups of indices of `axis_name` with statistics of their own. Where
+            nothing binds the axis and the groups are consecutive, the examples are divided
+            into as many groups instead, as by `virtual_batch_size`.
         virtual_batch_size: statistics of their own for every that many consecutive examples
             (ghost batch norm, Hoffer et al. 2017). Examples lie along the first axis that is not a
             feature axis. The running statistics merge the groups by count.
@@ -183,7 +190,7 @@ def batch_norm(
         ValueError: an argument does not fit the others; the message says which and how to mend
             it. Training on one value per feature is one such case: the output would be `bias`
             whatever the input.
-        NameError: `axis_name` is not bound.
+        NameError: `axis_name` is not bound, but other axes are.
 
     Where it differs from `flax.linen.BatchNorm`: the variance does not cancel, devices are merged
     by their counts, an empty device or batch is no special case, and a batch that is not finite
@@ -221,11 +228,16 @@ def batch_norm(
         return normalize(x, mask, transform), batch_stats
     if initializing:
         axis_name = axis_index_groups = virtual_batch_size = None
-    examples = x
     if virtual_batch_size is not None:
         _check_groups(layout, x.shape, virtual_batch_size, axis_name)
+    elif axis_index_groups is not None and not bound_axes(x, axis_name):
+        virtual_batch_size = _examples_of_a_group(layout, x.shape, axis_name, axis_index_groups)
+    examples = x
+    if virtual_batch_size is None:
+        reduction = make_reduction(x, layout.reduction_axes, axis_name, axis_index_groups)
+    else:
         layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
-    reduction = make_reduction(layout.reduction_axes, axis_name, axis_index_groups)
+        reduction = Reduction(layout.reduction_axes, of_groups=True)
     if not initializing:
         _check_count_kept(momentum, batch_stats)
         _check_values_per_feature(reduction, x.shape, examples.shape, axis)
@@ -555,6 +567,26 @@ def _check_groups(
         f"virtual_batch_size={virtual_batch_size} does not divide the batch of {batch_size} "
         f"examples. The nearest divisors are {below + above}."
     )
+
+
+def _examples_of_a_group(
+    layout: _Layout,
+    shape: tuple[int, ...],
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]],
+) -> int:
+    """Returns how many consecutive examples make up a group of devices."""
+    groups = canonical_groups(axis_name, axis_index_groups)
+    consecutive = [index for group in groups for index in sorted(group)]
+    batch_size = shape[layout.reduction_axes[0]] if layout.reduction_axes else 1
+    if consecutive != list(range(len(consecutive))) or batch_size % len(consecutive):
+        raise ValueError(
+            f"axis_index_groups={groups} cannot divide the {batch_size} examples of x, for nothing "
+            f"binds axis_name={axis_name!r} here: expected groups of consecutive indices, and "
+            f"examples for {len(consecutive)} devices of as many each. Mend these, or call inside "
+            "of shard_map, pmap or vmap."
+        )
+    return batch_size // len(groups)
 
 
 def _check_values_per_feature(

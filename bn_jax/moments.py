@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as extend_core
 from jax.flatten_util import ravel_pytree
 
 AxisName: TypeAlias = str | Sequence[str]
@@ -72,11 +73,16 @@ class CentredMoments(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """Which axes of the array, and which named axes of the program, the moments reduce over."""
+    """Which axes of the array, and which named axes of the program, the moments reduce over.
+
+    Where `of_groups`, the other axes hold groups that no decision taken for all of them at once may
+    tie together, for their devices would have to communicate about it.
+    """
 
     axes: tuple[int, ...]
     axis_names: tuple[str, ...] = ()
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    of_groups: bool = False
 
 
 def moments(
@@ -100,7 +106,8 @@ def moments(
             not enter, even if `x` is NaN there, and has no derivative.
         shift: a guess of the mean, of the shape of the result, the same on every device of
             `axis_name`; the better it is, the rarer is the second pass. Zero by default.
-        axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.
+        axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well;
+            `batch_norm` says what holds where none of these binds it.
         axis_index_groups: groups of indices of `axis_name`; each group has its own moments.
 
     Returns:
@@ -109,8 +116,9 @@ def moments(
 
     Raises:
         TypeError: `x` is integer or boolean.
-        ValueError: `axes` or `mask` do not fit `x`.
-        NameError: `axis_name` is not bound.
+        ValueError: `axes` or `mask` do not fit `x`, or there are `axis_index_groups` of an axis
+            that is not bound.
+        NameError: `axis_name` is not bound, but other axes are.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -120,7 +128,7 @@ def moments(
     """
     x = as_floating("x", x)
     axes = canonical_axes("axes", tuple(range(x.ndim)) if axes is None else axes, x.ndim)
-    reduction = make_reduction(axes, axis_name, axis_index_groups)
+    reduction = make_reduction(x, axes, axis_name, axis_index_groups)
     if mask is not None:
         mask = broadcastable_mask(mask, x.shape)
     kept_shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
@@ -174,19 +182,21 @@ def merge_along(axis: int, parts: Moments) -> Moments:
     counts_shape = list(parts.count.shape)
     counts_shape[axis] = parts.mean.shape[axis]
     counts = jnp.broadcast_to(parts.count, counts_shape)
-    count = jnp.sum(counts, axis, keepdims=True)
     present = counts > 0
-    share = counts / jnp.where(count > 0, count, 1)
     part_mean = jnp.where(present, parts.mean, 0)
     part_var = jnp.where(present, parts.var, 0)
-    # A first estimate of the mean, then its correction: sum(share * mean_i) alone would carry
-    # the rounding of `share` times the offset.
-    factor = share.astype(part_mean.dtype)
-    estimate = jnp.sum(factor * part_mean, axis, keepdims=True)
-    correction = jnp.sum(factor * jnp.where(present, part_mean - estimate, 0), axis, keepdims=True)
-    deviation = jnp.where(present, (part_mean - estimate) - correction, 0)
-    var = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
-    return Moments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate + correction, var)))
+    count = jnp.sum(counts, axis, keepdims=True)
+    total = jnp.sum(counts.astype(part_mean.dtype) * part_mean, axis, keepdims=True)
+    # This estimate is off by some units in the last place of the mean, which sums around it tell.
+    # Two sums after two, and so two collectives where the parts lie on several devices.
+    divisor = jnp.where(count > 0, count, 1)
+    estimate = total / divisor.astype(total.dtype)
+    share = counts / divisor
+    deviation = jnp.where(present, part_mean - estimate, 0)
+    error = jnp.sum(share.astype(deviation.dtype) * deviation, axis, keepdims=True)
+    square = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
+    var = jnp.maximum(square - absolute_square(error), 0)
+    return Moments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate + error, var)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -210,16 +220,11 @@ def centred_moments(
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
-    dtype = statistics_dtype(shift.dtype)
     shift = _common(reduction, shift)
-    sums: Sums = _local_sums(reduction, x, mask, shift)
-    if mask is None:
-        count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), dtype)
-        sums = _all_reduce(reduction, *sums)
-    else:
-        counted = _local_count(reduction, mask.astype(dtype), x.shape)
-        reduced = _all_reduce(reduction, counted, *sums)
-        count, sums = reduced[0], reduced[1:]
+    counted = _counted(reduction, x, mask, _local_sums(reduction, x, mask, shift))
+    count, sums = counted[0], counted[1:]
+    if reduction.of_groups:
+        return _measure_groups(reduction, x, mask, shift, count, sums[0])
     delta, var = _delta_and_var(sums, count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
@@ -237,6 +242,64 @@ def centred_moments(
     # x goes in as it came: a float32 copy of a bfloat16 x would be materialised as an operand.
     shift = shift + jnp.where(refine, delta, 0)
     return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
+
+
+def _counted(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
+) -> tuple[jax.Array, ...]:
+    """Returns the count and the sums over all devices."""
+    dtype = statistics_dtype(sums[0].dtype)
+    if mask is None:
+        count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), dtype)
+        return count, *_all_reduce(reduction, *sums)
+    return _all_reduce(reduction, _local_count(reduction, mask.astype(dtype), x.shape), *sums)
+
+
+def _measure_groups(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    count: jax.Array,
+    total: jax.Array,
+) -> CentredMoments:
+    """Measures around the groups' own means, without a guard.
+
+    The guard is one predicate for all groups, and so a collective where they lie on several
+    devices. `total` is the sum of ``x - shift``.
+    """
+    least, most = _extremes(reduction, x, mask, shift.dtype)
+    # The mean is off by its own rounding, e * |mean - shift|, but not out of the range of x: so
+    # that of a constant is exact, and that of others is off by some standard deviations at most.
+    shift = _between(least, shift + _divide((total,), count)[0], most)
+    spread = absolute_square(OVERFLOW_UNIT * (most - least))
+    unit = jnp.where(spread < 1, jnp.ones_like(spread), OVERFLOW_UNIT)
+    delta, scaled_var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
+    var = scaled_var / jnp.square(unit)
+    return CentredMoments(count, shift, delta / unit.astype(delta.dtype), var)
+
+
+def _extremes(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest value, of complex `x` those of each part; 0 of none."""
+    if jnp.iscomplexobj(x):
+        real_dtype = jnp.finfo(dtype).dtype
+        parts = (_extremes(reduction, part, mask, real_dtype) for part in (x.real, x.imag))
+        least, most = (lax.complex(*pair) for pair in zip(*parts, strict=True))
+        return least, most
+    valid = jnp.ones((1,) * x.ndim, bool) if mask is None else mask.astype(bool)
+    least = jnp.min(x, reduction.axes, keepdims=True, initial=jnp.inf, where=valid).astype(dtype)
+    most = jnp.max(x, reduction.axes, keepdims=True, initial=-jnp.inf, where=valid).astype(dtype)
+    empty = least > most
+    return jnp.where(empty, 0, least), jnp.where(empty, 0, most)
+
+
+def _between(least: jax.Array, value: jax.Array, most: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(value):
+        parts = ((one.real, one.imag) for one in (least, value, most))
+        return lax.complex(*(_between(*part) for part in zip(*parts, strict=True)))
+    return jnp.clip(value, least, most)
 
 
 @partial(centred_moments.defjvp, symbolic_zeros=True)
@@ -430,20 +493,63 @@ def _agree(reduction: Reduction, refine: jax.Array) -> jax.Array:
 
 
 def _named_axes_size(names: tuple[str, ...]) -> int:
-    size = 1
+    return prod(lax.axis_size(name) for name in names)
+
+
+def bound_axes(x: jax.Array, axis_name: AxisName | None) -> tuple[str, ...]:
+    """Returns those of the axes that shard_map, pmap or vmap bind: the ones to sum over.
+
+    The others are left out where `x` is the whole array: where they are axes of the mesh in use
+    that the compiler partitions, or where no axis is known at all, as under plain `jit`.
+
+    Raises:
+        NameError: other axes are known, so that the name must be wrong.
+    """
+    if axis_name is None:
+        return ()
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    bound = tuple(name for name in names if _is_bound(name))
+    others, partitioned = _listed_axes(), _partitioned_axes(x)
     for name in names:
-        try:
-            size *= lax.axis_size(name)
-        except NameError:
-            known = _manual_mesh_axes()
-            listed = f"Bound by shard_map or pmap: {known}" if known else "None is known"
+        if name not in (*bound, *partitioned) and (others or partitioned):
             raise NameError(
-                f"axis_name={name!r} is not bound by any enclosing shard_map, pmap or vmap. "
-                f"{listed} (the axes of a vmap cannot be listed). Pass axis_name only inside a "
-                "function mapped over that axis; leave it out (axis_name=None) under sharded jit, "
-                "where statistics are global anyway, and while initializing."
-            ) from None
-    return size
+                f"axis_name={name!r} is not bound by any enclosing shard_map, pmap or vmap "
+                f"(bound: {others}), nor is it an axis of the mesh in use (its axes: "
+                f"{partitioned}). Spell it as the map or the mesh does, or leave it out "
+                "(axis_name=None): under jit without any of these, statistics are global anyway."
+            )
+    return bound
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _listed_axes() -> list[str]:
+    """The axes that an enclosing shard_map, pmap or vmap binds.
+
+    No supported function of JAX lists the axes of a vmap. Should this one go, a misspelt axis_name
+    under vmap would be taken for one that nothing binds.
+    """
+    name = "unsafe_get_axis_names_DO_NOT_USE"
+    # Older JAX has it in the second place.
+    home = extend_core if hasattr(extend_core, name) else jax.core
+    return list(dict.fromkeys([*_manual_mesh_axes(), *getattr(home, name, list)()]))
+
+
+def _partitioned_axes(x: jax.Array) -> list[str]:
+    """The axes of the mesh in use that arrays are whole along, the compiler partitioning them."""
+    meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
+    return [
+        name
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+        if kind != jax.sharding.AxisType.Manual
+    ]
 
 
 def _manual_mesh_axes() -> list[str]:
@@ -458,35 +564,47 @@ def _manual_mesh_axes() -> list[str]:
 
 
 def make_reduction(
+    x: jax.Array,
     axes: tuple[int, ...],
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Reduction:
     """Checks the named axes and returns the hashable description of a reduction."""
-    groups = None
-    if axis_index_groups is not None:
-        groups = tuple(tuple(int(index) for index in group) for group in axis_index_groups)
-        if axis_name is None:
-            raise ValueError(
-                f"axis_index_groups={groups} was given without axis_name: pass the axis_name that "
-                "the groups divide, or leave axis_index_groups out."
-            )
-    if axis_name is not None:
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        size = _named_axes_size(names)
-        if groups is not None:
-            _check_groups(groups, size)
-        return Reduction(axes, names, groups)
-    return Reduction(axes)
+    names = bound_axes(x, axis_name)
+    if axis_index_groups is None:
+        return Reduction(axes, names)
+    groups = canonical_groups(axis_name, axis_index_groups)
+    if not names:
+        raise ValueError(
+            f"axis_index_groups={groups} divide axis_name={axis_name!r}, which nothing binds here: "
+            "call inside of the shard_map, pmap or vmap that does, or pass each group its own x."
+        )
+    members = sum(map(len, groups))
+    if members != _named_axes_size(names):
+        raise ValueError(
+            f"axis_index_groups={groups} hold {members} indices, expected those of "
+            f"axis_name={axis_name!r}, 0 to {_named_axes_size(names) - 1}."
+        )
+    return Reduction(axes, names, groups)
 
 
-def _check_groups(groups: tuple[tuple[int, ...], ...], size: int) -> None:
+def canonical_groups(
+    axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the groups as tuples, or raises the ValueError that says what is wrong with them."""
+    groups = tuple(tuple(int(index) for index in group) for group in axis_index_groups)
+    if axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={groups} was given without axis_name: pass the axis_name that "
+            "the groups divide, or leave axis_index_groups out."
+        )
     members = sorted(index for group in groups for index in group)
-    if members != list(range(size)) or len({len(group) for group in groups}) != 1:
+    if members != list(range(len(members))) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"axis_index_groups={groups} must be groups of one size that hold each index from 0 "
-            f"to {size - 1} once."
+            f"to the size of axis_name={axis_name!r} minus 1 once."
         )
+    return groups
 
 
 def as_floating(name: str, x: jax.Array) -> jax.Array:
