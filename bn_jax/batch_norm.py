@@ -1,18 +1,19 @@
 """Batch normalization as a pure function of parameters, statistics and input."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
+from math import prod
 from numbers import Real
 from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax.moments import (
     AxisName,
     CentredMoments,
-    Moments,
     Reduction,
     as_floating,
     bound_axes,
@@ -220,7 +221,7 @@ def batch_norm(
     mask = None if mask is None else broadcastable_mask(mask, x.shape)
     dtype = _output_dtype(dtype, x, params, residual)
     layout = _make_layout(x, feature_axes, dtype)
-    normalize = _make_normalizer(dtype, x.shape, mask, activation, residual)
+    normalize = _make_normalizer(dtype, jax.typeof(x), mask, activation, residual)
     if use_running_average:
         mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
         var = layout.expand(batch_stats["var"], layout.dtype)
@@ -281,13 +282,7 @@ def _split_groups(
 ) -> tuple[_Layout, jax.Array, jax.Array | None]:
     """Splits the batch axis into groups and examples of a group."""
     batch_axis = layout.reduction_axes[0]
-
-    def split(values: jax.Array) -> jax.Array:
-        before, after = values.shape[:batch_axis], values.shape[batch_axis + 1 :]
-        size = values.shape[batch_axis]
-        pair = (1, 1) if size == 1 else (size // virtual_batch_size, virtual_batch_size)
-        return values.reshape((*before, *pair, *after))
-
+    split = partial(_split_axis, batch_axis, virtual_batch_size)
     groups = split(x)
     feature_axes = tuple(axis + (axis > batch_axis) for axis in layout.feature_axes)
     split_layout = layout._replace(
@@ -303,6 +298,23 @@ def _split_groups(
         group_axis=batch_axis,
     )
     return split_layout, groups, None if mask is None else split(mask)
+
+
+def _split_axis(axis: int, size: int, values: jax.Array) -> jax.Array:
+    """Splits an axis into groups and members; an axis that is to be broadcast into two of them."""
+    length = values.shape[axis]
+    pair = (1, 1) if length == 1 else (length // size, size)
+    shape = (*values.shape[:axis], *pair, *values.shape[axis + 1 :])
+    sharding = jax.typeof(values).sharding
+    names = sharding.spec[axis]
+    if names is None:
+        return values.reshape(shape)
+    # An explicitly sharded axis: whole groups on each shard, or a part of every group, or all.
+    shards = prod(sharding.mesh.shape[name] for name in jax.tree.leaves(names))
+    choices = (pair[0], (names, None)), (pair[1], (None, names)), (0, (None, None))
+    placed = next(place for divided, place in choices if divided % shards == 0)
+    spec = PartitionSpec(*sharding.spec[:axis], *placed, *sharding.spec[axis + 1 :])
+    return lax.reshape(values, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def _transform(
@@ -342,7 +354,7 @@ def _batch_moments(
 
 def _make_normalizer(
     dtype: Any,
-    shape: tuple[int, ...],
+    like: Any,
     mask: jax.Array | None,
     activation: Activation | None,
     residual: jax.Array | None,
@@ -350,7 +362,7 @@ def _make_normalizer(
     """Returns what takes examples, their mask and the transform to the output."""
 
     def normalize(examples: jax.Array, own_mask: jax.Array | None, by: Transform) -> jax.Array:
-        y = standardize(dtype, examples, own_mask, by).reshape(shape)
+        y = _reshape_like(like, standardize(dtype, examples, own_mask, by))
         return _finish(mask, activation, residual, y)
 
     # Rematerialized, a scan keeps x alone for the backward pass. With a residual it would have to
@@ -387,10 +399,10 @@ def _update(
     momentum: float | jax.Array | None,
     running_var_ddof: int,
 ) -> BatchStats:
-    merged = Moments(found.count, found.shift + found.delta, found.var)
-    if layout.group_axis is not None:
-        merged = merge_along(layout.group_axis, merged)
-    count, mean, var = merged
+    if layout.group_axis is None:
+        count, mean, var = found.count, found.shift + found.delta, found.var
+    else:
+        count, mean, var = merge_along(layout.group_axis, found)
     freedom = count - running_var_ddof
     unbiased = var * (count / jnp.where(freedom > 0, freedom, 1))
     old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
@@ -425,6 +437,14 @@ def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     average = jnp.where(weight < 0.5, by_step, (1 - share) * old_value + share * new)
     becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
     return average if becomes_complex else average.astype(old.dtype)
+
+
+def _reshape_like(like: Any, values: jax.Array) -> jax.Array:
+    """Returns `values` with shape and explicit sharding of `like`, the type of an array."""
+    if values.shape == like.shape:
+        return values
+    explicit = any(names is not None for names in like.sharding.spec)
+    return lax.reshape(values, like.shape, out_sharding=like.sharding if explicit else None)
 
 
 def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:

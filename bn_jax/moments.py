@@ -173,26 +173,25 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
     )
     if not counts_shape:
         count = count.reshape((len(sets),) + (1,) * len(feature_shape))
-    merged = merge_along(0, Moments(count, mean, var))
+    merged = merge_along(0, CentredMoments(count, mean, jnp.zeros_like(mean), var))
     return merged._replace(count=merged.count.reshape(counts_shape))
 
 
-def merge_along(axis: int, parts: Moments) -> Moments:
+def merge_along(axis: int, parts: CentredMoments) -> Moments:
     """Merges moments that are stacked along an axis; `merge_moments` says by which formula."""
     counts_shape = list(parts.count.shape)
-    counts_shape[axis] = parts.mean.shape[axis]
+    counts_shape[axis] = parts.var.shape[axis]
     counts = jnp.broadcast_to(parts.count, counts_shape)
     present = counts > 0
-    part_mean = jnp.where(present, parts.mean, 0)
-    part_var = jnp.where(present, parts.var, 0)
+    shift, delta, part_var = (jnp.where(present, leaf, 0) for leaf in parts[1:])
     count = jnp.sum(counts, axis, keepdims=True)
-    total = jnp.sum(counts.astype(part_mean.dtype) * part_mean, axis, keepdims=True)
+    total = jnp.sum(counts.astype(shift.dtype) * (shift + delta), axis, keepdims=True)
     # This estimate is off by some units in the last place of the mean, which sums around it tell.
     # Two sums after two, and so two collectives where the parts lie on several devices.
     divisor = jnp.where(count > 0, count, 1)
     estimate = total / divisor.astype(total.dtype)
     share = counts / divisor
-    deviation = jnp.where(present, part_mean - estimate, 0)
+    deviation = jnp.where(present, centre(shift, estimate, -delta), 0)
     error = jnp.sum(share.astype(deviation.dtype) * deviation, axis, keepdims=True)
     square = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
     var = jnp.maximum(square - absolute_square(error), 0)
@@ -271,7 +270,8 @@ def _measure_groups(
     least, most = _extremes(reduction, x, mask, shift.dtype)
     # The mean is off by its own rounding, e * |mean - shift|, but not out of the range of x: so
     # that of a constant is exact, and that of others is off by some standard deviations at most.
-    shift = _between(least, shift + _divide((total,), count)[0], most)
+    nearest = _between(least, shift + _divide((total,), count)[0], most)
+    shift = jnp.where(count > 0, nearest, shift)
     spread = absolute_square(OVERFLOW_UNIT * (most - least))
     unit = jnp.where(spread < 1, jnp.ones_like(spread), OVERFLOW_UNIT)
     delta, scaled_var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
@@ -282,17 +282,16 @@ def _measure_groups(
 def _extremes(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest value, of complex `x` those of each part; 0 of none."""
+    """Returns the least and the largest value, of complex `x` those of each part."""
     if jnp.iscomplexobj(x):
         real_dtype = jnp.finfo(dtype).dtype
         parts = (_extremes(reduction, part, mask, real_dtype) for part in (x.real, x.imag))
         least, most = (lax.complex(*pair) for pair in zip(*parts, strict=True))
         return least, most
     valid = jnp.ones((1,) * x.ndim, bool) if mask is None else mask.astype(bool)
-    least = jnp.min(x, reduction.axes, keepdims=True, initial=jnp.inf, where=valid).astype(dtype)
-    most = jnp.max(x, reduction.axes, keepdims=True, initial=-jnp.inf, where=valid).astype(dtype)
-    empty = least > most
-    return jnp.where(empty, 0, least), jnp.where(empty, 0, most)
+    least = jnp.min(x, reduction.axes, keepdims=True, initial=jnp.inf, where=valid)
+    most = jnp.max(x, reduction.axes, keepdims=True, initial=-jnp.inf, where=valid)
+    return least.astype(dtype), most.astype(dtype)
 
 
 def _between(least: jax.Array, value: jax.Array, most: jax.Array) -> jax.Array:

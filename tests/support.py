@@ -94,6 +94,25 @@ def define_batch_norm(
     return y, updated
 
 
+def define_gradients(params, x, mask, pull, *, epsilon=1e-5):
+    """In float64, what batch norm over the last axis makes of the cotangent of its output.
+
+    `pull` takes the output to that cotangent; where the mask is zero it is taken to be zero.
+    """
+    count, mean, var = define_moments(x, -1, mask)
+    weight = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), x.shape)
+    x = np.where(weight > 0, exact(x), mean)
+    normalized = (x - mean) / np.sqrt(var + epsilon)
+    y = normalized * exact(params["scale"]) + exact(params["bias"])
+    cotangent = np.where(weight > 0, pull(y), 0)
+    axes = tuple(range(x.ndim - 1))
+    of_bias, of_scale = cotangent.sum(axes), (cotangent * normalized).sum(axes)
+    share = weight / np.where(count > 0, count, 1)
+    of_x = cotangent - share * of_bias - share * normalized * of_scale
+    of_x *= exact(params["scale"]) / np.sqrt(var + epsilon)
+    return {"scale": of_scale, "bias": of_bias}, of_x
+
+
 def define_steps(params, batch_stats, batches, **options):
     """`define_batch_norm` batch after batch: all outputs and the last running statistics."""
     outputs = []

@@ -1,6 +1,5 @@
 import itertools
 import json
-import re
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from support import (
-    all_reduces,
     assert_close,
-    conditionals,
     define_affine,
     define_batch_norm,
     define_moments,
@@ -766,205 +761,6 @@ def test_export_to_every_platform():
     assert_close(exported.call(params, stats, x), step(params, stats, x))
 
 
-# --- many devices -----------------------------------------------------------------------------
-
-DEVICES = 4
-
-
-def differentiated(params, stats, x, weights, mask, axis_name=None, **options):
-    """Outputs, new statistics, and the gradients of a sum over the shard."""
-
-    def loss(params, x):
-        y, updated = TRAIN(params, stats, x, mask=mask, axis_name=axis_name, **options)
-        kept = y if mask is None else jnp.where(mask, y, 0)
-        return jnp.sum(jnp.sin(kept) * weights), (y, updated)
-
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-
-
-def automatic_mesh():
-    return Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
-
-
-def explicit_mesh():
-    return jax.make_mesh((DEVICES,), ("data",))
-
-
-def by_shard_map(make_mesh, check_vma, params, stats, *batch, **options):
-    mesh = make_mesh()
-
-    def shard(params, stats, *batch):
-        (of_params, of_x), (y, updated) = differentiated(
-            params, stats, *batch, axis_name="data", **options
-        )
-        if not check_vma:
-            of_params = jax.lax.psum(of_params, "data")
-        return (of_params, of_x), (y, updated)
-
-    specs = ((P(), P("data")), (P("data"), P()))
-    mapped = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=(P(), P(), *(P("data") for _ in batch)),
-        out_specs=specs,
-        check_vma=check_vma,
-    )
-    placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    return jax.jit(mapped)(*jax.device_put((params, stats), NamedSharding(mesh, P())), *placed)
-
-
-def by_jit(make_mesh, params, stats, *batch, **options):
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
-        state = jax.device_put((params, stats), NamedSharding(mesh, P()))
-        return jax.jit(partial(differentiated, **options))(*state, *placed)
-
-
-def by_named_map(transform, params, stats, *batch, **options):
-    split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
-    mapped = transform(
-        partial(differentiated, axis_name="data", **options),
-        axis_name="data",
-        in_axes=(None, None, *(0 for _ in batch)),
-    )
-    (of_params, of_x), (y, updated) = mapped(params, stats, *split)
-    join = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
-    first = partial(jax.tree.map, lambda leaf: leaf[0])
-    chex.assert_trees_all_equal(first(updated), jax.tree.map(lambda leaf: leaf[-1], updated))
-    summed = jax.tree.map(lambda leaf: leaf.sum(0), of_params)
-    return (summed, join(of_x)), (join(y), first(updated))
-
-
-REGIMES = {
-    "pmap": partial(by_named_map, jax.pmap),
-    "vmap": partial(by_named_map, jax.vmap),
-    "shard_map": partial(by_shard_map, automatic_mesh, True),
-    "shard_map unchecked": partial(by_shard_map, automatic_mesh, False),
-    "shard_map explicit": partial(by_shard_map, explicit_mesh, True),
-    "jit": partial(by_jit, automatic_mesh),
-    "jit explicit": partial(by_jit, explicit_mesh),
-}
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("masking", ["none", "uneven", "empty shard", "one shard"])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_sharded_is_flattened(regime, masking, offset):
-    assert len(jax.devices()) >= DEVICES
-    rows = 4 * DEVICES
-    x, (params, stats) = standard_normal(27, (rows, 2, 3)), make_state((3,))
-    x, weights = x + np.float32(offset), standard_normal(28, x.shape)
-    valid = {
-        "none": None,
-        "uneven": np.arange(rows) % 5 < 3,
-        "empty shard": np.arange(rows) // 4 != 2,
-        "one shard": np.arange(rows) // 4 == 1,
-    }[masking]
-    mask = None if valid is None else jnp.asarray(valid)[:, None, None]
-    if valid is not None:
-        x = jnp.where(mask, x, jnp.nan)
-    batch = (x, weights) if mask is None else (x, weights, mask)
-    if mask is None:
-        found = REGIMES[regime](params, stats, *batch, jnp.ones((rows, 1, 1), bool))
-    else:
-        found = REGIMES[regime](params, stats, *batch)
-    rows_kept = slice(None) if valid is None else valid
-    (of_params, of_x), (y, updated) = jax.tree.map(np.asarray, found)
-    expected = differentiated(params, stats, x[rows_kept], weights[rows_kept], None)
-    expected_y, expected_stats = define_batch_norm(params, stats, x[rows_kept])
-    assert_close(y[rows_kept], expected_y)
-    assert_close(updated, expected_stats)
-    assert_close(of_params, expected[0][0])
-    assert_close(of_x[rows_kept], expected[0][1])
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("momentum", [0.9, None])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_poison_on_one_device_does_not_poison_the_state(regime, momentum, poison):
-    x, (params, stats) = standard_normal(49, (4 * DEVICES, 3)), make_state((3,))
-    stats["count"] = jnp.full(3, 2.0)
-    batch = x.at[5, 1].set(poison), standard_normal(50, x.shape), jnp.ones((len(x), 1), bool)
-    _, (y, updated) = jax.tree.map(
-        np.asarray, REGIMES[regime](params, stats, *batch, momentum=momentum)
-    )
-    expected_y, expected = define_batch_norm(params, stats, x, momentum=momentum)
-    clean = np.array([0, 2])
-    assert_close(y[:, clean], expected_y[:, clean])
-    for name, old in stats.items():
-        assert updated[name][1] == old[1]
-        assert_close(updated[name][clean], expected[name][clean])
-
-
-@pytest.mark.parametrize(
-    "regime,state_spec",
-    [("shard_map", P("model")), ("jit explicit", P("model")), ("jit explicit", P())],
-)
-def test_features_sharded_as_well(regime, state_spec):
-    # The guard triggers for the features of one half of the devices only.
-    x, (params, stats) = standard_normal(36, (8, 6)).at[:, :3].add(1e4), make_state((6,))
-    expected = define_batch_norm(params, stats, x)
-    x_spec = P("data", "model")
-    if regime == "jit explicit":
-        mesh = jax.make_mesh((2, 2), ("data", "model"))
-        with jax.set_mesh(mesh):
-            state = jax.device_put((params, stats), NamedSharding(mesh, state_spec))
-            x = jax.device_put(x, NamedSharding(mesh, x_spec))
-            found = jax.jit(lambda state, x: TRAIN(*state, x))(state, x)
-    else:
-        mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(2, 2), ("data", "model"))
-        train = jax.shard_map(
-            partial(TRAIN, axis_name="data"),
-            mesh=mesh,
-            in_specs=(state_spec, state_spec, x_spec),
-            out_specs=(x_spec, state_spec),
-        )
-        found = jax.jit(train)(params, stats, x)
-    assert_close(jax.tree.map(np.asarray, found), expected)
-
-
-def test_statistics_that_differ_between_devices_are_synchronized_all_the_same():
-    x, params = standard_normal(34, (4 * DEVICES, 3)) + 2, make_state((3,))[0]
-    stats = {"mean": standard_normal(35, (DEVICES, 3)) * 3, "var": jnp.ones((DEVICES, 3))}
-    train = jax.shard_map(
-        lambda stats, x: TRAIN(params, {n: s[0] for n, s in stats.items()}, x, axis_name="data"),
-        mesh=automatic_mesh(),
-        in_specs=P("data"),
-        out_specs=(P("data"), P("data")),
-    )
-    y, updated = jax.jit(train)(stats, x)
-    assert_close(y, define_batch_norm(params, bn.init_batch_stats(3), x)[0])
-    for number in range(DEVICES):
-        own = {name: leaf[number] for name, leaf in stats.items()}
-        expected = define_batch_norm(params, own, x)[1]
-        assert_close({n: leaf.reshape(DEVICES, 3)[number] for n, leaf in updated.items()}, expected)
-
-
-@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap, "shard_map"])
-def test_index_groups(transform):
-    groups = [[0, 3], [2, 1]]
-    x, (params, stats) = standard_normal(29, (DEVICES, 5, 3)), make_state((3,))
-    train = partial(TRAIN, axis_name="data", axis_index_groups=groups)
-    if transform == "shard_map":
-        mesh = automatic_mesh()
-        mapped = jax.shard_map(
-            lambda x: jax.tree.map(lambda leaf: leaf[None], train(params, stats, x[0])),
-            mesh=mesh,
-            in_specs=P("data"),
-            out_specs=P("data"),
-        )
-        y, updated = jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, P("data"))))
-    else:
-        y, updated = transform(partial(train, params, stats), axis_name="data")(x)
-    for group in groups:
-        members = jnp.array(group)
-        expected_y, expected_stats = define_batch_norm(params, stats, x[members].reshape(10, 3))
-        assert_close(y[members].reshape(10, 3), expected_y)
-        for member in group:
-            assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], updated), expected_stats)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape,axis", [((8, 2, 3), -1), ((3, 8), 0), ((8, 3, 2), (1, 2))])
 def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
@@ -983,65 +779,6 @@ def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
             assert_close(jnp.take(y, rows, batch_axis), expected)
     everything = jnp.take(x, np.flatnonzero(valid), batch_axis)
     assert_close(updated, define_batch_norm(params, stats, everything, axis=axis)[1])
-
-
-@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
-@pytest.mark.parametrize("regime", ["shard_map", "jit"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
-    mesh, features = make_mesh(), 5
-    params, stats = make_state((features,))
-    axis_name = "data" if regime == "shard_map" else None
-
-    def forward(x, mask):
-        return TRAIN(params, stats, x, mask=mask if masked else None, axis_name=axis_name)
-
-    def backward(x, mask, cotangent):
-        return jax.vjp(lambda x: forward(x, mask)[0], x)[1](cotangent)[0]
-
-    def evaluate(x):
-        return EVALUATE(params, stats, x, axis_name=axis_name)[0]
-
-    def compiled(function, count, out_specs):
-        if regime == "shard_map":
-            function = jax.shard_map(
-                function, mesh=mesh, in_specs=(P("data"),) * count, out_specs=out_specs
-            )
-        sharding = NamedSharding(mesh, P("data"))
-        shapes = [(16, 2, features), (16, 1, 1), (16, 2, features)][:count]
-        dtypes = [jnp.float32, jnp.bool_, jnp.float32]
-        arguments = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for shape, dtype in zip(shapes, dtypes, strict=False)
-        ]
-        with jax.set_mesh(mesh):
-            return jax.jit(function).lower(*arguments).compile().as_text()
-
-    text = compiled(forward, 2, (P("data"), P()))
-    assert conditionals(text) == 1
-    assert all_reduces(text) == [2 * features + masked]
-    # Under jit the compiler moves what does not depend on the forward pass into its collective.
-    sizes = all_reduces(compiled(backward, 3, P("data")))
-    assert len(sizes) == 2
-    assert sum(sizes) == 4 * features + masked
-    assert all_reduces(compiled(evaluate, 1, P("data"))) == []
-
-
-def test_the_derivative_asks_for_one_collective():
-    params, stats = make_state((3,))
-
-    def gradients(params, x):
-        def loss(params, x):
-            return jnp.sum(jnp.sin(TRAIN(params, stats, x, axis_name="data")[0]))
-
-        return jax.grad(loss, argnums=(0, 1))(params, x)
-
-    mapped = jax.shard_map(
-        gradients, mesh=automatic_mesh(), in_specs=(P(), P("data")), out_specs=(P(), P("data"))
-    )
-    # Forward, two in the guard's branch, and backward; scale and bias need none of their own.
-    program = str(jax.make_jaxpr(mapped)(params, standard_normal(39, (8, 3))))
-    assert len(re.findall(r"= psum\w*\[", program)) == 4
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -1068,10 +805,6 @@ BAD_INPUT = {
     "axis out of range": (dict(axis=2), ValueError, "axis=2 is out of range for x of rank 2"),
     "axis repeated": (
         dict(axis=(1, -1)), ValueError, r"axis=\(1, -1\) names an axis of x \(rank 2\) more than",
-    ),
-    "axis_name": (
-        dict(axis_name="batch"), NameError,
-        "axis_name='batch' is not bound by any enclosing .* under sharded jit.* initializing",
     ),
     "virtual_batch_size": (
         dict(virtual_batch_size=3), ValueError,
@@ -1141,18 +874,6 @@ def test_bad_input(case):
     with pytest.raises(error, match=message):
         jax.eval_shape(partial(TRAIN, **{k: v for k, v in arguments.items() if k in changes}), **{
             k: v for k, v in arguments.items() if k not in changes})  # fmt: skip
-
-
-def test_an_unbound_axis_lists_the_bound_ones():
-    mesh = automatic_mesh()
-    params, stats = make_state((3,))
-    train = jax.shard_map(
-        lambda x: TRAIN(params, stats, x, axis_name="batch")[0],
-        mesh=mesh, in_specs=P("data"), out_specs=P("data"),
-    )  # fmt: skip
-    message = re.escape("axis_name='batch' is not bound") + ".*" + re.escape("['data']")
-    with pytest.raises(NameError, match=message):
-        train(standard_normal(31, (8, 3)))
 
 
 def test_one_value_per_device_is_enough_when_synchronized():

@@ -223,7 +223,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"features of shape \(4,\) on axis=-1"):
         OURS(3, rngs=nnx.Rngs(0))(standard_normal(9, (6, 4)))
     with pytest.raises(NameError, match="axis_name='data' is not bound"):
-        partial(OURS(3, axis_name="data", rngs=nnx.Rngs(0)))(x)
+        jax.vmap(OURS(3, axis_name="data", rngs=nnx.Rngs(0)), axis_name="batch")(x[:, None])
 
 
 def make(kind=OURS, **options):

@@ -1,0 +1,600 @@
+"""Every way of running on several devices gives the numbers of one, at a counted cost."""
+
+import re
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import (
+    all_reduces,
+    assert_close,
+    conditionals,
+    define_batch_norm,
+    define_gradients,
+    standard_normal,
+)
+
+import bn_jax as bn
+
+TRAIN = partial(bn.batch_norm, use_running_average=False)
+EVALUATE = partial(bn.batch_norm, use_running_average=True)
+DEVICES = 4
+GROUPS = 2
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+
+def make_state(features, seed=100):
+    params = {"scale": standard_normal(seed, features), "bias": standard_normal(seed + 1, features)}
+    mean, var = standard_normal(seed + 8, features), standard_normal(seed + 9, features)
+    return params, {"mean": mean, "var": jnp.abs(var) + 0.1}
+
+
+def automatic_mesh(**axes):
+    axes = axes or {"data": DEVICES}
+    return Mesh(np.array(jax.devices()[:DEVICES]).reshape(*axes.values()), tuple(axes))
+
+
+def explicit_mesh(**axes):
+    axes = axes or {"data": DEVICES}
+    return jax.make_mesh(tuple(axes.values()), tuple(axes))
+
+
+# --- regimes ----------------------------------------------------------------------------------
+
+
+def differentiated(params, stats, x, weights, mask, **options):
+    """Outputs, new statistics, and the gradients of a sum over the shard."""
+
+    def loss(params, x):
+        y, updated = TRAIN(params, stats, x, mask=mask, **options)
+        kept = y if mask is None else jnp.where(mask.astype(bool), y, 0)
+        return jnp.sum(jnp.sin(kept) * weights), (y, updated)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+def synchronized(devices, subgroups, names=("data",)):
+    """The options of a layer over all devices, or over each of the consecutive groups."""
+    name = names[0] if len(names) == 1 else names
+    groups = np.arange(devices).reshape(GROUPS, -1).tolist() if subgroups else None
+    return dict(axis_name=name, axis_index_groups=groups)
+
+
+def by_shard_map(make_mesh, check_vma, state, batch, subgroups, *, features=None, **options):
+    """Over a mesh whose axes but the one called `features` share the examples."""
+    mesh = make_mesh()
+    names = tuple(name for name in mesh.axis_names if name != features)
+    devices = int(np.prod([mesh.shape[name] for name in names]))
+    options |= synchronized(devices, subgroups, names)
+
+    def shard(state, batch):
+        (of_params, of_x), (y, updated) = differentiated(*state, *batch, **options)
+        if not check_vma:
+            of_params = jax.lax.psum(of_params, names)
+        if subgroups:
+            updated = jax.tree.map(lambda leaf: leaf[None], updated)
+        return (of_params, of_x), (y, updated)
+
+    def spec_of(leaf):
+        return P(names, *(None,) * (leaf.ndim - 2), features if leaf.shape[-1] > 1 else None)
+
+    of_state, of_x = P(features), spec_of(batch[0])
+    updated_spec = P(names, features) if subgroups else of_state
+    in_specs = of_state, jax.tree.map(spec_of, batch)
+    mapped = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=((of_state, of_x), (of_x, updated_spec)),
+        check_vma=check_vma,
+    )
+    of_state, of_batch = jax.tree.map(partial(NamedSharding, mesh), in_specs)
+    placed = jax.device_put(state, of_state), jax.device_put(batch, of_batch)
+    gradients, (y, updated) = jax.jit(mapped)(*placed)
+    return gradients, y, updated if subgroups else jax.tree.map(lambda leaf: leaf[None], updated)
+
+
+def by_jit(make_mesh, options_of, state, batch, subgroups, **options):
+    options |= options_of(subgroups, len(batch[0]))
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        state = jax.device_put(state, NamedSharding(mesh, P()))
+        train = jax.jit(lambda state, batch: differentiated(*state, *batch, **options))
+        gradients, (y, updated) = train(state, placed)
+    return gradients, y, jax.tree.map(lambda leaf: leaf[None], updated)
+
+
+def with_the_axis(subgroups, rows):
+    return synchronized(DEVICES, subgroups)
+
+
+def without_the_axis(subgroups, rows):
+    return dict(virtual_batch_size=rows // GROUPS if subgroups else None)
+
+
+def on_one_device(state, batch, subgroups, **options):
+    options |= with_the_axis(subgroups, len(batch[0]))
+    gradients, (y, updated) = jax.jit(partial(differentiated, **options))(*state, *batch)
+    return gradients, y, jax.tree.map(lambda leaf: leaf[None], updated)
+
+
+def by_named_map(transform, state, batch, subgroups, **options):
+    options |= synchronized(DEVICES, subgroups)
+    split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
+    mapped = transform(
+        lambda state, batch: differentiated(*state, *batch, **options),
+        axis_name="data",
+        in_axes=(None, 0),
+    )
+    (of_params, of_x), (y, updated) = mapped(state, split)
+    join = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+    return (jax.tree.map(lambda leaf: leaf.sum(0), of_params), join(of_x)), join(y), updated
+
+
+REGIMES = {
+    "pmap": partial(by_named_map, jax.pmap),
+    "vmap": partial(by_named_map, jax.vmap),
+    "shard_map": partial(by_shard_map, automatic_mesh, True),
+    "shard_map unchecked": partial(by_shard_map, automatic_mesh, False),
+    "shard_map explicit": partial(by_shard_map, explicit_mesh, True),
+    "shard_map, two axes": partial(by_shard_map, partial(automatic_mesh, host=2, chip=2), True),
+    "shard_map, features": partial(
+        by_shard_map, partial(automatic_mesh, data=2, model=2), True, features="model"
+    ),
+    "jit": partial(by_jit, automatic_mesh, with_the_axis),
+    "jit explicit": partial(by_jit, explicit_mesh, with_the_axis),
+    "jit without axis_name": partial(by_jit, automatic_mesh, without_the_axis),
+    "jit explicit without axis_name": partial(by_jit, explicit_mesh, without_the_axis),
+    "one device": on_one_device,
+}
+ROWS = 4 * DEVICES
+DISTRIBUTIONS = {
+    "even": None,
+    "uneven": np.arange(ROWS) % 5 < 3,
+    "masked": np.asarray(standard_normal(26, (ROWS, 2, 4))) > -0.5,
+    "weights": np.abs(np.asarray(standard_normal(26, (ROWS, 2)))),
+    "empty shard": np.arange(ROWS) // 4 != 2,
+    "one shard": np.arange(ROWS) // 4 == 1,
+}
+
+
+@pytest.mark.parametrize("subgroups", [False, True], ids=["all devices", "subgroup"])
+@pytest.mark.parametrize(
+    ("distribution", "offset"),
+    [*((name, 0.0) for name in DISTRIBUTIONS), ("even", 1e4), ("one shard", 1e4)],
+)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_n_devices_give_the_numbers_of_one(regime, distribution, offset, subgroups):
+    assert len(jax.devices()) >= DEVICES
+    x, state = standard_normal(27, (ROWS, 2, 4)) + np.float32(offset), make_state((4,))
+    weights, mask = standard_normal(28, x.shape), DISTRIBUTIONS[distribution]
+    if mask is None:
+        found = REGIMES[regime](state, (x, weights, jnp.ones((ROWS, 1, 1), bool)), subgroups)
+    else:
+        mask = mask.reshape(mask.shape + (1,) * (3 - mask.ndim))
+        x = jnp.where(mask > 0, x, jnp.nan)
+        found = REGIMES[regime](state, (x, weights, jnp.asarray(mask)), subgroups)
+    (of_params, of_x), y, updated = jax.tree.map(np.asarray, found)
+    valid = np.broadcast_to(True if mask is None else mask > 0, x.shape)
+    expected = expect(state, np.asarray(x), np.asarray(weights), mask, GROUPS if subgroups else 1)
+    assert_close(y[valid], expected["y"][valid])
+    assert_close((of_params, of_x), expected["gradients"], tolerance=2e-5)
+    copies = len(updated["mean"])
+    for copy in range(copies):
+        group = copy * GROUPS // copies if subgroups and copies > 1 else -1
+        own = jax.tree.map(lambda leaf, copy=copy: leaf[copy], updated)
+        assert_close(own, expected["updated"][group])
+
+
+def expect(state, x, weights, mask, groups):
+    """By the definition: output, gradients, and the new statistics of each group and of all."""
+    masks = [None] * groups if mask is None else np.split(mask, groups)
+    outputs, updates, gradients = [], [], []
+    for own, own_mask, pull in zip(
+        np.split(x, groups), masks, map(pull_by, np.split(weights, groups)), strict=True
+    ):
+        y, updated = train_by_definition(state, own, own_mask)
+        outputs.append(y)
+        updates.append(updated)
+        gradients.append(define_gradients(state[0], own, own_mask, pull))
+    of_params, of_x = zip(*gradients, strict=True)
+    return {
+        "y": np.concatenate(outputs),
+        "updated": [*updates, train_by_definition(state, x, mask)[1]],
+        "gradients": (jax.tree.map(lambda *leaves: sum(leaves), *of_params), np.concatenate(of_x)),
+    }
+
+
+def train_by_definition(state, x, mask):
+    """A batch without a valid example leaves the statistics as they were."""
+    if mask is not None and not mask.any():
+        return np.full(x.shape, np.nan), state[1]
+    return define_batch_norm(*state, x, mask=mask)
+
+
+def pull_by(weights):
+    return lambda y: np.cos(y) * weights
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_poison_on_one_device_does_not_poison_the_state(regime, momentum, poison):
+    x, (params, stats) = standard_normal(49, (ROWS, 4)), make_state((4,))
+    stats["count"] = jnp.full(4, 2.0)
+    batch = x.at[5, 1].set(poison), standard_normal(50, x.shape), jnp.ones((len(x), 1), bool)
+    found = REGIMES[regime]((params, stats), batch, False, momentum=momentum)
+    _, y, updated = jax.tree.map(np.asarray, found)
+    updated = jax.tree.map(lambda leaf: leaf[-1], updated)
+    expected_y, expected = define_batch_norm(params, stats, x, momentum=momentum)
+    clean = np.array([0, 2, 3])
+    assert_close(y[:, clean], expected_y[:, clean])
+    for name, old in stats.items():
+        assert updated[name][1] == old[1]
+        assert_close(updated[name][clean], expected[name][clean])
+
+
+@pytest.mark.parametrize(
+    "regime,state_spec",
+    [("shard_map", P("model")), ("jit explicit", P("model")), ("jit explicit", P())],
+)
+def test_features_sharded_as_well(regime, state_spec):
+    # The guard triggers for the features of one half of the devices only.
+    x, (params, stats) = standard_normal(36, (8, 6)).at[:, :3].add(1e4), make_state((6,))
+    expected = define_batch_norm(params, stats, x)
+    x_spec = P("data", "model")
+    if regime == "jit explicit":
+        mesh = jax.make_mesh((2, 2), ("data", "model"))
+        with jax.set_mesh(mesh):
+            state = jax.device_put((params, stats), NamedSharding(mesh, state_spec))
+            x = jax.device_put(x, NamedSharding(mesh, x_spec))
+            found = jax.jit(lambda state, x: TRAIN(*state, x))(state, x)
+    else:
+        mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(2, 2), ("data", "model"))
+        train = jax.shard_map(
+            partial(TRAIN, axis_name="data"),
+            mesh=mesh,
+            in_specs=(state_spec, state_spec, x_spec),
+            out_specs=(x_spec, state_spec),
+        )
+        found = jax.jit(train)(params, stats, x)
+    assert_close(jax.tree.map(np.asarray, found), expected)
+
+
+def test_statistics_that_differ_between_devices_are_synchronized_all_the_same():
+    x, params = standard_normal(34, (4 * DEVICES, 3)) + 2, make_state((3,))[0]
+    stats = {"mean": standard_normal(35, (DEVICES, 3)) * 3, "var": jnp.ones((DEVICES, 3))}
+    train = jax.shard_map(
+        lambda stats, x: TRAIN(params, {n: s[0] for n, s in stats.items()}, x, axis_name="data"),
+        mesh=automatic_mesh(),
+        in_specs=P("data"),
+        out_specs=(P("data"), P("data")),
+    )
+    y, updated = jax.jit(train)(stats, x)
+    assert_close(y, define_batch_norm(params, bn.init_batch_stats(3), x)[0])
+    for number in range(DEVICES):
+        own = {name: leaf[number] for name, leaf in stats.items()}
+        expected = define_batch_norm(params, own, x)[1]
+        assert_close({n: leaf.reshape(DEVICES, 3)[number] for n, leaf in updated.items()}, expected)
+
+
+@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap, "shard_map"])
+def test_index_groups(transform):
+    groups = [[0, 3], [2, 1]]
+    x, (params, stats) = standard_normal(29, (DEVICES, 5, 3)), make_state((3,))
+    train = partial(TRAIN, axis_name="data", axis_index_groups=groups)
+    if transform == "shard_map":
+        mesh = automatic_mesh()
+        mapped = jax.shard_map(
+            lambda x: jax.tree.map(lambda leaf: leaf[None], train(params, stats, x[0])),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        y, updated = jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, P("data"))))
+    else:
+        y, updated = transform(partial(train, params, stats), axis_name="data")(x)
+    for group in groups:
+        members = jnp.array(group)
+        expected_y, expected_stats = define_batch_norm(params, stats, x[members].reshape(10, 3))
+        assert_close(y[members].reshape(10, 3), expected_y)
+        for member in group:
+            assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], updated), expected_stats)
+
+
+# --- collectives ------------------------------------------------------------------------------
+
+FEATURES = 5
+OVER_DATA = P("data")
+OTHER_COLLECTIVES = r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\("
+
+
+def compile_over(mesh, function, *shapes, mapped=False, out_specs=OVER_DATA):
+    """Compiled HLO, of arguments of which the first axis is sharded."""
+    if mapped:
+        in_specs = (P("data"),) * len(shapes)
+        function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    sharding = NamedSharding(mesh, P("data"))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, bool if shape[-1] == 1 else jnp.float32, sharding=sharding)
+        for shape in shapes
+    ]
+    with jax.set_mesh(mesh):
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert not re.search(OTHER_COLLECTIVES, text)
+    return text
+
+
+X_SHAPE, MASK_SHAPE = (16, 2, FEATURES), (16, 1, 1)
+
+
+def passes(masked, **options):
+    """A layer's forward and backward pass and evaluation, as functions of x and mask."""
+    params, stats = make_state((FEATURES,))
+
+    def forward(x, mask):
+        return TRAIN(params, stats, x, mask=mask if masked else None, **options)
+
+    def backward(x, mask, cotangent):
+        return jax.vjp(lambda x: forward(x, mask)[0], x)[1](cotangent)[0]
+
+    def evaluate(x):
+        return EVALUATE(params, stats, x, **options)[0]
+
+    return forward, backward, evaluate
+
+
+@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
+@pytest.mark.parametrize("regime", ["shard_map", "jit"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
+    forward, backward, evaluate = passes(masked, axis_name="data")
+    compiled = partial(compile_over, make_mesh(), mapped=regime == "shard_map")
+    text = compiled(forward, X_SHAPE, MASK_SHAPE, out_specs=(P("data"), P()))
+    assert conditionals(text) == 1
+    assert all_reduces(text) == [2 * FEATURES + masked]
+    # Under jit the compiler moves what does not depend on the forward pass into its collective.
+    sizes = all_reduces(compiled(backward, X_SHAPE, MASK_SHAPE, X_SHAPE))
+    assert len(sizes) == 2
+    assert sum(sizes) == 4 * FEATURES + masked
+    assert all_reduces(compiled(evaluate, X_SHAPE)) == []
+
+
+@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
+@pytest.mark.parametrize("groups_per_device", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_that_line_up_with_the_shards_need_no_collective(
+    make_mesh, groups_per_device, masked
+):
+    size = X_SHAPE[0] // DEVICES // groups_per_device
+    forward, backward, evaluate = passes(masked, virtual_batch_size=size)
+    compiled = partial(compile_over, make_mesh())
+    output = compiled(lambda x, mask: forward(x, mask)[0], X_SHAPE, MASK_SHAPE)
+    assert conditionals(output) == 0
+    assert all_reduces(output) == []
+    assert all_reduces(compiled(backward, X_SHAPE, MASK_SHAPE, X_SHAPE)) == []
+    assert all_reduces(compiled(evaluate, X_SHAPE)) == []
+    # One state for all groups is a sum over all devices; nothing else waits for it.
+    sizes = all_reduces(compiled(forward, X_SHAPE, MASK_SHAPE))
+    assert sizes == [FEATURES + masked, 2 * FEATURES]
+
+
+def test_a_state_for_each_device_needs_no_collective():
+    params, stats = make_state((FEATURES,))
+    x = standard_normal(60, (DEVICES, 8, FEATURES)) + 10 * jnp.arange(4.0)[:, None, None]
+    mesh = automatic_mesh()
+
+    def train(x):
+        return jax.vmap(partial(TRAIN, params, stats))(x)
+
+    assert all_reduces(compile_over(mesh, train, x.shape)) == []
+    y, updated = jax.jit(train)(jax.device_put(x, NamedSharding(mesh, P("data"))))
+    for number in range(DEVICES):
+        own = y[number], jax.tree.map(lambda leaf, number=number: leaf[number], updated)
+        assert_close(own, define_batch_norm(params, stats, x[number]))
+
+
+def test_the_derivative_asks_for_one_collective():
+    params, stats = make_state((3,))
+
+    def gradients(params, x):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(TRAIN(params, stats, x, axis_name="data")[0]))
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    mapped = jax.shard_map(
+        gradients, mesh=automatic_mesh(), in_specs=(P(), P("data")), out_specs=(P(), P("data"))
+    )
+    # Forward, two in the guard's branch, and backward; scale and bias need none of their own.
+    program = str(jax.make_jaxpr(mapped)(params, standard_normal(39, (8, 3))))
+    assert len(re.findall(r"= psum\w*\[", program)) == 4
+
+
+# --- the rule of axis_name --------------------------------------------------------------------
+
+
+def call(x, axis_name, **options):
+    params, stats = make_state((x.shape[-1],))
+    return TRAIN(params, stats, x, axis_name=axis_name, **options)[0]
+
+
+def sharded(x, mesh):
+    return jax.device_put(x, NamedSharding(mesh, P("data")))
+
+
+def under_set_mesh(function, x):
+    with jax.set_mesh(automatic_mesh()):
+        return jax.jit(function)(x)
+
+
+def under_partial_shard_map(function, x):
+    mesh = automatic_mesh(data=2, model=2)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+    )
+    return jax.jit(mapped)(x)
+
+
+def under_shard_map(function, x):
+    return jax.shard_map(function, mesh=automatic_mesh(), in_specs=P("data"), out_specs=P("data"))(
+        x
+    )
+
+
+def under_pmap(function, x):
+    return jax.pmap(function, axis_name="data")(x[:DEVICES, None])
+
+
+def under_vmap(function, x):
+    return jax.vmap(function, axis_name="data")(x[:, None])
+
+
+def under_jit_of_vmap_of_jit(function, x):
+    return jax.jit(partial(under_vmap, jax.jit(function)))(x)
+
+
+def sharded_over(make_mesh, transform, function, x):
+    return transform(function)(sharded(x, make_mesh()))
+
+
+KNOWN_AXES = {
+    "shard_map": (under_shard_map, "data", "model"),
+    "partial shard_map": (under_partial_shard_map, "data", "nowhere"),
+    "partial shard_map, partitioned axis": (under_partial_shard_map, "model", "nowhere"),
+    "pmap": (under_pmap, "data", "batch"),
+    "vmap": (under_vmap, "data", "batch"),
+    "jit of vmap of jit": (under_jit_of_vmap_of_jit, "data", "batch"),
+    "jit, mesh set": (under_set_mesh, "data", "batch"),
+    "jit, mesh of x": (partial(sharded_over, automatic_mesh, jax.jit), "data", "batch"),
+    "jit, explicit mesh of x": (partial(sharded_over, explicit_mesh, jax.jit), "data", "batch"),
+    "no jit, mesh of x": (partial(sharded_over, automatic_mesh, lambda f: f), "data", "batch"),
+}
+
+
+@pytest.mark.parametrize("place", KNOWN_AXES)
+def test_a_misspelt_axis_is_an_error_wherever_another_is_known(place):
+    run, right, wrong = KNOWN_AXES[place]
+    x = standard_normal(31, (8, 3))
+    run(partial(call, axis_name=right), x)
+    listed = re.escape(f"'{'data' if right == 'model' else right}'")
+    message = f"axis_name='{wrong}' is not bound by .*{listed}.*Spell it as .*axis_name=None"
+    with pytest.raises(NameError, match=message):
+        run(partial(call, axis_name=wrong), x)
+    with pytest.raises(NameError, match=f"axis_name='{wrong}' is not bound"):
+        run(lambda x: bn.moments(x, axis_name=wrong).mean, x)
+    # Neither evaluation nor initialization asks for the axis.
+    run(partial(call, axis_name=wrong, initializing=True), x)
+    run(partial(call, axis_name=wrong, use_running_average=True), x)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.vmap, jax.checkpoint])
+def test_where_no_axis_is_known_the_name_changes_nothing(transform):
+    x = standard_normal(31, (4, 8, 3))
+    named, unnamed = (transform(partial(call, axis_name=name))(x) for name in ("data", None))
+    chex.assert_trees_all_equal(named, unnamed)
+    named, unnamed = (
+        transform(partial(bn.moments, axes=0, axis_name=name))(x) for name in ("data", None)
+    )
+    chex.assert_trees_all_equal(named, unnamed)
+
+
+def test_an_axis_of_the_compiler_beside_a_bound_one():
+    x = standard_normal(32, (8, 3))
+    y = under_partial_shard_map(partial(call, axis_name=("data", "model")), x)
+    assert_close(y, call(x, None))
+
+
+BAD_GROUPS = {
+    "of several sizes": (
+        [[0], [1, 2, 3]],
+        "must be groups of one size that hold each index from 0",
+    ),
+    "of too many devices": (
+        [[0, 1, 2], [3, 4, 5]],
+        "hold 6 indices, expected those of axis_name='data', 0 to 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_groups_that_do_not_fit(case):
+    groups, message = BAD_GROUPS[case]
+    with pytest.raises(ValueError, match=message):
+        under_shard_map(
+            partial(call, axis_name="data", axis_index_groups=groups), standard_normal(31, (8, 3))
+        )
+
+
+def test_groups_where_nothing_binds_the_axis():
+    x = standard_normal(31, (8, 3))
+    divided = partial(call, x, "data")
+    assert_close(divided(axis_index_groups=[[1, 0], [3, 2]]), call(x, None, virtual_batch_size=4))
+    for groups in ([[0, 2], [1, 3]], [[0, 1, 2], [3, 4, 5]]):
+        with pytest.raises(
+            ValueError, match=r"cannot divide the 8 examples of x, for nothing binds"
+        ):
+            divided(axis_index_groups=groups)
+    with pytest.raises(ValueError, match=r"divide axis_name='data', which nothing binds here"):
+        bn.moments(x, axis_name="data", axis_index_groups=[[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match=r"was given without axis_name"):
+        call(x, None, axis_index_groups=[[0, 1], [2, 3]])
+
+
+# --- modules ----------------------------------------------------------------------------------
+
+
+def linen_call(layer):
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+
+    def train(x):
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    return train
+
+
+def nnx_call(layer):
+    definition, state = nnx.split(layer)
+
+    def train(x):
+        merged = nnx.merge(definition, state, copy=True)
+        y = merged(x)
+        return y, {"batch_stats": {"mean": merged.mean[...], "var": merged.var[...]}}
+
+    return train
+
+
+MODULES = {
+    "linen": lambda: linen_call(bn.linen.BatchNorm(use_running_average=False, axis_name="data")),
+    "nnx": lambda: nnx_call(bn.nnx.BatchNorm(3, axis_name="data", rngs=nnx.Rngs(0))),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_one_module_runs_in_every_regime(kind):
+    train, x = MODULES[kind](), standard_normal(61, (8, 3)) + 3
+    split = x.reshape(DEVICES, 2, 3)
+    y, updated = define_batch_norm(bn.init_params(3), bn.init_batch_stats(3), x)
+    mesh = automatic_mesh()
+    whole = dict(mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P()))
+    for found in (
+        train(x),
+        jax.jit(train)(x),
+        jax.jit(train)(sharded(x, mesh)),
+        jax.jit(train)(sharded(x, explicit_mesh())),
+        jax.jit(jax.shard_map(train, **whole))(x),
+    ):
+        assert_close(jax.tree.map(np.asarray, found), (y, {"batch_stats": updated}))
+    for transform in (jax.pmap, jax.vmap):
+        found = transform(train, axis_name="data")(split)
+        for device in range(DEVICES):
+            own = jax.tree.map(lambda leaf, device=device: np.asarray(leaf)[device], found)
+            assert_close(own, (y.reshape(split.shape)[device], {"batch_stats": updated}))
