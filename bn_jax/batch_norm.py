@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bn_jax.moments import (
     AxisName,
     CentredMoments,
+    Moments,
     Reduction,
     as_floating,
     bound_axes,
@@ -210,23 +211,93 @@ def batch_norm(
     Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
     """
-    x = as_floating("x", x)
-    params = cast(Params, jax.tree.map(jnp.asarray, params))
-    feature_axes = canonical_axes("axis", axis, x.ndim)
-    _check_features(params, batch_stats, x.shape, feature_axes, axis)
-    _check_mean_fits(batch_stats, x)
-    _check_constants(momentum, epsilon, running_var_ddof)
-    _check_activation(activation)
-    residual = None if residual is None else _as_residual(residual, x.shape)
-    mask = None if mask is None else broadcastable_mask(mask, x.shape)
-    dtype = _output_dtype(dtype, x, params, residual)
-    layout = _make_layout(x, feature_axes, dtype)
-    normalize = _make_normalizer(dtype, jax.typeof(x), mask, activation, residual)
+    _check_averaging(momentum, running_var_ddof)
     if use_running_average:
-        mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
-        var = layout.expand(batch_stats["var"], layout.dtype)
-        transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
-        return normalize(x, mask, transform), batch_stats
+        prepared = _prepare(
+            params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype
+        )
+        return _normalize_by_running(prepared, batch_stats, epsilon), batch_stats
+    if not initializing:
+        _check_count_kept(momentum, batch_stats)
+    y, moments = normalize_by_batch(
+        params,
+        batch_stats,
+        x,
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype,
+        initializing=initializing,
+    )
+    if initializing:
+        return y, batch_stats
+    return y, update_batch_stats(
+        batch_stats, moments, momentum=momentum, running_var_ddof=running_var_ddof
+    )
+
+
+def normalize_by_batch(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
+    dtype: Any = None,
+    initializing: bool = False,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes by the batch and returns its moments, which `update_batch_stats` takes.
+
+    The first half of `batch_norm` in training, for who updates the running statistics otherwise
+    than once in every call: once for several micro-batches, or not at all.
+
+    Args:
+        params: as for `batch_norm`, as is everything else.
+        batch_stats: its mean is only where the measuring starts, and both it and `var` normalize a
+            feature to which nothing valid contributed.
+        x: see `batch_norm`.
+        axis: see `batch_norm`.
+        epsilon: see `batch_norm`.
+        mask: see `batch_norm`.
+        activation: see `batch_norm`.
+        residual: see `batch_norm`.
+        axis_name: see `batch_norm`.
+        axis_index_groups: see `batch_norm`.
+        virtual_batch_size: see `batch_norm`.
+        dtype: see `batch_norm`.
+        initializing: see `batch_norm`.
+
+    Returns:
+        `y`, of the shape of `x`, and the `Moments` of the batch, each of the shape of the
+        features (of virtual batches, merged); the count is a scalar where it is the same for all.
+
+    Raises:
+        TypeError, ValueError, NameError: as `batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> params, batch_stats = bn.init_params(1), bn.init_batch_stats(1)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, moments = bn.normalize_by_batch(params, batch_stats, x)
+        >>> y.round(3).tolist(), moments.mean.tolist()
+        ([[-1.0], [1.0]], [2.0])
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 1.
+    """
+    given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
+    layout, params, x, mask, normalize = given
+    features = jnp.shape(batch_stats["mean"])
     if initializing:
         axis_name = axis_index_groups = virtual_batch_size = None
     if virtual_batch_size is not None:
@@ -240,14 +311,74 @@ def batch_norm(
         layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
         reduction = Reduction(layout.reduction_axes, of_groups=True)
     if not initializing:
-        _check_count_kept(momentum, batch_stats)
         _check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
     transform = _transform(layout, params, found.shift, found.delta, var, epsilon)
-    y = normalize(examples, mask, transform)
-    if initializing:
-        return y, batch_stats
-    return y, _update(layout, batch_stats, found, momentum, running_var_ddof)
+    return normalize(examples, mask, transform), _merged(layout, features, found)
+
+
+def update_batch_stats(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: float | jax.Array | None = 0.99,
+    running_var_ddof: int = 0,
+) -> BatchStats:
+    """Updates the running statistics by the moments of a batch.
+
+    With `n` the count, ``new_mean = momentum * old_mean + (1 - momentum) * mean`` and
+    ``new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)``. The second
+    half of `batch_norm` in training; its first is `normalize_by_batch`. Between them, moments may
+    be merged with `merge_moments`: then several batches make one update.
+
+    Args:
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]``.
+        moments: of the batch, each of shape ``[*F]``; the count may be a scalar.
+        momentum: the weight of the old value; None for the cumulative average.
+        running_var_ddof: 0 for the biased running variance, 1 for the unbiased one.
+
+    Returns:
+        The new `batch_stats` in the dtypes of the old (but a real mean becomes complex where that
+        of the batch is). A feature whose moments are not finite, or whose count is no more than
+        `running_var_ddof`, keeps its old ones.
+
+    Raises:
+        ValueError: shapes, `momentum` or `running_var_ddof` do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> batch_stats = bn.init_batch_stats(1)
+        >>> moments = bn.moments(jnp.array([[1.0], [3.0]]), axes=0)
+        >>> bn.update_batch_stats(batch_stats, moments, momentum=0.5)["mean"].tolist()
+        [1.0]
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
+    """
+    _check_averaging(momentum, running_var_ddof)
+    _check_count_kept(momentum, batch_stats)
+    old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
+    count, mean, var = map(jnp.asarray, moments)
+    if not old["mean"].shape == mean.shape == var.shape or count.shape not in ((), mean.shape):
+        raise ValueError(
+            f"moments of the shapes {tuple(map(jnp.shape, moments))} (count, mean, var) do not fit "
+            f"batch_stats of shape {old['mean'].shape}: take them over all axes but the features'."
+        )
+    freedom = count - running_var_ddof
+    unbiased = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
+    weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
+    new = {
+        "mean": _average(weight, old["mean"], mean),
+        "var": _average(weight, old["var"], unbiased),
+    }
+    if "count" in old:
+        new["count"] = _placed_like(var, old["count"]) + 1
+    enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(enters, new, _placed_like(new, old.astype(new.dtype)))
+
+    chosen = {name: choose(old[name], values) for name, values in new.items()}
+    return cast(BatchStats, {**batch_stats, **chosen})
 
 
 class _Layout(NamedTuple):
@@ -262,6 +393,52 @@ class _Layout(NamedTuple):
 
     def expand(self, values: jax.Array, dtype: Any) -> jax.Array:
         return jnp.asarray(values, dtype).reshape(self.expanded_shape)
+
+
+class _Prepared(NamedTuple):
+    """Checked input, and what takes examples, their mask and a transform to the output."""
+
+    layout: _Layout
+    params: Params
+    x: jax.Array
+    mask: jax.Array | None
+    normalize: Callable[[jax.Array, jax.Array | None, Transform], jax.Array]
+
+
+def _prepare(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    axis: int | Sequence[int],
+    epsilon: float | jax.Array,
+    mask: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+    dtype: Any,
+) -> _Prepared:
+    x = as_floating("x", x)
+    params = cast(Params, jax.tree.map(jnp.asarray, params))
+    feature_axes = canonical_axes("axis", axis, x.ndim)
+    _check_features(params, batch_stats, x.shape, feature_axes, axis)
+    _check_mean_fits(batch_stats, x)
+    _check_epsilon(epsilon)
+    _check_activation(activation)
+    residual = None if residual is None else _as_residual(residual, x.shape)
+    mask = None if mask is None else broadcastable_mask(mask, x.shape)
+    dtype = _output_dtype(dtype, x, params, residual)
+    layout = _make_layout(x, feature_axes, dtype)
+    normalize = _make_normalizer(dtype, jax.typeof(x), mask, activation, residual)
+    return _Prepared(layout, params, x, mask, normalize)
+
+
+def _normalize_by_running(
+    given: _Prepared, batch_stats: BatchStats, epsilon: float | jax.Array
+) -> jax.Array:
+    layout, params, x, mask, normalize = given
+    mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
+    var = layout.expand(batch_stats["var"], layout.dtype)
+    transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
+    return normalize(x, mask, transform)
 
 
 def _make_layout(x: jax.Array, feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
@@ -392,44 +569,25 @@ def _finish(
     return jnp.where(usable, activation(jnp.where(usable, y, 0)), unusable)
 
 
-def _update(
-    layout: _Layout,
-    batch_stats: BatchStats,
-    found: CentredMoments,
-    momentum: float | jax.Array | None,
-    running_var_ddof: int,
-) -> BatchStats:
+def _merged(layout: _Layout, features: tuple[int, ...], found: CentredMoments) -> Moments:
+    """Returns the moments of the batch, all groups merged, in the shape of the features."""
     if layout.group_axis is None:
         count, mean, var = found.count, found.shift + found.delta, found.var
     else:
         count, mean, var = merge_along(layout.group_axis, found)
-    freedom = count - running_var_ddof
-    unbiased = var * (count / jnp.where(freedom > 0, freedom, 1))
-    old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
-    weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
-    new = {
-        "mean": _average(weight, old["mean"], mean),
-        "var": _average(weight, old["var"], unbiased),
-    }
-    if "count" in old:
-        new["count"] = _placed_like(var, old["count"].reshape(var.shape)) + 1
-    enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
-
-    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
-        kept = _placed_like(new, old.astype(new.dtype).reshape(new.shape))
-        return jnp.where(enters, new, kept).reshape(old.shape)
-
-    chosen = {name: choose(old[name], values) for name, values in new.items()}
-    return cast(BatchStats, {**batch_stats, **chosen})
+    if count.size == 1:
+        count = count.reshape(())
+    else:
+        count = jnp.broadcast_to(count, mean.shape).reshape(features)
+    return Moments(count, mean.reshape(features), var.reshape(features))
 
 
 def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Returns the new running value, of the shape of `new`, in the dtype it is stored in."""
+    """Returns the new running value, in the dtype it is stored in."""
     dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
     new = new.astype(dtype)
-    old_value = _placed_like(new, old.astype(dtype).reshape(new.shape))
-    weight = weight.astype(statistics_dtype(dtype))
-    weight = _placed_like(new, weight.reshape(new.shape) if weight.ndim else weight)
+    old_value = _placed_like(new, old.astype(dtype))
+    weight = _placed_like(new, weight.astype(statistics_dtype(dtype)))
     share = weight.astype(dtype)
     # A step from the old value stays where it is once it has arrived, for any rounding of a small
     # weight; a sum of shares leaves nothing of the old value where the weight is 1.
@@ -545,15 +703,19 @@ def _as_residual(residual: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return residual
 
 
-def _check_constants(momentum: Any, epsilon: Any, running_var_ddof: int) -> None:
-    """Checks what is known while tracing; a traced momentum or epsilon is taken as it is."""
+def _check_epsilon(epsilon: Any) -> None:
+    """Checks what is known while tracing; a traced epsilon is taken as it is."""
+    if isinstance(epsilon, Real) and not float(epsilon) > 0:
+        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")
+
+
+def _check_averaging(momentum: Any, running_var_ddof: int) -> None:
+    """Checks what is known while tracing; a traced momentum is taken as it is."""
     if isinstance(momentum, Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum={momentum} is outside [0, 1]: it is the weight of the old value, 0.9 or "
             "0.99 for example (PyTorch's momentum is 1 minus this)."
         )
-    if isinstance(epsilon, Real) and not float(epsilon) > 0:
-        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")
     if running_var_ddof not in (0, 1):
         raise ValueError(
             f"running_var_ddof={running_var_ddof} must be 0 (biased, as Flax) or 1 (unbiased, as "
