@@ -6,8 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.batch_norm import Activation, BatchStats, Params, batch_norm, init_batch_stats
-from bn_jax.moments import canonical_axes, mean_dtype, statistics_dtype
+from bn_jax.batch_norm import (
+    Activation,
+    BatchStats,
+    Params,
+    batch_norm,
+    init_batch_stats,
+    normalize_by_batch,
+    update_batch_stats,
+)
+from bn_jax.moments import Moments, canonical_axes, mean_dtype, merge_moments, statistics_dtype
 
 
 class BatchNorm(nn.BatchNorm):
@@ -19,6 +27,13 @@ class BatchNorm(nn.BatchNorm):
     the mean of complex input is complex: Flax's changes its dtype at the first update). A
     checkpoint of Flax's layer loads into this one and the other way round. While initializing,
     nothing is updated and `axis_name` need not exist.
+
+    Two more collections serve who spreads a batch over several calls, as
+    `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is mutable, a training
+    call merges its moments (``count``, ``mean``, ``var``) into what is there, and the running
+    statistics are updated by all of them: from the same old ``batch_stats``, the last call makes
+    the one update by the whole. Where ``given_moments`` is passed in, a training call normalizes by
+    these instead of by those of `x`.
 
     Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
     `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
@@ -89,28 +104,59 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
         batch_stats = cast(BatchStats, {name: one.value for name, one in variables.items()})
-        y, updated = batch_norm(
-            params,
-            batch_stats,
-            x,
-            use_running_average=use_running_average,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            activation=self.activation,
-            residual=residual,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            running_var_ddof=self.running_var_ddof,
-            dtype=self.dtype,
-            initializing=self.is_initializing(),
-        )
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "mask": mask,
+            "activation": self.activation,
+            "residual": residual,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "virtual_batch_size": self.virtual_batch_size,
+            "dtype": self.dtype,
+        }
+        if not use_running_average and self._spreads_a_batch():
+            y, updated = self._train_on_a_part(params, batch_stats, x, options)
+        else:
+            y, updated = batch_norm(
+                params,
+                batch_stats,
+                x,
+                use_running_average=use_running_average,
+                momentum=self.momentum,
+                running_var_ddof=self.running_var_ddof,
+                initializing=self.is_initializing(),
+                **options,
+            )
         if not use_running_average:
             for name, variable in variables.items():
                 variable.value = cast(dict[str, jax.Array], updated)[name]
         return y
+
+    def _spreads_a_batch(self) -> bool:
+        collects = self.is_mutable_collection("batch_moments") and not self.is_initializing()
+        return collects or self.has_variable("given_moments", "mean")
+
+    def _train_on_a_part(
+        self, params: Params, batch_stats: BatchStats, x: jax.Array, options: dict[str, Any]
+    ) -> tuple[jax.Array, BatchStats]:
+        y, found = normalize_by_batch(params, batch_stats, x, **options)
+        if self.has_variable("given_moments", "mean"):
+            given: Any = {
+                name: self.get_variable("given_moments", name) for name in ("mean", "var")
+            }
+            y, _ = batch_norm(params, given, x, use_running_average=True, **options)
+        if self.is_mutable_collection("batch_moments"):
+            collected = {
+                name: self.variable("batch_moments", name, jnp.zeros_like, like)
+                for name, like in {"count": found.var, "mean": found.mean, "var": found.var}.items()
+            }
+            found = merge_moments(Moments(**{n: c.value for n, c in collected.items()}), found)
+            for name, variable in collected.items():
+                variable.value = getattr(found, name)
+        return y, update_batch_stats(
+            batch_stats, found, momentum=self.momentum, running_var_ddof=self.running_var_ddof
+        )
 
     def _variables(self, features: tuple[int, ...], x_dtype: Any) -> dict[str, nn.Variable[Any]]:
         known = self.has_variable("batch_stats", "mean")

@@ -1,10 +1,11 @@
 """Data-parallel training: one jitted step over a mesh, exact whatever the padding and devices."""
 
 import itertools
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bn_jax.data import Batch, Dataset, batches
+from bn_jax.moments import Moments, merge_moments
 
 DATA_AXIS = "data"
 
@@ -31,6 +33,10 @@ class Metrics(NamedTuple):
     loss: jax.Array
     correct: jax.Array
     examples: jax.Array
+
+
+# The metrics of some parts of a batch, and what the model has collected and updated in them.
+_Reached: TypeAlias = tuple[Metrics, dict[str, Any]]
 
 
 class Evaluation(NamedTuple):
@@ -185,6 +191,194 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     gradients, (metrics, updates) = jax.grad(mean_loss, has_aux=True)(state.params)
     batch_stats = updates.get("batch_stats", {})
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+def accumulated_train_step(
+    state: TrainState,
+    batch: Batch,
+    micro_batches: int,
+    *,
+    whole_batch_statistics: bool = False,
+) -> tuple[TrainState, Metrics]:
+    """Takes the step of `train_step` over micro-batches, one after another in a `lax.scan`.
+
+    Micro-batch k holds the examples k, k + micro_batches, ...: on several devices, each has its
+    share of every micro-batch. The gradient is that of the mean over all valid examples, and the
+    running statistics are updated once, by the moments of all micro-batches merged.
+
+    By default each micro-batch is normalized by its own statistics, as one batch with
+    ``virtual_batch_size`` does; memory is that of one micro-batch. With `whole_batch_statistics`
+    all are normalized by those of the whole batch, and loss, gradient and statistics are those of
+    `train_step` on it, at the memory of one micro-batch too, but not at its price: the moments of
+    a layer take those of the layers before it, so that they are measured layer after layer. With L
+    norms in a row that is L passes over the batch before the one that counts, forward, and as many
+    backward.
+
+    Args:
+        state: the state before the step; its batch norms are `bn_jax.linen.BatchNorm`.
+        batch: examples of which `batch.mask` are valid, however these are distributed.
+        micro_batches: their number, which divides that of the examples.
+        whole_batch_statistics: whether to normalize by the statistics of the whole batch.
+
+    Returns:
+        The state after the step, and the metrics of the model before it.
+
+    Raises:
+        ValueError: `micro_batches` does not divide the examples, or the model has running
+            statistics whose moments it does not collect.
+    """
+    parts = _split_batch(batch, micro_batches)
+    start = _before_the_parts(state, parts)
+    examples = jnp.sum(batch.mask)
+    take = _whole_batch_gradients if whole_batch_statistics else _micro_batch_gradients
+    gradients, (metrics, updates) = take(state, parts, start, examples)
+    batch_stats = updates.get("batch_stats", {})
+    return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+def _split_batch(batch: Batch, micro_batches: int) -> Batch:
+    examples = len(batch.y)
+    if micro_batches < 1 or examples % micro_batches:
+        raise ValueError(
+            f"micro_batches={micro_batches} does not divide the {examples} examples of batch: "
+            "choose a divisor, or pad the batch with `pad_batch`"
+        )
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return jnp.swapaxes(leaf.reshape(-1, micro_batches, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _apply_to_part(
+    state: TrainState, params: Any, part: Batch, collections: dict[str, Any]
+) -> tuple[jax.Array, _Reached]:
+    """Returns the sum of the losses; the metrics, and what the model collects and updates."""
+    logits, updates = state.apply_fn(
+        {"params": params, "batch_stats": state.batch_stats, **collections},
+        part.x,
+        train=True,
+        mask=part.mask,
+        mutable=["batch_stats", "batch_moments"],
+    )
+    metrics = _metrics(logits, part)
+    return metrics.loss, (metrics, updates)
+
+
+def _before_the_parts(state: TrainState, parts: Batch) -> _Reached:
+    """Returns no metrics, the moments of nothing, and the statistics as they are."""
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    _, reached = jax.eval_shape(lambda: _apply_to_part(state, state.params, first, {}))
+    metrics, updates = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reached)
+    norms = {path[:-1] for path, _ in jax.tree.leaves_with_path(updates.get("batch_moments", {}))}
+    for path, _ in jax.tree.leaves_with_path(state.batch_stats):
+        if path[:-1] not in norms:
+            raise ValueError(
+                f"batch_stats{jax.tree_util.keystr(path)} belongs to a layer that collects no "
+                "batch_moments: use bn_jax.linen.BatchNorm, and name batch_moments where a lifted "
+                "transform encloses it, as batch_stats is named there"
+            )
+    return metrics, updates | ({"batch_stats": state.batch_stats} if norms else {})
+
+
+def _add_part(
+    state: TrainState, params: Any, given: dict[str, Any], reached: _Reached, part: Batch
+) -> tuple[jax.Array, _Reached]:
+    metrics, updates = reached
+    moments = {name: updates[name] for name in ("batch_moments",) if name in updates}
+    loss, (of_part, updates) = _apply_to_part(state, params, part, moments | given)
+    return loss, (jax.tree.map(jnp.add, metrics, of_part), updates)
+
+
+def _micro_batch_gradients(
+    state: TrainState, parts: Batch, start: _Reached, examples: jax.Array
+) -> tuple[Any, _Reached]:
+    def add_part(carry: tuple[Any, _Reached], part: Batch) -> tuple[tuple[Any, _Reached], None]:
+        gradients, reached = carry
+        of_part, reached = jax.grad(
+            lambda params: _add_part(state, params, {}, reached, part), has_aux=True
+        )(state.params)
+        return (jax.tree.map(jnp.add, gradients, of_part), reached), None
+
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    (total, reached), _ = jax.lax.scan(add_part, (nothing, start), parts)
+    return jax.tree.map(lambda leaf: leaf / examples.astype(leaf.dtype), total), reached
+
+
+def _whole_batch_gradients(
+    state: TrainState, parts: Batch, start: _Reached, examples: jax.Array
+) -> tuple[Any, _Reached]:
+    # Rematerialized: the backward pass keeps moments only, and recomputes part by part.
+    @jax.checkpoint
+    def over_parts(params: Any, given: dict[str, Any]) -> _Reached:
+        @jax.checkpoint
+        def add_part(reached: _Reached, part: Batch) -> tuple[_Reached, None]:
+            return _add_part(state, params, given, reached, part)[1], None
+
+        return jax.lax.scan(add_part, start, parts)[0]
+
+    def mean_loss(params: Any) -> tuple[jax.Array, _Reached]:
+        # A pass finds the moments of the norms that had the right ones before them: after the
+        # n-th, the first n on any path are those of the whole batch.
+        def given(updates: dict[str, Any]) -> dict[str, Any]:
+            return {"given_moments": updates.get("batch_moments", {})}
+
+        updates, _ = jax.lax.scan(
+            lambda updates, _: (over_parts(params, given(updates))[1], None),
+            over_parts(params, {})[1],
+            length=max(0, _number_of_norms(start) - 1),
+        )
+        metrics, updates = over_parts(params, given(updates))
+        return metrics.loss / examples, (metrics, updates)
+
+    return jax.grad(mean_loss, has_aux=True)(state.params)
+
+
+def _number_of_norms(reached: _Reached) -> int:
+    """A norm has three leaves; those that a lifted scan has stacked count as many."""
+    moments = reached[1].get("batch_moments", {})
+    return sum(math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(moments)) // 3
+
+
+def sync_batch_stats(batch_stats: Any) -> Any:
+    """Merges running statistics that every device has kept for itself into those of all.
+
+    As exactly as `bn_jax.merge_moments` merges moments: the variance of the means is part of the
+    merged variance. Devices count alike, or by the ``count`` of their batches where they keep it.
+
+    Args:
+        batch_stats: the collection, the first axis of every leaf being the device; `pmap` and
+            `vmap` return it so, and `shard_map` does with ``out_specs`` that name the axis.
+
+    Returns:
+        The collection of one device, without that axis.
+
+    Raises:
+        ValueError: something in it is not the state of a batch norm.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax.training
+        >>> kept = {"norm": {"mean": jnp.array([[1.0], [3.0]]), "var": jnp.ones((2, 1))}}
+        >>> merged = bn_jax.training.sync_batch_stats(kept)
+        >>> merged["norm"]["mean"].tolist(), merged["norm"]["var"].tolist()
+        ([2.0], [2.0])
+    """
+
+    def is_norm(node: Any) -> bool:
+        return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+
+    def merge(node: Any) -> Any:
+        if not is_norm(node):
+            raise ValueError(
+                f"batch_stats holds {type(node).__name__} outside of a batch norm, expected "
+                "mappings with mean and var: merge the state of other layers apart"
+            )
+        count = node.get("count", jnp.ones_like(node["var"]))
+        devices = [Moments(*one) for one in zip(count, node["mean"], node["var"], strict=True)]
+        merged = merge_moments(*devices)._asdict()
+        return {name: merged[name].astype(leaf.dtype) for name, leaf in node.items()}
+
+    return jax.tree.map(merge, batch_stats, is_leaf=is_norm)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:

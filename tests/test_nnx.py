@@ -1,5 +1,4 @@
 import inspect
-from functools import partial
 
 import chex
 import jax

@@ -1,5 +1,8 @@
 import functools
+import itertools
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,3 +243,174 @@ def test_it_learns_digits():
         state, train, validation, mesh(2), batch_size=64, epochs=8, seed=0, report_every=20
     )
     assert report.validation.accuracy > 0.9
+
+
+# --- micro-batches ----------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, mask):
+        norm = linen.BatchNorm(momentum=0.9, use_running_average=not self.train)
+        return nn.tanh(norm(nn.Dense(6)(x), mask=mask)), None
+
+
+class Stack(nn.Module):
+    """Norms of several kinds, the last ones under a lifted scan."""
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        x = x.reshape(len(x), -1)
+        mask = None if mask is None else mask[:, None]
+        for options in ({"momentum": None}, {"running_var_ddof": 1}, {"use_scale": False}):
+            norm = linen.BatchNorm(use_running_average=not train, **options)
+            x = nn.tanh(norm(nn.Dense(6)(x), mask=mask))
+        scanned = nn.scan(
+            Layer,
+            variable_axes=dict.fromkeys(
+                ("params", "batch_stats", "batch_moments", "given_moments"), 0
+            ),
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=3,
+        )
+        return nn.Dense(3)(scanned(train)(x, mask)[0])
+
+
+ACCUMULATING = {
+    "none": MODELS["none"],
+    "residual network": MODELS["synchronized"],
+    "stack": Stack(),
+}
+VALID = {
+    "all": np.ones(16, bool),
+    "the last padded": np.arange(16) < 13,
+    "an empty micro-batch": np.arange(16) % 4 != 1,
+}
+
+
+def masked_batch(valid, order=slice(None)):
+    x, y = dataset(16)
+    x = np.where(valid[:, None, None, None], x, 100)
+    return data.Batch(x[order], y[order], valid[order])
+
+
+def accumulate(state, batch, micro_batches=4, **options):
+    step = functools.partial(
+        training.accumulated_train_step, micro_batches=micro_batches, **options
+    )
+    return jax.jit(step)(state, batch)
+
+
+def fresh_state(model, devices=1):
+    return training.create_state(model, OPTIMIZER, (4, 4, 1), 0, mesh(devices))
+
+
+@pytest.mark.parametrize(
+    ("model", "valid", "devices"),
+    [
+        *itertools.product(("none", "stack"), ("the last padded",), (1,)),
+        *itertools.product(("residual network",), VALID, (1, 4)),
+    ],
+)
+def test_statistics_of_the_whole_batch_make_the_step_of_the_whole_batch(model, valid, devices):
+    state = fresh_state(ACCUMULATING[model], devices)
+    batch = training.shard_batch(masked_batch(VALID[valid]), mesh(devices))
+    expected, expected_metrics = jitted_step(state, batch)
+    actual, metrics = accumulate(state, batch, whole_batch_statistics=True)
+    assert_close(variables(actual), variables(expected))
+    assert_close(actual.opt_state, expected.opt_state, tolerance=1e-5)
+    assert_close(metrics.loss, expected_metrics.loss)
+    assert metrics[1:] == expected_metrics[1:]
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "valid", "devices"),
+    [
+        ("none", "the last padded", 1),
+        *itertools.product(("residual network",), VALID, (1, 4)),
+    ],
+)
+def test_statistics_of_micro_batches_make_the_step_of_virtual_batches(model, valid, devices):
+    state = fresh_state(ACCUMULATING[model], devices)
+    batch = training.shard_batch(masked_batch(VALID[valid]), mesh(devices))
+    actual, metrics = accumulate(state, batch)
+    norm = functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=4)
+    virtual = ACCUMULATING[model].clone(norm=norm if ACCUMULATING[model].norm else None)
+    grouped = masked_batch(VALID[valid], np.arange(16).reshape(-1, 4).T.ravel())
+    expected, expected_metrics = jitted_step(fresh_state(virtual), grouped)
+    assert_close(*(jax.tree.map(np.asarray, variables(one)) for one in (actual, expected)))
+    assert_close(float(metrics.loss), float(expected_metrics.loss), tolerance=1e-5)
+    assert int(metrics.examples) == int(expected_metrics.examples) == VALID[valid].sum()
+
+
+def test_one_micro_batch_is_the_batch():
+    state, batch = initial_state("synchronized"), masked_batch(VALID["the last padded"])
+    expected, _ = jitted_step(state, batch)
+    for whole in (False, True):
+        actual, _ = accumulate(state, batch, micro_batches=1, whole_batch_statistics=whole)
+        assert_close(variables(actual), variables(expected))
+
+
+@pytest.mark.parametrize("whole_batch_statistics", [False, True])
+def test_accumulating_needs_the_memory_of_a_micro_batch(whole_batch_statistics):
+    state = initial_state("synchronized")
+    batch = data.pad_batch(*dataset(1024), 1024)
+
+    def memory(step, *arguments):
+        return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    step = functools.partial(
+        training.accumulated_train_step,
+        micro_batches=16,
+        whole_batch_statistics=whole_batch_statistics,
+    )
+    assert memory(step, state, batch) < memory(training.train_step, state, batch) / 4
+
+
+def test_accumulation_of_what_does_not_fit():
+    state, batch = initial_state("synchronized"), masked_batch(VALID["all"])
+    for micro_batches in (0, 3):
+        message = f"micro_batches={micro_batches} does not divide the 16 examples of batch"
+        with pytest.raises(ValueError, match=message):
+            training.accumulated_train_step(state, batch, micro_batches)
+    state = fresh_state(MODELS["synchronized"].clone(norm=nn.BatchNorm))
+    with pytest.raises(ValueError, match=r"batch_stats\['stage.*collects no batch_moments: use"):
+        training.accumulated_train_step(state, batch, 4)
+
+
+# --- per-device statistics --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_statistics_of_devices_are_merged_as_moments(counted):
+    mean, var = np.array([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]]), np.array([[1.0, 2.0]] * 3)
+    count = np.array([[1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    stats = {"mean": mean, "var": var} | ({"count": count} if counted else {})
+    weights = count / count.sum(0) if counted else 1 / 3
+    merged_mean = (weights * mean).sum(0)
+    expected = {
+        "mean": merged_mean,
+        "var": (weights * (var + (mean - merged_mean) ** 2)).sum(0),
+    } | ({"count": count.sum(0)} if counted else {})
+    kept = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), {"block": {"norm": stats}})
+    merged = training.sync_batch_stats(kept)
+    assert_close(merged, {"block": {"norm": expected}}, dtype=jnp.float32)
+
+
+def test_statistics_of_pmap_are_merged():
+    layer = linen.BatchNorm(use_running_average=False, momentum=0.0)
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (4, 5, 3)), jnp.float32)
+    initial = layer.init(jax.random.key(0), x[0])
+    _, updates = jax.pmap(lambda x: layer.apply(initial, x, mutable=["batch_stats"]))(x)
+    merged = training.sync_batch_stats(updates["batch_stats"])
+    whole = np.asarray(x, np.float64).reshape(20, 3)
+    assert_close(merged, {"mean": whole.mean(0), "var": whole.var(0)})
+
+
+def test_other_statistics_are_not_merged():
+    with pytest.raises(ValueError, match=r"holds ArrayImpl outside of a batch norm, expected"):
+        training.sync_batch_stats({"norm": {"sigma": jnp.ones((2, 3))}})
