@@ -25,6 +25,7 @@ format: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]"
 	$(VENV)/bin/python -m benchmarks.numerics
+	$(VENV)/bin/python -m benchmarks.scale
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready

@@ -1,10 +1,12 @@
-"""What the tests share: the definition in float64 NumPy, tolerances, and a reader of HLO."""
+"""What the tests share: the definition in float64 NumPy, tolerances, and readings of HLO."""
 
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.collectives import collectives
 
 TOLERANCE = {
     "float64": 1e-10,
@@ -135,35 +137,10 @@ def differentiate(function, x, step=1e-5):
 
 def all_reduces(compiled_text):
     """The operand sizes of the all-reduces of compiled HLO, outside any conditional's branch."""
-    computations, name = {}, None
-    for line in compiled_text.splitlines():
-        header = re.match(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$", line)
-        if header:
-            name = header.group(1)
-            computations[name] = []
-        elif name is not None:
-            computations[name].append(line)
-
-    def called(lines):
-        words = {word for line in lines for word in re.findall(r"%([\w.\-]+)", line)}
-        return words & set(computations)
-
-    everything = [line for lines in computations.values() for line in lines]
-    pending = called(line for line in everything if " conditional(" in line)
-    guarded = set()
-    while pending:
-        callee = pending.pop()
-        guarded.add(callee)
-        pending |= called(computations[callee]) - guarded
     return [
-        sum(
-            int(np.prod([int(size) for size in shape.split(",") if size]))
-            for shape in re.findall(r"\w+\[([\d,]*)\]", line.split(" all-reduce")[0])
-        )
-        for name, lines in computations.items()
-        if name not in guarded
-        for line in lines
-        if re.search(r" all-reduce(-start)?\(", line)
+        one.elements
+        for one in collectives(compiled_text)
+        if one.kind == "all-reduce" and not one.guarded
     ]
 
 

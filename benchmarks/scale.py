@@ -1,0 +1,379 @@
+"""What grows with the number of devices: collectives and memory, from 1 chip to a slice of 256.
+
+``python -m benchmarks.scale`` compiles, ahead of time and without a chip, bn_jax's own training
+step and single layers for slices of TPU v5e, prints what the compiled programs hold, and writes
+``benchmarks/results/scale.json``. Every chip has the same number of examples.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import bn_jax as bn
+from benchmarks.collectives import Collective, collectives
+from bn_jax import training
+from bn_jax.data import Batch
+from bn_jax.models import Norm, ResNet
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+CHIP = "v5e"
+SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+NO_NORM = "no norm"
+TABLE_WIDTH = 160
+# libtpu asks the machine which chip it has, unless it is told.
+WITHOUT_A_CHIP = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Sizes(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        examples: examples on each device.
+        image_shape: [H, W, C] of an image of the training step.
+        widths: channels of the stages of its residual network, one block each.
+        layer_shape: [H, W, F] of an example of the single layers.
+    """
+
+    examples: int = 256
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    widths: tuple[int, ...] = (64, 128, 256)
+    layer_shape: tuple[int, int, int] = (16, 16, 256)
+
+
+class Traffic(NamedTuple):
+    """Collective operations, and the numbers and bytes that each device puts into them."""
+
+    operations: int
+    elements: int
+    bytes: int
+
+
+class Program(NamedTuple):
+    """What a compiled program says of itself.
+
+    Attributes:
+        kinds: how many collectives there are of each kind, outside conditionals.
+        always: all of them together.
+        guarded: those in the branches of conditionals.
+        arguments: bytes of the arguments on each device.
+        outputs: bytes of the results on each device.
+        temporary: bytes of everything else that each device keeps in its main memory.
+        accessed: bytes that each device reads and writes, branches included.
+    """
+
+    kinds: dict[str, int]
+    always: Traffic
+    guarded: Traffic
+    arguments: int
+    outputs: int
+    temporary: int
+    accessed: int
+
+    @property
+    def memory(self) -> int:
+        """The bytes of a device's main memory in all."""
+        return self.arguments + self.outputs + self.temporary
+
+
+class Layer(NamedTuple):
+    """A norm to compile alone: with an `axis_name` under `shard_map`, else under sharded `jit`."""
+
+    norm: Norm
+    axis_name: str | None = None
+
+
+Programs = dict[str, dict[int, Program]]
+
+
+class Findings(NamedTuple):
+    """The programs of every arm by number of devices; of the steps also what they normalize."""
+
+    norm_layers: int
+    norm_features: int
+    steps: Programs
+    layers: Programs
+
+
+def arms(examples: int) -> dict[str, Norm | None]:
+    """Returns the norms of the training step; ghost groups line up with the devices."""
+    ours = partial(bn.linen.BatchNorm, momentum=0.9)
+    return {
+        NO_NORM: None,
+        "bn_jax": ours,
+        "bn_jax, ghost": partial(ours, virtual_batch_size=examples),
+        "flax.linen": partial(nn.BatchNorm, momentum=0.9),
+    }
+
+
+def single_layers(examples: int) -> dict[str, Layer]:
+    """Returns the layers that are compiled alone."""
+    ours = partial(bn.linen.BatchNorm, dtype=jnp.bfloat16)
+    flax = partial(nn.BatchNorm, dtype=jnp.bfloat16)
+    return {
+        "bn_jax, jit": Layer(ours),
+        "bn_jax, shard_map": Layer(ours, training.DATA_AXIS),
+        "bn_jax, ghost, jit": Layer(partial(ours, virtual_batch_size=examples)),
+        "flax.linen, jit": Layer(flax),
+        "flax.linen, shard_map": Layer(flax, training.DATA_AXIS),
+    }
+
+
+def placed(tree: Any, mesh: Mesh, *axes: str) -> Any:
+    """Returns the shapes of a tree on the devices of a mesh, the leading axis split over `axes`."""
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def initial_state(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> Any:
+    """Returns the shapes of the training step's state."""
+    model = ResNet(10, (1,) * len(sizes.widths), sizes.widths, norm=norm)
+    optimizer = training.make_optimizer(0.1, total_steps=100)
+    create = partial(training.create_state, model, optimizer, sizes.image_shape, 0, mesh)
+    return placed(jax.eval_shape(create), mesh)
+
+
+def compile_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Compiled:
+    """Compiles `bn_jax.training.train_step` as `bn_jax.training.fit` does."""
+    examples = sizes.examples * mesh.size
+    batch: Any = Batch(
+        jax.ShapeDtypeStruct((examples, *sizes.image_shape), jnp.float32),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct((examples,), jnp.int32),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct((examples,), jnp.bool_),  # type: ignore[arg-type]
+    )
+    step = jax.jit(training.train_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    state = initial_state(norm, mesh, sizes)
+    return step.lower(state, placed(batch, mesh, training.DATA_AXIS)).compile()
+
+
+def compile_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Compiled:
+    """Compiles the output, new running statistics and gradients of a layer on bfloat16, masked."""
+    examples = sizes.examples * mesh.size
+    x = jax.ShapeDtypeStruct((examples, *sizes.layer_shape), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((examples, 1, 1, 1), jnp.bool_)
+    module = layer.norm(use_running_average=False, axis_name=layer.axis_name)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+
+    def forward_and_backward(variables: Any, x: Any, mask: Any, cotangent: Any) -> Any:
+        def forward(params: Any, x: Any) -> Any:
+            return module.apply(
+                {**variables, "params": params}, x, mask=mask, mutable="batch_stats"
+            )
+
+        y, pullback, updated = jax.vjp(forward, variables["params"], x, has_aux=True)
+        d_params, d_x = pullback(cotangent)
+        return (updated, d_params), (y, d_x)
+
+    replicated, split = PartitionSpec(), PartitionSpec(training.DATA_AXIS)
+    function: Callable[..., Any] = forward_and_backward
+    if layer.axis_name is not None:
+        in_specs = (replicated, split, split, split)
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=(replicated, split)
+        )
+    out_shardings = tuple(NamedSharding(mesh, spec) for spec in (replicated, split))
+    arguments = placed(variables, mesh), *placed((x, mask, x), mesh, training.DATA_AXIS)
+    return jax.jit(function, out_shardings=out_shardings).lower(*arguments).compile()
+
+
+def measure(compiled: jax.stages.Compiled) -> Program:
+    """Reads a compiled program."""
+    found = collectives(compiled.as_text() or "")
+    always = [one for one in found if not one.guarded]
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    return Program(
+        kinds=dict(Counter(one.kind for one in always)),
+        always=_traffic(always),
+        guarded=_traffic([one for one in found if one.guarded]),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        accessed=int(cost["bytes accessed"]),
+    )
+
+
+def _traffic(found: Sequence[Collective]) -> Traffic:
+    return Traffic(len(found), sum(one.elements for one in found), sum(one.bytes for one in found))
+
+
+def measure_all(meshes: Sequence[Mesh], sizes: Sizes) -> Findings:
+    """Compiles and measures every arm on every mesh, showing how far it is."""
+    compilers: dict[str, dict[str, Callable[[Mesh], jax.stages.Compiled]]] = {
+        "steps": {
+            arm: partial(compile_step, norm, sizes=sizes)
+            for arm, norm in arms(sizes.examples).items()
+        },
+        "layers": {
+            arm: partial(compile_layer, layer, sizes=sizes)
+            for arm, layer in single_layers(sizes.examples).items()
+        },
+    }
+    found: dict[str, Programs] = {name: {} for name in compilers}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(meshes) * sum(map(len, compilers.values())))
+        for name, by_arm in compilers.items():
+            for arm, compile_on in by_arm.items():
+                found[name][arm] = {}
+                for mesh in meshes:
+                    progress.update(task, description=f"{arm}, {mesh.size} devices")
+                    found[name][arm][mesh.size] = measure(compile_on(mesh))
+                    progress.advance(task)
+    return Findings(*_normalized(meshes[0], sizes), found["steps"], found["layers"])
+
+
+def _normalized(mesh: Mesh, sizes: Sizes) -> tuple[int, int]:
+    """Returns the number of norm layers of the training step and of their features."""
+    stats = jax.tree.leaves(initial_state(bn.linen.BatchNorm, mesh, sizes).batch_stats)
+    return len(stats) // 2, sum(leaf.size for leaf in stats) // 2
+
+
+def slice_mesh(layout: str) -> Mesh:
+    """Returns a mesh over a slice of chips that need not exist."""
+    host = [1, 1, 1] if layout == "1x1" else [2, 2, 1]
+    slice_of_chips = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{CHIP}:{layout}", chips_per_host_bounds=host
+    )
+    return training.make_mesh(slice_of_chips.devices)
+
+
+def per_layer(findings: Findings, arm: str, devices: int) -> tuple[float, float]:
+    """Returns how many collectives and how many bytes in them a norm layer adds to a step."""
+    one, other = (findings.steps[name][devices].always for name in (arm, NO_NORM))
+    return (
+        (one.operations - other.operations) / findings.norm_layers,
+        (one.bytes - other.bytes) / findings.norm_layers,
+    )
+
+
+def step_cell(findings: Findings, arm: str, devices: int) -> str:
+    """Shows a step: collectives and bytes in them per norm layer, and memory."""
+    memory = f"{findings.steps[arm][devices].memory / 1e6:.1f} MB"
+    if arm == NO_NORM:
+        return memory
+    operations, size = per_layer(findings, arm, devices)
+    return f"{operations:.2f} / {size:.0f} B / {memory}"
+
+
+def layer_cell(findings: Findings, arm: str, devices: int) -> str:
+    """Shows a layer: collectives and their numbers, those in a guard's branch in parentheses."""
+    program = findings.layers[arm][devices]
+    guarded = program.guarded
+    branch = f" ({guarded.operations} / {guarded.elements})" if guarded.operations else ""
+    return f"{program.always.operations} / {program.always.elements}{branch}"
+
+
+def make_tables(findings: Findings) -> list[Table]:
+    """Returns the findings as two tables, a column for each number of devices."""
+    shown = (
+        (
+            f"Train step of {findings.norm_layers} norm layers: collectives / bytes in them, "
+            "each per norm layer / memory of a device",
+            findings.steps,
+            step_cell,
+        ),
+        (
+            "One layer forward and backward: collectives / numbers in them (in the guard's branch)",
+            findings.layers,
+            layer_cell,
+        ),
+    )
+    tables = []
+    for title, programs, cell in shown:
+        table = Table(title=title, box=SIMPLE_HEAD)
+        table.add_column("devices", no_wrap=True)
+        for devices in next(iter(programs.values())):
+            table.add_column(str(devices), justify="right", no_wrap=True)
+        for arm, by_devices in programs.items():
+            table.add_row(arm, *(cell(findings, arm, devices) for devices in by_devices))
+        tables.append(table)
+    return tables
+
+
+def report(findings: Findings, sizes: Sizes) -> dict[str, Any]:
+    """Returns what the JSON holds: the figures, and how they came about."""
+
+    def as_json(programs: Programs) -> dict[str, Any]:
+        return {
+            arm: {str(devices): _as_json(program) for devices, program in by_devices.items()}
+            for arm, by_devices in programs.items()
+        }
+
+    return {
+        "command": "python -m benchmarks.scale",
+        "versions": {name: version(name) for name in ("bn-jax", "jax", "flax", "libtpu")},
+        "chip": CHIP,
+        "sizes": sizes._asdict(),
+        "norm_layers": findings.norm_layers,
+        "norm_features": findings.norm_features,
+        "steps": as_json(findings.steps),
+        "layers": as_json(findings.layers),
+    }
+
+
+def _as_json(program: Program) -> dict[str, Any]:
+    traffic = {name: getattr(program, name)._asdict() for name in ("always", "guarded")}
+    return {**program._asdict(), **traffic}
+
+
+def load(path: Path = RESULTS) -> Findings:
+    """Reads the findings of a JSON that `report` made."""
+
+    def program(figures: dict[str, Any]) -> Program:
+        traffic = {name: Traffic(**figures[name]) for name in ("always", "guarded")}
+        return Program(**{**figures, **traffic})
+
+    def programs(arms: dict[str, Any]) -> Programs:
+        return {
+            arm: {int(devices): program(figures) for devices, figures in by_devices.items()}
+            for arm, by_devices in arms.items()
+        }
+
+    known = json.loads(path.read_text())
+    return Findings(
+        known["norm_layers"],
+        known["norm_features"],
+        programs(known["steps"]),
+        programs(known["layers"]),
+    )
+
+
+def main() -> None:
+    """Compiles, writes the JSON and prints the tables."""
+    if find_spec("libtpu") is None:
+        raise SystemExit(
+            "libtpu, the compiler for TPUs, is not installed (Linux has it; no TPU is needed). "
+            "Install it with: python -m pip install --editable '.[bench]'"
+        )
+    os.environ.update(WITHOUT_A_CHIP)
+    jax.config.update("jax_platforms", "cpu")
+    sizes = Sizes()
+    findings = measure_all([slice_mesh(layout) for layout in SLICES.values()], sizes)
+    RESULTS.write_text(json.dumps(report(findings, sizes), indent=2) + "\n")
+    for table in make_tables(findings):
+        Console(width=TABLE_WIDTH).print(table)
+
+
+if __name__ == "__main__":
+    main()
