@@ -781,6 +781,35 @@ def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
     assert_close(updated, define_batch_norm(params, stats, everything, axis=axis)[1])
 
 
+# --- the two halves of training ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("virtual_batch_size", [None, 4])
+@pytest.mark.parametrize("momentum,running_var_ddof", [(0.9, 1), (None, 0)])
+def test_several_batches_make_one_update(virtual_batch_size, momentum, running_var_ddof):
+    x, (params, stats) = standard_normal(56, (16, 2, 3)) + 5, make_state((3,))
+    mask = jnp.asarray(np.arange(16) % 5 < 3)[:, None, None]
+    stats["count"] = jnp.full(3, 2.0)
+    options = dict(momentum=momentum, running_var_ddof=running_var_ddof)
+    half = partial(bn.normalize_by_batch, params, stats, virtual_batch_size=virtual_batch_size)
+    outputs, parts = zip(
+        *(half(part, mask=own) for part, own in ((x[:4], mask[:4]), (x[4:], mask[4:]))), strict=True
+    )
+    merged = bn.merge_moments(*parts)
+    updated = bn.update_batch_stats(stats, merged, **options)
+    valid = np.arange(16) % 5 < 3
+    assert_close(updated, define_batch_norm(params, stats, x[valid], **options)[1])
+    if virtual_batch_size is None:
+        expected, _ = define_batch_norm(params, stats, x[4:][valid[4:]])
+        assert_close(outputs[1][valid[4:]], expected)
+
+
+def test_moments_that_do_not_fit_the_statistics():
+    moments = bn.moments(standard_normal(57, (4, 2, 3)), 0)
+    with pytest.raises(ValueError, match=r"shapes \(\(\), \(2, 3\), \(2, 3\)\) .* of shape \(3,\)"):
+        bn.update_batch_stats(bn.init_batch_stats(3), moments)
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 X = np.ones((4, 3), np.float32)

@@ -12,6 +12,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_moments,
     define_steps,
     differentiate,
     far_from_initial,
@@ -627,3 +628,56 @@ def test_a_transform_that_leaves_batch_stats_out():
         nn.apply(forgetful, layer, mutable=["batch_stats"])(variables, x)
     with pytest.raises(ValueError, match=message):
         layer.init(jax.random.key(0), x, mutable=["params"])
+
+
+# --- a batch in several calls -----------------------------------------------------------------
+
+
+def in_parts(layer, variables, parts, **collections):
+    """Calls the layer on every part, each time with the old running statistics."""
+    updates = {}
+    for x, mask in parts:
+        given = {"batch_moments": updates["batch_moments"]} if updates else {}
+        y, updates = layer.apply(
+            {**variables, **given, **collections},
+            x,
+            mask=mask,
+            mutable=["batch_stats", "batch_moments"],
+        )
+    return y, updates
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"running_var_ddof": 1}, {"axis": 0}])
+def test_moments_of_several_calls_make_one_update(options):
+    layer = OURS(use_running_average=False, **{"momentum": 0.5, **options})
+    x, batch_axis = standard_normal(70, (12, 12)) + 3, 1 if options == {"axis": 0} else 0
+    mask = jnp.expand_dims(jnp.arange(12) % 5 < 3, 1 - batch_axis)
+    variables = layer.init(jax.random.key(0), x)
+    assert set(variables) == {"params", "batch_stats"}
+    whole, expected = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    parts = zip(*(jnp.split(one, [2, 7], batch_axis) for one in (x, mask)), strict=True)
+    _, updates = in_parts(layer, variables, parts)
+    assert_close(updates["batch_stats"], expected["batch_stats"])
+    count, mean, var = define_moments(x, layer.axis, mask)
+    assert_close(updates["batch_moments"], {"count": count, "mean": mean, "var": var})
+    y, _ = layer.apply(
+        {**variables, "given_moments": updates["batch_moments"]}, x, mutable=["batch_stats"]
+    )
+    assert_close(y, whole)
+
+
+def test_given_moments_serve_training_alone():
+    layer, x = OURS(momentum=0.5), standard_normal(71, (6, 3))
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    given = {"given_moments": {"mean": jnp.full(3, 7.0), "var": jnp.full(3, 4.0)}}
+    y, updates = layer.apply(
+        {**variables, **given}, x, use_running_average=False, mutable=["batch_stats"]
+    )
+    assert_close(y, (np.asarray(x, np.float64) - 7) / np.sqrt(4 + 1e-5))
+    _, expected = define_batch_norm(variables["params"], variables["batch_stats"], x, momentum=0.5)
+    assert_close(updates["batch_stats"], expected)
+    for mutable in (False, ["batch_moments"]):
+        found = layer.apply({**variables, **given}, x, use_running_average=True, mutable=mutable)
+        evaluated, collected = found if mutable else (found, {})
+        assert_close(evaluated, layer.apply(variables, x, use_running_average=True))
+        assert collected == {}

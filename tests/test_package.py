@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
+from support import assert_close
 
 import bn_jax as bn
 from benchmarks.numerics import CONTESTANTS, OURS, cells, load
@@ -104,21 +106,29 @@ def test_docstring_examples(room):
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "moments", "merge_moments", "init_params"])
+@pytest.mark.parametrize("name", [name for name in bn.__all__ if name.islower()])
 def test_public_functions_have_examples(name):
-    assert ">>> " in getattr(bn, name).__doc__
+    documented = getattr(bn, name)
+    documented = getattr(documented, "BatchNorm", documented)
+    assert ">>> " in documented.__doc__
 
 
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(6))
 def test_readme_examples_run(number):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 6
+    assert jax.device_count() == 4
     scope = {"__name__": "readme"}
     exec(compile(snippets[number], "README.md", "exec"), scope)
-    assert jnp.isfinite(scope["y"]).all()
+    y = scope["y"].reshape(-1, scope["y"].shape[-1])
+    assert jnp.isfinite(y).all()
+    if "updates" in scope and "layer" in scope:
+        # Synchronized: normalized by the statistics of the whole batch.
+        assert_close(y.mean(0), jnp.zeros(3), tolerance=1e-5)
+        assert_close(y.var(0), jnp.ones(3), tolerance=1e-4)
 
 
 def test_readme_quotes_the_measured_figures():
