@@ -278,6 +278,10 @@ def _ghost_groups() -> Iterator[Case]:
     x = _noise(ROWS, FEATURES)
     x[1024:2048] += 1e4
     yield Case("groups of 1024, one at 10000", partial(_batch, x), Layer(virtual_batch_size=1024))
+    groups = Layer(virtual_batch_size=256)
+    yield Case("groups of 256, offset 1e6", partial(_normal, 1e6), groups)
+    constant = np.full((ROWS, FEATURES), 3e10, np.float32)
+    yield Case("groups of 256, constant at 3e10", partial(_batch, constant), groups)
 
 
 CASES: tuple[Case, ...] = (
