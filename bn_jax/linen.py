@@ -26,7 +26,8 @@ class BatchNorm(nn.BatchNorm):
     collection ``batch_stats`` holds ``mean`` and ``var`` in float32 (float64 for double precision;
     the mean of complex input is complex: Flax's changes its dtype at the first update). A
     checkpoint of Flax's layer loads into this one and the other way round. While initializing,
-    nothing is updated and `axis_name` need not exist.
+    nothing is updated and `axis_name` need not exist; nor need it under `jit`, plain or sharded,
+    where statistics are global (`bn_jax.batch_norm` has the rule).
 
     Two more collections serve who spreads a batch over several calls, as
     `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is mutable, a training

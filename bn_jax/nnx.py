@@ -38,7 +38,8 @@ class BatchNorm(nnx.BatchNorm):
         use_scale: whether to multiply by ``scale``.
         bias_init: initializer of ``bias``.
         scale_init: initializer of ``scale``.
-        axis_name: the named axis to synchronize over.
+        axis_name: the named axis to synchronize over; under `jit`, plain or sharded, where
+            statistics are global, it changes nothing.
         axis_index_groups: groups of indices of `axis_name` with statistics of their own.
         use_fast_variance: accepted for compatibility; the one variance here is fast and safe.
         promote_dtype: as in Flax, called on ``(x, mean, var, scale, bias)``; of what another
