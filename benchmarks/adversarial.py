@@ -278,10 +278,18 @@ def _ghost_groups() -> Iterator[Case]:
     x = _noise(ROWS, FEATURES)
     x[1024:2048] += 1e4
     yield Case("groups of 1024, one at 10000", partial(_batch, x), Layer(virtual_batch_size=1024))
-    groups = Layer(virtual_batch_size=256)
-    yield Case("groups of 256, offset 1e6", partial(_normal, 1e6), groups)
-    constant = np.full((ROWS, FEATURES), 3e10, np.float32)
-    yield Case("groups of 256, constant at 3e10", partial(_batch, constant), groups)
+    groups = Layer(virtual_batch_size=300)
+    for offset, sd in ((1e6, 1.0), (0.0, 2e18)):
+        make = partial(_normal, offset, sd, 3000)
+        yield Case(f"groups of 300, offset {_short(offset)}, sd {_short(sd)}", make, groups)
+    make = partial(_normal, 0.0, rows=3000, running_mean=1e10)
+    yield Case("groups of 300, running mean 1e10 sd too high", make, groups)
+    constant = np.full((3000, FEATURES), 3.3e10, np.float32)
+    yield Case("groups of 300, constant at 3.3e10", partial(_batch, constant), groups)
+    outlier = _noise(ROWS, FEATURES)
+    outlier[7] = -1e10
+    whole = Layer(virtual_batch_size=ROWS)
+    yield Case("one group, one outlier of -1e10", partial(_batch, outlier), whole)
 
 
 CASES: tuple[Case, ...] = (

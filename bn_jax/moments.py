@@ -508,14 +508,14 @@ def bound_axes(x: jax.Array, axis_name: AxisName | None) -> tuple[str, ...]:
         return ()
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     bound = tuple(name for name in names if _is_bound(name))
-    others, partitioned = _listed_axes(), _partitioned_axes(x)
+    others, in_use = _listed_axes(), _mesh_axes(x)
     for name in names:
-        if name not in (*bound, *partitioned) and (others or partitioned):
+        if name not in (*bound, *in_use) and (others or in_use):
             raise NameError(
                 f"axis_name={name!r} is not bound by any enclosing shard_map, pmap or vmap "
-                f"(bound: {others}), nor is it an axis of the mesh in use (its axes: "
-                f"{partitioned}). Spell it as the map or the mesh does, or leave it out "
-                "(axis_name=None): under jit without any of these, statistics are global anyway."
+                f"(bound: {others}), nor is it an axis of the mesh in use (its axes: {in_use}). "
+                "Spell it as the map or the mesh does, or leave it out (axis_name=None): under "
+                "jit without any of these, statistics are global anyway."
             )
     return bound
 
@@ -540,15 +540,10 @@ def _listed_axes() -> list[str]:
     return list(dict.fromkeys([*_manual_mesh_axes(), *getattr(home, name, list)()]))
 
 
-def _partitioned_axes(x: jax.Array) -> list[str]:
-    """The axes of the mesh in use that arrays are whole along, the compiler partitioning them."""
+def _mesh_axes(x: jax.Array) -> list[str]:
+    """The axes of the mesh in use; along one that is not bound, arrays are whole."""
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
-    return [
-        name
-        for mesh in meshes
-        for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
-        if kind != jax.sharding.AxisType.Manual
-    ]
+    return list(dict.fromkeys(name for mesh in meshes for name in mesh.axis_names))
 
 
 def _manual_mesh_axes() -> list[str]:

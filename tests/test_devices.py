@@ -387,6 +387,13 @@ def test_groups_that_line_up_with_the_shards_need_no_collective(
     assert sizes == [FEATURES + masked, 2 * FEATURES]
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
+def test_groups_that_do_not_line_up_with_the_shards(size):
+    x, state = standard_normal(62, (12, 3)), make_state((3,))
+    train = jax.jit(partial(TRAIN, *state, virtual_batch_size=size))
+    assert_close(train(jax.device_put(x, NamedSharding(explicit_mesh(), P("data")))), train(x))
+
+
 def test_a_state_for_each_device_needs_no_collective():
     params, stats = make_state((FEATURES,))
     x = standard_normal(60, (DEVICES, 8, FEATURES)) + 10 * jnp.arange(4.0)[:, None, None]

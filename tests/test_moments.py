@@ -244,6 +244,14 @@ def test_named_axis_merges_by_count():
     assert_close(jax.tree.map(lambda leaf: leaf[3], synchronized), whole)
 
 
+@pytest.mark.parametrize("mean", [1234567.0, 0.1, -3.3e10])
+def test_what_is_equal_in_all_parts_is_so_in_their_union(mean):
+    part = bn.Moments(*(jnp.asarray(value, jnp.float32) for value in (3, mean, 0)))
+    merged = bn.merge_moments(*[part] * 301)
+    assert (merged.count, merged.mean) == (903, part.mean)
+    assert merged.var <= 1e-5 * np.square(np.spacing(np.abs(part.mean)))
+
+
 def test_index_groups_have_moments_of_their_own():
     x = standard_normal(20, (4, 5, 3))
     grouped = jax.vmap(
