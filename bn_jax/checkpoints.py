@@ -170,7 +170,13 @@ def _restore(path: Path, tree: Any) -> Any:
     on_host = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     with _checkpointer() as checkpointer:
         values = checkpointer.restore(path.absolute(), on_host)
-    return jax.tree.map(lambda leaf, value: jax.device_put(value, leaf.sharding), tree, values)
+    return jax.tree.map(
+        lambda leaf, value: jax.make_array_from_process_local_data(
+            leaf.sharding, value, leaf.shape
+        ),
+        tree,
+        values,
+    )
 
 
 def _checkpointer() -> "ocp.StandardCheckpointer":
