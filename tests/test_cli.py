@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import checkpoints, cli, linen, models, training
+from bn_jax import checkpoints, cli, linen, models, processes, training
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
 RESULTS = {"checkpoint", "curves.png", "metrics.json", "test.npz"}
@@ -662,3 +662,40 @@ def test_help_and_usage(command):
         "",
         "bn-jax: error: No such command 'trian'. Did you mean 'train'?\n",
     )
+
+
+def test_a_coordinator_without_launcher_is_refused(command, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    code, out, err = command("train")
+    assert (code, out) == (2, "")
+    assert err == (
+        "bn-jax: error: JAX_COORDINATOR_ADDRESS is set, expected also a launcher that tells JAX "
+        "the number of processes; give --coordinator, --num-processes and --process-id, or unset "
+        "it\n"
+    )
+
+
+def test_processes_that_cannot_connect(good, command, monkeypatch):
+    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    code, out, err = command("train", "--data", "good.npz")
+    assert (code, out) == (1, "")
+    # The devices of this process are in place already.
+    assert err.startswith("bn-jax: error: JAX cannot connect the processes (jax.distributed.init")
+    assert err.count("\n") == 1
+
+
+def test_processes_must_have_the_same_options(good, command, monkeypatch, tmp_path):
+    before = files(tmp_path)
+
+    def from_first(text):
+        return json.dumps(json.loads(text) | {"--epochs": 3})
+
+    monkeypatch.setattr(processes, "from_first", from_first)
+    code, out, err = command("train", "--data", "good.npz", "--epochs", "2")
+    assert (code, out) == (2, "")
+    assert err == (
+        "bn-jax: error: --epochs: received 2, process 0 3, expected the same; start every process "
+        "with the options of process 0\n"
+    )
+    assert files(tmp_path) == before
