@@ -443,7 +443,7 @@ def _connect(launch: Launch) -> None:
     number = None if launch.coordinator is None else launch.processes
     try:
         processes.connect(launch.coordinator, number, launch.process_id)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         _fail(
             f"JAX cannot connect the processes ({error}); check --coordinator, which process 0 "
             "listens at, or give it with --num-processes and --process-id",
@@ -500,10 +500,17 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
         _fail(f"--resume: {folder} is a finished run; see it with bn-jax eval, or train anew")
     try:
         started = json.loads((folder / "checkpoints/config.json").read_text())
-        data_file = started["data_file"]
+        config = started["config"]
         return UnfinishedRun(
-            Config(**started["config"]),
-            None if data_file is None else Path(data_file),
+            Config(
+                data=None if config["data"] is None else str(config["data"]),
+                devices=int(config["devices"]),
+                epochs=int(config["epochs"]),
+                batch_size=int(config["batch_size"]),
+                learning_rate=float(config["learning_rate"]),
+                seed=int(config["seed"]),
+            ),
+            None if started["data_file"] is None else Path(started["data_file"]),
             str(started["data_sha256"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

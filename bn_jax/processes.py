@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,12 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
     Raises:
         ValueError: JAX finds no launcher in the environment.
-        RuntimeError: process 0 cannot listen at its port.
+        OSError: process 0 cannot listen at its port.
+        RuntimeError: JAX has looked for its devices already.
     """
+    if coordinator is not None and process_id == 0:
+        # Where it cannot listen, JAX's runtime ends with a segmentation fault.
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     jax.distributed.initialize(
         coordinator,
         num_processes,

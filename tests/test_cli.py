@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -586,13 +587,16 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
     config = Path("checkpoints/config.json")
     (copy_of(tmp_path / "run", tmp_path / "json") / config).write_text("{")
     (copy_of(tmp_path / "run", tmp_path / "keys") / config).write_text('{"config": {}}')
+    types = copy_of(tmp_path / "run", tmp_path / "types") / config
+    types.write_text(types.read_text().replace('"seed": 0', '"seed": "zero"'))
     cases = {
         ("finished",): "--resume: finished is a finished run; see it with bn-jax eval, or train",
         ("empty",): "--resume: empty is not an unfinished run (FileNotFoundError: ",
         ("none",): "--resume: none is not an unfinished run (FileNotFoundError: ",
         ("good.npz",): "--resume: good.npz is not an unfinished run (NotADirectoryError: ",
         ("json",): "--resume: json is not an unfinished run (JSONDecodeError: ",
-        ("keys",): "--resume: keys is not an unfinished run (KeyError: 'data_file'), expected a ",
+        ("keys",): "--resume: keys is not an unfinished run (KeyError: 'data'), expected a folder ",
+        ("types",): "--resume: types is not an unfinished run (ValueError: invalid literal for int",
         ("run", "--epochs", "4"): "--epochs: given with --resume, which goes on with the run's own",
         ("run", "--data", "good.npz"): "--data: given with --resume, which goes on with the run's",
         ("run", "--out", "run"): "--out: given with --resume, which goes on with the run's own",
@@ -699,3 +703,14 @@ def test_processes_must_have_the_same_options(good, command, monkeypatch, tmp_pa
         "with the options of process 0\n"
     )
     assert files(tmp_path) == before
+
+
+def test_a_port_in_use_is_refused(good, command, monkeypatch):
+    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        address = f"127.0.0.1:{used.getsockname()[1]}"
+        shared = ("--coordinator", address, "--num-processes", 2, "--process-id", 0)
+        code, out, err = command("train", "--data", "good.npz", *shared)
+    assert (code, out) == (1, "")
+    assert err.startswith("bn-jax: error: JAX cannot connect the processes ([Errno ")
+    assert "ddress already in use" in err and err.count("\n") == 1
