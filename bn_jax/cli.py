@@ -10,9 +10,11 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
-import uuid
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
@@ -22,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from bn_jax import data, linen, models, training
+from bn_jax import checkpoints, data, linen, models, processes, training
 
 try:
     import typer
@@ -41,6 +43,9 @@ ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
 TARGET = 0.9
 DEFAULT_BATCH_SIZE = 64
 REPORT_EVERY = 5
+ANEW = "anew"
+WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
+LOST = "another process was lost, or JAX's runtime failed as it says above"
 
 Show = Callable[[str, training.Report], None]
 
@@ -71,6 +76,23 @@ class Problem(NamedTuple):
     mean: float
     std: float
     num_classes: int
+    sha256: str
+
+
+class Launch(NamedTuple):
+    """How many processes train, and, where no launcher tells JAX, where and which one this is."""
+
+    processes: int
+    coordinator: str | None = None
+    process_id: int | None = None
+
+
+class UnfinishedRun(NamedTuple):
+    """What `checkpoints/config.json` tells: how the run was started, and its data in full."""
+
+    config: Config
+    data_file: Path | None
+    data_sha256: str
 
 
 class SavedRun(NamedTuple):
@@ -118,18 +140,48 @@ def main() -> NoReturn:
     except OSError as error:
         _print_error(f"{error}; nothing was saved")
         code = 1
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            _stop_for_lost_process(error, "nothing was saved")
+        traceback.print_exc()
+        code = 1
     if code == 130:
         _print_error("interrupted; nothing was saved")
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    if code and jax.distributed.is_initialized():
+        # An orderly exit waits until the other processes end too, and they wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 def _print_error(message: str) -> None:
-    print("bn-jax: error:", " ".join(message.split()), file=sys.stderr)
+    print("bn-jax: error:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     _print_error(message)
     raise typer.Exit(code)
+
+
+_stopping = threading.Lock()
+
+
+def _stop(message: str) -> NoReturn:
+    # A lost process is noticed by a collective and by JAX's runtime, in two threads: one speaks.
+    _stopping.acquire()
+    _print_error(message)
+    os._exit(1)
+
+
+def _stop_for_lost_process(error: jax.errors.JaxRuntimeError, advice: str) -> NoReturn:
+    _stop(f"another process was lost ({str(error).splitlines()[0]}); {advice}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -152,6 +204,7 @@ def _options(
 
 @app.command()
 def train(
+    context: typer.Context,
     data_file: Annotated[
         Path | None,
         typer.Option(
@@ -178,22 +231,110 @@ def train(
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of SGD.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the split, the parameters and the order.")] = 0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Go on with the unfinished run in this folder, with its options; only --devices "
+            "and those of several processes may be others.",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where process 0 listens, to train with several processes. "
+            "Default: one process, or what Open MPI, Slurm or Cloud TPU have launched.",
+        ),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many processes there are.")] = None,
+    process_id: Annotated[
+        int | None, typer.Option(help="Which one this is, from 0; process 0 prints and writes.")
+    ] = None,
 ) -> None:
     """Train without norm, with per-device and with synchronized batch norm, and compare."""
-    _require("rich", "matplotlib", "orbax.checkpoint", *([] if data_file else ["sklearn"]))
     _check_positive(
-        devices=devices, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
+        devices=devices,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_processes=num_processes,
     )
     if not 0 <= seed < 2**32:
         _fail(f"--seed: received {seed}, expected 0 to {2**32 - 1}; choose one of these")
+    launch = _check_launch(coordinator, num_processes, process_id)
+    if resume is not None:
+        _check_given_alone(context)
+        _resume(resume, devices, launch)
+        return
+    _require_for_training(data_file)
     folder = _checked_out(out)
     problem = _load(data_file, seed)
-    mesh = _make_mesh(devices, sum(len(part.y) for part in problem.splits))
+    mesh = _make_mesh(devices, problem, launch)
     chosen_batch_size = _choose_batch_size(batch_size, mesh.size, len(problem.splits.train.y))
     source = None if data_file is None else str(data_file)
     config = Config(source, mesh.size, epochs, chosen_batch_size, learning_rate, seed)
-    with _progress(_steps_per_epoch(problem, config), epochs) as show:
-        results = {arm: _train_arm(arm, problem, config, mesh, show) for arm in ARMS}
+    folder = _agree(folder, config, problem, mesh, resumed=False)
+    if jax.process_index() == 0:
+        _begin(folder, config, problem)
+    _run(folder, problem, config, mesh)
+
+
+def _resume(folder: Path, devices: int | None, launch: Launch) -> None:
+    saved = _read_unfinished(folder)
+    config = saved.config
+    _require_for_training(saved.data_file)
+    problem = _load(saved.data_file, config.seed)
+    if problem.sha256 != saved.data_sha256:
+        _fail(
+            f"--resume: {saved.data_file or 'scikit-learn'} no longer holds the data of "
+            f"{folder} (its SHA-256 is another); restore the data or train anew"
+        )
+    mesh = _make_mesh(devices or config.devices, problem, launch)
+    if config.batch_size % mesh.size:
+        _fail(
+            f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
+            f"{config.batch_size}; use --devices {config.devices} as before"
+        )
+    folder = _agree(folder, config, problem, mesh, resumed=True)
+    _run(folder, problem, config, mesh)
+
+
+def _run(folder: Path, problem: Problem, config: Config, mesh: Mesh) -> None:
+    with _explained(folder):
+        with _progress(_steps_per_epoch(problem, config), config.epochs) as show:
+            results = {arm: _train_arm(arm, problem, config, mesh, folder, show) for arm in ARMS}
+        if jax.process_index() == 0:
+            _finish(folder, problem, config, results, mesh.local_mesh)
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    start = "go on" if jax.process_count() == 1 else "start every process again"
+    advice = f"{start} with bn-jax train --resume {shlex.quote(str(folder))}"
+    if jax.distributed.is_initialized():
+        _explain_abort(f"{LOST}; {advice}")
+    try:
+        yield
+    except KeyboardInterrupt:
+        _print_error(f"interrupted; {advice}")
+        _exit(130)
+    except OSError as error:
+        _fail(f"{error}; {advice}", code=1)
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        _stop_for_lost_process(error, advice)
+
+
+def _explain_abort(message: str) -> None:
+    processes.on_abort(functools.partial(_stop, message))
+
+
+def _finish(
+    folder: Path, problem: Problem, config: Config, results: dict[str, Result], mesh: Mesh
+) -> None:
     best = max(ARMS, key=lambda arm: _rank(results[arm].reports[-1].validation))
     with _staged(folder) as staging:
         _write(staging, problem, config, results, best)
@@ -235,6 +376,10 @@ def evaluate(
     )
 
 
+def _require_for_training(data_file: Path | None) -> None:
+    _require("rich", "matplotlib", "orbax.checkpoint", *([] if data_file else ["sklearn"]))
+
+
 def _require(*modules: str) -> None:
     for module in modules:
         try:
@@ -250,6 +395,129 @@ def _check_positive(**options: float | None) -> None:
                 f"--{name.replace('_', '-')}: received {value}, expected a positive finite number; "
                 "choose one, or leave the option out for its default"
             )
+
+
+def _check_launch(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Launch:
+    options = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    missing = [option for option, value in options.items() if value is None]
+    if coordinator is None or num_processes is None or process_id is None:
+        if len(missing) < len(options):
+            _fail(f"{' and '.join(missing)}: missing; give {', '.join(options)} together or none")
+        return Launch(_launched_processes())
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        _fail(
+            f"--coordinator: received {coordinator}, expected HOST:PORT with a port from 1 to "
+            f"{2**16 - 1}; give the address of process 0, e.g. 127.0.0.1:1234"
+        )
+    if not 0 <= process_id < num_processes:
+        _fail(
+            f"--process-id: received {process_id}, expected 0 to {num_processes - 1} for "
+            f"--num-processes {num_processes}; number the processes from 0"
+        )
+    return Launch(num_processes, coordinator, process_id)
+
+
+def _launched_processes() -> int:
+    launched = processes.launched_processes()
+    if launched == 1 and "JAX_COORDINATOR_ADDRESS" in os.environ:
+        _fail(
+            "JAX_COORDINATOR_ADDRESS is set, expected also a launcher that tells JAX the number "
+            "of processes; give --coordinator, --num-processes and --process-id, or unset it"
+        )
+    return launched
+
+
+def _connect(launch: Launch) -> None:
+    seconds = processes.CONNECTION_TIMEOUT
+    _explain_abort(
+        f"the {launch.processes} processes have not all met within {seconds} seconds; start all "
+        "of them, with the same --coordinator and --num-processes; nothing was saved"
+    )
+    number = None if launch.coordinator is None else launch.processes
+    try:
+        processes.connect(launch.coordinator, number, launch.process_id)
+    except (ValueError, RuntimeError, OSError) as error:
+        _fail(
+            f"JAX cannot connect the processes ({error}); check --coordinator, which process 0 "
+            "listens at, or give it with --num-processes and --process-id",
+            code=1,
+        )
+    _explain_abort(f"{LOST}; nothing was saved")
+
+
+def _agree(folder: Path, config: Config, problem: Problem, mesh: Mesh, *, resumed: bool) -> Path:
+    """Ends a process that was started with other options than process 0; returns its folder."""
+    own = {
+        "--resume": resumed,
+        "--data": problem.sha256,
+        "--devices": mesh.size,
+        "--epochs": config.epochs,
+        "--batch-size": config.batch_size,
+        "--learning-rate": config.learning_rate,
+        "--seed": config.seed,
+    }
+    first = json.loads(processes.from_first(json.dumps({"--out": str(folder)} | own)))
+    for option, value in own.items():
+        if value != first[option]:
+            _fail(
+                f"{option}: received {value}, process 0 {first[option]}, expected the same; "
+                "start every process with the options of process 0"
+            )
+    return Path(first["--out"])
+
+
+def _begin(folder: Path, config: Config, problem: Problem) -> None:
+    data_file = None if config.data is None else str(Path(config.data).absolute())
+    started = {
+        "config": config._asdict(),
+        "data_file": data_file,
+        "data_sha256": problem.sha256,
+    }
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/config.json").write_text(json.dumps(started, indent=2) + "\n")
+
+
+def _check_given_alone(context: typer.Context) -> None:
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name))
+        if given is None or given.name != "COMMANDLINE" or parameter.name in WITH_RESUME:
+            continue
+        _fail(
+            f"{parameter.opts[0]}: given with --resume, which goes on with the run's own; leave "
+            "it out, or train anew without --resume"
+        )
+
+
+def _read_unfinished(folder: Path) -> UnfinishedRun:
+    if (folder / "metrics.json").exists():
+        _fail(f"--resume: {folder} is a finished run; see it with bn-jax eval, or train anew")
+    try:
+        started = json.loads((folder / "checkpoints/config.json").read_text())
+        config = started["config"]
+        return UnfinishedRun(
+            Config(
+                data=None if config["data"] is None else str(config["data"]),
+                devices=int(config["devices"]),
+                epochs=int(config["epochs"]),
+                batch_size=int(config["batch_size"]),
+                learning_rate=float(config["learning_rate"]),
+                seed=int(config["seed"]),
+            ),
+            None if started["data_file"] is None else Path(started["data_file"]),
+            str(started["data_sha256"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _fail(
+            f"--resume: {folder} is not an unfinished run ({type(error).__name__}: {error}), "
+            "expected a folder with checkpoints that bn-jax train has left; train anew"
+        )
 
 
 def _checked_out(out: Path | None) -> Path:
@@ -282,23 +550,40 @@ def _load(data_file: Path | None, seed: int) -> Problem:
     if num_classes == 1:
         _fail("--data: array y holds only label 0, expected at least 2 classes; check the labels")
     standardized = data.Splits(*(data.standardize(part, mean, std) for part in splits))
-    return Problem(standardized, splits.test.x, mean, std, num_classes)
+    return Problem(standardized, splits.test.x, mean, std, num_classes, _sha256(dataset))
 
 
-def _make_mesh(devices: int | None, examples: int) -> Mesh:
-    _check_enough_examples(examples, devices or 1)
+def _sha256(dataset: data.Dataset) -> str:
+    return hashlib.sha256(
+        f"{dataset.x.shape}".encode() + dataset.x.tobytes() + dataset.y.tobytes()
+    ).hexdigest()
+
+
+def _make_mesh(devices: int | None, problem: Problem, launch: Launch) -> Mesh:
+    number = launch.processes
+    if devices is not None and devices % number:
+        _fail(
+            f"--devices: received {devices}, expected a multiple of the {number} processes, which "
+            f"take as many each; use --devices {max(1, devices // number) * number}"
+        )
+    examples = sum(len(part.y) for part in problem.splits)
+    _check_enough_examples(examples, devices or number)
+    if number > 1 or launch.coordinator is not None:
+        _connect(launch)
     # Once JAX has its devices their number is fixed, and the check below answers.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", devices or 2)
-    present = jax.devices()
-    wanted = devices or (2 if jax.default_backend() == "cpu" else len(present))
-    if wanted > len(present):
+        jax.config.update("jax_num_cpu_devices", 2 if devices is None else devices // number)
+    present = [jax.local_devices(process_index=process) for process in range(number)]
+    most = min(map(len, present))
+    default = 2 if jax.default_backend() == "cpu" else most
+    share = default if devices is None else devices // number
+    if share > most:
         _fail(
-            f"--devices: received {wanted}, expected at most the {len(present)} "
+            f"--devices: received {share * number}, expected at most the {most * number} "
             f"{jax.default_backend()} devices that JAX has; lower it"
         )
-    _check_enough_examples(examples, wanted)
-    return training.make_mesh(present[:wanted])
+    _check_enough_examples(examples, share * number)
+    return training.make_mesh([device for own in present for device in own[:share]])
 
 
 def _check_enough_examples(examples: int, devices: int) -> None:
@@ -339,18 +624,15 @@ def _make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
     return models.ResNet(num_classes, stage_sizes=(2, 2, 2), norm=norms[arm])
 
 
-def _train_arm(arm: str, problem: Problem, config: Config, mesh: Mesh, show: Show) -> Result:
+def _train_arm(
+    arm: str, problem: Problem, config: Config, mesh: Mesh, folder: Path, show: Show
+) -> Result:
     train, validation, test = problem.splits
-    state = training.create_state(
-        _make_model(arm, problem.num_classes, config.batch_size // config.devices),
-        training.make_optimizer(
-            config.learning_rate, config.epochs * _steps_per_epoch(problem, config)
-        ),
-        train.x.shape[1:],
-        config.seed,
-        mesh,
-    )
-    reports = []
+    steps_per_epoch = _steps_per_epoch(problem, config)
+    positions = folder / "checkpoints" / arm.replace(" ", "-")
+    state, rng, reports = _last_position(positions, arm, problem, config, mesh)
+    if reports:
+        show(arm, reports[-1])
     for reached in training.fit(
         state,
         train,
@@ -358,14 +640,48 @@ def _train_arm(arm: str, problem: Problem, config: Config, mesh: Mesh, show: Sho
         mesh,
         batch_size=config.batch_size,
         epochs=config.epochs,
-        seed=config.seed,
+        seed=rng,
         report_every=REPORT_EVERY,
+        after=reports[-1] if reports else None,
     ):
-        trained, report = reached
+        state, report = reached
         reports.append(report)
+        if report.step % steps_per_epoch == 0 and jax.process_index() == 0:
+            checkpoints.save_position(positions, checkpoints.Position(state, rng, reports))
         show(arm, report)
     test_batches = training.shard_dataset(test, config.batch_size, mesh)
-    return Result(reports, trained, training.evaluate(trained, test_batches))
+    return Result(reports, state, training.evaluate(state, test_batches))
+
+
+def _last_position(
+    folder: Path, arm: str, problem: Problem, config: Config, mesh: Mesh
+) -> checkpoints.Position:
+    state = training.create_state(
+        _make_model(arm, problem.num_classes, config.batch_size // config.devices),
+        training.make_optimizer(
+            config.learning_rate, config.epochs * _steps_per_epoch(problem, config)
+        ),
+        problem.test_images.shape[1:],
+        config.seed,
+        mesh,
+    )
+    newest = processes.from_first(_newest_intact(folder, arm) if jax.process_index() == 0 else ANEW)
+    if newest == ANEW:
+        return checkpoints.Position(state, np.random.default_rng(config.seed), [])
+    return checkpoints.restore_position(folder / newest, state)
+
+
+def _newest_intact(folder: Path, arm: str) -> str:
+    for path in checkpoints.positions(folder):
+        if checkpoints.is_intact(path):
+            return path.name
+        print(
+            f"bn-jax: warning: {path} is torn or damaged (its SHA-256 is not the one saved beside "
+            f"it); {arm} goes on from the checkpoint before it, or anew where there is none",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ANEW
 
 
 def _rank(evaluation: training.Evaluation) -> tuple[float, float]:
@@ -375,6 +691,9 @@ def _rank(evaluation: training.Evaluation) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _progress(steps_per_epoch: int, epochs: int) -> Iterator[Show]:
+    if jax.process_index() > 0:
+        yield lambda arm, report: None
+        return
     if not (sys.stderr.isatty() or sys.stdout.isatty()):
         yield functools.partial(_print_epoch, steps_per_epoch, epochs)
         return
@@ -410,27 +729,31 @@ def _reached(report: training.Report) -> str:
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    parent = _existing_parent(folder)
-    staging = parent / f".bn-jax-{uuid.uuid4().hex}"
+    """Gives a folder for the results; they replace the checkpoints when all of them are there."""
+    staging = folder / ".results"
+    shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
         yield staging
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging.replace(folder)
-    except BaseException:
+        # By metrics.json a finished run is known.
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            path.replace(folder / path.name)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+    shutil.rmtree(folder / "checkpoints")
 
 
 def _write(
     folder: Path, problem: Problem, config: Config, results: dict[str, Result], best: str
 ) -> None:
-    training.save_checkpoint(folder / "checkpoint", results[best].state)
+    checkpoints.save_variables(folder / "checkpoint", results[best].state)
     _plot(results, folder / "curves.png")
     # As the user would write it, so that eval reads both alike and needs no other file.
     np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
     metrics = _metrics(problem, config, results, best)
-    metrics["checkpoint_sha256"] = _sha256(folder / "checkpoint")
+    metrics["checkpoint_sha256"] = checkpoints.sha256(folder / "checkpoint")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
@@ -539,7 +862,7 @@ def _load_like(saved: SavedRun, run: Path, data_file: Path | None) -> data.Datas
 
 def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
     # Checked first: where a file is damaged, Orbax's threads print tracebacks after it has failed.
-    if _sha256(run / "checkpoint") != saved.checkpoint_sha256:
+    if checkpoints.sha256(run / "checkpoint") != saved.checkpoint_sha256:
         _fail(
             f"DIR: {run / 'checkpoint'} is missing or damaged (its SHA-256 is not the one in "
             "metrics.json), expected what bn-jax train has saved; copy the run anew or train again"
@@ -551,15 +874,7 @@ def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
         seed=0,
         mesh=mesh,
     )
-    return training.restore_checkpoint(run / "checkpoint", state)
-
-
-def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("[!.]*")):
-        if path.is_file():
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return checkpoints.restore_variables(run / "checkpoint", state)
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -229,7 +229,10 @@ def pad_batch(x: FloatArray, y: IntArray, batch_size: int) -> Batch:
 
 
 def batches(
-    dataset: Dataset, batch_size: int, rng: np.random.Generator | None = None
+    dataset: Dataset,
+    batch_size: int,
+    rng: np.random.Generator | None = None,
+    rows: slice = slice(None),
 ) -> Iterator[Batch]:
     """Yields every example exactly once, in batches of one size.
 
@@ -237,12 +240,14 @@ def batches(
         dataset: the examples.
         batch_size: the size of every batch; the last is padded by `pad_batch`.
         rng: shuffles the examples. None: they come in order.
+        rows: the part of every batch to make, where other processes make the rest.
 
     Yields:
-        Batches of `batch_size`.
+        The `rows` of batches of `batch_size`.
     """
     examples = len(dataset.y)
     order = np.arange(examples) if rng is None else rng.permutation(examples)
+    size = len(range(batch_size)[rows])
     for start in range(0, examples, batch_size):
-        index = order[start : start + batch_size]
-        yield pad_batch(dataset.x[index], dataset.y[index], batch_size)
+        index = order[start : start + batch_size][rows]
+        yield pad_batch(dataset.x[index], dataset.y[index], size)

@@ -4,7 +4,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -67,7 +66,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh of one axis, "data".
 
     Args:
-        devices: the devices to use. None: all.
+        devices: the devices to use. None: all, of every process.
 
     Returns:
         A mesh over them, whose axis XLA partitions automatically.
@@ -75,32 +74,49 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(jax.devices() if devices is None else devices), (DATA_AXIS,))
 
 
+def process_rows(batch_size: int, mesh: Mesh) -> slice:
+    """Says which rows of a batch lie on the devices of this process.
+
+    Args:
+        batch_size: examples in a batch, over all devices.
+        mesh: a mesh made by `make_mesh`, in which the devices of a process follow one another.
+
+    Returns:
+        The rows that this process hands to `shard_batch`; all, where it is the only process.
+    """
+    mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+    start = mine.index(True)
+    return slice(start * batch_size // mesh.size, (start + sum(mine)) * batch_size // mesh.size)
+
+
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Splits the leading axis of a batch over the devices of a mesh.
 
     Args:
-        batch: leaves [N, ...].
+        batch: leaves [N, ...]; with several processes, the `process_rows` of this one.
         mesh: a mesh made by `make_mesh`.
 
     Returns:
-        The batch on the devices.
+        The batch on the devices; of all processes, where there are several.
 
     Raises:
         ValueError: the number of devices does not divide N.
     """
-    if len(batch.y) % mesh.size:
+    devices = mesh.local_mesh.size
+    if len(batch.y) % devices:
         raise ValueError(
-            f"batch has {len(batch.y)} examples, expected a multiple of the mesh's {mesh.size} "
+            f"batch has {len(batch.y)} examples, expected a multiple of the mesh's {devices} "
             "devices; pad it with `pad_batch`"
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return Batch(*(jax.make_array_from_process_local_data(sharding, leaf) for leaf in batch))
 
 
 def shard_dataset(dataset: Dataset, batch_size: int, mesh: Mesh) -> list[Batch]:
     """Puts every example of a dataset, in order, on the devices of a mesh.
 
     Args:
-        dataset: the examples.
+        dataset: the examples, the same in every process.
         batch_size: the size of every batch; the last is padded and masked.
         mesh: a mesh made by `make_mesh`.
 
@@ -110,7 +126,8 @@ def shard_dataset(dataset: Dataset, batch_size: int, mesh: Mesh) -> list[Batch]:
     Raises:
         ValueError: the number of devices does not divide `batch_size`.
     """
-    return [shard_batch(batch, mesh) for batch in batches(dataset, batch_size)]
+    rows = process_rows(batch_size, mesh)
+    return [shard_batch(batch, mesh) for batch in batches(dataset, batch_size, rows=rows)]
 
 
 def make_optimizer(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
@@ -435,20 +452,24 @@ def fit(
     *,
     batch_size: int,
     epochs: int,
-    seed: int,
+    seed: int | np.random.Generator,
     report_every: int = 5,
+    after: Report | None = None,
 ) -> Iterator[tuple[TrainState, Report]]:
     """Trains a model; each report also evaluates it.
 
     Args:
         state: the state before training, replicated over the mesh.
-        train: the training part.
+        train: the training part, the same in every process.
         validation: the part that the reports evaluate.
         mesh: the devices; their number divides `batch_size`.
         batch_size: examples in a step; the last batch of an epoch is padded and masked.
         epochs: passes over the training part.
-        seed: of the order of the examples.
+        seed: of the order of the examples; or the generator itself, which an epoch advances before
+            its first report.
         report_every: steps between two reports; the last step of an epoch also reports.
+        after: the last report of an epoch, to go on after it from its state and generator. None:
+            from the start.
 
     Yields:
         The state so far and a report on it.
@@ -456,10 +477,12 @@ def fit(
     step = _compile_train_step(state, train, mesh, batch_size)
     validation_batches = shard_dataset(validation, batch_size, mesh)
     rng = np.random.default_rng(seed)
-    steps = examples = 0
-    seconds = 0.0
-    for epoch in range(1, epochs + 1):
-        epoch_batches = batches(train, batch_size, rng)
+    rows = process_rows(batch_size, mesh)
+    steps, past_epochs, examples, seconds = (
+        (after.step, after.epoch, after.examples, after.seconds) if after else (0, 0, 0, 0.0)
+    )
+    for epoch in range(past_epochs + 1, epochs + 1):
+        epoch_batches = batches(train, batch_size, rng, rows)
         while group := list(itertools.islice(epoch_batches, report_every)):
             start = time.perf_counter()
             state, training = _take_steps(step, state, group, mesh)
@@ -473,7 +496,8 @@ def fit(
 def _compile_train_step(
     state: TrainState, train: Dataset, mesh: Mesh, batch_size: int
 ) -> jax.stages.Compiled:
-    batch = shard_batch(next(batches(train, batch_size)), mesh)
+    rows = process_rows(batch_size, mesh)
+    batch = shard_batch(next(batches(train, batch_size, rows=rows)), mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, out_shardings=replicated).lower(state, batch).compile()
 
@@ -486,40 +510,3 @@ def _take_steps(
         state, batch_metrics = step(state, shard_batch(batch, mesh))
         metrics.append(batch_metrics)
     return state, _summary(metrics)
-
-
-def save_checkpoint(path: Path, state: TrainState) -> None:
-    """Saves params and batch_stats with Orbax.
-
-    Args:
-        path: a folder that does not exist yet.
-        state: the model's state.
-    """
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), jax.device_get(_variables(state)))
-
-
-def restore_checkpoint(path: Path, state: TrainState) -> TrainState:
-    """Restores params and batch_stats that `save_checkpoint` saved, on any number of devices.
-
-    Args:
-        path: the checkpoint's folder.
-        state: a state of the same model, e.g. newly created.
-
-    Returns:
-        `state` with the saved values, on the devices that it was on.
-
-    Raises:
-        ValueError: the checkpoint is of another model.
-    """
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path.absolute(), _variables(state))
-    return state.replace(**restored)
-
-
-def _variables(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}

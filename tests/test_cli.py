@@ -1,10 +1,13 @@
 import errno
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import cli, training
+from bn_jax import checkpoints, cli, linen, models, processes, training
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
+RESULTS = {"checkpoint", "curves.png", "metrics.json", "test.npz"}
 COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.cli")
 
 
@@ -110,12 +114,7 @@ def test_train_writes_the_run_and_nothing_else(trained):
     assert {path.name for path in folder.iterdir()} == {"a", "bars.npz"}
     assert {path.name for path in (folder / "a").iterdir()} == {"run"}
     run = folder / "a/run"
-    assert {path.name for path in run.iterdir()} == {
-        "checkpoint",
-        "curves.png",
-        "metrics.json",
-        "test.npz",
-    }
+    assert {path.name for path in run.iterdir()} == RESULTS
     picture = (run / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.rstrip().endswith(b"IEND\xaeB`\x82")
 
@@ -225,6 +224,44 @@ BAD_OPTIONS = {
         "--data: received 3 examples, expected at least one for each of 4 devices; "
         "add examples or use --devices 3",
     ),
+    "coordinator alone": (
+        ["--coordinator", "127.0.0.1:1234"],
+        "--num-processes and --process-id: missing; give --coordinator, --num-processes, "
+        "--process-id together or none",
+    ),
+    "coordinator missing": (
+        ["--num-processes", "2", "--process-id", "0"],
+        "--coordinator: missing; give",
+    ),
+    "coordinator without port": (
+        ["--coordinator", "127.0.0.1", "--num-processes", "2", "--process-id", "0"],
+        "--coordinator: received 127.0.0.1, expected HOST:PORT with a port from 1 to 65535; give",
+    ),
+    "coordinator without host": (
+        ["--coordinator", ":1234", "--num-processes", "2", "--process-id", "0"],
+        "--coordinator: received :1234, expected HOST:PORT",
+    ),
+    "coordinator with a port too high": (
+        ["--coordinator", "[::1]:65536", "--num-processes", "2", "--process-id", "0"],
+        "--coordinator: received [::1]:65536, expected HOST:PORT",
+    ),
+    "no processes": (
+        ["--coordinator", "127.0.0.1:1234", "--num-processes", "0", "--process-id", "0"],
+        "--num-processes: received 0, expected a positive finite number",
+    ),
+    "process beyond the last": (
+        ["--coordinator", "127.0.0.1:1234", "--num-processes", "2", "--process-id", "2"],
+        "--process-id: received 2, expected 0 to 1 for --num-processes 2; number the processes",
+    ),
+    "process before the first": (
+        ["--coordinator", "127.0.0.1:1234", "--num-processes", "2", "--process-id", "-1"],
+        "--process-id: received -1, expected 0 to 1",
+    ),
+    "devices that processes cannot share": (
+        ["--coordinator", "[::1]:1", "--num-processes", "2", "--process-id", "1", "--devices", "3"],
+        "--devices: received 3, expected a multiple of the 2 processes, which take as many each; "
+        "use --devices 2",
+    ),
     "out is a file": (["--out", "good.npz"], "--out: good.npz is a file, expected a new folder"),
     "out is not empty": (["--out", "full"], "--out: full exists and is not empty; choose another"),
     "out in a file": (["--out", "good.npz/a"], "--out: good.npz/a cannot be"),
@@ -329,28 +366,49 @@ def test_eval_refuses(trained, command, tmp_path):
     assert files(tmp_path) == before
 
 
+def unfinished(folder):
+    (folder / "checkpoints/arm").mkdir(parents=True)
+    (folder / "checkpoints/config.json").write_text("{}")
+    return folder
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "disk full")])
-def test_a_failure_while_saving_leaves_nothing(tmp_path, failure):
-    with pytest.raises((KeyboardInterrupt, OSError)), cli._staged(tmp_path / "a/run") as folder:
+def test_a_failure_while_saving_leaves_the_checkpoints_alone(tmp_path, failure):
+    run = unfinished(tmp_path / "run")
+    before = files(run / "checkpoints")
+    with pytest.raises((KeyboardInterrupt, OSError)), cli._staged(run) as folder:
         (folder / "metrics.json").write_text("{")
         raise failure
-    assert files(tmp_path) == []
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    assert files(run / "checkpoints") == before
 
 
-def test_the_folder_appears_whole(tmp_path):
-    (tmp_path / "run").mkdir()
-    with cli._staged(tmp_path / "run") as folder:
+def test_results_replace_the_checkpoints(tmp_path):
+    run = unfinished(tmp_path / "run")
+    # As a process leaves it that was killed while the results were moved.
+    (run / "checkpoint/old").mkdir(parents=True)
+    (run / ".results/old").mkdir(parents=True)
+    with cli._staged(run) as folder:
+        (folder / "checkpoint").mkdir()
         (folder / "metrics.json").write_text("{}")
-        assert files(tmp_path / "run") == []
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.json"]
+        assert not (run / "metrics.json").exists()
+    assert {str(path.relative_to(run)) for path in run.rglob("*")} == {"checkpoint", "metrics.json"}
 
 
 def test_errors_of_the_file_system_are_one_line(good, command, monkeypatch, tmp_path):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = files(tmp_path)
     monkeypatch.setattr(cli, "_train_arm", fail)
+    code, _, err = command("train", "--data", "good.npz", "--out", "a run")
+    assert code == 1
+    assert err == (
+        "bn-jax: error: [Errno 28] No space left on device; "
+        "go on with bn-jax train --resume 'a run'\n"
+    )
+    assert [path.name for path in (tmp_path / "a run").iterdir()] == ["checkpoints"]
+    before = files(tmp_path)
+    monkeypatch.setattr(cli, "_begin", fail)
     code, _, err = command("train", "--data", "good.npz")
     assert code == 1
     assert err == "bn-jax: error: [Errno 28] No space left on device; nothing was saved\n"
@@ -394,8 +452,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def test_ctrl_c(good, tmp_path):
-    before = files(tmp_path)
-    train = [*COMMAND, *TRAIN, "--data", "good.npz", "--epochs", "10000"]
+    train = [*COMMAND, *TRAIN, "--data", "good.npz", "--epochs", "10000", "--out", "run"]
     process = subprocess.Popen(
         [sys.executable, "-c", HEED_SIGINT, *train],
         cwd=tmp_path,
@@ -408,8 +465,162 @@ def test_ctrl_c(good, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "bn-jax: error: interrupted; nothing was saved\n"
+    assert err == "bn-jax: error: interrupted; go on with bn-jax train --resume run\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    positions = checkpoints.positions(tmp_path / "run/checkpoints/no-normalization")
+    assert any(map(checkpoints.is_intact, positions))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network that compiles fast, for the tests of what surrounds it."""
+
+    def make_model(arm, num_classes, per_device):
+        norm = None if arm == cli.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
+        return models.ResNet(num_classes, stage_sizes=(1,), widths=(4,), norm=norm)
+
+    monkeypatch.setattr(cli, "_make_model", make_model)
+    monkeypatch.setattr(cli, "ARMS", (cli.NO_NORM, cli.SYNCHRONIZED))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run")
+
+
+def interrupt(monkeypatch, step):
+    """Has Ctrl-C come after this step, in the midst of an epoch, of the second arm."""
+    fit, calls = training.fit, itertools.count(1)
+
+    def interrupted_fit(*arguments, **options):
+        call = next(calls)
+        for reached in fit(*arguments, **options):
+            if (call, reached[1].step) == (2, step):
+                raise KeyboardInterrupt
+            yield reached
+
+    monkeypatch.setattr(training, "fit", interrupted_fit)
+
+
+def numbers(run):
+    """The metrics but for what depends on the clock."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    for arm in metrics["arms"].values():
+        assert arm.pop("examples_per_second") > 0
+    del metrics["checkpoint_sha256"]
+    return metrics
+
+
+@pytest.fixture
+def uninterrupted(good, small, command, tmp_path):
+    code, _, err = command(*LONG)
+    assert (code, err) == (0, "")
+    return numbers((tmp_path / "run").rename(tmp_path / "uninterrupted"))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_all(arm):
+    for path in checkpoints.positions(arm):
+        flip(path / "position.json")
+
+
+# What is left of the arm's checkpoints after epoch 2 and 3, and where it goes on.
+DAMAGES = {
+    "none": (lambda arm: None, [], 3),
+    "flipped": (lambda arm: flip(next((arm / "3/state/d").iterdir())), ["3"], 2),
+    "torn": (lambda arm: (arm / "3.sha256").unlink(), ["3"], 2),
+    "all": (flip_all, ["3", "2"], 0),
+}
+
+
+def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=23)
+        code, _, err = command(*LONG)
+    assert code == 130
+    assert err == "bn-jax: error: interrupted; go on with bn-jax train --resume run\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    for name, (damage, skipped, epoch) in DAMAGES.items():
+        run = copy_of(tmp_path / "run", tmp_path / name)
+        damage(run / "checkpoints/synchronized-batch-norm")
+        code, out, err = command("train", "--resume", name)
+        assert code == 0
+        warnings = [
+            f"bn-jax: warning: {name}/checkpoints/synchronized-batch-norm/{number} is torn or "
+            "damaged (its SHA-256 is not the one saved beside it); synchronized batch norm goes "
+            "on from the checkpoint before it, or anew where there is none"
+            for number in skipped
+        ]
+        assert err.splitlines() == warnings
+        shown = [line for line in out.splitlines() if line.startswith("synchronized batch norm: ")]
+        assert len(shown) == 4 - max(epoch - 1, 0)
+        assert numbers(run) == uninterrupted
+        assert {path.name for path in run.iterdir()} == RESULTS
+
+
+def test_a_run_resumes_on_other_devices(uninterrupted, command, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=11)
+        assert command(*LONG)[0] == 130
+    code, _, err = command("train", "--resume", "run", "--devices", "4")
+    assert (code, err) == (0, "")
+    resumed = numbers(tmp_path / "run")
+    assert resumed["config"] == uninterrupted["config"]
+    for name, arm in uninterrupted["arms"].items():
+        for curve, values in arm["curves"].items():
+            np.testing.assert_allclose(resumed["arms"][name]["curves"][curve], values, rtol=1e-3)
+
+
+def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=5)
+        assert command(*LONG)[0] == 130
+    finished = copy_of(tmp_path / "run", tmp_path / "finished")
+    (finished / "metrics.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    config = Path("checkpoints/config.json")
+    (copy_of(tmp_path / "run", tmp_path / "json") / config).write_text("{")
+    (copy_of(tmp_path / "run", tmp_path / "keys") / config).write_text('{"config": {}}')
+    types = copy_of(tmp_path / "run", tmp_path / "types") / config
+    types.write_text(types.read_text().replace('"seed": 0', '"seed": "zero"'))
+    cases = {
+        ("finished",): "--resume: finished is a finished run; see it with bn-jax eval, or train",
+        ("empty",): "--resume: empty is not an unfinished run (FileNotFoundError: ",
+        ("none",): "--resume: none is not an unfinished run (FileNotFoundError: ",
+        ("good.npz",): "--resume: good.npz is not an unfinished run (NotADirectoryError: ",
+        ("json",): "--resume: json is not an unfinished run (JSONDecodeError: ",
+        ("keys",): "--resume: keys is not an unfinished run (KeyError: 'data'), expected a folder ",
+        ("types",): "--resume: types is not an unfinished run (ValueError: invalid literal for int",
+        ("run", "--epochs", "4"): "--epochs: given with --resume, which goes on with the run's own",
+        ("run", "--data", "good.npz"): "--data: given with --resume, which goes on with the run's",
+        ("run", "--out", "run"): "--out: given with --resume, which goes on with the run's own",
+        ("run", "--devices", "3"): "--devices: received 3, expected a divisor of the run's batch "
+        "size, 8; use --devices 2 as before",
+    }
+    before = files(tmp_path)
+    for arguments, message in cases.items():
+        code, out, err = command("train", "--resume", *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith(f"bn-jax: error: {message}"), arguments
+        assert err.count("\n") == 1, arguments
     assert files(tmp_path) == before
+    np.savez(tmp_path / "good.npz", **bars(seed=1))
+    code, out, err = command("train", "--resume", "run")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"bn-jax: error: --resume: {tmp_path / 'good.npz'} no longer holds the data of run (its "
+        "SHA-256 is another); restore the data or train anew\n"
+    )
+    (tmp_path / "good.npz").unlink()
+    code, _, err = command("train", "--resume", "run")
+    assert code == 2
+    assert err.startswith(f"bn-jax: error: --data: {tmp_path / 'good.npz'} does not exist; give")
 
 
 @pytest.mark.parametrize(
@@ -455,3 +666,51 @@ def test_help_and_usage(command):
         "",
         "bn-jax: error: No such command 'trian'. Did you mean 'train'?\n",
     )
+
+
+def test_a_coordinator_without_launcher_is_refused(command, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    code, out, err = command("train")
+    assert (code, out) == (2, "")
+    assert err == (
+        "bn-jax: error: JAX_COORDINATOR_ADDRESS is set, expected also a launcher that tells JAX "
+        "the number of processes; give --coordinator, --num-processes and --process-id, or unset "
+        "it\n"
+    )
+
+
+def test_processes_that_cannot_connect(good, command, monkeypatch):
+    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    code, out, err = command("train", "--data", "good.npz")
+    assert (code, out) == (1, "")
+    # The devices of this process are in place already.
+    assert err.startswith("bn-jax: error: JAX cannot connect the processes (jax.distributed.init")
+    assert err.count("\n") == 1
+
+
+def test_processes_must_have_the_same_options(good, command, monkeypatch, tmp_path):
+    before = files(tmp_path)
+
+    def from_first(text):
+        return json.dumps(json.loads(text) | {"--epochs": 3})
+
+    monkeypatch.setattr(processes, "from_first", from_first)
+    code, out, err = command("train", "--data", "good.npz", "--epochs", "2")
+    assert (code, out) == (2, "")
+    assert err == (
+        "bn-jax: error: --epochs: received 2, process 0 3, expected the same; start every process "
+        "with the options of process 0\n"
+    )
+    assert files(tmp_path) == before
+
+
+def test_a_port_in_use_is_refused(good, command, monkeypatch):
+    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        address = f"127.0.0.1:{used.getsockname()[1]}"
+        shared = ("--coordinator", address, "--num-processes", 2, "--process-id", 0)
+        code, out, err = command("train", "--data", "good.npz", *shared)
+    assert (code, out) == (1, "")
+    assert err.startswith("bn-jax: error: JAX cannot connect the processes ([Errno ")
+    assert "ddress already in use" in err and err.count("\n") == 1

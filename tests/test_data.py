@@ -31,6 +31,18 @@ def test_every_example_is_in_exactly_one_batch(examples, shuffled):
     assert (seen == list(range(examples))) == (not shuffled or examples == 1)
 
 
+@pytest.mark.parametrize("examples", [1, 7, 9, 16])
+def test_rows_are_those_of_the_whole_batch(examples):
+    whole, first, second = (
+        list(data.batches(numbered(examples), 8, np.random.default_rng(0), rows))
+        for rows in (slice(None), slice(0, 4), slice(4, 8))
+    )
+    assert len(whole) == len(first) == len(second)
+    for batch, *parts in zip(whole, first, second, strict=True):
+        for leaf, *rows in zip(batch, *parts, strict=True):
+            np.testing.assert_array_equal(np.concatenate(rows), leaf)
+
+
 def test_pad_batch_keeps_a_full_batch_and_refuses_a_longer_one():
     x, y = numbered(4)
     full = data.pad_batch(x, y, 4)

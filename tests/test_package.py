@@ -23,7 +23,9 @@ FLOORS = {
     "nnx": 4,
     "data": 6,
     "models": 6,
+    "processes": 6,
     "training": 6,
+    "checkpoints": 6,
     "cli": 7,
 }
 OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich")

@@ -1,5 +1,6 @@
 import functools
 import itertools
+from types import SimpleNamespace
 
 import chex
 import flax.linen as nn
@@ -160,17 +161,18 @@ def test_evaluation_does_not_depend_on_batches(devices):
         np.testing.assert_allclose(evaluation.loss, expected, rtol=1e-5)
 
 
-def fit(name="synchronized", seed=0, epochs=3):
+def fit(seed=0, state=None, after=None):
     return list(
         training.fit(
-            initial_state(name, 2),
+            initial_state("synchronized", 2) if state is None else state,
             dataset(35),
             dataset(7, 1),
             mesh(2),
             batch_size=SIZE,
-            epochs=epochs,
+            epochs=3,
             seed=seed,
             report_every=2,
+            after=after,
         )
     )
 
@@ -195,6 +197,28 @@ def test_fit_is_reproducible_and_shuffles():
     assert state.step == 15
 
 
+def test_fit_goes_on_after_an_epoch():
+    whole = fit()
+    rng = np.random.default_rng(0)
+    rng.permutation(35)
+    state, last = whole[2]
+    rest = fit(rng, state, last)
+    untimed = [report._replace(seconds=0) for _, report in rest]
+    assert untimed == [report._replace(seconds=0) for _, report in whole[3:]]
+    assert rest[0][1].seconds > last.seconds
+    jax.tree.map(np.testing.assert_array_equal, variables(rest[-1][0]), variables(whole[-1][0]))
+    assert fit(rng, *whole[-1]) == []
+
+
+@pytest.mark.parametrize(
+    ("owners", "start", "stop"), [([0, 0], 0, 12), ([0, 1], 0, 6), ([2, 2, 0], 8, 12)]
+)
+def test_a_process_feeds_the_rows_of_its_devices(owners, start, stop):
+    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
+    mesh = SimpleNamespace(devices=devices, size=len(owners))
+    assert training.process_rows(12, mesh) == slice(start, stop)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_optimizer_reaches_the_learning_rate_and_returns_to_zero(steps):
     optimizer = training.make_optimizer(0.5, steps)
@@ -211,25 +235,6 @@ def test_optimizer_reaches_the_learning_rate_and_returns_to_zero(steps):
     np.testing.assert_allclose(rates.max(), 0.5, rtol=1e-5)
     assert rates.argmax() == steps // 10
     np.testing.assert_allclose(rates[-1], 0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", NORMS)
-def test_checkpoint_moves_between_device_counts(tmp_path, name):
-    state, _ = train(name, 4)
-    training.save_checkpoint(tmp_path / "checkpoint", state)
-    for devices in (1, 2):
-        restored = training.restore_checkpoint(
-            tmp_path / "checkpoint", initial_state(name, devices)
-        )
-        jax.tree.map(np.testing.assert_array_equal, variables(restored), variables(state))
-        kernel = restored.params["classifier"]["kernel"]
-        assert kernel.sharding.device_set == set(mesh(devices).devices.flat)
-
-
-def test_checkpoint_of_another_model_is_refused(tmp_path):
-    training.save_checkpoint(tmp_path / "checkpoint", initial_state("none"))
-    with pytest.raises(ValueError, match="batch_stats"):
-        training.restore_checkpoint(tmp_path / "checkpoint", initial_state("synchronized"))
 
 
 def test_it_learns_digits():
