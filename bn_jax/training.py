@@ -18,6 +18,8 @@ from bn_jax.data import Batch, Dataset, batches
 from bn_jax.moments import Moments, merge_moments
 
 DATA_AXIS = "data"
+# What a model updates in every part of a batch.
+IN_PARTS = ["batch_stats", "batch_moments"]
 
 
 class TrainState(train_state.TrainState):
@@ -34,7 +36,7 @@ class Metrics(NamedTuple):
     examples: jax.Array
 
 
-# The metrics of some parts of a batch, and what the model has collected and updated in them.
+# The metrics of a batch or some of its parts, and what the model has updated in them.
 _Reached: TypeAlias = tuple[Metrics, dict[str, Any]]
 
 
@@ -194,20 +196,32 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         The state after the step, and the metrics of the model before it.
     """
 
-    def mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        logits, updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch.x,
-            train=True,
-            mask=batch.mask,
-            mutable=["batch_stats"],
-        )
-        metrics = _metrics(logits, batch)
-        return metrics.loss / metrics.examples, (metrics, updates)
+    def mean_loss(params: Any) -> tuple[jax.Array, _Reached]:
+        loss, (metrics, updates) = _train_on(state, params, batch, {}, ["batch_stats"])
+        return loss / metrics.examples, (metrics, updates)
 
     gradients, (metrics, updates) = jax.grad(mean_loss, has_aux=True)(state.params)
     batch_stats = updates.get("batch_stats", {})
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+def _train_on(
+    state: TrainState,
+    params: Any,
+    batch: Batch,
+    collections: dict[str, Any],
+    mutable: Sequence[str],
+) -> tuple[jax.Array, _Reached]:
+    """Returns the sum of the losses; the metrics, and what the model has updated."""
+    logits, updates = state.apply_fn(
+        {"params": params, "batch_stats": state.batch_stats, **collections},
+        batch.x,
+        train=True,
+        mask=batch.mask,
+        mutable=mutable,
+    )
+    metrics = _metrics(logits, batch)
+    return metrics.loss, (metrics, updates)
 
 
 def accumulated_train_step(
@@ -267,25 +281,10 @@ def _split_batch(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _apply_to_part(
-    state: TrainState, params: Any, part: Batch, collections: dict[str, Any]
-) -> tuple[jax.Array, _Reached]:
-    """Returns the sum of the losses; the metrics, and what the model collects and updates."""
-    logits, updates = state.apply_fn(
-        {"params": params, "batch_stats": state.batch_stats, **collections},
-        part.x,
-        train=True,
-        mask=part.mask,
-        mutable=["batch_stats", "batch_moments"],
-    )
-    metrics = _metrics(logits, part)
-    return metrics.loss, (metrics, updates)
-
-
 def _before_the_parts(state: TrainState, parts: Batch) -> _Reached:
     """Returns no metrics, the moments of nothing, and the statistics as they are."""
     first = jax.tree.map(lambda leaf: leaf[0], parts)
-    _, reached = jax.eval_shape(lambda: _apply_to_part(state, state.params, first, {}))
+    _, reached = jax.eval_shape(lambda: _train_on(state, state.params, first, {}, IN_PARTS))
     metrics, updates = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reached)
     norms = {path[:-1] for path, _ in jax.tree.leaves_with_path(updates.get("batch_moments", {}))}
     for path, _ in jax.tree.leaves_with_path(state.batch_stats):
@@ -302,8 +301,8 @@ def _add_part(
     state: TrainState, params: Any, given: dict[str, Any], reached: _Reached, part: Batch
 ) -> tuple[jax.Array, _Reached]:
     metrics, updates = reached
-    moments = {name: updates[name] for name in ("batch_moments",) if name in updates}
-    loss, (of_part, updates) = _apply_to_part(state, params, part, moments | given)
+    moments = {name: found for name, found in updates.items() if name == "batch_moments"}
+    loss, (of_part, updates) = _train_on(state, params, part, moments | given, IN_PARTS)
     return loss, (jax.tree.map(jnp.add, metrics, of_part), updates)
 
 
