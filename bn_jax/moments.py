@@ -22,6 +22,9 @@ was measured). Two limits are those of the format. Squares under its smallest no
 an absolute error of the variance of up to twice that, 2.4e-38. A variance beyond its largest number
 is infinite, and so is a mean whose sum is: such a batch counts as not finite.
 
+Groups that may lie on different devices (ghost batch norm) share no such decision: they are
+measured twice always, around a guess and around their own means.
+
 The centre stays the unevaluated sum ``shift + delta``: rounding it to one float would leave half a
 unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 """
