@@ -1,11 +1,12 @@
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close
+from support import assert_close, far_from_initial
 
 from bn_jax import linen, models
 
@@ -139,3 +140,136 @@ def test_widths_must_match_stage_sizes():
         ValueError, match=r"widths has 2 entries, expected 3, one for each of stage"
     ):
         init(make_model(None, stage_sizes=(1, 1, 1)))
+
+
+def test_the_stem_is_one_of_two():
+    with pytest.raises(ValueError, match="stem='imagenet', expected '3x3' or '7x7'"):
+        init(make_model(None, stem="imagenet"))
+
+
+# --- for ImageNet -----------------------------------------------------------------------------
+
+# As torchvision publishes them for 1000 classes: of its networks, batch norm included.
+PUBLISHED_PARAMETERS = {
+    models.ResNet18: 11_689_512,
+    models.ResNet34: 21_797_672,
+    models.ResNet50: 25_557_032,
+    models.ResNet101: 44_549_160,
+    models.ResNet152: 60_192_808,
+}
+STATELESS = {
+    "layer norm": nn.LayerNorm,
+    "RMS norm": nn.RMSNorm,
+    "group norm": functools.partial(nn.GroupNorm, num_groups=2),
+    "instance norm": nn.InstanceNorm,
+}
+
+
+def shapes(model, size, **options):
+    x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    return jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, train=False, **options), x
+    )
+
+
+@pytest.mark.parametrize("network", PUBLISHED_PARAMETERS)
+def test_parameter_counts_are_the_published_ones(network):
+    _, variables = shapes(network(1000), 32)
+    leaves = jax.tree.leaves(variables["params"])
+    assert sum(leaf.size for leaf in leaves) == PUBLISHED_PARAMETERS[network]
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+    assert "batch_stats" in variables
+
+
+@pytest.mark.parametrize("network,expansion", [(models.ResNet18, 1), (models.ResNet50, 4)])
+def test_each_stage_halves_the_image(network, expansion):
+    logits, variables = shapes(network(1000, dtype=jnp.bfloat16), 224, capture_intermediates=True)
+    assert logits == jax.ShapeDtypeStruct((2, 1000), jnp.float32)
+    found = variables["intermediates"]
+    conv, norm = (found["stem"][name]["__call__"][0] for name in ("conv", "norm"))
+    assert conv == norm == jax.ShapeDtypeStruct((2, 112, 112, 64), jnp.bfloat16)
+    for stage, (size, width) in enumerate([(56, 64), (28, 128), (14, 256), (7, 512)]):
+        expected = jax.ShapeDtypeStruct((2, size, size, width * expansion), jnp.bfloat16)
+        blocks = [name for name in found if name.startswith(f"stage{stage}_")]
+        assert len(blocks) == network.keywords["stage_sizes"][stage]
+        for block in blocks:
+            assert found[block]["__call__"] == (expected,)
+
+
+def small_imagenet(norm):
+    attributes = dict(stage_sizes=(1, 1), widths=(4, 6), block=models.Bottleneck, stem="7x7")
+    return make_model(norm, **attributes)
+
+
+def define_conv_norm(variables, x, strides=1, padding=(0, 0)):
+    """A convolution by JAX's own, and batch norm of running statistics from its formula."""
+    params, stats = variables["params"], variables["batch_stats"]["norm"]
+    x = jax.lax.conv_general_dilated(
+        x, params["conv"]["kernel"], (strides, strides), (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    x, scale, bias, mean, var = (
+        np.float64(one)
+        for one in (x, params["norm"]["scale"], params["norm"]["bias"], stats["mean"], stats["var"])
+    )
+    return jnp.float32((x - mean) / np.sqrt(var + 1e-5) * scale + bias)
+
+
+def define_bottleneck(variables, x, strides, padding):
+    def layer(name, *how):
+        return define_conv_norm({kind: tree[name] for kind, tree in variables.items()}, *how)
+
+    y = nn.relu(layer("ConvNorm_0", x))
+    y = nn.relu(layer("ConvNorm_1", y, strides, padding))
+    return nn.relu(layer("ConvNorm_2", y) + layer("shortcut", x, strides))
+
+
+def test_an_imagenet_network_is_version_one_and_a_half():
+    model = small_imagenet(BATCH_NORM)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 30, 30, 2)), jnp.float32)
+    variables = far_from_initial(init(model))
+
+    def part(name):
+        return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+    y = nn.relu(define_conv_norm(part("stem"), x, 2, (3, 3)))
+    assert y.shape == (2, 15, 15, 4)
+    padded = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = [padded[:, i : i + 15 : 2, j : j + 15 : 2] for i in range(3) for j in range(3)]
+    y = functools.reduce(jnp.maximum, windows)
+    y = define_bottleneck(part("stage0_block0"), y, 1, (1, 1))
+    y = define_bottleneck(part("stage1_block0"), y, 2, (0, 1))
+    classifier = variables["params"]["classifier"]
+    kernel, bias = (np.float64(classifier[name]) for name in ("kernel", "bias"))
+    expected = np.float64(y).mean((1, 2)) @ kernel + bias
+    assert_close(apply_eval(model, variables, x), expected, dtype=jnp.float32)
+
+
+def test_flax_batch_norm_makes_the_same_network():
+    ours = small_imagenet(BATCH_NORM)
+    flax = small_imagenet(functools.partial(nn.BatchNorm, momentum=0.9))
+    chex.assert_trees_all_equal(init(ours), init(flax))
+    variables = far_from_initial(init(ours))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 16, 16, 2)), jnp.float32)
+    found, expected = (apply_train(model, variables, x) for model in (ours, flax))
+    assert_close(found, expected, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("norm", STATELESS.values(), ids=STATELESS)
+def test_a_norm_without_state_takes_neither_mode_nor_mask(norm):
+    model = make_model(norm, stage_sizes=(1,), widths=(4,))
+    variables = init(model)
+    assert set(variables) == {"params"}
+    expected = apply_eval(model, variables, images())
+    found, updates = apply_train(model, variables, images(), jnp.arange(8) < 5)
+    assert updates == {}
+    assert_close(found, expected)
+
+
+def test_a_norm_that_is_set_to_its_running_statistics_stays_so():
+    frozen = functools.partial(BATCH_NORM, use_running_average=True)
+    model = make_model(frozen, stage_sizes=(1,), widths=(4,))
+    variables = far_from_initial(init(model))
+    found, updates = apply_train(model, variables, images())
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    assert_close(found, apply_eval(model, variables, images()))
