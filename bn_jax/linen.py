@@ -15,7 +15,14 @@ from bn_jax.batch_norm import (
     normalize_by_batch,
     update_batch_stats,
 )
-from bn_jax.moments import Moments, canonical_axes, mean_dtype, merge_moments, statistics_dtype
+from bn_jax.moments import (
+    Moments,
+    as_floating,
+    canonical_axes,
+    mean_dtype,
+    merge_moments,
+    statistics_dtype,
+)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -96,9 +103,10 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         self._require_batch_stats(use_running_average)
-        axes = canonical_axes("axis", self.axis, jnp.ndim(x))
+        x = as_floating("x", x)
+        axes = canonical_axes("axis", self.axis, x.ndim)
         features = tuple(x.shape[axis] for axis in axes)
-        variables = self._variables(features, jnp.asarray(x).dtype)
+        variables = self._variables(features, x.dtype)
         params: Params = {}
         if self.use_scale:
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
