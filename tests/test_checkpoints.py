@@ -1,10 +1,15 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+import test_flax_compat as contract
+from flax import nnx
+from support import far_from_initial
 
 from bn_jax import checkpoints, linen, models, training
 
@@ -136,3 +141,26 @@ def test_the_sha256_is_written_last(tmp_path, monkeypatch):
         checkpoints.save_position(tmp_path, position(1))
     monkeypatch.undo()
     assert (tmp_path / "1/state").exists() and not checkpoints.is_intact(tmp_path / "1")
+
+
+def made_by(api, direction):
+    """What each norm of Flax's or ours keeps, as its users save it; and the same, abstractly."""
+    norms = [norm for norm in contract.NORMS.values() if norm.api == api]
+    if api == "linen":
+        kept = {norm.name: norm.init(norm.kinds[direction]) for norm in norms}
+    else:
+        kept = {norm.name: nnx.state(norm.make(norm.kinds[direction])) for norm in norms}
+    return kept, jax.eval_shape(lambda: kept)
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("saving", [0, 1], ids=["ours", "flax"])
+def test_orbax_checkpoints_move_between_flax_and_ours(tmp_path, api, saving):
+    """Those of msgpack are in tests/test_flax_compat.py."""
+    saved = far_from_initial(made_by(api, saving)[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "norms", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "norms", made_by(api, 1 - saving)[1])
+    chex.assert_trees_all_equal(restored, saved, strict=True)
+    assert len(restored) == 5

@@ -222,6 +222,12 @@ NORMS = {
     for norm in rows("linen") + rows("nnx")
     if hasattr(OURS[norm.api], norm.name)
 }
+
+
+def written(options):
+    return ", ".join(f"{name}={getattr(v, '__name__', v)}" for name, v in options.items())
+
+
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 
 
@@ -313,7 +319,7 @@ def outcomes(norm, kind):
 @pytest.mark.parametrize(
     "norm,number",
     [
-        pytest.param(norm, number, id=f"{name} {how} {options}")
+        pytest.param(norm, number, id=f"{name} {how} {written(options)}")
         for name, norm in NORMS.items()
         for number, (options, how) in enumerate(cases_of(norm))
     ],
@@ -374,7 +380,7 @@ ERRORS = {
 @pytest.mark.parametrize(
     "norm,options,message",
     [
-        pytest.param(norm, options, message, id=f"{name} {options}")
+        pytest.param(norm, options, message, id=f"{name} {written(options)}")
         for name, norm in NORMS.items()
         for options, message in [
             *ERRORS.get(norm.name, []),
