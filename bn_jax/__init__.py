@@ -3,26 +3,31 @@
 from bn_jax import linen, nnx
 from bn_jax.batch_norm import (
     BatchStats,
-    Params,
     batch_norm,
     init_batch_stats,
     init_params,
     normalize_by_batch,
     update_batch_stats,
 )
+from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import Moments, merge_moments, moments
+from bn_jax.standardize import Params
 
 __all__ = [
     "BatchStats",
     "Moments",
     "Params",
     "batch_norm",
+    "group_norm",
     "init_batch_stats",
     "init_params",
+    "instance_norm",
+    "layer_norm",
     "linen",
     "merge_moments",
     "moments",
     "nnx",
     "normalize_by_batch",
+    "rms_norm",
     "update_batch_stats",
 ]

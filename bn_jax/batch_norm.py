@@ -1,15 +1,12 @@
 """Batch normalization as a pure function of parameters, statistics and input."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
-from math import prod
+from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax.moments import (
     AxisName,
@@ -25,19 +22,21 @@ from bn_jax.moments import (
     make_reduction,
     mean_dtype,
     merge_along,
+    split_axis,
     static_count,
     statistics_dtype,
 )
-from bn_jax.standardize import Transform, standardize
-
-Activation: TypeAlias = Callable[[jax.Array], jax.Array]
-
-
-class Params(TypedDict, total=False):
-    """The learned parameters, each of the shape of the features; either may be absent."""
-
-    scale: jax.Array
-    bias: jax.Array
+from bn_jax.standardize import (
+    Activation,
+    Params,
+    Transform,
+    as_params,
+    check_epsilon,
+    check_features,
+    make_normalizer,
+    make_transform,
+    output_dtype,
+)
 
 
 class BatchStats(TypedDict):
@@ -262,28 +261,13 @@ def normalize_by_batch(
     The first half of `batch_norm` in training, for who updates the running statistics otherwise
     than once in every call: once for several micro-batches, or not at all.
 
-    Args:
-        params: as for `batch_norm`, as is everything else.
-        batch_stats: its mean is only where the measuring starts, and both it and `var` normalize a
-            feature to which nothing valid contributed.
-        x: see `batch_norm`.
-        axis: see `batch_norm`.
-        epsilon: see `batch_norm`.
-        mask: see `batch_norm`.
-        activation: see `batch_norm`.
-        residual: see `batch_norm`.
-        axis_name: see `batch_norm`.
-        axis_index_groups: see `batch_norm`.
-        virtual_batch_size: see `batch_norm`.
-        dtype: see `batch_norm`.
-        initializing: see `batch_norm`.
+    Arguments and errors are those of `batch_norm`. Of `batch_stats`, the mean is only where the
+    measuring starts, and both it and the variance normalize a feature to which nothing valid
+    contributed.
 
     Returns:
         `y`, of the shape of `x`, and the `Moments` of the batch, each of the shape of the
         features (of virtual batches, merged); the count is a scalar where it is the same for all.
-
-    Raises:
-        TypeError, ValueError, NameError: as `batch_norm` does.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -313,7 +297,9 @@ def normalize_by_batch(
     if not initializing:
         _check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
-    transform = _transform(layout, params, found.shift, found.delta, var, epsilon)
+    transform = make_transform(
+        params, layout.expanded_shape, found.shift, found.delta, var, epsilon
+    )
     return normalize(examples, mask, transform), _merged(layout, features, found)
 
 
@@ -417,17 +403,19 @@ def _prepare(
     dtype: Any,
 ) -> _Prepared:
     x = as_floating("x", x)
-    params = cast(Params, jax.tree.map(jnp.asarray, params))
+    params = as_params(params)
+    _check_complete(batch_stats)
+    known = {name: batch_stats.get(name) for name in BatchStats.__annotations__}
     feature_axes = canonical_axes("axis", axis, x.ndim)
-    _check_features(params, batch_stats, x.shape, feature_axes, axis)
+    check_features("axis", axis, feature_axes, x.shape, params=params, batch_stats=known)
     _check_mean_fits(batch_stats, x)
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     _check_activation(activation)
     residual = None if residual is None else _as_residual(residual, x.shape)
     mask = None if mask is None else broadcastable_mask(mask, x.shape)
-    dtype = _output_dtype(dtype, x, params, residual)
+    dtype = output_dtype(dtype, x, params, residual)
     layout = _make_layout(x, feature_axes, dtype)
-    normalize = _make_normalizer(dtype, jax.typeof(x), mask, activation, residual)
+    normalize = make_normalizer(dtype, jax.typeof(x), mask, activation, residual)
     return _Prepared(layout, params, x, mask, normalize)
 
 
@@ -437,7 +425,8 @@ def _normalize_by_running(
     layout, params, x, mask, normalize = given
     mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     var = layout.expand(batch_stats["var"], layout.dtype)
-    transform = _transform(layout, params, mean, jnp.zeros_like(mean), var, epsilon)
+    shape = layout.expanded_shape
+    transform = make_transform(params, shape, mean, jnp.zeros_like(mean), var, epsilon)
     return normalize(x, mask, transform)
 
 
@@ -459,7 +448,7 @@ def _split_groups(
 ) -> tuple[_Layout, jax.Array, jax.Array | None]:
     """Splits the batch axis into groups and examples of a group."""
     batch_axis = layout.reduction_axes[0]
-    split = partial(_split_axis, batch_axis, virtual_batch_size)
+    split = partial(split_axis, batch_axis, virtual_batch_size)
     groups = split(x)
     feature_axes = tuple(axis + (axis > batch_axis) for axis in layout.feature_axes)
     split_layout = layout._replace(
@@ -475,40 +464,6 @@ def _split_groups(
         group_axis=batch_axis,
     )
     return split_layout, groups, None if mask is None else split(mask)
-
-
-def _split_axis(axis: int, size: int, values: jax.Array) -> jax.Array:
-    """Splits an axis into groups and members; an axis that is to be broadcast into two of them."""
-    length = values.shape[axis]
-    pair = (1, 1) if length == 1 else (length // size, size)
-    shape = (*values.shape[:axis], *pair, *values.shape[axis + 1 :])
-    sharding = jax.typeof(values).sharding
-    names = sharding.spec[axis]
-    if names is None:
-        return values.reshape(shape)
-    # An explicitly sharded axis: whole groups on each shard, or a part of every group, or all.
-    shards = prod(sharding.mesh.shape[name] for name in jax.tree.leaves(names))
-    choices = (pair[0], (names, None)), (pair[1], (None, names)), (0, (None, None))
-    placed = next(place for divided, place in choices if divided % shards == 0)
-    spec = PartitionSpec(*sharding.spec[:axis], *placed, *sharding.spec[axis + 1 :])
-    return lax.reshape(values, shape, out_sharding=NamedSharding(sharding.mesh, spec))
-
-
-def _transform(
-    layout: _Layout,
-    params: Params,
-    shift: jax.Array,
-    delta: jax.Array,
-    var: jax.Array,
-    epsilon: float | jax.Array,
-) -> Transform:
-    given = (params[name].dtype for name in ("scale", "bias") if name in params)
-    dtype = mean_dtype(layout.dtype, layout.mean_dtype, *given)
-    scale, bias = (
-        layout.expand(params[name], dtype) if name in params else None for name in ("scale", "bias")
-    )
-    var_plus_epsilon = var + jnp.asarray(epsilon, layout.dtype)
-    return Transform(shift.astype(dtype), delta.astype(dtype), var_plus_epsilon, scale, bias)
 
 
 def _batch_moments(
@@ -527,46 +482,6 @@ def _batch_moments(
     found = centred_moments(reduction, x, mask, shift)
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
     return found, jnp.where(found.count > 0, found.var, running_var)
-
-
-def _make_normalizer(
-    dtype: Any,
-    like: Any,
-    mask: jax.Array | None,
-    activation: Activation | None,
-    residual: jax.Array | None,
-) -> Callable[[jax.Array, jax.Array | None, Transform], jax.Array]:
-    """Returns what takes examples, their mask and the transform to the output."""
-
-    def normalize(examples: jax.Array, own_mask: jax.Array | None, by: Transform) -> jax.Array:
-        y = _reshape_like(like, standardize(dtype, examples, own_mask, by))
-        return _finish(mask, activation, residual, y)
-
-    # Rematerialized, a scan keeps x alone for the backward pass. With a residual it would have to
-    # keep that too, of which a relu needs no more than a sign.
-    if activation is None or residual is not None:
-        return normalize
-    return jax.checkpoint(normalize, prevent_cse=False)
-
-
-def _finish(
-    mask: jax.Array | None,
-    activation: Activation | None,
-    residual: jax.Array | None,
-    y: jax.Array,
-) -> jax.Array:
-    """Adds the residual and applies the activation; a masked NaN has no derivative in them."""
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    if mask is None:
-        return y if activation is None else activation(y)
-    # The derivative of a NaN is NaN, and NaN times a cotangent of zero would reach the sums over
-    # the batch: what is differentiated must not see it.
-    usable = mask.astype(bool) | jnp.isfinite(y)
-    if activation is None:
-        return jnp.where(usable, y, lax.stop_gradient(y))
-    unusable = lax.stop_gradient(activation(y))
-    return jnp.where(usable, activation(jnp.where(usable, y, 0)), unusable)
 
 
 def _merged(layout: _Layout, features: tuple[int, ...], found: CentredMoments) -> Moments:
@@ -597,14 +512,6 @@ def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return average if becomes_complex else average.astype(old.dtype)
 
 
-def _reshape_like(like: Any, values: jax.Array) -> jax.Array:
-    """Returns `values` with shape and explicit sharding of `like`, the type of an array."""
-    if values.shape == like.shape:
-        return values
-    explicit = any(names is not None for names in like.sharding.spec)
-    return lax.reshape(values, like.shape, out_sharding=like.sharding if explicit else None)
-
-
 def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `values` with shape and sharding type of `reference`, which a selection needs."""
     return values + jnp.zeros_like(reference, dtype=values.dtype)
@@ -614,58 +521,12 @@ def _feature_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _output_dtype(
-    dtype: Any, x: jax.Array, params: Params, residual: jax.Array | None
-) -> jnp.dtype:
-    given = [leaf.dtype for leaf in jax.tree.leaves((x, params, residual))]
-    if dtype is None:
-        dtype = reduce(jnp.promote_types, given)
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"dtype={dtype.name} is not a floating-point dtype: pass for example "
-            "dtype=jnp.float32, or None for that of x and params promoted."
-        )
-    if mean_dtype(dtype, *given) != dtype and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"dtype={dtype.name} would discard the imaginary part: x, params and residual have "
-            f"the dtypes {[one.name for one in given]}. Pass dtype=jnp.complex64 or None."
-        )
-    return dtype
-
-
-def _check_features(
-    params: Mapping[str, Any],
-    batch_stats: Mapping[str, Any],
-    shape: tuple[int, ...],
-    feature_axes: tuple[int, ...],
-    axis: int | Sequence[int],
-) -> None:
-    unknown = set(params) - {"scale", "bias"}
-    if unknown:
-        raise ValueError(
-            f"params has the unknown entries {sorted(unknown)}; expected 'scale' and 'bias' or "
-            "either: pass the parameters of this norm alone."
-        )
+def _check_complete(batch_stats: Mapping[str, Any]) -> None:
     missing = {"mean", "var"} - set(batch_stats)
     if missing:
         raise ValueError(
             f"batch_stats lacks {sorted(missing)}; it has {sorted(batch_stats)}. Make a new one "
             "with bn_jax.init_batch_stats(features)."
-        )
-    features = tuple(shape[position] for position in feature_axes)
-    params_shapes = {name: jnp.shape(value) for name, value in params.items()}
-    stats_shapes = {
-        name: jnp.shape(batch_stats[name])
-        for name in BatchStats.__annotations__
-        if name in batch_stats
-    }
-    if {*params_shapes.values(), *stats_shapes.values()} != {features}:
-        raise ValueError(
-            f"x of shape {shape} has features of shape {features} on axis={axis}, but params has "
-            f"{params_shapes} and batch_stats has {stats_shapes}. Pass the axis that holds the "
-            f"features, or make both with bn_jax.init_params({features}) and "
-            f"bn_jax.init_batch_stats({features})."
         )
 
 
@@ -701,12 +562,6 @@ def _as_residual(residual: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             "the same shape. Broadcast it yourself."
         )
     return residual
-
-
-def _check_epsilon(epsilon: Any) -> None:
-    """Checks what is known while tracing; a traced epsilon is taken as it is."""
-    if isinstance(epsilon, Real) and not float(epsilon) > 0:
-        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")
 
 
 def _check_averaging(momentum: Any, running_var_ddof: int) -> None:

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.batch_norm import (
-    Activation,
     BatchStats,
-    Params,
     batch_norm,
     init_batch_stats,
     normalize_by_batch,
     update_batch_stats,
 )
+from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import (
     Moments,
     as_floating,
@@ -23,6 +22,7 @@ from bn_jax.moments import (
     merge_moments,
     statistics_dtype,
 )
+from bn_jax.standardize import Activation, Params
 
 
 class BatchNorm(nn.BatchNorm):
@@ -107,11 +107,7 @@ class BatchNorm(nn.BatchNorm):
         axes = canonical_axes("axis", self.axis, x.ndim)
         features = tuple(x.shape[axis] for axis in axes)
         variables = self._variables(features, x.dtype)
-        params: Params = {}
-        if self.use_scale:
-            params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
+        params = _make_params(self, features)
         batch_stats = cast(BatchStats, {name: one.value for name, one in variables.items()})
         options: dict[str, Any] = {
             "axis": self.axis,
@@ -201,3 +197,174 @@ class BatchNorm(nn.BatchNorm):
                 "y, updates = model.apply(variables, x, mutable=['batch_stats']); "
                 "in evaluation pass use_running_average=True."
             )
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization with every attribute, default and parameter of `flax.linen.LayerNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.layer_norm` computes it,
+    with `mean` and `var` over `reduction_axes`. ``scale`` and ``bias`` are of the sizes of
+    `feature_axes`, in `param_dtype`. A checkpoint of Flax's layer loads into this one and the other
+    way round.
+
+    Attributes that mean less than in Flax: `use_fast_variance`, since the one variance here is
+    safe, and `force_float32_reductions`, since statistics are always computed in at least float32.
+    `axis_name`, which the features may be spread over, changes nothing where nothing binds it.
+
+    Raises:
+        ValueError: `bn_jax.layer_norm` objects to the input.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> y, _ = bn.linen.LayerNorm().init_with_output(jax.random.key(0), jnp.array([[1.0, 3.0]]))
+        >>> y.round(3).tolist()
+        [[-1.0, 1.0]]
+
+    Reference: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array that holds the features on `feature_axes`.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        return layer_norm(
+            _make_params(self, _features(self.feature_axes, x)),
+            x,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **_options(self, mask),
+        )
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalization as `flax.linen.RMSNorm` has it.
+
+    ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale``, as `bn_jax.rms_norm` computes it. Attributes
+    and errors are those of `LayerNorm`, but there is no bias.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> y, _ = bn.linen.RMSNorm().init_with_output(jax.random.key(0), jnp.array([[3.0, -3.0]]))
+        >>> y.round(3).tolist()
+        [[1.0, -1.0]]
+
+    Reference: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array that holds the features on `feature_axes`.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        return rms_norm(
+            _make_params(self, _features(self.feature_axes, x)),
+            x,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **_options(self, mask),
+        )
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization with every attribute and parameter of `flax.linen.GroupNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.group_norm` computes it,
+    with `mean` and `var` over each group of features. Of `num_groups` and `group_size` one is None.
+    The other attributes, and the errors, are those of `LayerNorm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer = bn.linen.GroupNorm(num_groups=2)
+        >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+        >>> layer.init_with_output(jax.random.key(0), x)[0].round(3).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+
+    Reference: Wu & He 2018, https://arxiv.org/abs/1803.08494.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array [N, ..., C].
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        return group_norm(
+            _make_params(self, _features(-1, x)),
+            x,
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            reduction_axes=self.reduction_axes,
+            **_options(self, mask),
+        )
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """Instance normalization with every attribute and parameter of `flax.linen.InstanceNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.instance_norm` computes it,
+    with `mean` and `var` over all axes but the first and the feature axes. The attributes and
+    errors are those of `LayerNorm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> x = jnp.array([[[1.0, 10.0], [3.0, 30.0]]])
+        >>> y, _ = bn.linen.InstanceNorm().init_with_output(jax.random.key(0), x)
+        >>> y.round(3).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+
+    Reference: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array of examples [N, ...].
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        return instance_norm(
+            _make_params(self, _features(self.feature_axes, x)),
+            x,
+            feature_axes=self.feature_axes,
+            **_options(self, mask),
+        )
+
+
+def _features(axes: Any, x: jax.Array) -> tuple[int, ...]:
+    return tuple(x.shape[axis] for axis in canonical_axes("feature_axes", axes, jnp.ndim(x)))
+
+
+def _make_params(layer: Any, features: tuple[int, ...]) -> Params:
+    params: Params = {}
+    if layer.use_scale:
+        params["scale"] = layer.param("scale", layer.scale_init, features, layer.param_dtype)
+    if getattr(layer, "use_bias", False):
+        params["bias"] = layer.param("bias", layer.bias_init, features, layer.param_dtype)
+    return params
+
+
+def _options(layer: Any, mask: jax.Array | None) -> dict[str, Any]:
+    names = ("epsilon", "axis_name", "axis_index_groups", "dtype")
+    return {"mask": mask, **{name: getattr(layer, name) for name in names}}

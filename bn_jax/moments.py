@@ -40,6 +40,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as extend_core
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName: TypeAlias = str | Sequence[str]
 Sums: TypeAlias = tuple[jax.Array, ...]
@@ -79,13 +80,15 @@ class Reduction(NamedTuple):
     """Which axes of the array, and which named axes of the program, the moments reduce over.
 
     Where `of_groups`, the other axes hold groups that no decision taken for all of them at once may
-    tie together, for their devices would have to communicate about it.
+    tie together, for their devices would have to communicate about it. Where `about_zero`, the mean
+    is taken to be zero, and so the variance is the mean square.
     """
 
     axes: tuple[int, ...]
     axis_names: tuple[str, ...] = ()
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     of_groups: bool = False
+    about_zero: bool = False
 
 
 def moments(
@@ -223,11 +226,15 @@ def centred_moments(
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
     shift = _common(reduction, shift)
-    counted = _counted(reduction, x, mask, _local_sums(reduction, x, mask, shift))
-    count, sums = counted[0], counted[1:]
+    total, square = _local_sums(reduction, x, mask, shift)
+    if reduction.about_zero:
+        count, square = _counted(reduction, x, mask, (square,))
+        (var,) = _divide((square,), count)
+        return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
+    count, total, square = _counted(reduction, x, mask, (total, square))
     if reduction.of_groups:
-        return _measure_groups(reduction, x, mask, shift, count, sums[0])
-    delta, var = _delta_and_var(sums, count)
+        return _measure_groups(reduction, x, mask, shift, count, total)
+    delta, var = _delta_and_var((total, square), count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
@@ -316,6 +323,8 @@ def _centred_moments_jvp(
     totals = _all_reduce(reduction, *changes(x, mask, found, dx, d_mask))
     d_count = jnp.zeros_like(found.count) if d_mask is None else totals[2]
     d_mean, d_var = _divide(totals[:2], found.count)
+    if reduction.about_zero:
+        d_mean = jnp.zeros_like(found.delta)
     return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
 
 
@@ -558,6 +567,23 @@ def _manual_mesh_axes() -> list[str]:
         for name, kind in zip(mesh.axis_names, kinds, strict=True)
         if kind == jax.sharding.AxisType.Manual
     ]
+
+
+def split_axis(axis: int, size: int, values: jax.Array) -> jax.Array:
+    """Splits an axis into groups of `size`; an axis that is to be broadcast into two of them."""
+    length = values.shape[axis]
+    pair = (1, 1) if length == 1 else (length // size, size)
+    shape = (*values.shape[:axis], *pair, *values.shape[axis + 1 :])
+    sharding = jax.typeof(values).sharding
+    names = sharding.spec[axis]
+    if names is None:
+        return values.reshape(shape)
+    # An explicitly sharded axis: whole groups on each shard, or a part of every group, or all.
+    shards = prod(sharding.mesh.shape[name] for name in jax.tree.leaves(names))
+    choices = (pair[0], (names, None)), (pair[1], (None, names)), (0, (None, None))
+    placed = next(place for divided, place in choices if divided % shards == 0)
+    spec = PartitionSpec(*sharding.spec[:axis], *placed, *sharding.spec[axis + 1 :])
+    return lax.reshape(values, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def make_reduction(

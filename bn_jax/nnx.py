@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import reduce
+from math import prod
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -12,7 +13,10 @@ from flax.errors import TraceContextError
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from bn_jax.batch_norm import Activation, BatchStats, Params, batch_norm
+from bn_jax.batch_norm import BatchStats, batch_norm
+from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
+from bn_jax.moments import canonical_axes
+from bn_jax.standardize import Activation, Params
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -150,7 +154,8 @@ class BatchNorm(nnx.BatchNorm):
         if hasattr(self, "count"):
             variables["count"] = self.count
         batch_stats = cast(BatchStats, {name: one[...] for name, one in variables.items()})
-        x, params, dtype = self._promoted(x, residual, batch_stats)
+        statistics = (batch_stats["mean"], batch_stats["var"])
+        x, params, dtype = _promoted(self, x, *statistics, residual=residual)
         y, updated = batch_norm(
             params,
             batch_stats,
@@ -187,23 +192,182 @@ class BatchNorm(nnx.BatchNorm):
                 "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
             ) from error
 
-    def _promoted(
-        self, x: jax.Array, residual: jax.Array | None, batch_stats: BatchStats
-    ) -> tuple[jax.Array, Params, Dtype]:
-        """Returns input and parameters, promoted on demand only, and the dtype of the result."""
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        mean, var = batch_stats["mean"], batch_stats["var"]
-        if self.promote_dtype is not dtypes.promote_dtype:
-            x, mean, var, scale, bias = self.promote_dtype(
-                (x, mean, var, scale, bias), dtype=self.dtype
-            )
-        params: Params = {}
-        if scale is not None:
-            params["scale"] = scale
-        if bias is not None:
-            params["bias"] = bias
-        if self.dtype is not None:
-            return x, params, self.dtype
-        given = jax.tree.leaves((x, mean, var, params, residual))
-        return x, params, reduce(jnp.promote_types, (jnp.asarray(one).dtype for one in given))
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization with every argument, default and variable of `flax.nnx.LayerNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.layer_norm` computes it,
+    with `mean` and `var` over `reduction_axes`. ``scale`` and ``bias`` are `nnx.Param` of shape
+    ``[num_features]`` in `param_dtype`, the product of the sizes of `feature_axes`.
+
+    Two arguments mean less than in Flax: `use_fast_variance`, since the one variance here is safe,
+    and `dtype`, which is that of the result alone: statistics are of `x` as it came, in at least
+    float32, unless a `promote_dtype` other than the default has changed it. `axis_name`, which the
+    features may be spread over, changes nothing where nothing binds it.
+
+    Raises:
+        ValueError: `bn_jax.layer_norm` objects to the input.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> bn.nnx.LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0]])).round(3).tolist()
+        [[-1.0, 1.0]]
+
+    Reference: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array that holds the features on `feature_axes`.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        x, options = _prepared(self, x, mask, self.feature_axes)
+        return layer_norm(
+            x=x,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **options,
+        )
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Root mean square normalization as `flax.nnx.RMSNorm` has it.
+
+    ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale``, as `bn_jax.rms_norm` computes it. Arguments
+    and errors are those of `LayerNorm`, but there is no bias.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> bn.nnx.RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[3.0, -3.0]])).round(3).tolist()
+        [[1.0, -1.0]]
+
+    Reference: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array that holds the features on `feature_axes`.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        x, options = _prepared(self, x, mask, self.feature_axes)
+        return rms_norm(
+            x=x,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **options,
+        )
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalization with every argument and variable of `flax.nnx.GroupNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.group_norm` computes it,
+    with `mean` and `var` over each group of features. Of `num_groups` and `group_size` one is None.
+    The other arguments, and the errors, are those of `LayerNorm`.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+
+    Reference: Wu & He 2018, https://arxiv.org/abs/1803.08494.
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array [N, ..., num_features].
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        x, options = _prepared(self, x, mask, -1)
+        return group_norm(
+            x=x, num_groups=self.num_groups, reduction_axes=self.reduction_axes, **options
+        )
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance normalization with every argument and variable of `flax.nnx.InstanceNorm`.
+
+    ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.instance_norm` computes it,
+    with `mean` and `var` over all axes but the first and the feature axes. Arguments and errors are
+    those of `LayerNorm`.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.InstanceNorm(2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[[1.0, 10.0], [3.0, 30.0]]])).round(3).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+
+    Reference: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating-point or complex array of examples [N, ...].
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        x, options = _prepared(self, x, mask, self.feature_axes)
+        return instance_norm(x=x, feature_axes=self.feature_axes, **options)
+
+
+def _prepared(
+    layer: Any, x: jax.Array, mask: jax.Array | None, feature_axes: Any
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns the input, and the arguments that all norms without state share."""
+    x, params, dtype = _promoted(layer, x)
+    axes = canonical_axes("feature_axes", feature_axes, jnp.ndim(x))
+    features = tuple(x.shape[axis] for axis in axes)
+
+    def as_features(values: jax.Array) -> jax.Array:
+        # A layer has one row of features for all of their axes; what does not fit is told later.
+        return values.reshape(features) if values.size == prod(features) else values
+
+    names = ("epsilon", "axis_name", "axis_index_groups")
+    return x, {
+        "params": jax.tree.map(as_features, params),
+        "mask": mask,
+        "dtype": dtype,
+        **{name: getattr(layer, name) for name in names},
+    }
+
+
+def _promoted(
+    layer: Any, x: jax.Array, *statistics: jax.Array, residual: jax.Array | None = None
+) -> tuple[jax.Array, Params, Dtype]:
+    """Returns input and parameters, promoted on demand only, and the dtype of the result."""
+    names = [name for name in ("scale", "bias") if hasattr(layer, name)]
+    variables = [getattr(layer, name) for name in names]
+    values = [None if variable is None else variable[...] for variable in variables]
+    if layer.promote_dtype is not dtypes.promote_dtype:
+        x, *promoted = layer.promote_dtype((x, *statistics, *values), dtype=layer.dtype)
+        values = promoted[len(statistics) :]
+    named = zip(names, values, strict=True)
+    params = cast(Params, {name: value for name, value in named if value is not None})
+    if layer.dtype is not None:
+        return x, params, layer.dtype
+    given = jax.tree.leaves((x, statistics, params, residual))
+    return x, params, reduce(jnp.promote_types, (jnp.asarray(one).dtype for one in given))

@@ -4,6 +4,7 @@ import re
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,6 +310,86 @@ def test_index_groups(transform):
         assert_close(y[members].reshape(10, 3), expected_y)
         for member in group:
             assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], updated), expected_stats)
+
+
+# --- norms without state -----------------------------------------------------------------------
+
+# Flax's layer, ours as a function, and the axes of x that the mesh axes "data" and "model" share.
+STATELESS = {
+    "layer": (nn.LayerNorm(), bn.layer_norm, P("data", None, "model")),
+    "rms": (nn.RMSNorm(), bn.rms_norm, P("data", None, "model")),
+    "group": (
+        nn.GroupNorm(num_groups=4),
+        partial(bn.group_norm, num_groups=4),
+        P("data", "model", None),
+    ),
+    "instance": (nn.InstanceNorm(), bn.instance_norm, P("data", "model", None)),
+}
+
+
+def stateless_case(name):
+    layer, ours, spec = STATELESS[name]
+    x, weights = standard_normal(60, (4, 6, 8)), standard_normal(61, (4, 6, 8))
+    params = make_state((8,))[0]
+    if name == "rms":
+        params = {"scale": params["scale"]}
+
+    def loss(norm, params, x, weights):
+        y = norm(params, x)
+        return jnp.sum(jnp.sin(y) * weights), y
+
+    flax = lambda params, x: layer.apply({"params": params}, x)  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.grad(partial(loss, flax), (0, 1), has_aux=True)(params, x, weights)
+    return partial(loss, ours), (params, x, weights), spec, expected
+
+
+@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("name", STATELESS)
+def test_a_norm_without_state_on_many_devices(name, mapped, make_mesh):
+    loss, (params, x, weights), spec, expected = stateless_case(name)
+    mesh = make_mesh(data=2, model=2)
+    of_params = P("model" if spec[2] else None)
+    step = jax.grad(loss, (0, 1), has_aux=True)
+    if mapped:
+        ours = STATELESS[name][1]
+        step = jax.grad(partial(loss.func, partial(ours, axis_name="model")), (0, 1), has_aux=True)
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(of_params, spec, spec),
+            out_specs=((of_params, spec), spec),
+        )
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(leaf, NamedSharding(mesh, own))
+            for leaf, own in ((params, of_params), (x, spec), (weights, spec))
+        ]
+        found = jax.jit(step)(*placed)
+    assert_close(jax.tree.map(np.asarray, found), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("name", STATELESS)
+def test_examples_on_several_devices_share_only_the_gradients_of_params(name, mapped):
+    loss, (params, x, weights), _, _ = stateless_case(name)
+    mesh = automatic_mesh()
+    step = jax.grad(loss, (0, 1), has_aux=True)
+    if mapped:
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=((P(), P("data")), P("data")),
+        )
+    placed = jax.device_put((x, weights), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        text = jax.jit(step).lower(params, *placed).compile().as_text()
+    found = collectives(text)
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert sum(one.elements for one in found) == sum(leaf.size for leaf in params.values())
+    assert len(found) == 1
 
 
 # --- collectives ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One table: every variant of batch norm under every transform, against plain autodiff.
+"""One table: every variant of every norm under every transform, against plain autodiff.
 
 The reference is the definition in two passes, differentiated by JAX itself, in double precision.
 """
@@ -76,6 +76,36 @@ def define(
     return activation(y + residual), updated
 
 
+def define_stateless(
+    params,
+    stats,
+    x,
+    *,
+    reduction_axes=-1,
+    feature_axes=-1,
+    num_groups=None,
+    epsilon=1e-6,
+    mask=1.0,
+    about_zero=False,
+):
+    """A norm without state from its definition; the statistics it is handed come back."""
+    weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), x.shape)
+    axes = tuple(axis % x.ndim for axis in np.atleast_1d(reduction_axes))
+    features = [size if axis in np.atleast_1d(feature_axes) % x.ndim else 1
+                for axis, size in enumerate(x.shape)]  # fmt: skip
+    grouped = x.shape
+    if num_groups is not None:
+        grouped = (*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
+        axes = (*(axis for axis in axes if axis != x.ndim - 1), x.ndim)
+    values, weights = x.reshape(grouped), weights.reshape(grouped)
+    count = weights.sum(axes, keepdims=True)
+    mean = 0 if about_zero else (weights * values).sum(axes, keepdims=True) / count
+    var = (weights * jnp.square(jnp.abs(values - mean))).sum(axes, keepdims=True) / count
+    y = ((values - mean) / jnp.sqrt(var + epsilon)).reshape(x.shape)
+    y = y * params["scale"].reshape(features) if "scale" in params else y
+    return y + params["bias"].reshape(features) if "bias" in params else y, stats
+
+
 def from_pairs(function):
     """A function of complex x as one of its real and imaginary part, and so for its results."""
 
@@ -127,7 +157,9 @@ def strictly(function):
 
 
 class Variant:
-    """One way of calling batch norm: ours, the reference, and arguments that fit both."""
+    """One way of calling a norm: ours, the reference, and arguments that fit both."""
+
+    updates = True
 
     def __init__(
         self, ours=TRAIN, reference=define, *, shape=(6, 3), features=(3,), pair=False,
@@ -157,10 +189,26 @@ class Variant:
         return params, stats, x
 
 
+class Stateless(Variant):
+    """A norm without state: it hands back the statistics that it is handed."""
+
+    updates = False
+
+    def __init__(
+        self, norm, *, mapped=False, defined=(), wrapped=lambda function: function, **rest
+    ):
+        def ours(params, stats, x, **options):
+            return norm(params, x, **options), stats
+
+        reference = partial(define_stateless, **dict(defined))
+        super().__init__(wrapped(ours), wrapped(reference), mapped=mapped, **rest)
+
+
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.uniform(0.1, 2, (6, 1)) * np.array([1, 1, 0, 1, 1, 1])[:, None]
 RESIDUAL = RNG.standard_normal((6, 3))
 
+# fmt: off
 VARIANTS = {
     "plain": Variant(),
     "no parameters": Variant(present=()),
@@ -179,9 +227,37 @@ VARIANTS = {
     "complex": Variant(
         from_pairs(partial(TRAIN, dtype=jnp.complex128)), from_pairs(define), pair=True
     ),
+    "layer norm": Stateless(
+        bn.layer_norm, shape=(6, 4), features=(4,),
+        mask=RNG.uniform(0, 2, (6, 4)) * (np.arange(4) != 2),
+    ),
+    "layer norm over examples": Stateless(
+        bn.layer_norm, reduction_axes=(0, 1), offset=1e3, mapped=True
+    ),
+    "layer norm of several feature axes": Stateless(
+        bn.layer_norm, shape=(3, 2, 4), features=(2, 4), reduction_axes=(-1, 1),
+        feature_axes=(1, 2), offset=1e3,
+    ),
+    "complex layer norm": Stateless(
+        partial(bn.layer_norm, dtype=jnp.complex128), wrapped=from_pairs, pair=True
+    ),
+    "rms norm": Stateless(bn.rms_norm, defined={"about_zero": True}, mask=WEIGHTS + 0.1),
+    "rms norm over examples": Stateless(
+        bn.rms_norm, defined={"about_zero": True}, reduction_axes=(0, 1), present=("scale",),
+        mapped=True,
+    ),
+    "group norm": Stateless(
+        bn.group_norm, defined={"reduction_axes": (1, 2)}, shape=(3, 5, 4), features=(4,),
+        num_groups=2, mask=RNG.uniform(0, 2, (1, 5, 4)) * (np.arange(5) > 1)[:, None],
+    ),
+    "instance norm": Stateless(
+        bn.instance_norm, defined={"reduction_axes": 1}, shape=(3, 5, 2), features=(2,),
+        epsilon=1e-3, present=("bias",),
+    ),
     "linen": Variant(by_linen),
     "nnx": Variant(by_nnx, without_gradient_of_updates(define)),
 }
+# fmt: on
 
 
 def loss_of(function):
@@ -307,7 +383,7 @@ def test_vmap_with_an_axis_name_is_the_whole_batch(name):
         assert_close(found, expected, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.updates])
 def test_scan_is_a_loop(name):
     variant = VARIANTS[name]
     params, stats, _ = variant.arguments(30)
