@@ -137,7 +137,7 @@ def group_norm(
     Formula, result, errors and the other arguments are those of `layer_norm`. `x` is [N, ..., C];
     scale and bias are of shape [C]. Of `num_groups`, which divides C, and `group_size`, the number
     of features in a group, one is None. `reduction_axes`, the last among them, are by default all
-    but the first.
+    but the first (of a single example [C], all).
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -149,7 +149,7 @@ def group_norm(
     """
     x, params = as_floating("x", x), as_params(params)
     last = x.ndim - 1
-    axes = tuple(range(1, x.ndim)) if reduction_axes is None else reduction_axes
+    axes = (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes
     reduced = canonical_axes("reduction_axes", axes, x.ndim)
     if last not in reduced:
         raise ValueError(

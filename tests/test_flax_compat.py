@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
+from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 from support import assert_close, exact, far_from_initial, standard_normal
 
 import bn_jax as bn
@@ -286,6 +288,17 @@ def test_variables(norm):
 INITIAL = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
 
 
+OF_VECTORS = {
+    "linen.LayerNorm", "linen.RMSNorm", "linen.GroupNorm", "nnx.LayerNorm", "nnx.RMSNorm",
+}  # fmt: skip
+OTHERS = {
+    "bfloat16": X.astype(jnp.bfloat16),
+    "rank 2": X[0, 0],
+    "rank 1": X[0, 0, 0],
+    "complex": X + 1j * X[::-1],
+}
+
+
 def cases_of(norm):
     """Attributes of a norm, and how it is called."""
     return [
@@ -294,6 +307,10 @@ def cases_of(norm):
         *((options, "masked") for options in norm.axes[:2]),
         ({}, "bfloat16"),
         ({"dtype": jnp.bfloat16}, "bfloat16"),
+        ({}, "rank 2"),
+        *([({}, "rank 1")] if f"{norm.api}.{norm.name}" in OF_VECTORS else []),
+        # The running mean of complex input is among the changes, below.
+        *([({}, "complex")] if norm.name != "BatchNorm" else []),
         ({"axis_name": "data"}, "synchronized"),
     ]
 
@@ -314,13 +331,10 @@ def outcomes(norm, kind):
 
     def run(variables, options, how):
         differentiate = partial(norm.outcome, kind, variables, **options)
-        match how:
-            case "alone":
-                return norm.call(kind, variables, X, **options)
-            case "bfloat16":
-                return norm.call(kind, variables, X.astype(jnp.bfloat16), **options)
-            case "synchronized":
-                return jax.vmap(differentiate, axis_name="data")(X.reshape(2, 2, *SHAPE[1:]))
+        if how == "alone" or how in OTHERS:
+            return norm.call(kind, variables, OTHERS.get(how, X), **options)
+        if how == "synchronized":
+            return jax.vmap(differentiate, axis_name="data")(X.reshape(2, 2, *SHAPE[1:]))
         return differentiate(X, MASK if how == "masked" else None)
 
     def run_all(variables):
@@ -567,8 +581,8 @@ def variance_far_from_zero(norm):
 
 
 @changed(
-    "`use_fast_variance` and `force_float32_reductions` cost nothing",
-    "one variance is both fast and safe, and statistics are always taken in at least float32.",
+    "`use_fast_variance` and `force_float32_reductions` mean less",
+    "One variance is both fast and safe, and statistics are always taken in at least float32.",
     [name for name in LINEN if name in CANCELLING],
 )
 def attributes_that_mean_less(norm):
@@ -668,7 +682,7 @@ def poisoned_batch(norm):
 
 @changed(
     "`dtype` is that of the result",
-    "NNX rounds the input and the statistics to it first, which at 300 is a step of 2 in bfloat16.",
+    "NNX rounds input and statistics to it first; near 300, bfloat16 goes in steps of 2.",
     NNX,
 )
 def rounded_to_dtype(norm):
@@ -681,7 +695,7 @@ def rounded_to_dtype(norm):
 
 @changed(
     "`axis_name` needs no axis where one device has the whole batch",
-    "one configuration then serves jit, pmap, shard_map and one device.",
+    "One configuration then serves `jit`, `pmap`, `shard_map` and one device.",
     list(NORMS),
 )
 def unbound_axis(norm):
@@ -730,7 +744,7 @@ def reduction_axes_of_group_norm(norm):
 
 @changed(
     "Training on one value per feature is an error",
-    "the output would be the bias, whatever the input, as PyTorch tells.",
+    "The output would be the bias whatever the input; PyTorch refuses it too.",
     BATCH_NORMS,
 )
 def one_value(norm):
@@ -742,7 +756,7 @@ def one_value(norm):
 
 @changed(
     "Integers and booleans are errors",
-    "which floating-point dtype they become is a choice; Flax makes it.",
+    "Which floating-point dtype they become is a choice, which Flax makes silently.",
     list(NORMS),
 )
 def integers(norm):
@@ -753,8 +767,20 @@ def integers(norm):
 
 
 @changed(
+    "An axis named twice is an error",
+    "It tells that the input has another rank than was thought; Flax drops the second.",
+    ["linen.BatchNorm", *(name for name in NORMS if re.search(r"LayerNorm|RMSNorm", name))],
+)
+def axis_named_twice(norm):
+    name = "axis" if norm.name == "BatchNorm" else "reduction_axes"
+    assert_close(trained(norm, norm.flax, **{name: (-1, 3)}), trained(norm, norm.flax))
+    with pytest.raises(ValueError, match=rf"{name}=\(-1, 3\) names an axis .* more than once"):
+        trained(norm, norm.ours, **{name: (-1, 3)})
+
+
+@changed(
     "`epsilon` must be positive",
-    "without it what is constant becomes NaN.",
+    "Without it what is constant becomes NaN.",
     list(NORMS),
 )
 def epsilon(norm):
@@ -765,8 +791,24 @@ def epsilon(norm):
 
 
 @changed(
+    "Missing or immutable `batch_stats` are a `ValueError`",
+    "It names the layer and the line to write; Flax's name the scope and the variable.",
+    ["linen.BatchNorm"],
+)
+def missing_or_immutable(norm):
+    variables = norm.init(norm.flax)
+    for given, theirs in (
+        (variables, ModifyScopeVariableError),
+        ({"params": variables["params"]}, ScopeCollectionNotFound),
+    ):
+        for kind, error in ((norm.flax, theirs), (norm.ours, ValueError)):
+            with pytest.raises(error, match="batch_stats"):
+                norm.make(kind).apply(given, X)
+
+
+@changed(
     "Running statistics keep their dtype",
-    "where Linen's take that of the batch at the first update, the second compiles anew.",
+    "Linen's take that of the batch at the first update, and the next step compiles anew.",
     ["linen.BatchNorm"],
 )
 def dtype_of_statistics(norm):
@@ -788,3 +830,10 @@ def dtype_of_statistics(norm):
 )
 def test_a_deliberate_change(title, name):
     CHANGES[title].show(NORMS[name])
+
+
+def test_readme_lists_the_changes():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## Coming from Flax")[1].split("\n## ")[0]
+    listed = [" ".join(item.split()) for item in re.split(r"^- ", section, flags=re.MULTILINE)[1:]]
+    assert listed == [f"**{title}.** {change.reason}" for title, change in CHANGES.items()]

@@ -87,9 +87,10 @@ def test_stages_set_the_sizes():
     }
 
 
-def test_blocks_start_as_their_shortcut():
-    block = models.BasicBlock(2, norm=BATCH_NORM)
-    x = images()
+@pytest.mark.parametrize("block", [models.BasicBlock(4), models.Bottleneck(1)])
+def test_blocks_start_as_their_shortcut(block):
+    block = block.clone(norm=BATCH_NORM)
+    x = jnp.concatenate([images(), images(seed=1)], axis=-1)
     variables = block.init(jax.random.key(0), x, train=False)
     y, _ = block.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_array_equal(y, nn.relu(x))
@@ -159,9 +160,9 @@ PUBLISHED_PARAMETERS = {
 }
 STATELESS = {
     "layer norm": nn.LayerNorm,
-    "RMS norm": nn.RMSNorm,
+    "RMS norm": linen.RMSNorm,
     "group norm": functools.partial(nn.GroupNorm, num_groups=2),
-    "instance norm": nn.InstanceNorm,
+    "instance norm": linen.InstanceNorm,
 }
 
 
@@ -194,6 +195,18 @@ def test_each_stage_halves_the_image(network, expansion):
         assert len(blocks) == network.keywords["stage_sizes"][stage]
         for block in blocks:
             assert found[block]["__call__"] == (expected,)
+
+
+def test_logits_are_computed_in_float32():
+    model = make_model(None, dtype=jnp.bfloat16)
+    logits, found = model.apply(
+        init(model), images(), train=False, capture_intermediates=True, mutable=["intermediates"]
+    )
+    (last,) = found["intermediates"]["stage1_block0"]["__call__"]
+    assert last.dtype == jnp.bfloat16
+    classifier = init(model)["params"]["classifier"]
+    expected = np.float64(last).mean((1, 2)) @ np.float64(classifier["kernel"])
+    assert_close(logits, expected, dtype=jnp.float32)
 
 
 def small_imagenet(norm):
