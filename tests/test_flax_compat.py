@@ -133,8 +133,9 @@ OF_API = {
 NORMAL, UNIFORM = nn.initializers.normal(), nn.initializers.uniform()
 
 
-def promote_to_float32(values, *, dtype):
-    return tuple(None if one is None else one.astype(jnp.float32) for one in values)
+def promote_and_double(values, *, dtype):
+    """In place of a promotion, what shows whether and on what it was called."""
+    return tuple(None if one is None else 2 * one for one in values)
 
 
 OFTEN = [
@@ -147,7 +148,7 @@ OFTEN_OF_API = {
         {"force_float32_reductions": False},
         {"scale_init": nn.with_partitioning(NORMAL, ("model",)), "param_dtype": jnp.bfloat16},
     ],
-    "nnx": [{"promote_dtype": promote_to_float32}, {"scale_metadata": {"note": "kept"}}],
+    "nnx": [{"promote_dtype": promote_and_double}, {"scale_metadata": {"note": "kept"}}],
 }
 BATCH = [{}, {"use_running_average": True}, {"momentum": 0.5}]
 BATCH_OF_API = {

@@ -199,9 +199,9 @@ def test_each_stage_halves_the_image(network, expansion):
 
 def test_logits_are_computed_in_float32():
     model = make_model(None, dtype=jnp.bfloat16)
-    logits, found = model.apply(
-        init(model), images(), train=False, capture_intermediates=True, mutable=["intermediates"]
-    )
+    captured = dict(capture_intermediates=True, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(model.apply, train=False, **captured))
+    logits, found = apply(init(model), images())
     (last,) = found["intermediates"]["stage1_block0"]["__call__"]
     assert last.dtype == jnp.bfloat16
     classifier = init(model)["params"]["classifier"]
