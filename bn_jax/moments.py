@@ -22,8 +22,9 @@ was measured). Two limits are those of the format. Squares under its smallest no
 an absolute error of the variance of up to twice that, 2.4e-38. A variance beyond its largest number
 is infinite, and so is a mean whose sum is: such a batch counts as not finite.
 
-Groups that may lie on different devices (ghost batch norm) share no such decision: they are
-measured twice always, around a guess and around their own means.
+Groups that may lie on different devices (the norms without state, ghost batch norm) share no such
+decision: they are measured twice always, around zero and around their own means. Their means are
+within 1e7 standard deviations of zero, for no format resolves more.
 
 The centre stays the unevaluated sum ``shift + delta``: rounding it to one float would leave half a
 unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
@@ -46,6 +47,7 @@ AxisName: TypeAlias = str | Sequence[str]
 Sums: TypeAlias = tuple[jax.Array, ...]
 
 CANCELLATION_THRESHOLD = 10.0
+CONSTANT_THRESHOLD = 2.0**-20
 # A power of two, so that multiplying by it rounds nothing.
 OVERFLOW_UNIT = 2.0**-40
 
@@ -225,7 +227,7 @@ def centred_moments(
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
-    shift = _common(reduction, shift)
+    shift = jnp.zeros_like(shift) if reduction.of_groups else _common(reduction, shift)
     total, square = _local_sums(reduction, x, mask, shift)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
@@ -233,7 +235,7 @@ def centred_moments(
         return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
     count, total, square = _counted(reduction, x, mask, (total, square))
     if reduction.of_groups:
-        return _measure_groups(reduction, x, mask, shift, count, total)
+        return _measure_groups(reduction, x, mask, count, total, square)
     delta, var = _delta_and_var((total, square), count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
@@ -268,47 +270,24 @@ def _measure_groups(
     reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
     count: jax.Array,
     total: jax.Array,
+    square: jax.Array,
 ) -> CentredMoments:
-    """Measures around the groups' own means, without a guard.
+    """Measures around the groups' own means; `total` and `square` are the sums around zero.
 
     The guard is one predicate for all groups, and so a collective where they lie on several
-    devices. `total` is the sum of ``x - shift``.
+    devices.
     """
-    least, most = _extremes(reduction, x, mask, shift.dtype)
-    # The mean is off by its own rounding, e * |mean - shift|, but not out of the range of x: so
-    # that of a constant is exact, and that of others is off by some standard deviations at most.
-    nearest = _between(least, shift + _divide((total,), count)[0], most)
-    shift = jnp.where(count > 0, nearest, shift)
-    spread = absolute_square(OVERFLOW_UNIT * (most - least))
-    unit = jnp.where(spread < 1, jnp.ones_like(spread), OVERFLOW_UNIT)
-    delta, scaled_var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
-    var = scaled_var / jnp.square(unit)
-    return CentredMoments(count, shift, delta / unit.astype(delta.dtype), var)
-
-
-def _extremes(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest value, of complex `x` those of each part."""
-    if jnp.iscomplexobj(x):
-        real_dtype = jnp.finfo(dtype).dtype
-        parts = (_extremes(reduction, part, mask, real_dtype) for part in (x.real, x.imag))
-        least, most = (lax.complex(*pair) for pair in zip(*parts, strict=True))
-        return least, most
-    valid = jnp.ones((1,) * x.ndim, bool) if mask is None else mask.astype(bool)
-    least = jnp.min(x, reduction.axes, keepdims=True, initial=jnp.inf, where=valid)
-    most = jnp.max(x, reduction.axes, keepdims=True, initial=-jnp.inf, where=valid)
-    return least.astype(dtype), most.astype(dtype)
-
-
-def _between(least: jax.Array, value: jax.Array, most: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(value):
-        parts = ((one.real, one.imag) for one in (least, value, most))
-        return lax.complex(*(_between(*part) for part in zip(*parts, strict=True)))
-    return jnp.clip(value, least, most)
+    (shift,) = _divide((total,), count)
+    unit = jnp.where(jnp.isfinite(square), jnp.ones_like(square), OVERFLOW_UNIT)
+    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
+    # The mean is off by its own rounding, e * |mean|. Of a constant that is all there is: then the
+    # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
+    constant = var <= CONSTANT_THRESHOLD * absolute_square(delta)
+    delta, var = delta / unit.astype(delta.dtype), var / jnp.square(unit)
+    shift = shift + jnp.where(constant, delta, 0)
+    return CentredMoments(count, shift, *(jnp.where(constant, 0, one) for one in (delta, var)))
 
 
 @partial(centred_moments.defjvp, symbolic_zeros=True)

@@ -364,7 +364,7 @@ def _promoted(
     values = [None if variable is None else variable[...] for variable in variables]
     if layer.promote_dtype is not dtypes.promote_dtype:
         x, *promoted = layer.promote_dtype((x, *statistics, *values), dtype=layer.dtype)
-        values = promoted[len(statistics) :]
+        statistics, values = tuple(promoted[: len(statistics)]), promoted[len(statistics) :]
     named = zip(names, values, strict=True)
     params = cast(Params, {name: value for name, value in named if value is not None})
     if layer.dtype is not None:
