@@ -745,7 +745,8 @@ def reduction_axes_of_group_norm(norm):
 
 @changed(
     "Training on one value per feature is an error",
-    "The output would be the bias whatever the input; PyTorch refuses it too.",
+    "The output would be the bias whatever the input, and PyTorch refuses it too; Flax's guide to "
+    "batch norm makes such a call, on `jnp.ones((1, 3))`.",
     BATCH_NORMS,
 )
 def one_value(norm):
