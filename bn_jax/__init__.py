@@ -1,6 +1,6 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
-from bn_jax import linen, nnx
+from bn_jax import linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
     Params,
@@ -24,5 +24,6 @@ __all__ = [
     "moments",
     "nnx",
     "normalize_by_batch",
+    "optim",
     "update_batch_stats",
 ]

@@ -21,6 +21,7 @@ FLOORS = {
     "batch_norm": 3,
     "linen": 4,
     "nnx": 4,
+    "optim": 5,
     "data": 6,
     "models": 6,
     "processes": 6,
