@@ -135,10 +135,8 @@ class TrainState(_SettlesUpdates, train_state.TrainState):
         dropped = self._dropped
         if dropped is None or dropped.settled:
             call = traceback.extract_stack(limit=2)[0]
-            layers = dict.fromkeys(
-                _path(path[:-1]) for path, _ in jax.tree.leaves_with_path(self.batch_stats)
-            )
-            dropped = _DroppedUpdates(call.filename, call.lineno or 0, _first_of(list(layers)))
+            layers = [_path(path) for path, _ in _norms_and_others(self.batch_stats)]
+            dropped = _DroppedUpdates(call.filename, call.lineno or 0, _first_of(layers))
         return dataclasses.replace(state, _dropped=dropped)
 
 
@@ -466,9 +464,9 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 
 
 def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
-    found = jax.tree.leaves_with_path(batch_stats, is_leaf=_is_norm)
-    values = jax.device_get([(path, dict(node)) for path, node in found if _is_norm(node)])
-    if initial := [_path(path) for path, norm in values if _is_initial(norm)]:
+    norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if _is_norm(node)}
+    values = jax.device_get({path: dict(node) for path, node in norms.items()})
+    if initial := [path for path, norm in values.items() if _is_initial(norm)]:
         warnings.warn(
             f"batch_stats of {_first_of(initial)} are still the initial ones (mean 0, var 1): no "
             "training step has updated them, and evaluation does not normalize. In training call "
@@ -478,6 +476,10 @@ def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
             UserWarning,
             stacklevel,
         )
+
+
+def _norms_and_others(batch_stats: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return jax.tree.leaves_with_path(batch_stats, is_leaf=_is_norm)
 
 
 def _is_norm(node: Any) -> bool:
