@@ -119,7 +119,7 @@ def _mask(
 def _is_affine(node: Any) -> bool:
     if not isinstance(node, Mapping) or any(isinstance(one, Mapping) for one in node.values()):
         return False
-    return set() < set(node) <= {"scale", "bias"}
+    return set(node) <= {"scale", "bias"}
 
 
 def _is_running(node: Any) -> bool:

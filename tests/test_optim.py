@@ -35,6 +35,27 @@ class Layer(nn.Module):
         return nn.LayerNorm(name="second")(nn.Dense(4, name="first")(x)), None
 
 
+class Conditional(nn.Module):
+    """Layers that are called scale and bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * nn.Dense(4, name="scale")(x) + nn.Dense(4, name="bias")(x)
+
+
+class Scaled(nn.Module):
+    """A dense layer with a scale."""
+
+    @nn.compact
+    def __call__(self, x):
+        parameters = {"kernel": (4, 4), "scale": (1, 1, 4), "bias": (1, 1, 4)}
+        kernel, scale, bias = (
+            self.param(name, nn.with_partitioning(nn.initializers.ones, (None,)), shape)
+            for name, shape in parameters.items()
+        )
+        return x @ kernel * scale + bias
+
+
 class Net(nn.Module):
     """Every norm of Flax's, under names that say nothing, beside layers that look like norms."""
 
@@ -50,6 +71,7 @@ class Net(nn.Module):
         x = nn.MultiHeadDotProductAttention(num_heads=2, normalize_qk=True)(x)
         x = nn.WeightNorm(nn.Dense(4, name="length"))(x)
         x = nn.SpectralNorm(nn.Dense(4, name="bounded"))(x, update_stats=True)
+        x = Scaled()(Conditional()(x))
         x = x * self.param("scale", nn.initializers.ones, (1, 1, 4))
         lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         x, _ = nn.scan(Layer, length=3, **lifted)(name="scanned")(x, None)
@@ -156,6 +178,8 @@ def test_norms_are_recognized_by_structure(form):
     assert "scale" in others and any(path.endswith("embedding") for path in others)
     if net is linen_net:
         assert "WeightNorm_0/length/kernel/scale" in others
+        assert "Conditional_0/scale/kernel" in others
+        assert "Scaled_0/scale" in others
 
 
 @pytest.mark.parametrize("form", ["boxed", "plain", "frozen", "pure"])
