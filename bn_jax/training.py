@@ -1,4 +1,4 @@
-"""Data-parallel training: one jitted step over a mesh, exact whatever the padding and devices."""
+"""Training: steps that keep the statistics; over a mesh, exact whatever the padding and devices."""
 
 import dataclasses
 import itertools
