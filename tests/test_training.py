@@ -767,7 +767,6 @@ def norm(mean=(0, 0), var=(1, 1), **count):
         ({"a": {name: np.asarray(leaf) for name, leaf in norm().items()}}, ["a"]),
         ({"a": {name: jnp.stack([leaf] * 2) for name, leaf in norm().items()}}, ["a"]),
     ],
-    ids=str,
 )
 def test_statistics_never_updated_are_told(batch_stats, layers):
     with warns(*layers):
