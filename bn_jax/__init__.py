@@ -1,6 +1,6 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
-from bn_jax import linen, nnx
+from bn_jax import linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
     batch_norm,
@@ -28,6 +28,7 @@ __all__ = [
     "moments",
     "nnx",
     "normalize_by_batch",
+    "optim",
     "rms_norm",
     "update_batch_stats",
 ]

@@ -1,9 +1,13 @@
-"""Data-parallel training: one jitted step over a mesh, exact whatever the padding and devices."""
+"""Training: steps that keep the statistics; over a mesh, exact whatever the padding and devices."""
 
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,12 +25,139 @@ from bn_jax.moments import Moments, merge_moments
 DATA_AXIS = "data"
 # What a model updates in every part of a batch.
 IN_PARTS = ["batch_stats", "batch_moments"]
+# The states that may come of updates without statistics before somebody is told: who sets the
+# statistics afterwards does so in the first one, or in the next few that a `tree.map` makes of it.
+STATES_WITHOUT_STATISTICS = 10
+KEEP_UPDATES = "state.apply_gradients(grads=grads, batch_stats=updates['batch_stats'])"
+
+Apply: TypeAlias = Callable[..., Any]
 
 
-class TrainState(train_state.TrainState):
-    """Flax's train state with the `batch_stats` collection, which is `{}` for a model without."""
+class _DroppedUpdates:
+    """A call of `apply_gradients` without statistics, and whether they have been set afterwards.
+
+    It is part of the structure of the states that come of that call, through every transform. It
+    equals None, so that they have the structure of other states and nothing is compiled again.
+    """
+
+    def __init__(self, file: str, line: int, layers: str) -> None:
+        self.file, self.line, self.layers = file, line, layers
+        self.states = 0
+        self.settled = False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _DroppedUpdates)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def count(self) -> None:
+        """Counts a state of values, not of tracers."""
+        self.states += 1
+        if self.states == STATES_WITHOUT_STATISTICS and not self.settled:
+            warnings.warn_explicit(
+                f"apply_gradients(grads=...) leaves batch_stats of {self.layers} as they were, and "
+                "nothing sets them afterwards: the updates that the model has returned are thrown "
+                f"away, and evaluation uses old statistics. Write {KEEP_UPDATES}; or, where the "
+                "statistics are to stay as they are, batch_stats=state.batch_stats.",
+                UserWarning,
+                self.file,
+                self.line,
+            )
+
+
+def _replace(state: "TrainState", **updates: Any) -> "TrainState":
+    """Returns the state with other attributes; statistics that are set are not dropped."""
+    if "batch_stats" in updates:
+        if state._dropped is not None:
+            state._dropped.settled = True
+        updates = {"_dropped": None, **updates}
+    return dataclasses.replace(state, **updates)
+
+
+class _SettlesUpdates:
+    """Gives every subclass a `replace` that knows of dropped updates."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # flax.struct sets `replace` here, over what a class body defines.
+        super().__init_subclass__(**options)
+        cls.replace = _replace  # type: ignore[attr-defined]
+
+
+class TrainState(_SettlesUpdates, train_state.TrainState):
+    """Flax's train state with the `batch_stats` collection, which is `{}` for a model without.
+
+    Whoever calls ``apply_gradients(grads=grads)`` without the statistics, and does not set them by
+    ``replace(batch_stats=...)`` afterwards either, has thrown away what the model has returned of
+    them, and is told so by a `UserWarning` at that line, once ten states have come of it. That
+    costs nothing in compiled code, where no such state can be seen and none is compiled again.
+
+    Attributes:
+        batch_stats: the running statistics.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bn_jax as bn, bn_jax.training
+        >>> model = bn.linen.BatchNorm(use_running_average=False, momentum=0.5)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> state = bn.training.TrainState.create(
+        ...     apply_fn=model.apply, tx=optax.sgd(0.1), **model.init(jax.random.key(0), x)
+        ... )
+        >>> variables = {"params": state.params, "batch_stats": state.batch_stats}
+        >>> y, updates = state.apply_fn(variables, x, mutable=["batch_stats"])
+        >>> grads = jax.tree.map(jnp.zeros_like, state.params)
+        >>> state = state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])
+        >>> int(state.step), state.batch_stats["mean"].tolist()
+        (1, [1.0])
+    """
 
     batch_stats: Any
+    _dropped: _DroppedUpdates | None = struct.field(
+        pytree_node=False, default=None, repr=False, compare=False, kw_only=True
+    )
+
+    def __post_init__(self) -> None:
+        if self._dropped is not None and _is_readable(self.batch_stats):
+            self._dropped.count()
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """Takes a step of the optimizer.
+
+        Args:
+            grads: gradients, of the structure of `params`.
+            **kwargs: other attributes to replace; the updated `batch_stats` among them.
+
+        Returns:
+            The state after the step.
+        """
+        state: TrainState = super().apply_gradients(grads=grads, **kwargs)
+        if "batch_stats" in kwargs or not jax.tree.leaves(self.batch_stats):
+            return state
+        dropped = self._dropped
+        if dropped is None or dropped.settled:
+            call = traceback.extract_stack(limit=2)[0]
+            layers = [_path(path) for path, _ in _norms_and_others(self.batch_stats)]
+            dropped = _DroppedUpdates(call.filename, call.lineno or 0, _first_of(layers))
+        return dataclasses.replace(state, _dropped=dropped)
+
+
+def _is_readable(tree: Any) -> bool:
+    """Says whether all leaves are arrays whose values this process can read."""
+
+    def is_readable(leaf: Any) -> bool:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return isinstance(leaf, np.ndarray)
+        return leaf.is_fully_addressable or leaf.is_fully_replicated
+
+    return all(is_readable(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "the top-level norm"
+
+
+def _first_of(layers: Sequence[str]) -> str:
+    named, others = ", ".join(layers[:3]), len(layers) - 3
+    return f"{named} and {others} more" if others > 0 else named
 
 
 class Metrics(NamedTuple):
@@ -184,6 +316,184 @@ def create_state(
     return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
+def make_train_step(
+    loss: Callable[[Apply, Any], Any],
+    *,
+    has_aux: bool = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+    """Makes a training step of a Linen model that cannot drop the running statistics.
+
+    Args:
+        loss: called as ``loss(apply, batch)``, where ``apply(*args, **kwargs)`` is the model with
+            parameters and statistics in place, ``batch_stats`` being mutable. It returns a scalar.
+            A second call of the model goes on from the statistics that the first one has left. A
+            transform belongs into the model (`nn.remat`, `nn.vmap`) or around the step, not
+            between loss and ``apply``.
+        has_aux: whether the loss returns a pair instead, of the scalar and anything.
+        rngs: keys by the names of the model's random streams, e.g. ``{"dropout": key}``. The n-th
+            call of the model in a step, from 0, gets
+            ``jax.random.fold_in(jax.random.fold_in(key, state.step), n)``.
+
+    Returns:
+        A pure function to compile with `jax.jit`: ``step(state, batch)`` returns the state after
+        the step, and what the loss has returned.
+
+    Raises:
+        TypeError: `rngs` is not a mapping.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bn_jax as bn, bn_jax.training
+        >>> model = bn.linen.BatchNorm(momentum=0.5)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> state = bn.training.TrainState.create(
+        ...     apply_fn=model.apply, tx=optax.sgd(0.1), **model.init(jax.random.key(0), x, True)
+        ... )
+        >>> def loss(apply, x):
+        ...     return jnp.mean(apply(x, use_running_average=False) ** 2)
+        >>> step = jax.jit(bn.training.make_train_step(loss))
+        >>> state, value = step(state, x)
+        >>> state.batch_stats["mean"].tolist()
+        [1.0]
+    """
+    if rngs is not None and not isinstance(rngs, Mapping):
+        raise TypeError(
+            f"rngs is of type {type(rngs).__name__}, expected keys by name: "
+            "make_train_step(loss, rngs={'dropout': key})"
+        )
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        def differentiated(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+            model = _InTraining(state, params, rngs or {})
+            found = loss(model, batch)
+            return found[0] if has_aux else found, (found, model.batch_stats)
+
+        gradients, (found, batch_stats) = jax.grad(differentiated, has_aux=True)(state.params)
+        return state.apply_gradients(grads=gradients, batch_stats=batch_stats), found
+
+    return step
+
+
+class _InTraining:
+    """A model that keeps the statistics that its calls return."""
+
+    def __init__(self, state: TrainState, params: Any, rngs: Mapping[str, jax.Array]) -> None:
+        self.state, self.params, self.batch_stats = state, params, state.batch_stats
+        self.keys = {name: jax.random.fold_in(key, state.step) for name, key in rngs.items()}
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.keys:
+            rngs = {name: jax.random.fold_in(key, self.calls) for name, key in self.keys.items()}
+            kwargs = {"rngs": rngs, **kwargs}
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        y, updates = self.state.apply_fn(variables, *args, mutable=["batch_stats"], **kwargs)
+        self.batch_stats = updates.get("batch_stats", self.batch_stats)
+        self.calls += 1
+        return y
+
+
+def make_eval_step(metrics: Callable[[Apply, Any], Any]) -> Callable[[TrainState, Any], Any]:
+    """Makes an evaluation step of a Linen model, with the running statistics as they are.
+
+    Args:
+        metrics: called as ``metrics(apply, batch)``, where ``apply(*args, **kwargs)`` is the model
+            with parameters and statistics in place; it returns a tree of arrays.
+
+    Returns:
+        ``step(state, batch)``, which returns what `metrics` does. It is compiled already, because
+        it looks at the statistics before: the first time that it is called with values, it warns as
+        `warn_if_never_updated`. In a function under `jax.jit` there are no values to look at.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bn_jax as bn, bn_jax.training
+        >>> model = bn.linen.BatchNorm(use_running_average=True)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> state = bn.training.TrainState.create(
+        ...     apply_fn=model.apply, tx=optax.sgd(0.1), **model.init(jax.random.key(0), x)
+        ... )
+        >>> state = state.replace(batch_stats={"mean": jnp.full(1, 2.0), "var": jnp.ones(1)})
+        >>> step = bn.training.make_eval_step(lambda apply, x: jnp.mean(apply(x)))
+        >>> step(state, x).item()
+        0.0
+    """
+    compiled = jax.jit(lambda state, batch: metrics(_in_evaluation(state), batch))
+    unchecked = True
+
+    def step(state: TrainState, batch: Any) -> Any:
+        nonlocal unchecked
+        if unchecked and _is_readable(state.batch_stats):
+            unchecked = False
+            _warn_of_initial(state.batch_stats, stacklevel=3)
+        return compiled(state, batch)
+
+    return step
+
+
+def _in_evaluation(state: TrainState) -> Apply:
+    return partial(state.apply_fn, {"params": state.params, "batch_stats": state.batch_stats})
+
+
+def warn_if_never_updated(batch_stats: Any) -> None:
+    """Warns about norms whose running statistics are still the initial ones.
+
+    These are a mean of 0 and a variance of 1 in every feature, or a ``count`` of 0. A norm that is
+    evaluated with them passes its input on as it is. `evaluate` and the steps that `make_eval_step`
+    makes call this.
+
+    Args:
+        batch_stats: the collection of Linen, or ``nnx.state(model, nnx.BatchStat)``; the values,
+            not what stands for them while a function is compiled.
+
+    Raises:
+        ValueError: `batch_stats` is being traced, or lies in other processes.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn, bn_jax.training
+        >>> batch_stats = {"norm": bn.init_batch_stats(3)}
+        >>> batch_stats["norm"]["mean"] += 1.0
+        >>> bn.training.warn_if_never_updated(batch_stats)
+    """
+    if not _is_readable(batch_stats):
+        raise ValueError(
+            "batch_stats holds no values that this process can read, expected arrays outside of "
+            "any transform: call warn_if_never_updated(state.batch_stats) before the function "
+            "under jax.jit, not in it"
+        )
+    _warn_of_initial(batch_stats, stacklevel=3)
+
+
+def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
+    norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if _is_norm(node)}
+    values = jax.device_get({path: dict(node) for path, node in norms.items()})
+    if initial := [path for path, norm in values.items() if _is_initial(norm)]:
+        warnings.warn(
+            f"batch_stats of {_first_of(initial)} are still the initial ones (mean 0, var 1): no "
+            "training step has updated them, and evaluation does not normalize. In training call "
+            "the model with use_running_average=False (often train=True) and "
+            f"mutable=['batch_stats'], and keep what it returns: {KEEP_UPDATES}; or take the step "
+            "that bn_jax.training.make_train_step makes. In NNX call model.train() before.",
+            UserWarning,
+            stacklevel,
+        )
+
+
+def _norms_and_others(batch_stats: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return jax.tree.leaves_with_path(batch_stats, is_leaf=_is_norm)
+
+
+def _is_norm(node: Any) -> bool:
+    return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+
+
+def _is_initial(norm: Mapping[str, Any]) -> bool:
+    (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
+    if "count" in norm:
+        (count,) = jax.tree.leaves(norm["count"])
+        return not np.any(count)
+    return not np.any(mean) and bool(np.all(var == 1))
+
+
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Takes one step on the mean cross-entropy over the valid examples of a batch.
 
@@ -195,33 +505,13 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     Returns:
         The state after the step, and the metrics of the model before it.
     """
-
-    def mean_loss(params: Any) -> tuple[jax.Array, _Reached]:
-        loss, (metrics, updates) = _train_on(state, params, batch, {}, ["batch_stats"])
-        return loss / metrics.examples, (metrics, updates)
-
-    gradients, (metrics, updates) = jax.grad(mean_loss, has_aux=True)(state.params)
-    batch_stats = updates.get("batch_stats", {})
-    return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+    state, (_, metrics) = make_train_step(_mean_loss, has_aux=True)(state, batch)
+    return state, metrics
 
 
-def _train_on(
-    state: TrainState,
-    params: Any,
-    batch: Batch,
-    collections: dict[str, Any],
-    mutable: Sequence[str],
-) -> tuple[jax.Array, _Reached]:
-    """Returns the sum of the losses; the metrics, and what the model has updated."""
-    logits, updates = state.apply_fn(
-        {"params": params, "batch_stats": state.batch_stats, **collections},
-        batch.x,
-        train=True,
-        mask=batch.mask,
-        mutable=mutable,
-    )
-    metrics = _metrics(logits, batch)
-    return metrics.loss, (metrics, updates)
+def _mean_loss(apply: Apply, batch: Batch) -> tuple[jax.Array, Metrics]:
+    metrics = _metrics(apply(batch.x, train=True, mask=batch.mask), batch)
+    return metrics.loss / metrics.examples, metrics
 
 
 def accumulated_train_step(
@@ -267,6 +557,21 @@ def accumulated_train_step(
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
 
 
+def _train_on_part(
+    state: TrainState, params: Any, part: Batch, collections: dict[str, Any]
+) -> tuple[jax.Array, _Reached]:
+    """Returns the sum of the losses; the metrics, and what the model has updated."""
+    logits, updates = state.apply_fn(
+        {"params": params, "batch_stats": state.batch_stats, **collections},
+        part.x,
+        train=True,
+        mask=part.mask,
+        mutable=IN_PARTS,
+    )
+    metrics = _metrics(logits, part)
+    return metrics.loss, (metrics, updates)
+
+
 def _split_batch(batch: Batch, micro_batches: int) -> Batch:
     examples = len(batch.y)
     if micro_batches < 1 or examples % micro_batches:
@@ -284,7 +589,7 @@ def _split_batch(batch: Batch, micro_batches: int) -> Batch:
 def _before_the_parts(state: TrainState, parts: Batch) -> _Reached:
     """Returns no metrics, the moments of nothing, and the statistics as they are."""
     first = jax.tree.map(lambda leaf: leaf[0], parts)
-    _, reached = jax.eval_shape(lambda: _train_on(state, state.params, first, {}, IN_PARTS))
+    _, reached = jax.eval_shape(lambda: _train_on_part(state, state.params, first, {}))
     metrics, updates = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reached)
     norms = {path[:-1] for path, _ in jax.tree.leaves_with_path(updates.get("batch_moments", {}))}
     for path, _ in jax.tree.leaves_with_path(state.batch_stats):
@@ -302,7 +607,7 @@ def _add_part(
 ) -> tuple[jax.Array, _Reached]:
     metrics, updates = reached
     moments = {name: found for name, found in updates.items() if name == "batch_moments"}
-    loss, (of_part, updates) = _train_on(state, params, part, moments | given, IN_PARTS)
+    loss, (of_part, updates) = _train_on_part(state, params, part, moments | given)
     return loss, (jax.tree.map(jnp.add, metrics, of_part), updates)
 
 
@@ -380,11 +685,8 @@ def sync_batch_stats(batch_stats: Any) -> Any:
         ([2.0], [2.0])
     """
 
-    def is_norm(node: Any) -> bool:
-        return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
-
     def merge(node: Any) -> Any:
-        if not is_norm(node):
+        if not _is_norm(node):
             raise ValueError(
                 f"batch_stats holds {type(node).__name__} outside of a batch norm, expected "
                 "mappings with mean and var: merge the state of other layers apart"
@@ -394,7 +696,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
         merged = merge_moments(*devices)._asdict()
         return {name: merged[name].astype(leaf.dtype) for name, leaf in node.items()}
 
-    return jax.tree.map(merge, batch_stats, is_leaf=is_norm)
+    return jax.tree.map(merge, batch_stats, is_leaf=_is_norm)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -407,8 +709,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     Returns:
         The metrics over the valid examples.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return _metrics(state.apply_fn(variables, batch.x, train=False), batch)
+    return _metrics(_in_evaluation(state)(batch.x, train=False), batch)
 
 
 def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
@@ -424,7 +725,7 @@ _jitted_eval_step = jax.jit(eval_step)
 
 
 def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
-    """Evaluates a model on a dataset.
+    """Evaluates a model on a dataset, and warns where its running statistics are the initial ones.
 
     Args:
         state: the model's state.
@@ -433,6 +734,8 @@ def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
     Returns:
         The means over all valid examples.
     """
+    if _is_readable(state.batch_stats):
+        _warn_of_initial(state.batch_stats, stacklevel=3)
     return _summary([_jitted_eval_step(state, batch) for batch in sharded_batches])
 
 

@@ -837,5 +837,6 @@ def test_a_deliberate_change(title, name):
 def test_readme_lists_the_changes():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme.split("## Coming from Flax")[1].split("\n## ")[0]
-    listed = [" ".join(item.split()) for item in re.split(r"^- ", section, flags=re.MULTILINE)[1:]]
+    items = re.findall(r"^- (\*\*.+?)(?=^- |^$|\Z)", section, re.MULTILINE | re.DOTALL)
+    listed = [" ".join(item.split()) for item in items]
     assert listed == [f"**{title}.** {change.reason}" for title, change in CHANGES.items()]

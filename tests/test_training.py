@@ -1,6 +1,10 @@
+import contextlib
 import functools
 import itertools
+import re
+import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -9,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, serialization
+from flax.core import freeze
+from flax.training import train_state
 from support import all_reduces, assert_close
 
+import bn_jax as bn
 from bn_jax import data, linen, models, training
 
 SIZE = 8
@@ -418,3 +426,401 @@ def test_statistics_of_pmap_are_merged():
 def test_other_statistics_are_not_merged():
     with pytest.raises(ValueError, match=r"holds ArrayImpl outside of a batch norm, expected"):
         training.sync_batch_stats({"norm": {"sigma": jnp.ones((2, 3))}})
+
+
+# --- statistics that get lost -----------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A norm of Flax's and one of ours, and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train, rate=0.0):
+        x = nn.BatchNorm(use_running_average=not train, name="theirs")(nn.Dense(3)(x))
+        x = nn.Dropout(rate, deterministic=not train)(x)
+        return linen.BatchNorm(use_running_average=not train, name="ours")(x)
+
+
+SMALL = Small()
+INPUT = jnp.asarray(np.random.default_rng(0).normal(2, 3, (8, 2)), jnp.float32)
+
+
+class FlaxState(train_state.TrainState):
+    batch_stats: Any
+
+
+class OwnState(training.TrainState):
+    """What a user makes of it: a field more, without a default."""
+
+    own: Any
+
+
+def small_state(kind=training.TrainState, model=SMALL, **fields):
+    variables = model.init(jax.random.key(0), INPUT, train=False)
+    fields = {"batch_stats": {}, "tx": OPTIMIZER} | fields | variables
+    return kind.create(apply_fn=model.apply, **fields)
+
+
+def small_loss(params, state, x):
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    y, updates = state.apply_fn(variables, x, train=True, mutable=["batch_stats"])
+    return jnp.mean(jnp.sin(y)), updates.get("batch_stats", {})
+
+
+small_gradients = jax.jit(jax.grad(small_loss, has_aux=True))
+
+
+def keep(state, x):
+    gradients, updated = small_gradients(state.params, state, x)
+    return state.apply_gradients(grads=gradients, batch_stats=updated)
+
+
+def keep_in_two_lines(state, x):
+    gradients, updated = small_gradients(state.params, state, x)
+    state = state.apply_gradients(grads=gradients)
+    return state.replace(batch_stats=updated)
+
+
+def keep_later(state, x):
+    gradients, updated = small_gradients(state.params, state, x)
+    state = state.apply_gradients(grads=gradients).replace(opt_state=state.opt_state)
+    state = jax.tree.map(lambda leaf: leaf + 0, state)
+    state = jax.lax.cond(True, lambda state: state, lambda state: state, state)
+    return state.replace(batch_stats=updated, step=state.step)
+
+
+def keep_after_compiled_update(state, x):
+    gradients, updated = small_gradients(state.params, state, x)
+    return compiled_update(state, gradients).replace(batch_stats=updated)
+
+
+compiled_update = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))
+
+
+def mean_to_keep(state, x):
+    gradients, _ = small_gradients(state.params, state, x)
+    return state.apply_gradients(grads=gradients, batch_stats=state.batch_stats)
+
+
+def drop(state, x):
+    gradients, _ = small_gradients(state.params, state, x)
+    return state.apply_gradients(grads=gradients)
+
+
+def drop_in_a_scan(state, x):
+    state = state.replace(step=jnp.asarray(state.step))
+    return jax.lax.scan(lambda state, x: (drop(state, x), None), state, x[None])[0]
+
+
+def compile_anew(step):
+    """What is compiled twice is traced once, and tells once."""
+    return jax.jit(lambda state, x: step(state, x))
+
+
+def take_steps(step, state, steps=25):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            state = step(state, INPUT)
+    return state, caught
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "step", [keep, keep_in_two_lines, keep_later, keep_after_compiled_update, mean_to_keep]
+)
+def test_kept_statistics_are_no_reason_to_warn(step, compiled):
+    state, caught = take_steps(compile_anew(step) if compiled else step, small_state())
+    assert caught == []
+    assert state._dropped is None
+
+
+def test_states_without_values_are_not_counted():
+    state = drop(small_state(), INPUT)
+    for _ in range(25):
+        jax.eval_shape(lambda state: state.replace(step=0), state)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: drop, *(functools.partial(compile_anew, step) for step in (drop, drop_in_a_scan))],
+    ids=["as it is", "compiled", "scanned"],
+)
+@pytest.mark.parametrize("fields", [{}, {"kind": OwnState, "own": 0}], ids=["ours", "a subclass"])
+def test_dropped_statistics_are_told_once_at_their_line(make, fields):
+    state, caught = take_steps(make(), small_state(**fields))
+    (warning,) = caught
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    assert warning.lineno == drop.__code__.co_firstlineno + 2
+    assert "batch_stats of ours, theirs as they were" in str(warning.message)
+    fix = "Write state.apply_gradients(grads=grads, batch_stats=updates['batch_stats']); or"
+    assert fix in str(warning.message)
+    assert "batch_stats=state.batch_stats." in str(warning.message)
+    assert state.step == 25
+    assert_close(state.batch_stats, small_state().batch_stats)
+
+
+def test_dropped_statistics_as_an_error():
+    step, state = compile_anew(drop), small_state()
+    with pytest.raises(UserWarning, match="batch_stats of ours, theirs as they were"):
+        for _ in range(25):
+            state = step(state, INPUT)
+
+
+class NoNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_without_norms_drops_nothing(compiled):
+    step = compile_anew(drop) if compiled else drop
+    assert take_steps(step, small_state(model=NoNorm()))[1] == []
+
+
+def test_a_state_is_to_others_what_flax_has():
+    theirs, ours = small_state(FlaxState), drop(small_state(), INPUT)
+    assert isinstance(ours, train_state.TrainState)
+    saved = serialization.to_state_dict(ours)
+    assert saved.keys() == serialization.to_state_dict(theirs).keys()
+    assert "dropped" not in repr(ours)
+    restored = serialization.from_state_dict(theirs, saved)
+    assert_close(variables(restored), variables(ours))
+    restored = serialization.from_bytes(small_state(), serialization.to_bytes(ours))
+    assert_close(variables(restored), variables(ours))
+
+
+@pytest.mark.parametrize("step", [drop, keep_in_two_lines])
+def test_looking_for_dropped_statistics_costs_nothing(step):
+    traced = []
+
+    def counted(state, x):
+        traced.append(0)
+        return step(state, x)
+
+    compiled, before = jax.jit(counted), small_state()
+    state = before
+    for _ in range(3):
+        state = compiled(state, INPUT)
+    assert len(traced) == 1
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    # Equal parts of a structure have equal hashes.
+    assert len({before._dropped, state._dropped}) == 1
+    ours, theirs = (
+        jax.jit(step).lower(small_state(kind), INPUT).as_text()
+        for kind in (training.TrainState, FlaxState)
+    )
+    assert ours == theirs
+
+
+# --- steps made for any model -----------------------------------------------------------------
+
+
+def sines(apply, x):
+    return jnp.mean(jnp.sin(apply(x, train=True)))
+
+
+@pytest.mark.parametrize("kind", [training.TrainState, FlaxState])
+def test_a_made_step_is_the_step_by_hand(kind):
+    made, hand = jax.jit(training.make_train_step(sines)), jax.jit(keep)
+    state = expected = small_state(kind)
+    for _ in range(3):
+        loss, _ = small_loss(state.params, state, INPUT)
+        state, value = made(state, INPUT)
+        expected = hand(expected, INPUT)
+        assert_close(value, loss)
+    assert_close(variables(state), variables(expected))
+    assert_close(state.opt_state, expected.opt_state)
+    assert state.step == 3
+
+
+def test_calls_of_one_loss_chain_the_statistics():
+    def loss(apply, x):
+        first = apply(x, train=True)
+        return jnp.mean(jnp.sin(first + apply(2 * x, train=True)))
+
+    state = small_state()
+    after, _ = jax.jit(training.make_train_step(loss))(state, INPUT)
+    _, once = small_loss(state.params, state, INPUT)
+    _, twice = small_loss(state.params, state.replace(batch_stats=once), 2 * INPUT)
+    assert_close(after.batch_stats, twice)
+
+
+def test_a_loss_with_aux():
+    def loss(apply, x):
+        y = apply(x, train=True)
+        return jnp.mean(jnp.sin(y)), {"y": y}
+
+    state = small_state()
+    after, (value, aux) = training.make_train_step(loss, has_aux=True)(state, INPUT)
+    expected, _ = training.make_train_step(sines)(state, INPUT)
+    assert_close(variables(after), variables(expected))
+    assert_close(value, jnp.mean(jnp.sin(aux["y"])))
+
+
+def test_random_streams_differ_by_step_and_by_call():
+    def loss(apply, x):
+        views = [apply(x, train=True, rate=0.5) for _ in range(2)]
+        return jnp.mean(jnp.sin(views[0])), views
+
+    key = jax.random.key(7)
+    step = training.make_train_step(loss, has_aux=True, rngs={"dropout": key})
+    state = small_state()
+    seen = []
+    for number in range(2):
+        before = state
+        state, (_, views) = step(state, INPUT)
+        seen += views
+        stats = before.batch_stats
+        for call, view in enumerate(views):
+            rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, number), call)}
+            given = {"params": before.params, "batch_stats": stats}
+            options = {"train": True, "rate": 0.5, "mutable": ["batch_stats"], "rngs": rngs}
+            expected, updates = SMALL.apply(given, INPUT, **options)
+            stats = updates["batch_stats"]
+            assert_close(view, expected)
+    for one, other in itertools.combinations(seen, 2):
+        assert not np.allclose(one, other, atol=1e-2)
+
+
+def test_random_streams_have_names():
+    with pytest.raises(TypeError, match=r"rngs is of type .*, expected keys by name: make_train"):
+        training.make_train_step(sines, rngs=jax.random.key(0))
+
+
+def test_made_steps_of_a_model_without_norms():
+    state = small_state(model=NoNorm())
+    after, value = jax.jit(training.make_train_step(sines))(state, INPUT)
+    expected = mean_to_keep(state, INPUT)
+    assert_close(after.params, expected.params)
+    assert after.batch_stats == {}
+    evaluate = training.make_eval_step(lambda apply, x: jnp.mean(jnp.sin(apply(x, train=False))))
+    assert_close(evaluate(state, INPUT), value)
+
+
+def logits(apply, x):
+    return apply(x, train=False)
+
+
+def test_a_made_evaluation_uses_the_running_statistics():
+    state = keep(small_state(), INPUT)
+    expected = SMALL.apply(variables(state), INPUT, train=False)
+    step = training.make_eval_step(logits)
+    assert_close(step(state, INPUT), expected)
+    assert_close(jax.jit(step)(state, INPUT), expected)
+    # Statistics are an argument, not a constant of what has been compiled.
+    state = keep(state, INPUT)
+    assert_close(step(state, INPUT), SMALL.apply(variables(state), INPUT, train=False))
+
+
+def test_a_made_evaluation_does_not_train():
+    model = linen.BatchNorm(momentum=0.9)
+    state = training.TrainState.create(
+        apply_fn=model.apply, tx=OPTIMIZER, **model.init(jax.random.key(0), INPUT, True)
+    )
+    state = state.replace(batch_stats=jax.tree.map(lambda leaf: leaf + 1, state.batch_stats))
+    step = training.make_eval_step(lambda apply, x: apply(x, use_running_average=False))
+    with pytest.raises(ValueError, match="batch_stats is immutable, but the top-level BatchNorm"):
+        step(state, INPUT)
+
+
+# --- statistics that were never updated -------------------------------------------------------
+
+NEVER = r"batch_stats of {} are still the initial ones \(mean 0, var 1\): no training step has"
+
+
+@contextlib.contextmanager
+def warns(*layers):
+    """Exactly one warning, of these layers and at a line of this file; without any, none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert len(caught) == bool(layers)
+    for warning in caught:
+        assert re.match(NEVER.format(", ".join(layers)), str(warning.message))
+        assert "state.apply_gradients(grads=grads, batch_stats=updates[" in str(warning.message)
+        assert (warning.category, warning.filename) == (UserWarning, __file__)
+
+
+def norm(mean=(0, 0), var=(1, 1), **count):
+    stats = {"mean": mean, "var": var} | count
+    return {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
+
+
+@pytest.mark.parametrize(
+    ("batch_stats", "layers"),
+    [
+        ({}, []),
+        (norm(), ["the top-level norm"]),
+        ({"a": {"b": norm()}}, ["a/b"]),
+        ({"a": {"b": norm()}, "c": norm((0, 1)), "d": norm()}, ["a/b", "d"]),
+        ({"a": norm((0, 1e-9))}, []),
+        ({"a": norm(var=(1, 0.99))}, []),
+        ({"a": norm((0, 0), (1, 1), count=(1, 1))}, []),
+        ({"a": norm((0, 0), (1, 1), count=(0, 0))}, ["a"]),
+        ({str(n): norm() for n in range(5)}, ["0", "1", "2 and 2 more"]),
+        ({"a": {"layer/kernel/sigma": jnp.ones(()), "layer/kernel/u": jnp.zeros(3)}}, []),
+        (freeze({"a": norm()}), ["a"]),
+        ({"a": {name: nn.Partitioned(leaf, (None,)) for name, leaf in norm().items()}}, ["a"]),
+        ({"a": {name: np.asarray(leaf) for name, leaf in norm().items()}}, ["a"]),
+        ({"a": {name: jnp.stack([leaf] * 2) for name, leaf in norm().items()}}, ["a"]),
+    ],
+)
+def test_statistics_never_updated_are_told(batch_stats, layers):
+    with warns(*layers):
+        training.warn_if_never_updated(batch_stats)
+
+
+def test_statistics_of_nnx_never_updated_are_told():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(bn.nnx.BatchNorm(2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
+    with warns("layers/0", "layers/1"):
+        training.warn_if_never_updated(nnx.state(model, nnx.BatchStat))
+    model(INPUT)
+    # The first hands on a mean of zero and a variance of one, to a rounding.
+    model.layers[1](INPUT)
+    with warns():
+        training.warn_if_never_updated(nnx.state(model, nnx.BatchStat))
+
+
+def test_what_init_returns_was_never_updated_and_what_a_step_returns_was():
+    with warns("ours", "theirs"):
+        training.warn_if_never_updated(small_state().batch_stats)
+    with warns():
+        training.warn_if_never_updated(keep(small_state(), INPUT).batch_stats)
+
+
+def test_statistics_that_cannot_be_read(monkeypatch):
+    message = "batch_stats holds no values that this process can read, expected arrays outside of"
+    stats = {"a": norm()}
+    with pytest.raises(ValueError, match=message):
+        jax.jit(training.warn_if_never_updated)(stats)
+    with pytest.raises(ValueError, match=message):
+        training.warn_if_never_updated(jax.eval_shape(lambda: stats))
+    # As where they lie in other processes.
+    monkeypatch.setattr(type(INPUT), "is_fully_addressable", False)
+    monkeypatch.setattr(type(INPUT), "is_fully_replicated", False)
+    with pytest.raises(ValueError, match=message):
+        training.warn_if_never_updated(stats)
+
+
+def test_a_made_evaluation_tells_once():
+    initial, step = small_state(), training.make_eval_step(logits)
+    with warns():
+        compiled = jax.jit(step)(initial, INPUT)
+    with warns("ours", "theirs"):
+        found = [step(initial, INPUT) for _ in range(3)]
+    assert_close(found, [compiled] * 3)
+    step = training.make_eval_step(logits)
+    with warns():
+        step(keep(initial, INPUT), INPUT)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("none", []), ("synchronized", ["stage0_block0/"])])
+def test_evaluate_tells_every_time(name, layers):
+    batches = training.shard_dataset(dataset(8), SIZE, mesh(1))
+    for _ in range(2):
+        with warns(*(f"{layer}ConvNorm_0/norm.*" for layer in layers)):
+            training.evaluate(initial_state(name), batches)
