@@ -144,9 +144,9 @@ def batch_norm(
         new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)
 
     In evaluation they are the running ones. Where the statistics come from and whether they update
-    are two switches: `use_running_average` and `update_running_average`. The relative error of the variance stays under 1e-5
-    for float32 input at any offset that the input itself resolves: see `bn_jax.moments`. Of
-    complex `x`, the variance is the mean of ``|x - mean|**2``.
+    are two switches: `use_running_average` and `update_running_average`. The relative error of the
+    variance stays under 1e-5 for float32 input at any offset that the input itself resolves: see
+    `bn_jax.moments`. Of complex `x`, the variance is the mean of ``|x - mean|**2``.
 
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.

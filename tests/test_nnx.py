@@ -45,7 +45,10 @@ def test_arguments_and_defaults_are_those_of_flax():
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
         assert own[name].kind == parameter.kind, name
-    assert set(own) - set(theirs) == {"activation", "virtual_batch_size", "running_var_ddof"}
+    assert set(own) - set(theirs) == {
+        "activation", "virtual_batch_size", "running_var_ddof", "update_running_average",
+        "train_params", "frozen",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
