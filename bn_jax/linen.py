@@ -38,7 +38,8 @@ class BatchNorm(nn.BatchNorm):
     `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is mutable, a training
     call merges its moments (``count``, ``mean``, ``var``) into what is there, and the running
     statistics are updated by all of them: from the same old ``batch_stats``, the last call makes
-    the one update by the whole. Where ``given_moments`` is passed in, a training call normalizes by
+    the one update by the whole. A layer that does nothing with the batch leaves a ``count`` of 0
+    there, and nothing else. Where ``given_moments`` is passed in, a training call normalizes by
     these instead of by those of `x`.
 
     Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
@@ -141,6 +142,8 @@ class BatchNorm(nn.BatchNorm):
                 params, batch_stats, x, use_running_average, update, options
             )
         else:
+            if self.is_mutable_collection("batch_stats") and self._collects():
+                self.variable("batch_moments", "count", jnp.zeros, features)
             y, updated = batch_norm(
                 params,
                 batch_stats,
@@ -186,8 +189,10 @@ class BatchNorm(nn.BatchNorm):
         return f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
 
     def _spreads_a_batch(self) -> bool:
-        collects = self.is_mutable_collection("batch_moments") and not self.is_initializing()
-        return collects or self.has_variable("given_moments", "mean")
+        return self._collects() or self.has_variable("given_moments", "mean")
+
+    def _collects(self) -> bool:
+        return self.is_mutable_collection("batch_moments") and not self.is_initializing()
 
     def _train_on_a_part(
         self,

@@ -574,7 +574,7 @@ def test_no_update_while_initializing():
 def test_an_update_in_evaluation_is_checked_as_in_training():
     params, stats = make_state((3,))
     update = partial(EVALUATE, params, stats, update_running_average=True)
-    with pytest.raises(ValueError, match="one value per feature .* no update_running_average"):
+    with pytest.raises(ValueError, match=r"one value per feature .* no update_running_average"):
         update(X[:1])
     with pytest.raises(ValueError, match="momentum=None averages over all batches"):
         update(X, momentum=None)
