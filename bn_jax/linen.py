@@ -35,12 +35,12 @@ class BatchNorm(nn.BatchNorm):
     where statistics are global (`bn_jax.batch_norm` has the rule).
 
     Two more collections serve who spreads a batch over several calls, as
-    `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is mutable, a training
-    call merges its moments (``count``, ``mean``, ``var``) into what is there, and the running
-    statistics are updated by all of them: from the same old ``batch_stats``, the last call makes
-    the one update by the whole. A layer that does nothing with the batch leaves a ``count`` of 0
-    there, and nothing else. Where ``given_moments`` is passed in, a training call normalizes by
-    these instead of by those of `x`.
+    `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is named as mutable
+    (``mutable=True`` does not name it), a training call merges its moments (``count``, ``mean``,
+    ``var``) into what is there, and the running statistics are updated by all of them: from the
+    same old ``batch_stats``, the last call makes the one update by the whole. A layer that neither
+    normalizes by the batch nor updates leaves a ``count`` of 0 there, and nothing else. Where
+    ``given_moments`` is passed in, a training call normalizes by these instead of by those of `x`.
 
     Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
     `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
@@ -192,7 +192,9 @@ class BatchNorm(nn.BatchNorm):
         return self._collects() or self.has_variable("given_moments", "mean")
 
     def _collects(self) -> bool:
-        return self.is_mutable_collection("batch_moments") and not self.is_initializing()
+        # Who says mutable=True asks for what a model of Flax's has, not for this collection.
+        asked = not self.is_mutable_collection("a collection that nobody names")
+        return asked and self.is_mutable_collection("batch_moments") and not self.is_initializing()
 
     def _train_on_a_part(
         self,
@@ -209,7 +211,7 @@ class BatchNorm(nn.BatchNorm):
             given = {name: self.get_variable("given_moments", name) for name in ("mean", "var")}
         if given is not None:
             y, _ = batch_norm(params, given, x, use_running_average=True, **options)
-        if self.is_mutable_collection("batch_moments"):
+        if self._collects():
             collected = {
                 name: self.variable("batch_moments", name, jnp.zeros_like, like)
                 for name, like in {"count": found.var, "mean": found.mean, "var": found.var}.items()
@@ -286,6 +288,9 @@ def freeze(apply: Callable[P, R], *paths: str, train_params: bool = False) -> Ca
 
     Raises:
         ValueError: when called, a pattern matches no batch norm; the message lists those there are.
+            Or there are paths, and a class made by `nn.jit`: it computes all its modules with the
+            same attributes by the trace of the first. (`nn.jit` as a decorator of a method does so
+            too, and cannot be told.)
         TypeError: when called, a pattern matches a user's subclass of `flax.linen.BatchNorm`,
             which may do anything: derive it from `bn_jax.linen.BatchNorm`.
 
@@ -453,6 +458,14 @@ def _call_frozen(
     next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     module = context.module
+    kind, (base, *_) = type(module).__name__, type(module).__bases__
+    if kind == f"Jit{base.__name__}" and any(rule.paths != ("*",) for rule in _rules.value):
+        raise ValueError(
+            f"Paths cannot tell the norms of several {kind} apart, for nn.jit "
+            "computes all modules of one class and with the same attributes by the trace of the "
+            "first: freeze without paths, give the norms the attribute frozen=True, or compile the "
+            "whole step with jax.jit instead of its modules with nn.jit."
+        )
     of_flax = isinstance(module, nn.BatchNorm) and not isinstance(module, BatchNorm)
     rule = _rule_for(module) if of_flax and context.method_name == "__call__" else None
     if rule is None or not rule.frozen:
