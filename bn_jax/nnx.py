@@ -185,29 +185,6 @@ class BatchNorm(nnx.BatchNorm):
             self._store(variables, updated)
         return y
 
-    def set_view(
-        self,
-        use_running_average: bool | None = None,
-        update_running_average: bool | None = None,
-        train_params: bool | None = None,
-        frozen: bool | None = None,
-    ) -> None:
-        """Sets what is not None, for `nnx.view`.
-
-        Args:
-            use_running_average: the attribute of that name, as the others are.
-            update_running_average: see the class.
-            train_params: see the class.
-            frozen: see the class.
-        """
-        super().set_view(use_running_average)
-        if update_running_average is not None:
-            self.update_running_average = update_running_average
-        if train_params is not None:
-            self.train_params = train_params
-        if frozen is not None:
-            self.frozen = frozen
-
     def _modes(
         self, use_running_average: bool | None, update_running_average: bool | None
     ) -> tuple[bool, bool]:
@@ -271,7 +248,8 @@ class BatchNorm(nnx.BatchNorm):
 def freeze(model: M, *paths: str, train_params: bool = False) -> M:
     """Freezes batch norms in place: running statistics that normalize and do not update.
 
-    Unlike `eval()`, it survives ``model.train()``.
+    Unlike `eval()`, it survives ``model.train()``. To leave the model as it is, freeze a view:
+    ``bn_jax.nnx.freeze(nnx.view(model))`` has switches of its own and the same variables.
 
     Args:
         model: a module, or a tree of them.

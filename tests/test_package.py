@@ -118,10 +118,10 @@ def test_public_functions_have_examples(name):
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(9))
 def test_readme_examples_run(number):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 9
     assert jax.device_count() == 4
     scope = {"__name__": "readme"}
     exec(compile(snippets[number], "README.md", "exec"), scope)
