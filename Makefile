@@ -42,7 +42,7 @@ $(READY): pyproject.toml
 $(OLDEST)/ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet pytest pytest-xdist $$($(PYTHON) -c "import tomllib; \
+	$(OLDEST)/bin/python -m pip install --quiet pytest pytest-xdist jax-resnet $$($(PYTHON) -c "import tomllib; \
 	print(*(bound.replace('>=', '==') for bound in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))")
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -119,6 +119,7 @@ def batch_norm(
     x: jax.Array,
     *,
     use_running_average: bool,
+    update_running_average: bool | None = None,
     axis: int | Sequence[int] = -1,
     momentum: float | jax.Array | None = 0.99,
     epsilon: float | jax.Array = 1e-5,
@@ -141,9 +142,10 @@ def batch_norm(
         new_mean = momentum * old_mean + (1 - momentum) * mean
         new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)
 
-    In evaluation they are the running ones. The relative error of the variance stays under 1e-5
-    for float32 input at any offset that the input itself resolves: see `bn_jax.moments`. Of
-    complex `x`, the variance is the mean of ``|x - mean|**2``.
+    In evaluation they are the running ones. Where the statistics come from and whether they update
+    are two switches: `use_running_average` and `update_running_average`. The relative error of the
+    variance stays under 1e-5 for float32 input at any offset that the input itself resolves: see
+    `bn_jax.moments`. Of complex `x`, the variance is the mean of ``|x - mean|**2``.
 
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.
@@ -152,7 +154,10 @@ def batch_norm(
             comes from this function; only type-checked `shard_map` can tell where it is not, and
             then costs a collective more.
         x: floating-point or complex array of any rank.
-        use_running_average: True for evaluation, False for training.
+        use_running_average: True to normalize by the running statistics, False by the batch's.
+        update_running_average: whether the batch updates the running statistics. None: if and only
+            if it also normalizes. True beside ``use_running_average=True``: `y` is that of the old
+            ones, through which no derivative reaches the batch's moments.
         axis: the feature axis or axes of `x`; ``*F`` are their sizes in ascending order.
         momentum: the weight of the old value in the running statistics (PyTorch's is its
             complement). None for the cumulative average, every batch weighing the same; it needs
@@ -210,33 +215,27 @@ def batch_norm(
     Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
     """
+    update = not use_running_average if update_running_average is None else update_running_average
+    update = update and not initializing
     _check_averaging(momentum, running_var_ddof)
-    if use_running_average:
-        prepared = _prepare(
-            params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype
-        )
-        return _normalize_by_running(prepared, batch_stats, epsilon), batch_stats
-    if not initializing:
+    if update:
         _check_count_kept(momentum, batch_stats)
-    y, moments = normalize_by_batch(
-        params,
-        batch_stats,
-        x,
-        axis=axis,
-        epsilon=epsilon,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        dtype=dtype,
-        initializing=initializing,
-    )
-    if initializing:
+    given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
+    if use_running_average:
+        y = _normalize_by_running(given, batch_stats, epsilon)
+    if update or not use_running_average:
+        measured = _measure(
+            given, batch_stats, axis, axis_name, axis_index_groups, virtual_batch_size, initializing
+        )
+    if not use_running_average:
+        y = _normalize_by_measured(given, measured, epsilon)
+    if not update:
         return y, batch_stats
     return y, update_batch_stats(
-        batch_stats, moments, momentum=momentum, running_var_ddof=running_var_ddof
+        batch_stats,
+        _merged(measured, jnp.shape(batch_stats["mean"])),
+        momentum=momentum,
+        running_var_ddof=running_var_ddof,
     )
 
 
@@ -280,27 +279,11 @@ def normalize_by_batch(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 1.
     """
     given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
-    layout, params, x, mask, normalize = given
-    features = jnp.shape(batch_stats["mean"])
-    if initializing:
-        axis_name = axis_index_groups = virtual_batch_size = None
-    if virtual_batch_size is not None:
-        _check_groups(layout, x.shape, virtual_batch_size, axis_name)
-    elif axis_index_groups is not None and not bound_axes(x, axis_name):
-        virtual_batch_size = _examples_of_a_group(layout, x.shape, axis_name, axis_index_groups)
-    examples = x
-    if virtual_batch_size is None:
-        reduction = make_reduction(x, layout.reduction_axes, axis_name, axis_index_groups)
-    else:
-        layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
-        reduction = Reduction(layout.reduction_axes, of_groups=True)
-    if not initializing:
-        _check_values_per_feature(reduction, x.shape, examples.shape, axis)
-    found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
-    transform = make_transform(
-        params, layout.expanded_shape, found.shift, found.delta, var, epsilon
+    measured = _measure(
+        given, batch_stats, axis, axis_name, axis_index_groups, virtual_batch_size, initializing
     )
-    return normalize(examples, mask, transform), _merged(layout, features, found)
+    y = _normalize_by_measured(given, measured, epsilon)
+    return y, _merged(measured, jnp.shape(batch_stats["mean"]))
 
 
 def update_batch_stats(
@@ -419,6 +402,53 @@ def _prepare(
     return _Prepared(layout, params, x, mask, normalize)
 
 
+class _Measured(NamedTuple):
+    """Examples in their groups, their moments, and the variance to normalize them by."""
+
+    layout: _Layout
+    examples: jax.Array
+    mask: jax.Array | None
+    found: CentredMoments
+    var: jax.Array
+
+
+def _measure(
+    given: _Prepared,
+    batch_stats: BatchStats,
+    axis: int | Sequence[int],
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    virtual_batch_size: int | None,
+    initializing: bool,
+) -> _Measured:
+    layout, _, x, mask, _ = given
+    if initializing:
+        axis_name = axis_index_groups = virtual_batch_size = None
+    if virtual_batch_size is not None:
+        _check_groups(layout, x.shape, virtual_batch_size, axis_name)
+    elif axis_index_groups is not None and not bound_axes(x, axis_name):
+        virtual_batch_size = _examples_of_a_group(layout, x.shape, axis_name, axis_index_groups)
+    examples = x
+    if virtual_batch_size is None:
+        reduction = make_reduction(x, layout.reduction_axes, axis_name, axis_index_groups)
+    else:
+        layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
+        reduction = Reduction(layout.reduction_axes, of_groups=True)
+    if not initializing:
+        _check_values_per_feature(reduction, x.shape, examples.shape, axis)
+    found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
+    return _Measured(layout, examples, mask, found, var)
+
+
+def _normalize_by_measured(
+    given: _Prepared, measured: _Measured, epsilon: float | jax.Array
+) -> jax.Array:
+    layout, examples, mask, found, var = measured
+    shape = layout.expanded_shape
+    transform = make_transform(given.params, shape, found.shift, found.delta, var, epsilon)
+    return given.normalize(examples, mask, transform)
+
+
 def _normalize_by_running(
     given: _Prepared, batch_stats: BatchStats, epsilon: float | jax.Array
 ) -> jax.Array:
@@ -484,8 +514,9 @@ def _batch_moments(
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
-def _merged(layout: _Layout, features: tuple[int, ...], found: CentredMoments) -> Moments:
+def _merged(measured: _Measured, features: tuple[int, ...]) -> Moments:
     """Returns the moments of the batch, all groups merged, in the shape of the features."""
+    layout, found = measured.layout, measured.found
     if layout.group_axis is None:
         count, mean, var = found.count, found.shift + found.delta, found.var
     else:
@@ -635,6 +666,7 @@ def _check_values_per_feature(
     if static_count(reduction, examples_shape) == 1:
         raise ValueError(
             f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "
-            "y would equal bias whatever x is. Use a larger batch, synchronize over devices with "
-            "axis_name, or evaluate with use_running_average=True."
+            "y would equal bias whatever x is, and the variance 0. Use a larger batch, synchronize "
+            "over devices with axis_name, or evaluate with use_running_average=True and no "
+            "update_running_average=True."
         )

@@ -1,6 +1,11 @@
 """Flax Linen modules: variables and attributes; the arithmetic is in the pure functions."""
 
-from typing import Any, cast
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, ParamSpec, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -37,11 +42,12 @@ class BatchNorm(nn.BatchNorm):
     where statistics are global (`bn_jax.batch_norm` has the rule).
 
     Two more collections serve who spreads a batch over several calls, as
-    `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is mutable, a training
-    call merges its moments (``count``, ``mean``, ``var``) into what is there, and the running
-    statistics are updated by all of them: from the same old ``batch_stats``, the last call makes
-    the one update by the whole. Where ``given_moments`` is passed in, a training call normalizes by
-    these instead of by those of `x`.
+    `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is named as mutable
+    (``mutable=True`` does not name it), a training call merges its moments (``count``, ``mean``,
+    ``var``) into what is there, and the running statistics are updated by all of them: from the
+    same old ``batch_stats``, the last call makes the one update by the whole. A layer that neither
+    normalizes by the batch nor updates leaves a ``count`` of 0 there, and nothing else. Where
+    ``given_moments`` is passed in, a training call normalizes by these instead of by those of `x`.
 
     Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
     `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
@@ -53,13 +59,20 @@ class BatchNorm(nn.BatchNorm):
         activation: a function applied to the result.
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
+        update_running_average: whether the running statistics update; None: if and only if the
+            batch normalizes. Where it is False, ``batch_stats`` may be immutable.
+        train_params: False for ``scale`` and ``bias`` without a derivative. What an optimizer does
+            without one, as weight decay, is not its business.
+        frozen: True for running statistics that normalize and do not update, whatever the call or
+            the other attributes say. `freeze` says it from outside, by path.
 
     Attributes that mean less than in Flax: `use_fast_variance`, since the one variance here is
     both fast and safe, and `force_float32_reductions`, which only chooses the dtype that
     ``batch_stats`` is stored in, since statistics are always computed in at least float32.
 
     Raises:
-        ValueError: ``batch_stats`` is missing or immutable, or `bn_jax.batch_norm` objects.
+        ValueError: ``batch_stats`` is missing or immutable, `use_running_average` is given nowhere
+            or twice, or `bn_jax.batch_norm` objects.
 
     Example:
         >>> import jax, jax.numpy as jnp, bn_jax as bn
@@ -77,6 +90,9 @@ class BatchNorm(nn.BatchNorm):
     activation: Activation | None = None
     virtual_batch_size: int | None = None
     running_var_ddof: int = 0
+    update_running_average: bool | None = None
+    train_params: bool = True
+    frozen: bool = False
 
     @nn.compact
     def __call__(
@@ -86,6 +102,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_running_average: bool | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -95,19 +112,23 @@ class BatchNorm(nn.BatchNorm):
                 attribute of that name.
             mask: boolean or weights, broadcastable to `x`: what enters the statistics.
             residual: an array of the shape of `x`, added before the activation.
+            update_running_average: overrides None in the attribute of that name.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        frozen, train_params = _switches(self)
+        use_running_average, update = (
+            (True, False) if frozen else self._modes(use_running_average, update_running_average)
         )
-        self._require_batch_stats(use_running_average)
+        self._require_batch_stats(update)
         x = as_floating("x", x)
         axes = canonical_axes("axis", self.axis, x.ndim)
         features = tuple(x.shape[axis] for axis in axes)
         variables = self._variables(features, x.dtype)
         params = _make_params(self, features)
+        if not train_params:
+            params = jax.lax.stop_gradient(params)
         batch_stats = cast(BatchStats, {name: one.value for name, one in variables.items()})
         options: dict[str, Any] = {
             "axis": self.axis,
@@ -120,38 +141,81 @@ class BatchNorm(nn.BatchNorm):
             "virtual_batch_size": self.virtual_batch_size,
             "dtype": self.dtype,
         }
-        if not use_running_average and self._spreads_a_batch():
-            y, updated = self._train_on_a_part(params, batch_stats, x, options)
+        if (update or not use_running_average) and self._spreads_a_batch():
+            y, updated = self._train_on_a_part(
+                params, batch_stats, x, use_running_average, update, options
+            )
         else:
+            if self.is_mutable_collection("batch_stats") and self._collects():
+                self.variable("batch_moments", "count", jnp.zeros, features)
             y, updated = batch_norm(
                 params,
                 batch_stats,
                 x,
                 use_running_average=use_running_average,
+                update_running_average=update,
                 momentum=self.momentum,
                 running_var_ddof=self.running_var_ddof,
                 initializing=self.is_initializing(),
                 **options,
             )
-        if not use_running_average:
+        if update:
             for name, variable in variables.items():
                 variable.value = cast(dict[str, jax.Array], updated)[name]
         return y
 
+    def _modes(
+        self, use_running_average: bool | None, update_running_average: bool | None
+    ) -> tuple[bool, bool]:
+        """Returns whether the running statistics normalize, and whether they update."""
+        use = self._given_once("use_running_average", use_running_average)
+        update = self._given_once("update_running_average", update_running_average)
+        if use is None:
+            raise ValueError(
+                f"use_running_average is None in attribute and call of {self._called()}. "
+                "Write BatchNorm(use_running_average=not train)(x), or "
+                "BatchNorm()(x, use_running_average=not train), or, where the model hands it on, "
+                "model.apply(variables, x, train=True, mutable=['batch_stats'])."
+            )
+        return use, not use if update is None else update
+
+    def _given_once(self, name: str, in_call: bool | None) -> bool | None:
+        in_attribute: bool | None = getattr(self, name)
+        if in_attribute is None or in_call is None:
+            return in_call if in_attribute is None else in_attribute
+        raise ValueError(
+            f"{name}={in_attribute} in the attribute and {name}={in_call} in the call of "
+            f"{self._called()}: give it once. What a call is to decide, leave out of the "
+            f"attributes: BatchNorm()(x, {name}={in_call})."
+        )
+
+    def _called(self) -> str:
+        return f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
+
     def _spreads_a_batch(self) -> bool:
-        collects = self.is_mutable_collection("batch_moments") and not self.is_initializing()
-        return collects or self.has_variable("given_moments", "mean")
+        return self._collects() or self.has_variable("given_moments", "mean")
+
+    def _collects(self) -> bool:
+        # Who says mutable=True asks for what a model of Flax's has, not for this collection.
+        asked = not self.is_mutable_collection("a collection that nobody names")
+        return asked and self.is_mutable_collection("batch_moments") and not self.is_initializing()
 
     def _train_on_a_part(
-        self, params: Params, batch_stats: BatchStats, x: jax.Array, options: dict[str, Any]
+        self,
+        params: Params,
+        batch_stats: BatchStats,
+        x: jax.Array,
+        use_running_average: bool,
+        update: bool,
+        options: dict[str, Any],
     ) -> tuple[jax.Array, BatchStats]:
         y, found = normalize_by_batch(params, batch_stats, x, **options)
-        if self.has_variable("given_moments", "mean"):
-            given: Any = {
-                name: self.get_variable("given_moments", name) for name in ("mean", "var")
-            }
+        given: Any = batch_stats if use_running_average else None
+        if given is None and self.has_variable("given_moments", "mean"):
+            given = {name: self.get_variable("given_moments", name) for name in ("mean", "var")}
+        if given is not None:
             y, _ = batch_norm(params, given, x, use_running_average=True, **options)
-        if self.is_mutable_collection("batch_moments"):
+        if self._collects():
             collected = {
                 name: self.variable("batch_moments", name, jnp.zeros_like, like)
                 for name, like in {"count": found.var, "mean": found.mean, "var": found.var}.items()
@@ -159,6 +223,8 @@ class BatchNorm(nn.BatchNorm):
             found = merge_moments(Moments(**{n: c.value for n, c in collected.items()}), found)
             for name, variable in collected.items():
                 variable.value = getattr(found, name)
+        if not update:
+            return y, batch_stats
         return y, update_batch_stats(
             batch_stats, found, momentum=self.momentum, running_var_ddof=self.running_var_ddof
         )
@@ -177,10 +243,10 @@ class BatchNorm(nn.BatchNorm):
         names = ("mean", "var", "count") if use_count else ("mean", "var")
         return {name: self.variable("batch_stats", name, initial, name) for name in names}
 
-    def _require_batch_stats(self, use_running_average: bool) -> None:
+    def _require_batch_stats(self, update: bool) -> None:
         if self.is_mutable_collection("batch_stats"):
             return
-        layer = f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
+        layer = self._called()
         if not self.has_variable("batch_stats", "mean"):
             raise ValueError(
                 f"batch_stats has nothing for {layer}. Pass what init returned: "
@@ -190,12 +256,13 @@ class BatchNorm(nn.BatchNorm):
                 "nn.vmap(..., variable_axes={'params': 0, 'batch_stats': 0}), and in "
                 "init(..., mutable=[...]) where that is given."
             )
-        if not use_running_average and not self.is_initializing():
+        if update and not self.is_initializing():
             raise ValueError(
-                f"batch_stats is immutable, but {layer} has use_running_average=False "
-                "and updates it. In training write: "
+                f"batch_stats is immutable, but {layer} has use_running_average=False or "
+                "update_running_average=True, and updates it. In training write: "
                 "y, updates = model.apply(variables, x, mutable=['batch_stats']); "
-                "in evaluation pass use_running_average=True."
+                "in evaluation pass use_running_average=True; to normalize by the batch and leave "
+                "the statistics alone pass update_running_average=False."
             )
 
 
@@ -368,3 +435,220 @@ def _make_params(layer: Any, features: tuple[int, ...]) -> Params:
 def _options(layer: Any, mask: jax.Array | None) -> dict[str, Any]:
     names = ("epsilon", "axis_name", "axis_index_groups", "dtype")
     return {"mask": mask, **{name: getattr(layer, name) for name in names}}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def freeze(apply: Callable[P, R], *paths: str, train_params: bool = False) -> Callable[P, R]:
+    """Returns `apply` with its batch norms frozen: running statistics that do not update.
+
+    Of Flax's batch norms as well as of ours, those whose path matches one of `paths`, or lies in a
+    module whose path does, evaluate in training too. Variables keep their names, shapes and
+    initial values. Nothing compiled before is mistaken for what the returned function does, be it
+    `jax.jit` or `nn.jit` that compiled it; a train state recompiles after
+    ``state = state.replace(apply_fn=bn.linen.freeze(state.apply_fn, "stage0*"))``.
+
+    Args:
+        apply: ``model.apply``, ``model.init``, ``state.apply_fn`` or any other function in which
+            Flax modules are called.
+        *paths: glob patterns (`fnmatch`; ``*`` also matches ``/``) of module paths joined by
+            ``/``, as they are in the variables. None given: every batch norm.
+        train_params: whether ``scale`` and ``bias`` have a derivative all the same.
+
+    Returns:
+        A function called like `apply`. Of several around each other the last one that was made
+        decides, where its paths match; see `unfreeze`.
+
+    Raises:
+        ValueError: when called, a pattern matches no batch norm; the message lists those there are.
+            Or there are paths, and a class made by `nn.jit`: it computes all its modules with the
+            same attributes by the trace of the first. (`nn.jit` as a decorator of a method does so
+            too, and cannot be told.)
+        TypeError: when called, a pattern matches a user's subclass of `flax.linen.BatchNorm`,
+            which may do anything: derive it from `bn_jax.linen.BatchNorm`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
+        >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=False)])
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> frozen = bn.linen.freeze(model.apply, "layers_1")
+        >>> y, updates = frozen(variables, x, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["layers_1"]["mean"].tolist()
+        [0.0, 0.0]
+    """
+    return _ruled(apply, paths, frozen=True, train_params=train_params)
+
+
+def unfreeze(apply: Callable[P, R], *paths: str) -> Callable[P, R]:
+    """Takes back what `freeze` did to the batch norms on some paths.
+
+    They are again what their own attributes say.
+
+    Args:
+        apply: what `freeze` returned.
+        *paths: as for `freeze`.
+
+    Returns:
+        A function called like `apply`.
+
+    Raises:
+        ValueError: as for `freeze`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer = bn.linen.BatchNorm(use_running_average=False, momentum=0.5)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> thawed = bn.linen.unfreeze(bn.linen.freeze(layer.apply))
+        >>> y, updates = thawed(variables, x, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["mean"].tolist()
+        [1.0]
+    """
+    return _ruled(apply, paths, frozen=False, train_params=True)
+
+
+@contextmanager
+def replace_norms() -> Iterator[None]:
+    """Makes Flax models compute their norms with the layers of this module.
+
+    Wherever a layer of Flax's is called inside, `flax.linen.BatchNorm` and every other that has a
+    namesake here, ours computes in its place, with its attributes, its variables and its path. So
+    `init`, `apply` and `tabulate` of a model that knows nothing of bn_jax, and all that it is saved
+    to and loaded from, stay as they are. Subclasses are left alone: what they do is theirs.
+
+    What was compiled outside is compiled again inside and the other way round, by `jax.jit` and by
+    `nn.jit`. As any context manager made by `contextlib.contextmanager`, it also decorates
+    functions.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer, x = nn.BatchNorm(use_running_average=False), jnp.array([[1e4 - 1], [1e4 + 1]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> with bn.linen.replace_norms():
+        ...     y, _ = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> y.round(3).tolist()
+        [[-1.0], [1.0]]
+    """
+    with _replacing(True), nn.intercept_methods(_call_ours):
+        yield
+
+
+@dataclasses.dataclass(eq=False)
+class _Rule:
+    """What `freeze` or `unfreeze` says, and what of it has been seen to matter."""
+
+    paths: tuple[str, ...]
+    frozen: bool
+    train_params: bool
+    unmatched: set[str]
+    norms: set[str] = dataclasses.field(default_factory=set)
+
+    def covers(self, path: tuple[str, ...]) -> bool:
+        around = ["/".join(path[:length]) for length in range(len(path) + 1)]
+        matched = {
+            pattern for pattern in self.paths if any(fnmatchcase(one, pattern) for one in around)
+        }
+        self.norms.add(around[-1])
+        self.unmatched -= matched
+        return bool(matched)
+
+    def require_matches(self) -> None:
+        if self.unmatched:
+            raise ValueError(
+                f"No batch norm was called whose path matches {sorted(self.unmatched)}; those "
+                f"called have the paths {sorted(self.norms)}. Pass patterns of these, or of "
+                "modules around them."
+            )
+
+
+# JAX compiles anew what it has compiled under another value of these.
+_rules = jax.make_user_context(())
+_replacing = jax.make_user_context(False)
+
+
+def _ruled(
+    apply: Callable[P, R], paths: tuple[str, ...], *, frozen: bool, train_params: bool
+) -> Callable[P, R]:
+    paths = paths or ("*",)
+    rule = _Rule(paths, frozen, train_params, set(paths))
+
+    @functools.wraps(apply)
+    def ruled(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _rules((*_rules.value, rule)), nn.intercept_methods(_call_frozen):
+            result = apply(*args, **kwargs)
+        rule.require_matches()
+        return result
+
+    return ruled
+
+
+def _rule_for(module: nn.Module) -> _Rule | None:
+    """Returns the outermost rule that covers a norm; all of them take note of it."""
+    covering = [rule for rule in _rules.value if rule.covers(module.path)]
+    return covering[0] if covering else None
+
+
+def _switches(layer: BatchNorm) -> tuple[bool, bool]:
+    """Returns whether a layer is frozen, and whether its parameters train."""
+    rule = _rule_for(layer)
+    if rule is None or not rule.frozen:
+        return layer.frozen, layer.train_params
+    return True, rule.train_params
+
+
+@functools.cache
+def _replacements() -> dict[type[nn.Module], type[nn.Module]]:
+    """Returns the classes of this module by those of Flax that have the same name."""
+    named = {name: one for name, one in globals().items() if isinstance(one, type)}
+    return {
+        getattr(nn, name): cast(type[nn.Module], ours)
+        for name, ours in named.items()
+        if issubclass(ours, getattr(nn, name, ()))
+    }
+
+
+def _call_ours(
+    next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    theirs = type(context.module)
+    ours = _replacements().get(theirs)
+    if ours is None or context.method_name != "__call__":
+        return next_call(*args, **kwargs)
+    # The call of Flax's layer has begun: within it, the layer is ours, so that it is one call in
+    # what Linen captures and tabulates, and names and random numbers are those of its scope.
+    context.module.__class__ = ours
+    try:
+        return cast(Any, ours).__call__.__wrapped__(context.module, *args, **kwargs)
+    finally:
+        context.module.__class__ = theirs
+
+
+def _call_frozen(
+    next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    module = context.module
+    kind, (base, *_) = type(module).__name__, type(module).__bases__
+    if kind == f"Jit{base.__name__}" and any(rule.paths != ("*",) for rule in _rules.value):
+        raise ValueError(
+            f"Paths cannot tell the norms of several {kind} apart, for nn.jit "
+            "computes all modules of one class and with the same attributes by the trace of the "
+            "first: freeze without paths, give the norms the attribute frozen=True, or compile the "
+            "whole step with jax.jit instead of its modules with nn.jit."
+        )
+    of_flax = isinstance(module, nn.BatchNorm) and not isinstance(module, BatchNorm)
+    rule = _rule_for(module) if of_flax and context.method_name == "__call__" else None
+    if rule is None or not rule.frozen:
+        return next_call(*args, **kwargs)
+    if type(module) is not nn.BatchNorm:
+        raise TypeError(
+            f"{'/'.join(module.path)!r} is a {type(module).__name__}, a subclass of "
+            "flax.linen.BatchNorm, and may do with its statistics what it likes: derive it from "
+            "bn_jax.linen.BatchNorm, or freeze other paths."
+        )
+    return _call_ours(next_call, args, kwargs, context)

@@ -1,10 +1,12 @@
 """Flax NNX modules: variables and attributes; the arithmetic is in the pure functions."""
 
-from collections.abc import Mapping
-from functools import reduce
+import inspect
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cache, reduce
 from math import prod
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from bn_jax.batch_norm import BatchStats, batch_norm
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import canonical_axes
 from bn_jax.standardize import Activation, Params
+
+M = TypeVar("M")
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -54,9 +58,16 @@ class BatchNorm(nnx.BatchNorm):
         activation: a function applied to the result.
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
+        update_running_average: whether the running statistics update, after `eval()` too; None: if
+            and only if the batch normalizes.
+        train_params: False for ``scale`` and ``bias`` without a derivative. What an optimizer does
+            without one, as weight decay, is not its business.
+        frozen: True for running statistics that normalize and do not update, whatever the call,
+            the other arguments or `train()` say. `freeze` sets it by path.
 
     Raises:
-        ValueError: `bn_jax.batch_norm` objects to the input.
+        ValueError: `use_running_average` is given nowhere, or `bn_jax.batch_norm` objects
+            to the input.
         TraceContextError: in training, a transform that the layer is no argument of encloses the
             call: the update would be lost.
 
@@ -96,6 +107,9 @@ class BatchNorm(nnx.BatchNorm):
         activation: Activation | None = None,
         virtual_batch_size: int | None = None,
         running_var_ddof: int = 0,
+        update_running_average: bool | None = None,
+        train_params: bool = True,
+        frozen: bool = False,
     ) -> None:
         super().__init__(
             num_features,
@@ -122,6 +136,9 @@ class BatchNorm(nnx.BatchNorm):
         self.activation = activation
         self.virtual_batch_size = virtual_batch_size
         self.running_var_ddof = running_var_ddof
+        self.update_running_average = update_running_average
+        self.train_params = train_params
+        self.frozen = frozen
 
     def __call__(
         self,
@@ -130,6 +147,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_running_average: bool | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -138,29 +156,26 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average: True for evaluation, False for training; overrides the attribute.
             mask: boolean or weights, broadcastable to `x`: what enters the statistics.
             residual: an array of the shape of `x`, added before the activation.
+            update_running_average: overrides the attribute.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average is None:
-            raise ValueError(
-                "use_running_average is None in the constructor and in the call of BatchNorm. "
-                "Pass nnx.BatchNorm(..., use_running_average=False), or layer(x, "
-                "use_running_average=False), or call model.train() or model.eval()."
-            )
+        use_running_average, update = self._modes(use_running_average, update_running_average)
         variables = {"mean": self.mean, "var": self.var}
         if hasattr(self, "count"):
             variables["count"] = self.count
         batch_stats = cast(BatchStats, {name: one[...] for name, one in variables.items()})
         statistics = (batch_stats["mean"], batch_stats["var"])
         x, params, dtype = _promoted(self, x, *statistics, residual=residual)
+        if not self.train_params:
+            params = jax.lax.stop_gradient(params)
         y, updated = batch_norm(
             params,
             batch_stats,
             x,
             use_running_average=use_running_average,
+            update_running_average=update,
             axis=self.axis,
             momentum=self.momentum,
             epsilon=self.epsilon,
@@ -173,9 +188,30 @@ class BatchNorm(nnx.BatchNorm):
             running_var_ddof=self.running_var_ddof,
             dtype=dtype,
         )
-        if not use_running_average:
+        if update:
             self._store(variables, updated)
         return y
+
+    def _modes(
+        self, use_running_average: bool | None, update_running_average: bool | None
+    ) -> tuple[bool, bool]:
+        """Returns whether the running statistics normalize, and whether they update."""
+        if self.frozen:
+            return True, False
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is None in the constructor and in the call of the "
+                f"BatchNorm of {self.num_features} features. "
+                "Pass nnx.BatchNorm(..., use_running_average=False), or layer(x, "
+                "use_running_average=False), or call model.train() or model.eval()."
+            )
+        if update_running_average is None:
+            update_running_average = self.update_running_average
+        if update_running_average is None:
+            update_running_average = not use_running_average
+        return use_running_average, update_running_average
 
     def _store(self, variables: dict[str, nnx.BatchStat[Any]], batch_stats: BatchStats) -> None:
         new = cast(dict[str, jax.Array], batch_stats)
@@ -371,3 +407,148 @@ def _promoted(
         return x, params, layer.dtype
     given = jax.tree.leaves((x, statistics, params, residual))
     return x, params, reduce(jnp.promote_types, (jnp.asarray(one).dtype for one in given))
+
+
+def freeze(model: M, *paths: str, train_params: bool = False) -> M:
+    """Freezes batch norms in place: running statistics that normalize and do not update.
+
+    Unlike `eval()`, it survives ``model.train()``. To leave the model as it is, freeze a view:
+    ``bn_jax.nnx.freeze(nnx.view(model))`` has switches of its own and the same variables.
+
+    Args:
+        model: a module, or a tree of them.
+        *paths: glob patterns (`fnmatch`; ``*`` also matches ``/``) of the layers' paths in the
+            model, or of modules around them, joined by ``/``: ``"stage0/*"``, ``"layers/1"``. Of a
+            layer that is in several places, any path counts. None given: every batch norm.
+        train_params: whether ``scale`` and ``bias`` have a derivative all the same.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a pattern matches no batch norm; the message lists those there are.
+        TypeError: a pattern matches a batch norm of Flax's: call `replace_norms` first.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> bn.nnx.freeze(layer).train()
+        >>> layer(jnp.array([[0.0], [1.0]])).round(3).tolist(), layer.mean[...].tolist()
+        ([[0.0], [1.0]], [0.0])
+    """
+    for layer in _batch_norms(model, paths):
+        layer.frozen, layer.train_params = True, train_params
+    return model
+
+
+def unfreeze(model: M, *paths: str) -> M:
+    """Takes back in place what `freeze` did: ``frozen=False`` and ``train_params=True``.
+
+    Args:
+        model: a module, or a tree of them.
+        *paths: as for `freeze`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError, TypeError: as `freeze` does.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchNorm(1, frozen=True, rngs=nnx.Rngs(0))
+        >>> bn.nnx.unfreeze(layer).frozen
+        False
+    """
+    for layer in _batch_norms(model, paths):
+        layer.frozen, layer.train_params = False, True
+    return model
+
+
+def replace_norms(model: M) -> M:
+    """Makes the norms of a model ours, in place.
+
+    Every layer in it that is of one of Flax's classes with a namesake here becomes of ours: the
+    same object, wherever it stands and however often, with the same variables, so that an
+    `nnx.Optimizer` made before goes on. Subclasses are left alone: what they do is theirs.
+
+    Args:
+        model: a module, or a tree of them.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        >>> isinstance(bn.nnx.replace_norms(model).layers[0], bn.nnx.BatchNorm)
+        True
+    """
+    replacements = _replacements()
+    for _, layer in nnx.iter_graph(model):
+        ours = replacements.get(type(layer))
+        if ours is None:
+            continue
+        known = inspect.signature(type(layer).__init__).parameters
+        object.__setattr__(layer, "__class__", ours)
+        for name, parameter in inspect.signature(ours.__init__).parameters.items():
+            if name not in known:
+                setattr(layer, name, parameter.default)
+    return model
+
+
+@cache
+def _replacements() -> dict[type[nnx.Module], type[nnx.Module]]:
+    """Returns the classes of this module by those of Flax that have the same name."""
+    named = {name: one for name, one in globals().items() if isinstance(one, type)}
+    return {
+        getattr(nnx, name): cast(type[nnx.Module], ours)
+        for name, ours in named.items()
+        if issubclass(ours, getattr(nnx, name, ()))
+    }
+
+
+def _batch_norms(model: Any, patterns: tuple[str, ...]) -> list[BatchNorm]:
+    """Returns the batch norms of which a path, or one around it, matches one of the patterns."""
+    layers = [(path, layer) for path, layer in _nodes(model) if isinstance(layer, nnx.BatchNorm)]
+    found: list[BatchNorm] = []
+    for pattern in patterns or ("*",):
+        matching = [
+            (path, layer)
+            for path, layer in layers
+            if any(fnmatchcase("/".join(path[:end]), pattern) for end in range(len(path) + 1))
+        ]
+        if not matching:
+            raise ValueError(
+                f"No batch norm has a path that matches {pattern!r}; those there are have the "
+                f"paths {sorted({'/'.join(path) for path, _ in layers})}. Pass patterns of these, "
+                "or of modules around them."
+            )
+        for path, layer in matching:
+            if not isinstance(layer, BatchNorm):
+                raise TypeError(
+                    f"{'/'.join(path)!r} is a {type(layer).__module__}.{type(layer).__name__}, "
+                    "which cannot be frozen: call bn_jax.nnx.replace_norms(model) first; derive a "
+                    "class of your own from bn_jax.nnx.BatchNorm."
+                )
+            found.append(layer)
+    return found
+
+
+def _nodes(
+    node: Any, path: tuple[str, ...] = (), around: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields what a model is made of, once for each of its paths; a cycle once around."""
+    if isinstance(node, nnx.Variable) or any(node is one for one in around):
+        return
+    yield path, node
+    children = jax.tree.leaves_with_path(
+        node, is_leaf=lambda keys, _: bool(keys), is_leaf_takes_path=True
+    )
+    for keys, child in children:
+        if keys:
+            name = jax.tree_util.keystr(keys, simple=True)
+            yield from _nodes(child, (*path, name), (*around, node))

@@ -656,9 +656,9 @@ def _whole_batch_gradients(
 
 
 def _number_of_norms(reached: _Reached) -> int:
-    """A norm has three leaves; those that a lifted scan has stacked count as many."""
-    moments = reached[1].get("batch_moments", {})
-    return sum(math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(moments)) // 3
+    """A norm that has a part in the batch has one mean; those under a lifted scan are stacked."""
+    moments = jax.tree.leaves_with_path(reached[1].get("batch_moments", {}))
+    return sum(math.prod(leaf.shape[:-1]) for path, leaf in moments if path[-1].key == "mean")
 
 
 def sync_batch_stats(batch_stats: Any) -> Any:

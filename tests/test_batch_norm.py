@@ -523,6 +523,67 @@ def test_initializing_updates_and_synchronizes_nothing():
         assert_close(y, define_batch_norm(params, stats, x)[0])
 
 
+# --- switches ---------------------------------------------------------------------------------
+
+VALID = np.array([1, 1, 0, 1, 1, 1, 0, 1], bool)[:, None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"axis": 0}, {"mask": VALID}, {"mask": VALID * 0.5}, {"virtual_batch_size": 4},
+        {"mask": VALID, "virtual_batch_size": 4, "momentum": None, "running_var_ddof": 1},
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_statistics_come_from_and_whether_they_update_are_two_switches(options):
+    x, mask = standard_normal(90, (8, 8)) + 2, options.get("mask")
+    poisoned = x if mask is None else jnp.where(mask > 0, x, jnp.nan)
+    params, stats = make_state((8,))
+    if "momentum" in options:
+        stats["count"] = jnp.full(8, 3.0)
+    by_batch, _ = TRAIN(params, stats, poisoned, **options)
+    by_running = define_affine(
+        x, stats["mean"], stats["var"], *params.values(), options.get("axis", -1)
+    )
+    known = {name: value for name, value in options.items() if name != "virtual_batch_size"}
+    _, updated = define_batch_norm(params, stats, x, **known)
+    valid = np.broadcast_to(True if mask is None else mask > 0, x.shape)
+    for use_running_average, expected in ((False, by_batch[valid]), (True, by_running[valid])):
+        switched = partial(
+            bn.batch_norm, params, stats, poisoned,
+            use_running_average=use_running_average, **options,
+        )  # fmt: skip
+        y, kept = switched(update_running_average=False)
+        assert_close(y[valid], expected)
+        assert kept is stats
+        y, found = switched(update_running_average=True)
+        assert_close((y[valid], found), (expected, updated))
+
+
+def test_no_update_while_initializing():
+    x, (params, stats) = standard_normal(91, (1, 3)), make_state((3,))
+    switches = dict(update_running_average=True, initializing=True, momentum=None)
+    for use_running_average in (False, True):
+        _, kept = bn.batch_norm(
+            params, stats, x, use_running_average=use_running_average, **switches
+        )
+        assert kept is stats
+
+
+def test_an_update_in_evaluation_is_checked_as_in_training():
+    params, stats = make_state((3,))
+    update = partial(EVALUATE, params, stats, update_running_average=True)
+    with pytest.raises(ValueError, match=r"one value per feature .* no update_running_average"):
+        update(X[:1])
+    with pytest.raises(ValueError, match="momentum=None averages over all batches"):
+        update(X, momentum=None)
+    with pytest.raises(NameError, match="axis_name='data' is not bound"):
+        jax.vmap(partial(update, axis_name="data"), axis_name="batch")(X[:, None])
+    still = partial(TRAIN, params, stats, X, update_running_average=False)
+    assert_close(still(momentum=None)[0], define_batch_norm(params, stats, X)[0])
+
+
 # --- activation and residual ------------------------------------------------------------------
 
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "none": None}

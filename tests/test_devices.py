@@ -468,6 +468,18 @@ def test_groups_that_line_up_with_the_shards_need_no_collective(
     assert sizes == [FEATURES + masked, 2 * FEATURES]
 
 
+def test_a_batch_is_measured_only_where_it_is_needed():
+    (params, stats), compiled = make_state((FEATURES,)), partial(compile_over, automatic_mesh())
+    groups = partial(TRAIN, params, stats, virtual_batch_size=X_SHAPE[0] // DEVICES)
+    assert all_reduces(compiled(partial(groups, update_running_average=False), X_SHAPE)) == []
+    text = compiled(partial(EVALUATE, params, stats, update_running_average=True), X_SHAPE)
+    assert all_reduces(text) == [2 * FEATURES]
+    assert conditionals(text) == 1
+    text = compiled(partial(EVALUATE, params, stats), X_SHAPE)
+    assert all_reduces(text) == []
+    assert " reduce(" not in text
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
 def test_groups_that_do_not_line_up_with_the_shards(size):
     x, state = standard_normal(62, (12, 3)), make_state((3,))

@@ -207,7 +207,11 @@ def rows(api):
             api, "BatchNorm", {"use_running_average": False, **features},
             shared | with_bias | {"use_running_average", "axis", "momentum"},
             variables({**scale, **bias}, stats), BATCH + BATCH_OF_API[api], variants,
-            reduced=(0, 1, 2), added={"activation", "virtual_batch_size", "running_var_ddof"},
+            reduced=(0, 1, 2),
+            added={
+                "activation", "virtual_batch_size", "running_var_ddof", "update_running_average",
+                "train_params", "frozen",
+            },
         ),
         Norm(
             api, "LayerNorm", features, shared | with_bias | {"reduction_axes", "feature_axes"},

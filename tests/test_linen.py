@@ -1,9 +1,12 @@
+import functools
+import re
 from functools import partial
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jax_resnet
 import numpy as np
 import pytest
 from support import (
@@ -20,6 +23,18 @@ from support import (
 import bn_jax as bn
 
 OURS, FLAX = bn.linen.BatchNorm, nn.BatchNorm
+
+
+def make_loss(layer, mask=None):
+    def loss(variables, x, use_running_average):
+        y, updates = layer.apply(
+            variables, x, use_running_average, mask=mask, mutable=["batch_stats"]
+        )
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, updates["batch_stats"])
+
+    return jax.jit(
+        jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnames="use_running_average"
+    )
 
 
 DOUBLES = [
@@ -160,17 +175,39 @@ def test_missing_or_immutable_batch_stats(nested):
     variables = model.init(jax.random.key(0), x, use_running_average=True)
     with pytest.raises(ValueError, match=f"batch_stats has nothing for {where}.*model.apply"):
         model.apply({"params": variables["params"]}, x, use_running_average=True)
-    with pytest.raises(ValueError, match=f"batch_stats is immutable, but {where} .*mutable="):
+    message = f"batch_stats is immutable, but {where} .*mutable=.*pass update_running_average=False"
+    with pytest.raises(ValueError, match=message):
         model.apply(variables, x, use_running_average=False)
     model.apply(variables, x, use_running_average=True)
 
 
-def test_use_running_average_must_be_given_once():
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_mode_must_be_given_once(nested):
+    class Model(nn.Module):
+        norm: nn.Module
+
+        @nn.compact
+        def __call__(self, x, **modes):
+            return self.norm.copy(name="first_norm")(x, **modes)
+
+    def call(modes=None, **attributes):
+        norm = OURS(**attributes)
+        return (Model(norm) if nested else norm).init(jax.random.key(0), x, **modes or {})
+
+    where = "BatchNorm 'first_norm'" if nested else "the top-level BatchNorm"
     x = standard_normal(9, (6, 3))
-    with pytest.raises(ValueError, match="use_running_average"):
-        OURS().init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="use_running_average"):
-        OURS(use_running_average=True).init(jax.random.key(0), x, use_running_average=True)
+    fixes = (
+        r"BatchNorm\(use_running_average=not train\)\(x\)",
+        r"BatchNorm\(\)\(x, use_running_average=not train\)",
+        r"model.apply\(variables, x, train=True",
+    )
+    for fix in fixes:
+        with pytest.raises(ValueError, match=f"is None in attribute and call of {where}. .*{fix}"):
+            call()
+    for name in ("use_running_average", "update_running_average"):
+        given = {"use_running_average": False} | {name: True}
+        with pytest.raises(ValueError, match=f"{name}=True .* in the call of {where}: give it"):
+            call({name: True}, **given)
 
 
 def trained(layer, variables, x, **options):
@@ -565,6 +602,17 @@ def test_moments_of_several_calls_make_one_update(options):
     assert_close(y, whole)
 
 
+def test_all_mutable_is_not_asking_for_moments():
+    """A second step would go on from the moments of the first."""
+    layer, x = OURS(use_running_average=False, momentum=0.5), standard_normal(72, (2, 6, 3))
+    variables = layer.init(jax.random.key(0), x[0])
+    _, expected = define_steps(variables["params"], variables["batch_stats"], x, momentum=0.5)
+    for one in x:
+        _, variables = layer.apply(variables, one, mutable=True)
+    assert set(variables) == {"params", "batch_stats"}
+    assert_close(variables["batch_stats"], expected)
+
+
 def test_given_moments_serve_training_alone():
     layer, x = OURS(momentum=0.5), standard_normal(71, (6, 3))
     variables = layer.init(jax.random.key(0), x, use_running_average=True)
@@ -580,3 +628,398 @@ def test_given_moments_serve_training_alone():
         evaluated, collected = found if mutable else (found, {})
         assert_close(evaluated, layer.apply(variables, x, use_running_average=True))
         assert collected == {}
+
+
+# --- switches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use,update,in_call",
+    [
+        (False, None, True), (False, False, False), (False, True, True),
+        (True, None, False), (True, False, True), (True, True, False),
+    ],
+)  # fmt: skip
+def test_where_statistics_come_from_and_whether_they_update(use, update, in_call):
+    modes = dict(use_running_average=use, update_running_average=update)
+    layer, given = (OURS(momentum=0.5), modes) if in_call else (OURS(momentum=0.5, **modes), {})
+    x = standard_normal(80, (8, 3)) + 2
+    variables = far_from_initial(layer.init(jax.random.key(0), x, **given))
+    params, stats = variables["params"], variables["batch_stats"]
+    y, updated = define_batch_norm(params, stats, x, momentum=0.5)
+    if use:
+        y = define_affine(x, *stats.values(), params["scale"], params["bias"])
+    updates = (not use) if update is None else update
+    found = trained(layer, variables, x, **given)
+    assert_close(found, (y, updated if updates else stats))
+    collected = layer.apply(variables, x, mutable=["batch_stats", "batch_moments"], **given)
+    assert_close((collected[0], collected[1]["batch_stats"]), found)
+    if updates:
+        with pytest.raises(ValueError, match="batch_stats is immutable"):
+            layer.apply(variables, x, **given)
+    else:
+        assert_close(layer.apply(variables, x, **given), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False}])
+def test_parameters_that_do_not_train(options):
+    x = standard_normal(81, (8, 3))
+    trains, fixed = (OURS(**options, train_params=train_params) for train_params in (True, False))
+    variables = far_from_initial(trains.init(jax.random.key(0), x, use_running_average=False))
+    (expected, of_x), outcome = make_loss(trains)(variables, x, False)
+    (found, found_of_x), found_outcome = make_loss(fixed)(variables, x, False)
+    assert_close((found_of_x, found_outcome), (of_x, outcome))
+    chex.assert_trees_all_equal(found["params"], jax.tree.map(jnp.zeros_like, variables["params"]))
+    assert all(jnp.abs(leaf).max() > 0.01 for leaf in expected["params"].values())
+
+
+@pytest.mark.parametrize(
+    "modes", [{}, {"use_running_average": False}, {"update_running_average": True}]
+)
+def test_frozen_whatever_the_call_says(modes):
+    x = standard_normal(82, (8, 3))
+    layer = OURS(use_running_average=False, update_running_average=True, frozen=True)
+    variables = layer.init(jax.random.key(0), x, **modes)
+    chex.assert_trees_all_equal(variables, OURS(True).init(jax.random.key(0), x))
+    variables = far_from_initial(variables)
+    params, stats = variables["params"], variables["batch_stats"]
+    y = define_affine(x, *stats.values(), params["scale"], params["bias"])
+    assert_close(layer.apply(variables, x, **modes), y)
+    assert_close(trained(layer, variables, x, **modes), (y, stats))
+
+
+# --- freezing by path -------------------------------------------------------------------------
+
+
+def norm_of(block, name):
+    if name in block.evaluated:
+        return partial(OURS, use_running_average=True)
+    return partial(block.kind, use_running_average=False)
+
+
+class Block(nn.Module):
+    """Two norms; those of which the name is among `evaluated` are ours and always evaluate."""
+
+    kind: type
+    evaluated: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.Dense(3)(x)
+        for name in ("first", "second"):
+            x = norm_of(self, name)(name=name)(jnp.sin(x) + 1)
+        return x, None
+
+
+class SetupBlock(nn.Module):
+    kind: type
+    evaluated: tuple[str, ...] = ()
+
+    def setup(self):
+        self.dense = nn.Dense(3, name="Dense_0")
+        self.first, self.second = norm_of(self, "first")(), norm_of(self, "second")()
+
+    def __call__(self, x, _=None):
+        return self.second(jnp.sin(self.first(jnp.sin(self.dense(x)) + 1)) + 1), None
+
+
+class Net(nn.Module):
+    """Two blocks; the norms of the stem whose names are among `evaluated` always evaluate."""
+
+    block: type
+    kind: type
+    evaluated: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x, _ = self.block(self.kind, self.evaluated, name="stem")(x)
+        return self.block(self.kind, name="head")(x)[0]
+
+
+OF_THEIR_OWN = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
+BLOCKS = {
+    "compact": Block,
+    "setup": SetupBlock,
+    "remat": nn.remat(Block),
+    "scan": nn.scan(Block, length=2, **OF_THEIR_OWN),
+    "vmap": nn.vmap(SetupBlock, axis_size=2, in_axes=None, **OF_THEIR_OWN),
+    "vmap of remat": nn.vmap(nn.remat(Block), axis_size=2, in_axes=None, **OF_THEIR_OWN),
+}
+X = standard_normal(83, (8, 3)) + 1
+
+
+@functools.cache
+def net(block, kind):
+    """A network, the same with an evaluating norm and with two, and shapes of the variables."""
+    nets = [Net(BLOCKS[block], kind, names) for names in ((), ("first",), ("first", "second"))]
+    return *nets, jax.eval_shape(nets[0].init, jax.random.key(0), X)
+
+
+def program(apply, variables):
+    """What is computed in training, as text."""
+    step = jax.make_jaxpr(partial(apply, mutable=["batch_stats"]))
+    return re.sub(" at 0x[0-9a-f]+", "", str(step(variables, X)))
+
+
+@pytest.mark.parametrize("kind", [OURS, FLAX], ids=["ours", "flax"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_freezing_is_evaluation_in_training(block, kind):
+    plain, first, both, variables = net(block, kind)
+    trains = program(plain.apply, variables)
+    for paths, expected in (
+        (["stem/first"], first),
+        (["st?m"], both),
+        (["stem/f*", "s*/s*"], both),
+    ):
+        frozen = bn.linen.freeze(plain.apply, *paths, train_params=True)
+        assert program(frozen, variables) == program(expected.apply, variables) != trains
+    assert program(plain.apply, variables) == trains
+    initial = jax.eval_shape(bn.linen.freeze(plain.init), jax.random.key(0), X)
+    chex.assert_trees_all_equal(initial, variables)
+
+
+def test_frozen_parameters_train_only_if_asked():
+    class Small(nn.Module):
+        evaluated: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            return FLAX(False, name="last")(jnp.sin(FLAX(self.evaluated, name="norm")(x)))
+
+    variables = far_from_initial(Small().init(jax.random.key(0), X))
+    chex.assert_trees_all_equal(
+        bn.linen.freeze(Small().init)(jax.random.key(0), X), Small().init(jax.random.key(0), X)
+    )
+
+    @partial(jax.jit, static_argnames="apply")
+    def outcome(variables, apply):
+        def loss(variables):
+            y, updates = apply(variables, X, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, updates)
+
+        return jax.grad(loss, has_aux=True)(variables)
+
+    freeze = partial(bn.linen.freeze, Small().apply, "norm")
+    frozen = [freeze(), freeze(train_params=True)]
+    fixed, trains, (expected, aux) = (
+        outcome(variables, apply) for apply in (*frozen, Small(evaluated=True).apply)
+    )
+    assert_close(trains, (expected, aux))
+    of_frozen = expected["params"]["norm"]
+    assert all(jnp.abs(leaf).max() > 0.01 for leaf in of_frozen.values())
+    expected["params"]["norm"] = jax.tree.map(jnp.zeros_like, of_frozen)
+    assert_close(fixed, (expected, aux))
+
+
+def test_the_last_function_made_decides():
+    plain, first, both, variables = net("compact", OURS)
+    unfreeze, freeze = bn.linen.unfreeze, partial(bn.linen.freeze, train_params=True)
+    for apply, expected in {
+        unfreeze(freeze(plain.apply, "stem"), "stem/second"): first,
+        unfreeze(freeze(plain.apply)): plain,
+        unfreeze(freeze(plain.apply), "head"): both,
+        freeze(bn.linen.freeze(plain.apply, "stem/*"), "stem"): both,
+        freeze(unfreeze(freeze(plain.apply)), "stem/first"): first,
+    }.items():
+        assert program(apply, variables) == program(expected.apply, variables)
+
+
+def test_unfreezing_leaves_attributes_as_they_are():
+    layer = OURS(frozen=True)
+    variables = far_from_initial(layer.init(jax.random.key(0), X))
+    y = layer.apply(variables, X)
+    assert_close(bn.linen.unfreeze(layer.apply)(variables, X), y)
+
+
+def test_what_was_compiled_before_is_not_taken_for_the_frozen_model():
+    layer = OURS(use_running_average=False)
+    variables = far_from_initial(layer.init(jax.random.key(0), X))
+    jitted = jax.jit(partial(layer.apply, mutable=["batch_stats"]))
+    frozen = bn.linen.freeze(jitted)
+    expected = define_affine(
+        X, *variables["batch_stats"].values(), *(variables["params"][n] for n in ("scale", "bias"))
+    )
+    before = jitted(variables, X)
+    for _ in range(2):
+        assert_close(frozen(variables, X), (expected, {"batch_stats": variables["batch_stats"]}))
+        chex.assert_trees_all_equal(jitted(variables, X), before)
+
+
+def test_freezing_what_nn_jit_has_compiled():
+    model, expected = nn.jit(Block)(FLAX), nn.jit(Block)(OURS, ("first", "second"))
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    before = program(model.apply, variables)
+    frozen = bn.linen.freeze(model.apply, train_params=True)
+    for _ in range(2):
+        assert program(frozen, variables) == program(expected.apply, variables) != before
+        assert program(model.apply, variables) == before
+    with pytest.raises(ValueError, match=r"cannot tell the norms of several JitBlock apart"):
+        program(bn.linen.freeze(model.apply, "first"), variables)
+
+
+def test_paths_that_match_no_norm():
+    plain, _, _, variables = net("compact", OURS)
+    for change in (bn.linen.freeze, bn.linen.unfreeze):
+        message = (
+            r"whose path matches \['stam', 'x/\*'\]; .* \['head/first', 'head/second', 'stem/first'"
+        )
+        with pytest.raises(ValueError, match=message):
+            program(change(plain.apply, "stam", "stem", "x/*"), variables)
+    dense = nn.Dense(3)
+    with pytest.raises(ValueError, match=r"matches \['\*'\]; those called have the paths \[\]"):
+        bn.linen.freeze(dense.apply)(dense.init(jax.random.key(0), X), X)
+
+
+class Derived(FLAX):
+    """A user's own."""
+
+
+def test_a_subclass_is_left_alone():
+    x = 1e4 + X
+    layer = Derived(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(
+        TypeError, match=r"'' is a Derived, .*derive it from bn_jax.linen.BatchNorm"
+    ):
+        bn.linen.freeze(layer.apply)(variables, x, mutable=["batch_stats"])
+    with bn.linen.replace_norms():
+        chex.assert_trees_all_equal(*(trained(layer, variables, x) for _ in range(2)))
+        found = trained(layer, variables, x)
+    chex.assert_trees_all_equal(found, trained(layer, variables, x))
+
+
+# --- migration --------------------------------------------------------------------------------
+
+# Every layer that is replaced, with what it needs to be given.
+REPLACED = {FLAX: dict(use_running_average=False)}
+
+
+def test_every_layer_of_flax_with_a_namesake_here_is_replaced():
+    namesakes = {getattr(nn, name, None) for name in vars(bn.linen) if name.endswith("Norm")}
+    assert set(REPLACED) == namesakes
+
+
+@pytest.mark.parametrize("kind", REPLACED, ids=lambda kind: kind.__name__)
+def test_replaced_norms_are_ours(kind):
+    ours, key = getattr(bn.linen, kind.__name__), jax.random.key(0)
+    variables = kind(**REPLACED[kind]).init(key, X)
+    for lift in (lambda one: one, nn.remat, nn.jit):
+        model, expected = (lift(one)(**REPLACED[kind]) for one in (kind, ours))
+        outside, inside = (program(one.apply, variables) for one in (model, expected))
+        with bn.linen.replace_norms():
+            assert program(model.apply, variables) == inside != outside
+            chex.assert_trees_all_equal(model.init(key, X), variables)
+        assert program(model.apply, variables) == outside
+        decorated = bn.linen.replace_norms()(model.apply)
+        assert program(decorated, variables) == inside
+
+
+def test_replacing_in_what_was_compiled_before():
+    layer, x = FLAX(use_running_average=False), 1e4 + X
+    variables = layer.init(jax.random.key(0), x)
+    call = jax.jit(partial(layer.apply, mutable=["batch_stats"]))
+    outside = call(variables, x)
+    expected, stats = define_batch_norm(variables["params"], variables["batch_stats"], x)
+    with bn.linen.replace_norms():
+        assert_close(call(variables, x), (expected, {"batch_stats": stats}))
+    chex.assert_trees_all_equal(call(variables, x), outside)
+    assert np.abs(outside[0] - expected).max() > 0.01
+
+
+def test_replacing_is_invisible():
+    model, key = Block(FLAX), jax.random.key(0)
+    variables = model.init(key, X)
+
+    def look():
+        captured = model.apply(variables, X, capture_intermediates=True, mutable=True)
+        return jax.tree.map(jnp.shape, captured), model.tabulate(key, X)
+
+    bound = FLAX(use_running_average=True).bind(FLAX(True).init(key, X))
+    expected = look()
+    with bn.linen.replace_norms(), bn.linen.replace_norms():
+        assert look() == expected
+        bound(X)
+    assert type(bound) is FLAX
+
+
+def test_replacing_and_freezing():
+    plain, _, _, variables = net("compact", FLAX)
+    _, first, _, _ = net("compact", OURS)
+    expected = program(first.apply, variables)
+    freeze = partial(bn.linen.freeze, train_params=True)
+    with bn.linen.replace_norms():
+        assert program(freeze(plain.apply, "stem/first"), variables) == expected
+    replaced = bn.linen.replace_norms()(plain.apply)
+    assert program(freeze(replaced, "stem/first"), variables) == expected
+
+
+def test_a_model_of_another_package():
+    model = jax_resnet.ResNet(
+        jax_resnet.ResNetBlock, stage_sizes=[1], n_classes=3, hidden_sizes=(4,),
+        stem_cls=lambda conv_block_cls: conv_block_cls(4),
+        conv_block_cls=partial(jax_resnet.ConvBlock, force_conv_bias=True),
+    )  # fmt: skip
+    x, key = standard_normal(86, (4, 8, 8, 3)), jax.random.key(0)
+    init, train = jax.jit(model.init), jax.jit(partial(model.apply, mutable=["batch_stats"]))
+    variables = init(key, x)
+    # What a convolution adds, the norm after it takes away.
+    shifted = jax.tree.map_with_path(
+        lambda path, leaf: leaf + 1e4 * ("Conv_0" in str(path) and leaf.ndim == 1), variables
+    )
+    near, far = train(variables, x), train(shifted, x)
+    with bn.linen.replace_norms():
+        chex.assert_trees_all_equal(init(key, x), variables)
+        ours_near, ours_far = train(variables, x), train(shifted, x)
+    assert_close(ours_near, near)
+    assert_close(ours_far[0], near[0], tolerance=1e-2)
+    assert not np.abs(far[0] - near[0]).max() < 0.1
+
+
+# --- lifted transforms of variables -----------------------------------------------------------
+
+
+class InLogarithms(nn.Module):
+    """A norm whose scale is kept as a logarithm."""
+
+    @nn.compact
+    def __call__(self, x):
+        inward, outward = (partial(jax.tree.map, function) for function in (jnp.exp, jnp.log))
+        kind = nn.map_variables(OURS, "params", inward, outward, init=self.is_initializing())
+        return kind(use_running_average=False, use_bias=False, name="norm")(x)
+
+
+def test_mapped_variables():
+    x = standard_normal(87, (8, 3)) + 1
+    variables = InLogarithms().init(jax.random.key(0), x)
+    assert_close(variables["params"]["norm"], {"scale": jnp.zeros(3)})
+    variables["params"]["norm"]["scale"] = jnp.array([0.0, 1.0, -1.0])
+    y, updated = trained(InLogarithms(), variables, x)
+    params = {"scale": np.exp([0.0, 1.0, -1.0])}
+    expected = define_batch_norm(params, bn.init_batch_stats(3), x)
+    assert_close((y, updated["norm"]), expected)
+
+
+class Shared(nn.Module):
+    """A norm that lives in the scope of the module around it, beside a parameter of that."""
+
+    def setup(self):
+        self.norm = OURS(use_running_average=False)
+        nn.share_scope(self, self.norm)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.norm(x) + self.param("shift", nn.initializers.ones, (1, 3))
+
+
+def test_a_shared_scope():
+    x = standard_normal(88, (8, 3))
+    model = nn.Sequential([Shared()])
+    variables = model.init(jax.random.key(0), x)
+    assert set(variables["params"]["layers_0"]) == {"shift", "scale", "bias"}
+    assert set(variables["batch_stats"]["layers_0"]) == {"mean", "var"}
+    y, updates = trained(model, variables, x)
+    expected, stats = define_batch_norm(bn.init_params(3), bn.init_batch_stats(3), x)
+    assert_close((y, updates["layers_0"]), (expected + 1, stats))
+    frozen = bn.linen.freeze(model.apply, "layers_0")
+    y, updates = frozen(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])

@@ -2,9 +2,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.errors import TraceContextError
+from flax.nnx import bridge
 from jax.sharding import AxisType, PartitionSpec
 from support import (
     assert_close,
@@ -25,6 +27,17 @@ def fill(layer):
     """Gives the variables values far from the initial ones."""
     nnx.update(layer, far_from_initial(nnx.state(layer)))
     return layer
+
+
+def outcome(layer, x, mask=None):
+    """Output, gradients and state after one call."""
+
+    def loss(layer, x):
+        y = layer(x, mask=mask)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    gradients, y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+    return nnx.to_pure_dict(gradients[0]), gradients[1], y, nnx.to_pure_dict(nnx.state(layer))
 
 
 def test_statistics_are_not_cast_in_evaluation():
@@ -155,7 +168,8 @@ def test_a_promote_dtype_of_ones_own_is_called():
 def test_errors():
     layer = OURS(3, use_running_average=None, rngs=nnx.Rngs(0))
     x = standard_normal(9, (6, 3))
-    with pytest.raises(ValueError, match=r"use_running_average is None .* model.eval\(\)"):
+    message = r"use_running_average is None .* the BatchNorm of 3 features.* model.eval\(\)"
+    with pytest.raises(ValueError, match=message):
         layer(x)
     with pytest.raises(ValueError, match=r"features of shape \(4,\) on axis=-1"):
         OURS(3, rngs=nnx.Rngs(0))(standard_normal(9, (6, 4)))
@@ -455,3 +469,265 @@ def test_an_empty_batch_changes_nothing():
     chex.assert_trees_all_equal(stats_of(ours), before)
     flax(jnp.zeros((0, 3)))
     assert np.isnan(stats_of(flax)["mean"]).all()
+
+
+# --- switches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use,update,in_call",
+    [
+        (False, None, True), (False, False, False), (False, True, True),
+        (True, None, False), (True, False, True), (True, True, False),
+    ],
+)  # fmt: skip
+def test_where_statistics_come_from_and_whether_they_update(use, update, in_call):
+    modes = dict(use_running_average=use, update_running_average=update)
+    layer = make(momentum=0.5, **({} if in_call else modes))
+    x = standard_normal(80, (8, 3)) + 2
+    params, stats = params_of(layer), stats_of(layer)
+    y, updated = define_batch_norm(params, stats, x, momentum=0.5)
+    if use:
+        y = define_affine(x, *stats.values(), *params.values())
+    updates = (not use) if update is None else update
+    assert_close(layer(x, **(modes if in_call else {})), y)
+    assert_close(stats_of(layer), updated if updates else stats)
+    if not updates:
+        # Nothing is written, so that the layer need be no argument of a transform.
+        assert_close(jax.jit(lambda x: layer(x, **(modes if in_call else {})))(x), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False}])
+def test_parameters_that_do_not_train(options):
+    x = standard_normal(81, (8, 3))
+    trains, fixed = (outcome(make(train_params=one, **options), x) for one in (True, False))
+    assert_close(fixed[1:], trains[1:])
+    assert all(np.abs(leaf).max() > 0.01 for leaf in trains[0].values())
+    chex.assert_trees_all_equal(fixed[0], jax.tree.map(jnp.zeros_like, trains[0]))
+
+
+def test_frozen_whatever_is_said():
+    x = standard_normal(82, (8, 3))
+    layer = make(frozen=True, update_running_average=True)
+    stats = stats_of(layer)
+    y = define_affine(x, *stats.values(), *params_of(layer).values())
+    layer.train()
+    assert_close(layer(x), y)
+    assert_close(layer(x, use_running_average=False, update_running_average=True), y)
+    assert_close(make(frozen=True, use_running_average=None)(x), y)
+    chex.assert_trees_all_equal(stats_of(layer), stats)
+
+
+def test_a_view_has_switches_of_its_own():
+    layer = make(update_running_average=False)
+    view = bn.nnx.freeze(nnx.view(layer))
+    assert (view.frozen, view.train_params, view.update_running_average) == (True, False, False)
+    assert (layer.frozen, layer.train_params, layer.update_running_average) == (False, True, False)
+    assert nnx.view(view, use_running_average=True).frozen
+    assert view.mean is layer.mean
+
+
+# --- freezing by path, and migration ----------------------------------------------------------
+
+
+class Tree(nnx.Module):
+    """Norms wherever a module can hold them, one of them in two places, and a cycle."""
+
+    def __init__(self, kind, rngs):
+        def norm():
+            return kind(3, momentum=0.5, rngs=rngs)
+
+        self.stem = norm()
+        self.blocks = nnx.List([norm(), nnx.Dict(norm=norm(), again=self.stem)])
+        self.chain = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), norm())
+        self.pair = nnx.data((norm(), {"inner": norm()}))
+        self.whole = self
+
+    def __call__(self, x):
+        for layer in (self.stem, self.blocks[0], self.blocks[1]["norm"], self.chain, self.pair[0]):
+            x = jnp.sin(layer(x)) + 1
+        return self.pair[1]["inner"](self.stem(x))
+
+
+NORMS = {
+    "stem": lambda tree: tree.stem,
+    "blocks/0": lambda tree: tree.blocks[0],
+    "blocks/1/norm": lambda tree: tree.blocks[1]["norm"],
+    "chain/layers/1": lambda tree: tree.chain.layers[1],
+    "pair/0": lambda tree: tree.pair[0],
+    "pair/1/inner": lambda tree: tree.pair[1]["inner"],
+}
+
+
+def frozen_of(tree):
+    return {path for path, find in NORMS.items() if find(tree).frozen}
+
+
+@pytest.mark.parametrize(
+    "patterns,expected",
+    [
+        ([], set(NORMS)),
+        (["blocks"], {"stem", "blocks/0", "blocks/1/norm"}),
+        (["blocks/1/again"], {"stem"}),
+        (["chain/*", "pair/1"], {"chain/layers/1", "pair/1/inner"}),
+        (["*/0", "stem"], {"blocks/0", "pair/0", "stem"}),
+    ],
+)
+def test_freezing_by_path(patterns, expected):
+    tree = Tree(OURS, nnx.Rngs(0))
+    assert bn.nnx.freeze(tree, *patterns) is tree
+    assert frozen_of(tree) == expected
+    assert all(find(tree).train_params == (path not in expected) for path, find in NORMS.items())
+    tree.eval()
+    tree.train()
+    assert frozen_of(nnx.merge(*nnx.split(tree))) == frozen_of(nnx.clone(tree)) == expected
+    del tree.whole
+    assert frozen_of(nnx.view(tree, use_running_average=False)) == expected
+    kept = expected - {"stem"}
+    if "stem" in expected:
+        assert bn.nnx.unfreeze(tree, "s?em") is tree
+        assert frozen_of(tree) == kept
+        assert tree.stem.train_params
+    bn.nnx.freeze(tree, train_params=True)
+    assert frozen_of(tree) == set(NORMS)
+    assert all(find(tree).train_params for find in NORMS.values())
+
+
+def test_a_frozen_layer_is_not_what_was_compiled_before():
+    x = standard_normal(83, (8, 3))
+    model = nnx.Sequential(make(), make(momentum=0.5))
+    step = nnx.jit(call)
+    step(model, x)
+    bn.nnx.freeze(model, "layers/0").train()
+    params, stats = params_of(model.layers[0]), stats_of(model.layers[0])
+    inner = define_affine(x, *stats.values(), *params.values())
+    expected = define_batch_norm(
+        params_of(model.layers[1]), stats_of(model.layers[1]), inner, momentum=0.5
+    )
+    y = step(model, x)
+    assert_close((y, stats_of(model.layers[1])), expected)
+    chex.assert_trees_all_equal(stats_of(model.layers[0]), stats)
+
+
+def test_what_cannot_be_frozen():
+    tree = Tree(OURS, nnx.Rngs(0))
+    for change in (bn.nnx.freeze, bn.nnx.unfreeze):
+        message = (
+            r"matches 'steam'; those there are have the paths \['blocks/0', 'blocks/1/again', "
+        )
+        with pytest.raises(ValueError, match=message):
+            change(tree, "stem", "steam")
+    assert frozen_of(tree) == set()
+    with pytest.raises(TypeError, match=r"'layers/0' is a flax.*replace_norms\(model\) first"):
+        bn.nnx.freeze(nnx.Sequential(make(FLAX)))
+
+
+# Every layer that is replaced, with its first argument and what is given beside it.
+REPLACED = {FLAX: ((3,), {"momentum": 0.5})}
+
+
+def test_every_layer_of_flax_with_a_namesake_here_is_replaced():
+    namesakes = {getattr(nnx, name, None) for name in vars(bn.nnx) if name.endswith("Norm")}
+    assert set(REPLACED) == namesakes
+
+
+@pytest.mark.parametrize("kind", REPLACED, ids=lambda kind: kind.__name__)
+def test_a_replaced_norm_is_ours(kind):
+    sizes, options = REPLACED[kind]
+    ours = getattr(bn.nnx, kind.__name__)
+    made, replaced, theirs = (
+        fill(one(*sizes, **options, rngs=nnx.Rngs(0))) for one in (ours, kind, kind)
+    )
+    step, x = nnx.jit(call), 1e4 + standard_normal(84, (16, 3))
+    before = step(replaced, x)
+    nnx.update(replaced, nnx.clone(nnx.state(made)))
+    variables = {name: getattr(replaced, name) for name in nnx.state(replaced)}
+    assert bn.nnx.replace_norms(replaced) is replaced
+    assert type(replaced) is ours
+    assert all(getattr(replaced, name) is one for name, one in variables.items())
+    # One graph, and so what is compiled for the one is for the other.
+    assert nnx.graphdef(replaced) == nnx.graphdef(made) != nnx.graphdef(theirs)
+    assert_close(step(replaced, x), step(made, x))
+    assert_close(nnx.to_pure_dict(nnx.state(replaced)), nnx.to_pure_dict(nnx.state(made)))
+    assert jnp.abs(before - step(made, x)).max() > 0.01
+
+
+class Derived(FLAX):
+    """A user's own."""
+
+
+def test_replacing_in_a_model():
+    x = standard_normal(85, (8, 3)) + 1
+    tree, theirs = Tree(FLAX, nnx.Rngs(0)), Tree(FLAX, nnx.Rngs(0))
+    optimizer, expected = (
+        nnx.Optimizer(one, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param) for one in (tree, theirs)
+    )
+    tree.own = Derived(3, rngs=nnx.Rngs(0))
+    assert bn.nnx.replace_norms(tree) is tree
+    assert {type(find(tree)) for find in NORMS.values()} == {OURS}
+    assert tree.blocks[1]["again"] is tree.stem
+    assert type(tree.own) is Derived
+    del tree.own
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradient = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x))))(model)
+        optimizer.update(model, gradient)
+
+    step(tree, optimizer)
+    step(theirs, expected)
+    assert_close(nnx.to_pure_dict(nnx.state(tree)), nnx.to_pure_dict(nnx.state(theirs)))
+
+
+# --- bridges ----------------------------------------------------------------------------------
+
+
+class FromLinen:
+    """Our Linen layer as an NNX module."""
+
+    def __init__(self, x):
+        layer = bn.linen.BatchNorm(momentum=0.5)
+        self.layer = bridge.lazy_init(
+            bridge.ToNNX(layer, rngs=nnx.Rngs(0)), x, use_running_average=True
+        )
+
+    def train(self, x):
+        return self.layer(x, use_running_average=False, mutable=["batch_stats"])
+
+    def evaluate(self, x):
+        return self.layer(x, use_running_average=True)
+
+    def stats(self):
+        return stats_of(self.layer)
+
+
+class ToLinen:
+    """Our NNX layer as a Linen module."""
+
+    def __init__(self, x):
+        self.layer = bridge.to_linen(OURS, 3, momentum=0.5)
+        self.variables = self.layer.init(jax.random.key(0), x, use_running_average=True)
+
+    def train(self, x):
+        y, updates = self.layer.apply(self.variables, x, mutable=["batch_stats"])
+        self.variables = {**self.variables, **updates}
+        return y
+
+    def evaluate(self, x):
+        return self.layer.apply(self.variables, x, use_running_average=True)
+
+    def stats(self):
+        return self.variables["batch_stats"]
+
+
+@pytest.mark.parametrize("kind", [FromLinen, ToLinen])
+def test_bridges_keep_the_statistics(kind):
+    xs = standard_normal(86, (2, 8, 3)) + 1
+    layer = kind(xs[0])
+    chex.assert_trees_all_equal(dict(layer.stats()), dict(bn.init_batch_stats(3)))
+    expected, stats = define_steps(bn.init_params(3), bn.init_batch_stats(3), xs, momentum=0.5)
+    assert_close(jnp.stack([layer.train(x) for x in xs]), expected)
+    assert_close(dict(layer.stats()), stats)
+    y = define_affine(xs[0], stats["mean"], stats["var"], np.ones(3), np.zeros(3))
+    assert_close(layer.evaluate(xs[0]), y)
+    assert_close(dict(layer.stats()), stats)

@@ -24,6 +24,7 @@ def define(
     x,
     *,
     use_running_average=False,
+    update_running_average=None,
     axis=-1,
     momentum=0.99,
     epsilon=1e-5,
@@ -54,17 +55,22 @@ def define(
 
     if use_running_average:
         y = normalize(x, expand(stats["mean"]), expand(stats["var"]))
-        return activation(y + residual), stats
+    else:
+        groups = len(x) // (virtual_batch_size or len(x))
+        y = jnp.concatenate(
+            [
+                normalize(part, *measure(part, part_weights)[1:])
+                for part, part_weights in zip(
+                    jnp.split(x, groups), jnp.split(weights, groups), strict=True
+                )
+            ]
+        )
+    y = activation(y + residual)
+    if update_running_average is None:
+        update_running_average = not use_running_average
+    if not update_running_average:
+        return y, stats
     count, mean, var = measure(x, weights)
-    groups = len(x) // (virtual_batch_size or len(x))
-    y = jnp.concatenate(
-        [
-            normalize(part, *measure(part, part_weights)[1:])
-            for part, part_weights in zip(
-                jnp.split(x, groups), jnp.split(weights, groups), strict=True
-            )
-        ]
-    )
     updated = {}
     if "count" in stats:
         updated["count"] = stats["count"] + 1
@@ -73,7 +79,7 @@ def define(
     unbiased = var * count / (count - running_var_ddof)
     for name, new in (("mean", mean), ("var", unbiased)):
         updated[name] = momentum * stats[name] + (1 - momentum) * new.squeeze(reduced)
-    return activation(y + residual), updated
+    return y, updated
 
 
 def define_stateless(
@@ -213,6 +219,13 @@ VARIANTS = {
     "plain": Variant(),
     "no parameters": Variant(present=()),
     "evaluation": Variant(EVALUATE, partial(define, use_running_average=True)),
+    "evaluation that updates": Variant(
+        EVALUATE,
+        partial(define, use_running_average=True),
+        update_running_average=True,
+        momentum=None,
+    ),
+    "training that does not update": Variant(update_running_average=False),
     "several feature axes": Variant(shape=(4, 3, 2), features=(3, 2), axis=(1, 2)),
     "first axis": Variant(shape=(3, 6), axis=0, mapped=False),
     "boolean mask": Variant(mask=WEIGHTS > 0, mapped=False),
