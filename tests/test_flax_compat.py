@@ -269,7 +269,9 @@ def test_attributes_and_defaults(norm):
 @every_norm
 def test_the_call_takes_what_flax_takes(norm):
     ours, flax = (dict(inspect.signature(kind.__call__).parameters) for kind in norm.kinds)
-    assert set(ours) - set(flax) == ({"residual"} if norm.name == "BatchNorm" else set())
+    assert set(ours) - set(flax) == (
+        {"residual", "update_running_average"} if norm.name == "BatchNorm" else set()
+    )
     for name, one in flax.items():
         assert (ours[name].default, ours[name].kind) == (one.default, one.kind), name
     if norm.api == "nnx":
