@@ -142,9 +142,7 @@ class BatchNorm(nn.BatchNorm):
             "dtype": self.dtype,
         }
         if (update or not use_running_average) and self._spreads_a_batch():
-            y, updated = self._train_on_a_part(
-                params, batch_stats, x, use_running_average, update, options
-            )
+            y, updated = self._train_on_a_part(params, batch_stats, x, use_running_average, options)
         else:
             if self.is_mutable_collection("batch_stats") and self._collects():
                 self.variable("batch_moments", "count", jnp.zeros, features)
@@ -206,7 +204,6 @@ class BatchNorm(nn.BatchNorm):
         batch_stats: BatchStats,
         x: jax.Array,
         use_running_average: bool,
-        update: bool,
         options: dict[str, Any],
     ) -> tuple[jax.Array, BatchStats]:
         y, found = normalize_by_batch(params, batch_stats, x, **options)
@@ -223,8 +220,6 @@ class BatchNorm(nn.BatchNorm):
             found = merge_moments(Moments(**{n: c.value for n, c in collected.items()}), found)
             for name, variable in collected.items():
                 variable.value = getattr(found, name)
-        if not update:
-            return y, batch_stats
         return y, update_batch_stats(
             batch_stats, found, momentum=self.momentum, running_var_ddof=self.running_var_ddof
         )
