@@ -4,9 +4,10 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jax_resnet
 import numpy as np
 import pytest
-from support import assert_close, far_from_initial
+from support import assert_close, far_from_initial, standard_normal
 
 from bn_jax import linen, models
 
@@ -286,3 +287,28 @@ def test_a_norm_that_is_set_to_its_running_statistics_stays_so():
     found, updates = apply_train(model, variables, images())
     chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
     assert_close(found, apply_eval(model, variables, images()))
+
+
+def test_a_model_of_another_package_with_our_norms():
+    model = jax_resnet.ResNet(
+        jax_resnet.ResNetBlock, stage_sizes=[1], n_classes=3, hidden_sizes=(4,),
+        stem_cls=lambda conv_block_cls: conv_block_cls(4),
+        conv_block_cls=functools.partial(jax_resnet.ConvBlock, force_conv_bias=True),
+    )  # fmt: skip
+    x, key = standard_normal(86, (4, 8, 8, 3)), jax.random.key(0)
+    init, train = (
+        jax.jit(model.init),
+        jax.jit(functools.partial(model.apply, mutable=["batch_stats"])),
+    )
+    variables = init(key, x)
+    # What a convolution adds, the norm after it takes away.
+    shifted = jax.tree.map_with_path(
+        lambda path, leaf: leaf + 1e4 * ("Conv_0" in str(path) and leaf.ndim == 1), variables
+    )
+    near, far = train(variables, x), train(shifted, x)
+    with linen.replace_norms():
+        chex.assert_trees_all_equal(init(key, x), variables)
+        ours_near, ours_far = train(variables, x), train(shifted, x)
+    assert_close(ours_near, near)
+    assert_close(ours_far[0], near[0], tolerance=1e-2)
+    assert not np.abs(far[0] - near[0]).max() < 0.1

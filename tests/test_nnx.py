@@ -731,3 +731,16 @@ def test_bridges_keep_the_statistics(kind):
     y = define_affine(xs[0], stats["mean"], stats["var"], np.ones(3), np.zeros(3))
     assert_close(layer.evaluate(xs[0]), y)
     assert_close(dict(layer.stats()), stats)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_norms_without_state_are_replaced(name):
+    options = {"num_groups": 2} if name == "GroupNorm" else {}
+    model = nnx.List([getattr(nnx, name)(4, **options, rngs=nnx.Rngs(0))])
+    scale = model[0].scale
+    assert type(bn.nnx.replace_norms(model)[0]) is getattr(bn.nnx, name)
+    assert model[0].scale is scale
+    # Weights in a mask are ours.
+    x, mask = standard_normal(88, (3, 5, 4)), jnp.arange(1.0, 61).reshape(3, 5, 4)
+    expected = getattr(bn.nnx, name)(4, **options, rngs=nnx.Rngs(0))(x, mask=mask)
+    chex.assert_trees_all_equal(model[0](x, mask=mask), expected)
