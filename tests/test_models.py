@@ -296,10 +296,8 @@ def test_a_model_of_another_package_with_our_norms():
         conv_block_cls=functools.partial(jax_resnet.ConvBlock, force_conv_bias=True),
     )  # fmt: skip
     x, key = standard_normal(86, (4, 8, 8, 3)), jax.random.key(0)
-    init, train = (
-        jax.jit(model.init),
-        jax.jit(functools.partial(model.apply, mutable=["batch_stats"])),
-    )
+    init = jax.jit(model.init)
+    train = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
     variables = init(key, x)
     # What a convolution adds, the norm after it takes away.
     shifted = jax.tree.map_with_path(
