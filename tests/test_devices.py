@@ -171,7 +171,15 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("subgroups", [False, True], ids=["all devices", "subgroup"])
 @pytest.mark.parametrize(
     ("distribution", "offset"),
-    [*((name, 0.0) for name in DISTRIBUTIONS), ("even", 1e4), ("one shard", 1e4)],
+    [
+        ("uneven", 0.0),
+        ("one shard", 1e4),
+        *(
+            pytest.param(name, offset, marks=pytest.mark.exhaustive)
+            for name in DISTRIBUTIONS
+            for offset in ((0.0, 1e4) if name == "even" else (0.0,) if name != "uneven" else ())
+        ),
+    ],
 )
 @pytest.mark.parametrize("regime", REGIMES)
 def test_n_devices_give_the_numbers_of_one(regime, distribution, offset, subgroups):

@@ -623,7 +623,13 @@ def test_what_cannot_be_frozen():
 
 
 # Every layer that is replaced, with its first argument and what is given beside it.
-REPLACED = {FLAX: ((3,), {"momentum": 0.5})}
+REPLACED = {
+    FLAX: ((3,), {"momentum": 0.5}),
+    nnx.LayerNorm: ((3,), {}),
+    nnx.RMSNorm: ((3,), {}),
+    nnx.GroupNorm: ((3,), {"num_groups": 1}),
+    nnx.InstanceNorm: ((3,), {}),
+}
 
 
 def test_every_layer_of_flax_with_a_namesake_here_is_replaced():
@@ -638,7 +644,7 @@ def test_a_replaced_norm_is_ours(kind):
     made, replaced, theirs = (
         fill(one(*sizes, **options, rngs=nnx.Rngs(0))) for one in (ours, kind, kind)
     )
-    step, x = nnx.jit(call), 1e4 + standard_normal(84, (16, 3))
+    step, x = nnx.jit(call), 1e4 + standard_normal(84, (4, 4, 3))
     before = step(replaced, x)
     nnx.update(replaced, nnx.clone(nnx.state(made)))
     variables = {name: getattr(replaced, name) for name in nnx.state(replaced)}
@@ -649,7 +655,8 @@ def test_a_replaced_norm_is_ours(kind):
     assert nnx.graphdef(replaced) == nnx.graphdef(made) != nnx.graphdef(theirs)
     assert_close(step(replaced, x), step(made, x))
     assert_close(nnx.to_pure_dict(nnx.state(replaced)), nnx.to_pure_dict(nnx.state(made)))
-    assert jnp.abs(before - step(made, x)).max() > 0.01
+    # The mean square alone does not cancel.
+    assert (jnp.abs(before - step(made, x)).max() > 0.01) == (kind is not nnx.RMSNorm)
 
 
 class Derived(FLAX):
@@ -731,16 +738,3 @@ def test_bridges_keep_the_statistics(kind):
     y = define_affine(xs[0], stats["mean"], stats["var"], np.ones(3), np.zeros(3))
     assert_close(layer.evaluate(xs[0]), y)
     assert_close(dict(layer.stats()), stats)
-
-
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
-def test_norms_without_state_are_replaced(name):
-    options = {"num_groups": 2} if name == "GroupNorm" else {}
-    model = nnx.List([getattr(nnx, name)(4, **options, rngs=nnx.Rngs(0))])
-    scale = model[0].scale
-    assert type(bn.nnx.replace_norms(model)[0]) is getattr(bn.nnx, name)
-    assert model[0].scale is scale
-    # Weights in a mask are ours.
-    x, mask = standard_normal(88, (3, 5, 4)), jnp.arange(1.0, 61).reshape(3, 5, 4)
-    expected = getattr(bn.nnx, name)(4, **options, rngs=nnx.Rngs(0))(x, mask=mask)
-    chex.assert_trees_all_equal(model[0](x, mask=mask), expected)

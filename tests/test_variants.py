@@ -225,7 +225,6 @@ VARIANTS = {
         update_running_average=True,
         momentum=None,
     ),
-    "training that does not update": Variant(update_running_average=False, mapped=False),
     "several feature axes": Variant(shape=(4, 3, 2), features=(3, 2), axis=(1, 2)),
     "first axis": Variant(shape=(3, 6), axis=0, mapped=False),
     "boolean mask": Variant(mask=WEIGHTS > 0, mapped=False),
