@@ -32,7 +32,6 @@ from bn_jax.standardize import (
     make_transform,
     output_dtype,
     reshape_like,
-    vary_together,
 )
 
 Axes: TypeAlias = int | Sequence[int]
@@ -231,9 +230,6 @@ def _normalize(
     var = jnp.where(found.count > 0, found.var, 1)
     shape = tuple(size if axis in features else 1 for axis, size in enumerate(x.shape))
     transform = make_transform(params, shape, found.shift, found.delta, var, epsilon)
-    # Marked before they meet x: there JAX would sum their gradients over devices at its size.
-    scale, bias = vary_together(x, (transform.scale, transform.bias))
-    transform = transform._replace(scale=scale, bias=bias)
     return make_normalizer(dtype, jax.typeof(x), mask)(x, mask, transform)
 
 

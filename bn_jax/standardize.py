@@ -81,7 +81,7 @@ def _standardize_jvp(
     offset = -multiplier * (change.shift + change.delta)
     if transform.bias is not None:
         offset = offset + change.bias
-    slope, offset = vary_together(x, (slope, offset))
+    slope, offset = _vary_together(x, slope, offset)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
     dy = tangent(x, mask, transform.shift, transform.delta, dx, multiplier, slope, offset)
@@ -115,20 +115,18 @@ def _inverse_deviation(transform: Transform) -> jax.Array:
     return lax.rsqrt(transform.var_plus_epsilon).astype(transform.delta.dtype)
 
 
-def vary_together(like: jax.Array, tree: Any) -> Any:
+def _vary_together(like: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
     """Marks per-feature values as varying over the mesh axes that `like` varies over.
 
     The transpose of that mark is a psum. Marking the stacked values makes it a single one, where
     JAX would insert one for each value as it meets `like`.
     """
-    values = jax.tree.leaves(tree)
     names = varying_axes(like).difference(*map(varying_axes, values))
-    if not names or not values:
-        return tree
+    if not names:
+        return values
     shape = jnp.broadcast_shapes(*(value.shape for value in values))
     stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in values])
-    varying = lax.pcast(stacked, tuple(sorted(names)), to="varying")
-    return jax.tree.unflatten(jax.tree.structure(tree), list(varying))
+    return tuple(lax.pcast(stacked, tuple(sorted(names)), to="varying"))
 
 
 def make_transform(
