@@ -43,8 +43,10 @@ def test_the_definition_at_any_offset(name, jit, offset, spread):
 @pytest.mark.parametrize("value", [0.0, -7.3, 3e10, 1e30])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_constant_gives_the_bias(name, value):
-    y = NORMS[name][0](PARAMS, jnp.full((2, 3, 64), value, jnp.float32))
-    assert_close(y, np.broadcast_to(PARAMS["bias"], y.shape))
+    # Sizes whose inverse, and so the mean, is rounded.
+    params = jax.tree.map(lambda leaf: leaf[:49], PARAMS)
+    y = NORMS[name][0](params, jnp.full((2, 41, 49), value, jnp.float32))
+    assert_close(y, np.broadcast_to(params["bias"], y.shape))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
