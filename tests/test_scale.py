@@ -171,9 +171,8 @@ def test_collectives_do_not_grow_from_4_devices_to_256():
 
 def test_memory_does_not_grow_from_4_devices_to_256():
     for name, programs in every_arm(COMMITTED):
-        if "flax" not in name:
-            for devices in (16, 64, 256):
-                assert programs[devices].memory == pytest.approx(programs[4].memory, rel=0.01), name
+        for devices in (16, 64, 256):
+            assert programs[devices].memory <= 1.01 * programs[4].memory, name
 
 
 @pytest.mark.parametrize("arm", SYNCHRONIZED)
