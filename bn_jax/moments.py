@@ -227,15 +227,16 @@ def centred_moments(
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
-    shift = jnp.zeros_like(shift) if reduction.of_groups else _common(reduction, shift)
-    total, square = _local_sums(reduction, x, mask, shift)
+    shift = _common(reduction, shift)
+    start = jnp.zeros_like(shift) if reduction.of_groups else shift
+    total, square = _local_sums(reduction, x, mask, start)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
         (var,) = _divide((square,), count)
         return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
     count, total, square = _counted(reduction, x, mask, (total, square))
     if reduction.of_groups:
-        return _measure_groups(reduction, x, mask, count, total, square)
+        return _measure_groups(reduction, x, mask, shift, count, total, square)
     delta, var = _delta_and_var((total, square), count)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
@@ -270,16 +271,19 @@ def _measure_groups(
     reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
+    shift: jax.Array,
     count: jax.Array,
     total: jax.Array,
     square: jax.Array,
 ) -> CentredMoments:
     """Measures around the groups' own means; `total` and `square` are the sums around zero.
 
+    The centre of a group in which nothing is valid is the given shift.
+
     The guard is one predicate for all groups, and so a collective where they lie on several
     devices.
     """
-    (shift,) = _divide((total,), count)
+    shift = jnp.where(count > 0, _divide((total,), count)[0], shift)
     unit = jnp.where(jnp.isfinite(square), jnp.ones_like(square), OVERFLOW_UNIT)
     delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
     # The mean is off by its own rounding, e * |mean|. Of a constant that is all there is: then the
