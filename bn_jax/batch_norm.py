@@ -387,8 +387,7 @@ def _prepare(
 ) -> _Prepared:
     x = as_floating("x", x)
     params = as_params(params)
-    _check_complete(batch_stats)
-    known = {name: batch_stats.get(name) for name in BatchStats.__annotations__}
+    known = _known(batch_stats)
     feature_axes = canonical_axes("axis", axis, x.ndim)
     check_features("axis", axis, feature_axes, x.shape, params=params, batch_stats=known)
     _check_mean_fits(batch_stats, x)
@@ -552,13 +551,15 @@ def _feature_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _check_complete(batch_stats: Mapping[str, Any]) -> None:
+def _known(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the statistics, or raises the ValueError that says which are missing."""
     missing = {"mean", "var"} - set(batch_stats)
     if missing:
         raise ValueError(
             f"batch_stats lacks {sorted(missing)}; it has {sorted(batch_stats)}. Make a new one "
             "with bn_jax.init_batch_stats(features)."
         )
+    return {name: batch_stats[name] for name in BatchStats.__annotations__ if name in batch_stats}
 
 
 def _check_mean_fits(batch_stats: BatchStats, x: jax.Array) -> None:

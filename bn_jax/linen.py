@@ -123,8 +123,7 @@ class BatchNorm(nn.BatchNorm):
         )
         self._require_batch_stats(update)
         x = as_floating("x", x)
-        axes = canonical_axes("axis", self.axis, x.ndim)
-        features = tuple(x.shape[axis] for axis in axes)
+        features = _features("axis", self.axis, x)
         variables = self._variables(features, x.dtype)
         params = _make_params(self, features)
         if not train_params:
@@ -297,7 +296,7 @@ class LayerNorm(nn.LayerNorm):
             The normalized array, of the shape of `x`.
         """
         return layer_norm(
-            _make_params(self, _features(self.feature_axes, x)),
+            _make_params(self, _features("feature_axes", self.feature_axes, x)),
             x,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
@@ -332,7 +331,7 @@ class RMSNorm(nn.RMSNorm):
             The normalized array, of the shape of `x`.
         """
         return rms_norm(
-            _make_params(self, _features(self.feature_axes, x)),
+            _make_params(self, _features("feature_axes", self.feature_axes, x)),
             x,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
@@ -369,7 +368,7 @@ class GroupNorm(nn.GroupNorm):
             The normalized array, of the shape of `x`.
         """
         return group_norm(
-            _make_params(self, _features(-1, x)),
+            _make_params(self, _features("feature_axes", -1, x)),
             x,
             num_groups=self.num_groups,
             group_size=self.group_size,
@@ -407,15 +406,15 @@ class InstanceNorm(nn.InstanceNorm):
             The normalized array, of the shape of `x`.
         """
         return instance_norm(
-            _make_params(self, _features(self.feature_axes, x)),
+            _make_params(self, _features("feature_axes", self.feature_axes, x)),
             x,
             feature_axes=self.feature_axes,
             **_options(self, mask),
         )
 
 
-def _features(axes: Any, x: jax.Array) -> tuple[int, ...]:
-    return tuple(x.shape[axis] for axis in canonical_axes("feature_axes", axes, jnp.ndim(x)))
+def _features(name: str, axes: Any, x: jax.Array) -> tuple[int, ...]:
+    return tuple(x.shape[axis] for axis in canonical_axes(name, axes, jnp.ndim(x)))
 
 
 def _make_params(layer: Any, features: tuple[int, ...]) -> Params:

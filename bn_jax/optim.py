@@ -87,11 +87,11 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
         >>> bn.optim.norm_params_mask({"dense": dense, "norm": {"scale": jnp.ones(3)}})
         {'dense': {'bias': False, 'kernel': False}, 'norm': {'scale': True}}
     """
-    kept = jax.tree.leaves_with_path(batch_stats, is_leaf=_is_running)
-    running = {_path(path) for path, node in kept if _is_running(node)}
+    kept = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
+    running = {path_of(path) for path, node in kept if is_running(node)}
 
     def is_norm(path: tuple[Any, ...], affine: Mapping[str, Any]) -> bool:
-        return "scale" in affine or _path(path) in running or "norm" in _name(path).lower()
+        return "scale" in affine or path_of(path) in running or "norm" in _name(path).lower()
 
     return _mask(params, of_affine=is_norm, of_other=lambda path: False)
 
@@ -122,13 +122,15 @@ def _is_affine(node: Any) -> bool:
     return set(node) <= {"scale", "bias"}
 
 
-def _is_running(node: Any) -> bool:
+def is_running(node: Any) -> bool:
+    """Says whether a node of a tree of statistics holds those of one norm."""
     return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
 
 
-def _path(path: tuple[Any, ...]) -> str:
+def path_of(path: tuple[Any, ...]) -> str:
+    """Returns the path of a node in a tree as text."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    return _path(path[-1:])
+    return path_of(path[-1:])

@@ -235,7 +235,7 @@ def check_features(
     """Raises the ValueError that shows all shapes, where one is not that of the features."""
     features = tuple(shape[axis] for axis in axes)
     shapes = {
-        tree: {leaf: jnp.shape(value) for leaf, value in leaves.items() if value is not None}
+        tree: {leaf: jnp.shape(value) for leaf, value in leaves.items()}
         for tree, leaves in trees.items()
     }
     if any(own != features for leaves in shapes.values() for own in leaves.values()):

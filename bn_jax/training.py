@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bn_jax.data import Batch, Dataset, batches
 from bn_jax.moments import Moments, merge_moments
+from bn_jax.optim import is_running, path_of
 
 DATA_AXIS = "data"
 # What a model updates in every part of a batch.
@@ -152,7 +153,7 @@ def _is_readable(tree: Any) -> bool:
 
 
 def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "the top-level norm"
+    return path_of(path) or "the top-level norm"
 
 
 def _first_of(layers: Sequence[str]) -> str:
@@ -464,7 +465,7 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 
 
 def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
-    norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if _is_norm(node)}
+    norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if is_running(node)}
     values = jax.device_get({path: dict(node) for path, node in norms.items()})
     if initial := [path for path, norm in values.items() if _is_initial(norm)]:
         warnings.warn(
@@ -479,11 +480,7 @@ def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
 
 
 def _norms_and_others(batch_stats: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    return jax.tree.leaves_with_path(batch_stats, is_leaf=_is_norm)
-
-
-def _is_norm(node: Any) -> bool:
-    return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+    return jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
 
 
 def _is_initial(norm: Mapping[str, Any]) -> bool:
@@ -686,7 +683,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
     """
 
     def merge(node: Any) -> Any:
-        if not _is_norm(node):
+        if not is_running(node):
             raise ValueError(
                 f"batch_stats holds {type(node).__name__} outside of a batch norm, expected "
                 "mappings with mean and var: merge the state of other layers apart"
@@ -696,7 +693,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
         merged = merge_moments(*devices)._asdict()
         return {name: merged[name].astype(leaf.dtype) for name, leaf in node.items()}
 
-    return jax.tree.map(merge, batch_stats, is_leaf=_is_norm)
+    return jax.tree.map(merge, batch_stats, is_leaf=is_running)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
