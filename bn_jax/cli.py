@@ -1,4 +1,4 @@
-"""The command `bn-jax`: train a small ResNet with and without batch norm, evaluate a saved run."""
+"""The command `bn-jax`: train a small ResNet, and go on with what it has saved."""
 
 import contextlib
 import datetime
@@ -354,13 +354,107 @@ def evaluate(
 ) -> None:
     """Evaluate the best arm of a saved run."""
     _require("orbax.checkpoint")
-    mesh = training.make_mesh(jax.devices()[:1])
-    evaluation = _evaluate_run(run, data_file, mesh)
+    evaluation = _evaluate_run(run, data_file, _one_device())
     name = "test" if data_file is None else str(data_file)
     print(
         f"{name} accuracy {evaluation.accuracy:.2%} "
         f"({evaluation.correct} of {evaluation.examples} correct)"
     )
+
+
+@app.command()
+def recalibrate(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    data_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE.npz",
+            help="Images of another domain, as for train, to measure the statistics of. "
+            "Default: the run's own training part.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the result. Default: DIR-recalibrated.")
+    ] = None,
+) -> None:
+    """Measure the running statistics of a saved run anew, exactly, over all training images."""
+    saved, folder = _read_for(run, out, "recalibrated")
+    found, change = runs.recalibrate_run(
+        saved, _one_device(), data_file, folder, progress=sys.stderr.isatty()
+    )
+    print(found)
+    _print_change(change)
+    _print_saved(folder)
+
+
+@app.command()
+def fold(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the result. Default: DIR-folded.")
+    ] = None,
+) -> None:
+    """Fold the batch norms of a saved run into its convolutions, and export the program."""
+    saved, folder = _read_for(run, out, "folded")
+    folded, change = runs.fold_run(saved, _one_device(), folder)
+    print(folded.report)
+    _print_change(change)
+    _print_saved(folder)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    data_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE.npz",
+            help="Images like those of the training, as for train. Default: the run's test part.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for audit.json. Default: DIR-audit.")
+    ] = None,
+) -> None:
+    """Look for mistakes in the batch norms of a saved run, and say what to do about each."""
+    saved, folder = _read_for(run, out, "audit")
+    print(runs.audit_run(saved, _one_device(), data_file, folder))
+    print(f"Saved in {folder}")
+
+
+def _read_for(run: Path, out: Path | None, suffix: str) -> tuple[runs.SavedRun, Path]:
+    """Returns the run, and the new folder beside it or where the user wants it."""
+    _require("rich", "orbax.checkpoint", "safetensors")
+    named = run if run.name not in ("", "..") else run.resolve()
+    return runs.read_run(run), _checked_out(out or named.with_name(f"{named.name}-{suffix}"))
+
+
+def _one_device() -> Mesh:
+    return training.make_mesh(jax.devices()[:1])
+
+
+def _print_saved(folder: Path) -> None:
+    print(f"Saved in {folder}; evaluate it with bn-jax eval {shlex.quote(str(folder))}")
+
+
+def _print_change(change: runs.Change) -> None:
+    from rich import console, table
+
+    columns = table.Table()
+    columns.add_column("", no_wrap=True)
+    for header in change._fields:
+        columns.add_column(header, justify="right")
+    rows: dict[str, Callable[[runs.Figures], str]] = {
+        "accuracy": lambda one: f"{one.evaluation.accuracy:.2%}",
+        "loss": lambda one: f"{one.evaluation.loss:.4f}",
+        "milliseconds a batch": lambda one: f"{one.milliseconds:.2f}",
+        "parameters": lambda one: f"{one.parameters:,}",
+    }
+    for name, show in rows.items():
+        columns.add_row(name, *map(show, change))
+    console.Console().print(columns)
 
 
 def _require_for_training(data_file: Path | None) -> None:

@@ -1,19 +1,33 @@
-"""Saved runs of `bn-jax train`: which model it was, its test part, and its variables."""
+"""Saved runs of `bn-jax train`, and what is made of them: recalibrated, folded, audited."""
 
+import contextlib
 import functools
 import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax import checkpoints, data, linen, models, training
+from bn_jax import checkpoints, convert, data, linen, models, training
+from bn_jax.audit import Audit, audit
+from bn_jax.fold import Folded, fold
+from bn_jax.recalibrate import Recalibration, recalibrate
 
 NO_NORM = "no normalization"
 PER_DEVICE = "per-device batch norm"
 SYNCHRONIZED = "synchronized batch norm"
 ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
+TIMED_ROUNDS = 20
 
 
 class BadRunError(ValueError):
@@ -35,6 +49,7 @@ class SavedRun(NamedTuple):
         seed: of the split.
         data_file: the user's data as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
+        is_folded: whether `checkpoint` holds a folded program instead of variables.
     """
 
     folder: Path
@@ -48,6 +63,28 @@ class SavedRun(NamedTuple):
     seed: int
     data_file: Path | None
     checkpoint_sha256: str
+    is_folded: bool
+
+
+class Figures(NamedTuple):
+    """What a model answers and costs.
+
+    Attributes:
+        evaluation: over a dataset.
+        milliseconds: that one batch takes, the median of some rounds.
+        parameters: how many numbers it holds, running statistics included.
+    """
+
+    evaluation: training.Evaluation
+    milliseconds: float
+    parameters: int
+
+
+class Change(NamedTuple):
+    """A model before and after, side by side on the same data and device."""
+
+    before: Figures
+    after: Figures
 
 
 def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
@@ -97,6 +134,7 @@ def read_run(folder: Path) -> SavedRun:
             seed=int(config["seed"]),
             data_file=None if config["data"] is None else Path(config["data"]),
             checkpoint_sha256=str(metrics["checkpoint_sha256"]),
+            is_folded="folded" in metrics,
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRunError(
@@ -152,11 +190,258 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
             f"DIR: {checkpoint} is missing or damaged (its SHA-256 is not the one in "
             "metrics.json), expected what bn-jax train has saved; copy the run anew or train again"
         )
+    if saved.is_folded:
+        return _restore_folded(checkpoint, mesh)
     state = training.create_state(
-        make_model(saved.arm, saved.num_classes, saved.batch_size // saved.devices),
-        optax.identity(),
-        saved.image_shape,
-        seed=0,
-        mesh=mesh,
+        _model_of(saved), optax.identity(), saved.image_shape, seed=0, mesh=mesh
     )
     return checkpoints.restore_variables(checkpoint, state)
+
+
+def recalibrate_run(
+    saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path, *, progress: bool
+) -> tuple[Recalibration, Change]:
+    """Measures the running statistics anew, and saves the run with them.
+
+    Args:
+        saved: the run.
+        mesh: the devices to compute on.
+        data_file: images of any domain; None for the run's own training part.
+        folder: a new one for the result, which is a run itself.
+        progress: whether to show a bar.
+
+    Returns:
+        What has changed in each layer; and the model before and after, on the images of
+        `data_file` or on the run's test part.
+
+    Raises:
+        BadRunError: the model has no batch norm, or the data are not there or not as they were.
+    """
+    state = _restore_with_norms(saved, mesh)
+    images = _training_part(saved) if data_file is None else load_like(saved, data_file)
+    found = recalibrate(
+        functools.partial(_forward, _model_of(saved), train=False),
+        _variables(state),
+        training.shard_dataset(images, saved.batch_size, mesh),
+        progress=progress,
+    )
+    recalibrated = state.replace(batch_stats=found.batch_stats)
+    judged = load_like(saved, data_file)
+    change = _compare(state, recalibrated, training.shard_dataset(judged, saved.batch_size, mesh))
+    facts = {
+        "data": str(data_file or saved.data_file or "scikit-learn's digits"),
+        "examples": len(images.y),
+        "passes": found.passes,
+        "layers": [layer._asdict() for layer in found.layers],
+    }
+    with _written(saved, folder, "recalibrated", facts, change) as checkpoint:
+        checkpoints.save_variables(checkpoint, recalibrated)
+    return found, change
+
+
+def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]:
+    """Folds the batch norms of a run into its convolutions, and saves program and parameters.
+
+    Args:
+        saved: the run.
+        mesh: the devices to compute on.
+        folder: a new one for the result, of which `restore` makes a state again. Its `checkpoint`
+            holds `model.stablehlo`, which `jax.export.deserialize` reads, for any number of images
+            and for CPU, CUDA and TPU, and its parameters in `params.safetensors`.
+
+    Returns:
+        What `bn_jax.fold` has made; and the model before and after, on the run's test part.
+
+    Raises:
+        BadRunError: the model has no batch norm.
+    """
+    state = _restore_with_norms(saved, mesh)
+    model = _model_of(saved)
+    folded = fold(
+        lambda variables, x: model.apply(variables, x, train=False),
+        _variables(state),
+        jnp.zeros((saved.batch_size, *saved.image_shape)),
+    )
+    test_batches = training.shard_dataset(load_like(saved, None), saved.batch_size, mesh)
+    change = _compare(state, _folded_state(folded.apply, folded.params, mesh), test_batches)
+    facts = {"norms": [norm._asdict() for norm in folded.report]}
+    with _written(saved, folder, "folded", facts, change) as checkpoint:
+        checkpoint.mkdir()
+        (checkpoint / "model.stablehlo").write_bytes(_export(folded, saved.image_shape))
+        flat = traverse_util.flatten_dict(jax.device_get(folded.params), sep="/")
+        convert.save_safetensors(checkpoint / "params.safetensors", flat)
+    return folded, change
+
+
+def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path) -> Audit:
+    """Audits the model of a run on one batch of the size that it was trained with.
+
+    Args:
+        saved: the run.
+        mesh: the devices to compute on.
+        data_file: images like those that it was trained on; None for the run's test part.
+        folder: a new one for `audit.json`.
+
+    Returns:
+        What `bn_jax.audit` has found.
+
+    Raises:
+        BadRunError: the model has no batch norm, or the images are not as described.
+    """
+    state = _restore_with_norms(saved, mesh)
+    images = load_like(saved, data_file)
+    batch = training.shard_dataset(images, min(saved.batch_size, len(images.y)), mesh)[0]
+    found = audit(functools.partial(_forward, _model_of(saved)), _variables(state), batch)
+    with _staged(folder) as staging:
+        _write_json(
+            staging / "audit.json",
+            {
+                "run": str(saved.folder),
+                "findings": [finding._asdict() for finding in found.findings],
+                "layers": [layer._asdict() for layer in found.layers],
+            },
+        )
+    return found
+
+
+def _forward(model: models.ResNet, variables: Any, batch: data.Batch, train: bool) -> Any:
+    options: dict[str, Any] = {"train": train, "mask": batch.mask, "mutable": ["batch_stats"]}
+    return model.apply(variables, batch.x, **options)
+
+
+def _variables(state: training.TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _model_of(saved: SavedRun) -> models.ResNet:
+    return make_model(saved.arm, saved.num_classes, saved.batch_size // saved.devices)
+
+
+def _restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
+    if saved.is_folded or saved.arm == NO_NORM:
+        how = "has been folded" if saved.is_folded else f"is that of the arm {saved.arm!r}"
+        raise BadRunError(
+            f"DIR: the model in {saved.folder} {how} and has no batch norm, expected one that has; "
+            "give a run whose best arm has batch norm, e.g. of more epochs"
+        )
+    return restore(saved, mesh)
+
+
+def _restore_folded(checkpoint: Path, mesh: Mesh) -> training.TrainState:
+    exported = jax.export.deserialize(bytearray((checkpoint / "model.stablehlo").read_bytes()))
+    flat = convert.load_safetensors(checkpoint / "params.safetensors")
+    return _folded_state(exported.call, traverse_util.unflatten_dict(flat, sep="/"), mesh)
+
+
+def _folded_state(
+    apply: Callable[[Any, jax.Array], jax.Array], params: Any, mesh: Mesh
+) -> training.TrainState:
+    return training.TrainState.create(
+        apply_fn=lambda variables, x, train: apply(variables["params"], x),
+        params=jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
+        batch_stats={},
+        tx=optax.identity(),
+    )
+
+
+def _export(folded: Folded, image_shape: tuple[int, ...]) -> bytes:
+    (examples,) = jax.export.symbolic_shape("examples")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), folded.params)
+    images = jax.ShapeDtypeStruct((examples, *image_shape), jnp.float32)
+    export = jax.export.export(jax.jit(folded.apply), platforms=("cpu", "cuda", "tpu"))
+    return bytes(export(shapes, images).serialize())
+
+
+def _training_part(saved: SavedRun) -> data.Dataset:
+    fix = "give images to measure the statistics of with --data"
+    try:
+        if saved.data_file is None:
+            dataset = data.load_digits()
+        else:
+            dataset = data.load_npz(saved.data_file, saved.num_classes)
+        splits = data.split(dataset, saved.seed)
+    except ValueError as error:
+        raise BadRunError(
+            f"DIR: what {saved.folder} was trained on cannot be loaded ({error}); {fix}"
+        ) from error
+    test = data.standardize(splits.test, saved.mean, saved.std)
+    if not np.array_equal(test.x, load_like(saved, None).x):
+        raise BadRunError(
+            f"DIR: {saved.data_file or 'scikit-learn'} no longer holds what {saved.folder} was "
+            f"trained on (its test part is another); restore it, or {fix}"
+        )
+    return data.standardize(splits.train, saved.mean, saved.std)
+
+
+def _compare(
+    before: training.TrainState, after: training.TrainState, batches: list[data.Batch]
+) -> Change:
+    states = (before, after)
+    evaluations = [training.evaluate(state, batches) for state in states]
+    step = jax.jit(training.eval_step)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    # In turns, so that what else the machine does slows both alike; the first round compiles.
+    for _ in range(TIMED_ROUNDS + 1):
+        for state, own in zip(states, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(step(state, batches[0]))
+            own.append(time.perf_counter() - start)
+    return Change(
+        *(
+            Figures(evaluation, 1000 * statistics.median(own[1:]), _parameters(state))
+            for evaluation, own, state in zip(evaluations, seconds, states, strict=True)
+        )
+    )
+
+
+def _parameters(state: training.TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(_variables(state)))
+
+
+@contextlib.contextmanager
+def _written(
+    saved: SavedRun, folder: Path, how: str, facts: dict[str, Any], change: Change
+) -> Iterator[Path]:
+    """Gives the path of a checkpoint to write; around it `folder` becomes a run like `saved`."""
+    metrics = json.loads((saved.folder / "metrics.json").read_text())
+    figures = {
+        when: {
+            "accuracy": one.evaluation.accuracy,
+            "milliseconds": one.milliseconds,
+            "parameters": one.parameters,
+        }
+        for when, one in change._asdict().items()
+    }
+    with _staged(folder) as staging:
+        yield staging / "checkpoint"
+        shutil.copyfile(saved.folder / "test.npz", staging / "test.npz")
+        metrics["checkpoint_sha256"] = checkpoints.sha256(staging / "checkpoint")
+        metrics[how] = {"run": str(saved.folder), **facts, **figures}
+        _write_json(staging / "metrics.json", metrics)
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside the wanted one, whose place it takes when all has been written."""
+    staging = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if folder.exists():
+            folder.rmdir()
+        staging.replace(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(leaf: Any) -> Any:
+    """Returns what JSON has for a number, an array or a text; None where it is not finite."""
+    plain = np.asarray(leaf).tolist() if hasattr(leaf, "dtype") else leaf
+    if isinstance(plain, list):
+        return [_plain(one) for one in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
