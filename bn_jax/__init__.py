@@ -3,6 +3,7 @@
 from bn_jax import linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
+    Measured,
     batch_norm,
     init_batch_stats,
     init_params,
@@ -15,6 +16,7 @@ from bn_jax.standardize import Params
 
 __all__ = [
     "BatchStats",
+    "Measured",
     "Moments",
     "Params",
     "batch_norm",
