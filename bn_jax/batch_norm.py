@@ -23,6 +23,7 @@ from bn_jax.moments import (
     mean_dtype,
     merge_along,
     merge_moments,
+    moments,
     split_axis,
     static_count,
     statistics_dtype,
@@ -136,6 +137,49 @@ def init_batch_stats(
     if use_count:
         batch_stats["count"] = jnp.zeros(shape, statistics_dtype(dtype))
     return batch_stats
+
+
+def identity_params(
+    x: jax.Array,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+) -> Params:
+    """Returns the parameters that make batch norm the identity on a batch.
+
+    ``scale = sqrt(var + epsilon)``, ``bias = mean``: what training would have to find for the norm
+    to change nothing, and so what to begin with where one is put into a trained network.
+
+    Args:
+        x: floating-point or complex array, the batch.
+        axis: the feature axis or axes of `x`.
+        epsilon: that of the norm.
+        mask: boolean or non-negative weights, broadcastable to `x`, as the norm will have it.
+        axis_name: the named axis or axes that the norm synchronizes over.
+
+    Returns:
+        ``{"scale": [*F], "bias": [*F]}`` in at least float32; of complex `x` the scale is real.
+
+    Raises:
+        TypeError, ValueError, NameError: as `batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> params, batch_stats = bn.identity_params(x), bn.init_batch_stats(1)
+        >>> bn.batch_norm(params, batch_stats, x, use_running_average=False)[0].round(4).tolist()
+        [[1.0], [3.0], [8.0]]
+
+    Reference: Ioffe & Szegedy 2015, section 3, https://arxiv.org/abs/1502.03167.
+    """
+    check_epsilon(epsilon)
+    x = as_floating("x", x)
+    feature_axes = canonical_axes("axis", axis, x.ndim)
+    reduced = [axis for axis in range(x.ndim) if axis not in feature_axes]
+    found = moments(x, reduced, mask=mask, axis_name=axis_name)
+    return {"scale": jnp.sqrt(found.var + epsilon), "bias": found.mean}
 
 
 def start_measuring(batch_stats: BatchStats) -> BatchStats:
