@@ -1081,7 +1081,9 @@ def test_devices_measure_the_whole_batch():
             params, state, x, axis_name="data", axis_index_groups=axis_index_groups
         )[1]  # fmt: skip
 
-    mapped = partial(jax.vmap, in_axes=(None, 0), axis_name="data")
+    def mapped(call):
+        return jax.jit(jax.vmap(call, in_axes=(None, 0), axis_name="data"))
+
     together = mapped(call)(start_measuring(stats), x)["measured"]
     pairs = partial(call, axis_index_groups=[[0, 1], [2, 3]])
     apart = mapped(pairs)(start_measuring(stats), x)["measured"]
@@ -1100,3 +1102,39 @@ def test_what_is_measured_has_the_shape_of_the_features():
     }
     with pytest.raises(ValueError, match=r"'measured.count': \(2,\)"):
         EVALUATE({}, state, jnp.ones((2, 3)))
+
+
+# --- the identity -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [-1, (0, 2)])
+def test_identity_params(offset, masked, axis):
+    x = standard_normal(0, (6, 5, 3)) * jnp.array([[[1.0, 20.0, 0.01]]]) + offset
+    mask = standard_normal(1, (6, 5, 1)) > -0.5 if masked else None
+    if masked:
+        poisoned = jnp.where(mask, x, jnp.nan)
+        chex.assert_trees_all_equal(
+            bn.identity_params(poisoned, axis=axis, mask=mask),
+            bn.identity_params(x, axis=axis, mask=mask),
+        )
+    params = bn.identity_params(x, axis=axis, epsilon=1e-3, mask=mask)
+    features = features_of(x.shape, axis)
+    y, _ = TRAIN(params, bn.init_batch_stats(features), x, axis=axis, epsilon=1e-3, mask=mask)
+    assert_close(y, x, dtype=jnp.float32, tolerance=1e-6)
+
+
+def test_identity_params_over_devices_and_of_other_dtypes():
+    x = standard_normal(0, (4, 6, 3), jnp.bfloat16)
+
+    def call(x):
+        params = bn.identity_params(x, axis_name="data")
+        return TRAIN(params, bn.init_batch_stats(3), x, axis_name="data", dtype=jnp.float32)[0]
+
+    y = jax.jit(jax.vmap(call, axis_name="data"))(x)
+    assert_close(y, x.astype(jnp.float32), tolerance=1e-6)
+    params = bn.identity_params(standard_normal(0, (6, 3), jnp.complex64))
+    assert (params["scale"].dtype, params["bias"].dtype) == (jnp.float32, jnp.complex64)
+    with pytest.raises(ValueError, match="epsilon=0 must be positive"):
+        bn.identity_params(x, epsilon=0)
