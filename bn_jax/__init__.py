@@ -3,7 +3,9 @@
 from bn_jax import linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
+    Measured,
     batch_norm,
+    identity_params,
     init_batch_stats,
     init_params,
     normalize_by_batch,
@@ -11,14 +13,19 @@ from bn_jax.batch_norm import (
 )
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import Moments, merge_moments, moments
+from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.standardize import Params
 
 __all__ = [
     "BatchStats",
+    "LayerChange",
+    "Measured",
     "Moments",
     "Params",
+    "Recalibration",
     "batch_norm",
     "group_norm",
+    "identity_params",
     "init_batch_stats",
     "init_params",
     "instance_norm",
@@ -29,6 +36,7 @@ __all__ = [
     "nnx",
     "normalize_by_batch",
     "optim",
+    "recalibrate",
     "rms_norm",
     "update_batch_stats",
 ]

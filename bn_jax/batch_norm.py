@@ -22,6 +22,8 @@ from bn_jax.moments import (
     make_reduction,
     mean_dtype,
     merge_along,
+    merge_moments,
+    moments,
     split_axis,
     static_count,
     statistics_dtype,
@@ -39,15 +41,39 @@ from bn_jax.standardize import (
 )
 
 
+class Measured(NamedTuple):
+    """What calls have measured since `start_measuring`.
+
+    Every array is floating-point and of the shape of the features, so that whatever stacks, splits
+    and shards running statistics does the same to it.
+
+    Attributes:
+        count: how many values entered (the sum of their weights).
+        mean: their mean, 0 where `count` is 0.
+        var: their biased variance, 0 where `count` is 0.
+        running_var_ddof: that of the layer, 0 where no call has measured.
+        by_running: 1 where a call that measured normalized by the running statistics, else 0. What
+            was measured behind such a layer depends on them.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    mean: jax.Array
+    var: jax.Array
+    running_var_ddof: jax.Array
+    by_running: jax.Array
+
+
 class BatchStats(TypedDict):
     """The running statistics, each of the shape of the features.
 
     `count` is the number of batches that entered them; where it is kept, each update adds one.
+    Where there is `measured`, batches are not averaged, but measured: see `batch_norm`.
     """
 
     mean: jax.Array
     var: jax.Array
     count: NotRequired[jax.Array]
+    measured: NotRequired[Measured]
 
 
 def init_params(
@@ -113,6 +139,76 @@ def init_batch_stats(
     return batch_stats
 
 
+def identity_params(
+    x: jax.Array,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+) -> Params:
+    """Returns the parameters that make batch norm the identity on a batch.
+
+    ``scale = sqrt(var + epsilon)``, ``bias = mean``: what training would have to find for the norm
+    to change nothing, and so what to begin with where one is put into a trained network.
+
+    Args:
+        x: floating-point or complex array, the batch.
+        axis: the feature axis or axes of `x`.
+        epsilon: that of the norm.
+        mask: boolean or non-negative weights, broadcastable to `x`, as the norm will have it.
+        axis_name: the named axis or axes that the norm synchronizes over.
+
+    Returns:
+        ``{"scale": [*F], "bias": [*F]}`` in at least float32; of complex `x` the scale is real.
+
+    Raises:
+        TypeError, ValueError, NameError: as `batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> params, batch_stats = bn.identity_params(x), bn.init_batch_stats(1)
+        >>> bn.batch_norm(params, batch_stats, x, use_running_average=False)[0].round(4).tolist()
+        [[1.0], [3.0], [8.0]]
+
+    Reference: Ioffe & Szegedy 2015, section 3, https://arxiv.org/abs/1502.03167.
+    """
+    check_epsilon(epsilon)
+    x = as_floating("x", x)
+    feature_axes = canonical_axes("axis", axis, x.ndim)
+    reduced = [axis for axis in range(x.ndim) if axis not in feature_axes]
+    found = moments(x, reduced, mask=mask, axis_name=axis_name)
+    return {"scale": jnp.sqrt(found.var + epsilon), "bias": found.mean}
+
+
+def start_measuring(batch_stats: BatchStats) -> BatchStats:
+    """Returns `batch_stats` as a state that is measured: with `measured`, in which nothing is yet.
+
+    `batch_norm` says what calls do with such a state.
+
+    Args:
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]``.
+
+    Returns:
+        The same statistics and `Measured`, in at least float32.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from bn_jax.batch_norm import start_measuring
+        >>> batch_stats = start_measuring(bn.init_batch_stats(1))
+        >>> for x in jnp.array([[1.0]]), jnp.array([[3.0], [8.0]]):
+        ...     y, batch_stats = bn.batch_norm({}, batch_stats, x, use_running_average=True)
+        >>> batch_stats["measured"].mean.tolist(), batch_stats["mean"].tolist()
+        ([4.0], [0.0])
+    """
+    mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
+    dtype = statistics_dtype(mean.dtype, var.dtype)
+    zeros = jnp.zeros_like(var, dtype)
+    of_mean = jnp.zeros_like(mean, mean_dtype(dtype, mean.dtype))
+    return {**batch_stats, "measured": Measured(zeros, of_mean, zeros, zeros, zeros)}
+
+
 def batch_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -147,17 +243,25 @@ def batch_norm(
     variance stays under 1e-5 for float32 input at any offset that the input itself resolves: see
     `bn_jax.moments`. Of complex `x`, the variance is the mean of ``|x - mean|**2``.
 
+    Where `batch_stats` holds `measured` (`start_measuring` puts it there), a call that would update
+    does not average: `mean`, `var` and `count` stay as they are, and the moments of the batch are
+    merged into `measured`, but those of a feature that are not finite. Evaluation measures too
+    then, unless ``update_running_average=False``; one value per feature, and any virtual batch
+    size, will do for that. So the state itself says whether it is measured, through every transform
+    and every number of calls. `bn_jax.recalibrate` is made of this.
+
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent.
-        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]``. With
-            `axis_name` the mean must be the same on every device, as it is when every update
-            comes from this function; only type-checked `shard_map` can tell where it is not, and
-            then costs a collective more.
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]`` and
+            ``"measured"``. With `axis_name` the mean must be the same on every device, as it is
+            when every update comes from this function; only type-checked `shard_map` can tell where
+            it is not, and then costs a collective more.
         x: floating-point or complex array of any rank.
         use_running_average: True to normalize by the running statistics, False by the batch's.
         update_running_average: whether the batch updates the running statistics. None: if and only
-            if it also normalizes. True beside ``use_running_average=True``: `y` is that of the old
-            ones, through which no derivative reaches the batch's moments.
+            if it also normalizes, or if there is `measured`. True beside
+            ``use_running_average=True``: `y` is that of the old ones, through which no derivative
+            reaches the batch's moments.
         axis: the feature axis or axes of `x`; ``*F`` are their sizes in ascending order.
         momentum: the weight of the old value in the running statistics (PyTorch's is its
             complement). None for the cumulative average, every batch weighing the same; it needs
@@ -215,8 +319,10 @@ def batch_norm(
     Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
     """
-    update = not use_running_average if update_running_average is None else update_running_average
-    update = update and not initializing
+    measuring = "measured" in batch_stats
+    if update_running_average is None:
+        update_running_average = measuring or not use_running_average
+    update = update_running_average and not initializing
     _check_averaging(momentum, running_var_ddof)
     if update:
         _check_count_kept(momentum, batch_stats)
@@ -224,18 +330,19 @@ def batch_norm(
     if use_running_average:
         y = _normalize_by_running(given, batch_stats, epsilon)
     if update or not use_running_average:
-        measured = _measure(
-            given, batch_stats, axis, axis_name, axis_index_groups, virtual_batch_size, initializing
-        )
+        groups = axis_name, axis_index_groups, virtual_batch_size
+        alone = measuring and use_running_average
+        batch = _measure(given, batch_stats, axis, *groups, initializing, alone)
     if not use_running_average:
-        y = _normalize_by_measured(given, measured, epsilon)
+        y = _normalize_by_batch(given, batch, epsilon)
     if not update:
         return y, batch_stats
     return y, update_batch_stats(
         batch_stats,
-        _merged(measured, jnp.shape(batch_stats["mean"])),
+        _merged(batch, jnp.shape(batch_stats["mean"])),
         momentum=momentum,
         running_var_ddof=running_var_ddof,
+        by_running=use_running_average,
     )
 
 
@@ -279,11 +386,10 @@ def normalize_by_batch(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 1.
     """
     given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
-    measured = _measure(
-        given, batch_stats, axis, axis_name, axis_index_groups, virtual_batch_size, initializing
-    )
-    y = _normalize_by_measured(given, measured, epsilon)
-    return y, _merged(measured, jnp.shape(batch_stats["mean"]))
+    groups = axis_name, axis_index_groups, virtual_batch_size
+    batch = _measure(given, batch_stats, axis, *groups, initializing)
+    y = _normalize_by_batch(given, batch, epsilon)
+    return y, _merged(batch, jnp.shape(batch_stats["mean"]))
 
 
 def update_batch_stats(
@@ -292,19 +398,23 @@ def update_batch_stats(
     *,
     momentum: float | jax.Array | None = 0.99,
     running_var_ddof: int = 0,
+    by_running: bool = False,
 ) -> BatchStats:
     """Updates the running statistics by the moments of a batch.
 
     With `n` the count, ``new_mean = momentum * old_mean + (1 - momentum) * mean`` and
     ``new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)``. The second
     half of `batch_norm` in training; its first is `normalize_by_batch`. Between them, moments may
-    be merged with `merge_moments`: then several batches make one update.
+    be merged with `merge_moments`: then several batches make one update. Where `batch_stats` holds
+    `measured`, the moments are merged into it instead: see `batch_norm`.
 
     Args:
-        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]``.
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and on demand ``"count": [*F]`` and
+            ``"measured"``.
         moments: of the batch, each of shape ``[*F]``; the count may be a scalar.
         momentum: the weight of the old value; None for the cumulative average.
         running_var_ddof: 0 for the biased running variance, 1 for the unbiased one.
+        by_running: whether the running statistics normalized the batch; only `measured` tells it.
 
     Returns:
         The new `batch_stats` in the dtypes of the old (but a real mean becomes complex where that
@@ -325,13 +435,17 @@ def update_batch_stats(
     """
     _check_averaging(momentum, running_var_ddof)
     _check_count_kept(momentum, batch_stats)
-    old = {name: jnp.asarray(values) for name, values in batch_stats.items()}
+    old = {name: jnp.asarray(values) for name, values in batch_stats.items() if name != "measured"}
     count, mean, var = map(jnp.asarray, moments)
     if not old["mean"].shape == mean.shape == var.shape or count.shape not in ((), mean.shape):
         raise ValueError(
             f"moments of the shapes {tuple(map(jnp.shape, moments))} (count, mean, var) do not fit "
             f"batch_stats of shape {old['mean'].shape}: take them over all axes but the features'."
         )
+    if "measured" in batch_stats:
+        found = Moments(count, mean, var)
+        measured = _measure_too(batch_stats["measured"], found, running_var_ddof, by_running)
+        return {**batch_stats, "measured": measured}
     freedom = count - running_var_ddof
     unbiased = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
     weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
@@ -401,7 +515,7 @@ def _prepare(
     return _Prepared(layout, params, x, mask, normalize)
 
 
-class _Measured(NamedTuple):
+class _Batch(NamedTuple):
     """Examples in their groups, their moments, and the variance to normalize them by."""
 
     layout: _Layout
@@ -419,10 +533,16 @@ def _measure(
     axis_index_groups: Sequence[Sequence[int]] | None,
     virtual_batch_size: int | None,
     initializing: bool,
-) -> _Measured:
+    alone: bool = False,
+) -> _Batch:
+    """Measures the batch; `alone` where nothing will be normalized by what is found."""
     layout, _, x, mask, _ = given
     if initializing:
         axis_name = axis_index_groups = virtual_batch_size = None
+    if alone:
+        # Groups would be merged afterwards, but for those that a named axis keeps apart.
+        axis_index_groups = axis_index_groups if bound_axes(x, axis_name) else None
+        virtual_batch_size = None
     if virtual_batch_size is not None:
         _check_groups(layout, x.shape, virtual_batch_size, axis_name)
     elif axis_index_groups is not None and not bound_axes(x, axis_name):
@@ -433,16 +553,14 @@ def _measure(
     else:
         layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
         reduction = Reduction(layout.reduction_axes, of_groups=True)
-    if not initializing:
+    if not (initializing or alone):
         _check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
-    return _Measured(layout, examples, mask, found, var)
+    return _Batch(layout, examples, mask, found, var)
 
 
-def _normalize_by_measured(
-    given: _Prepared, measured: _Measured, epsilon: float | jax.Array
-) -> jax.Array:
-    layout, examples, mask, found, var = measured
+def _normalize_by_batch(given: _Prepared, batch: _Batch, epsilon: float | jax.Array) -> jax.Array:
+    layout, examples, mask, found, var = batch
     shape = layout.expanded_shape
     transform = make_transform(given.params, shape, found.shift, found.delta, var, epsilon)
     return given.normalize(examples, mask, transform)
@@ -513,9 +631,9 @@ def _batch_moments(
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
-def _merged(measured: _Measured, features: tuple[int, ...]) -> Moments:
+def _merged(batch: _Batch, features: tuple[int, ...]) -> Moments:
     """Returns the moments of the batch, all groups merged, in the shape of the features."""
-    layout, found = measured.layout, measured.found
+    layout, found = batch.layout, batch.found
     if layout.group_axis is None:
         count, mean, var = found.count, found.shift + found.delta, found.var
     else:
@@ -525,6 +643,24 @@ def _merged(measured: _Measured, features: tuple[int, ...]) -> Moments:
     else:
         count = jnp.broadcast_to(count, mean.shape).reshape(features)
     return Moments(count, mean.reshape(features), var.reshape(features))
+
+
+def _measure_too(
+    measured: Measured, found: Moments, running_var_ddof: int, by_running: bool
+) -> Measured:
+    """Merges the moments of a batch into what has been measured, in the dtypes that this has."""
+    count, mean, var, ddof, noted = (_placed_like(found.var, leaf) for leaf in measured)
+    real = var.dtype
+    sound = jnp.isfinite(found.mean) & jnp.isfinite(found.var) & (found.count > 0)
+    new = Moments(
+        jnp.where(sound, found.count.astype(real), 0),
+        found.mean.astype(mean_dtype(real, mean.dtype, found.mean.dtype)),
+        found.var.astype(real),
+    )
+    merged = merge_moments(Moments(count, mean.astype(new.mean.dtype), var), new)
+    return Measured(
+        *merged, jnp.full_like(ddof, running_var_ddof), jnp.maximum(noted, float(by_running))
+    )
 
 
 def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -559,7 +695,11 @@ def _known(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
             f"batch_stats lacks {sorted(missing)}; it has {sorted(batch_stats)}. Make a new one "
             "with bn_jax.init_batch_stats(features)."
         )
-    return {name: batch_stats[name] for name in BatchStats.__annotations__ if name in batch_stats}
+    known = {name: batch_stats[name] for name in ("mean", "var", "count") if name in batch_stats}
+    if "measured" not in batch_stats:
+        return known
+    measured = batch_stats["measured"]._asdict()
+    return known | {f"measured.{name}": values for name, values in measured.items()}
 
 
 def _check_mean_fits(batch_stats: BatchStats, x: jax.Array) -> None:
@@ -571,7 +711,7 @@ def _check_mean_fits(batch_stats: BatchStats, x: jax.Array) -> None:
 
 
 def _check_count_kept(momentum: Any, batch_stats: Mapping[str, Any]) -> None:
-    if momentum is None and "count" not in batch_stats:
+    if momentum is None and not {"count", "measured"} & set(batch_stats):
         raise ValueError(
             f"momentum=None averages over all batches and needs their count, but batch_stats has "
             f"{sorted(batch_stats)}. Make it with bn_jax.init_batch_stats(features, "

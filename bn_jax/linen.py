@@ -49,6 +49,10 @@ class BatchNorm(nn.BatchNorm):
     normalizes by the batch nor updates leaves a ``count`` of 0 there, and nothing else. Where
     ``given_moments`` is passed in, a training call normalizes by these instead of by those of `x`.
 
+    A layer in whose ``batch_stats`` there is ``measured`` measures instead of averaging, and where
+    they are mutable in evaluation too, as `bn_jax.batch_norm` says; `bn_jax.recalibrate` puts it
+    there.
+
     Under `nn.scan`, training needs ``variable_carry="batch_stats"`` and a mutable ``batch_stats``.
     `nn.scan` creates no carried variable: initialize, and evaluate immutable ``batch_stats``, with
     it among ``variable_broadcast`` instead.
@@ -60,7 +64,8 @@ class BatchNorm(nn.BatchNorm):
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
         update_running_average: whether the running statistics update; None: if and only if the
-            batch normalizes. Where it is False, ``batch_stats`` may be immutable.
+            batch normalizes, or they are measured. Where it is False, ``batch_stats`` may be
+            immutable.
         train_params: False for ``scale`` and ``bias`` without a derivative. What an optimizer does
             without one, as weight decay, is not its business.
         frozen: True for running statistics that normalize and do not update, whatever the call or
@@ -174,7 +179,12 @@ class BatchNorm(nn.BatchNorm):
                 "BatchNorm()(x, use_running_average=not train), or, where the model hands it on, "
                 "model.apply(variables, x, train=True, mutable=['batch_stats'])."
             )
-        return use, not use if update is None else update
+        return use, (not use or self._measures()) if update is None else update
+
+    def _measures(self) -> bool:
+        """Says whether evaluation measures: the state asks for it, and can take it."""
+        asked = self.has_variable("batch_stats", "measured")
+        return asked and self.is_mutable_collection("batch_stats")
 
     def _given_once(self, name: str, in_call: bool | None) -> bool | None:
         in_attribute: bool | None = getattr(self, name)
@@ -210,7 +220,14 @@ class BatchNorm(nn.BatchNorm):
         if given is None and self.has_variable("given_moments", "mean"):
             given = {name: self.get_variable("given_moments", name) for name in ("mean", "var")}
         if given is not None:
-            y, _ = batch_norm(params, given, x, use_running_average=True, **options)
+            y, _ = batch_norm(
+                params,
+                given,
+                x,
+                use_running_average=True,
+                update_running_average=False,
+                **options,
+            )
         if self._collects():
             collected = {
                 name: self.variable("batch_moments", name, jnp.zeros_like, like)
@@ -220,7 +237,11 @@ class BatchNorm(nn.BatchNorm):
             for name, variable in collected.items():
                 variable.value = getattr(found, name)
         return y, update_batch_stats(
-            batch_stats, found, momentum=self.momentum, running_var_ddof=self.running_var_ddof
+            batch_stats,
+            found,
+            momentum=self.momentum,
+            running_var_ddof=self.running_var_ddof,
+            by_running=use_running_average,
         )
 
     def _variables(self, features: tuple[int, ...], x_dtype: Any) -> dict[str, nn.Variable[Any]]:
@@ -234,7 +255,8 @@ class BatchNorm(nn.BatchNorm):
             made = init_batch_stats(features, dtype=dtype, use_count=use_count)
             return cast(dict[str, jax.Array], made)[name]
 
-        names = ("mean", "var", "count") if use_count else ("mean", "var")
+        names = ["mean", "var"] + ["count"] * use_count
+        names += ["measured"] * self.has_variable("batch_stats", "measured")
         return {name: self.variable("batch_stats", name, initial, name) for name in names}
 
     def _require_batch_stats(self, update: bool) -> None:

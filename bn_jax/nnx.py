@@ -28,7 +28,9 @@ class BatchNorm(nnx.BatchNorm):
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
     ``scale`` and ``bias`` are `nnx.Param` of shape ``[num_features]`` in `param_dtype`, ``mean``
-    and ``var`` are `nnx.BatchStat` in float32. No derivative flows into the updated statistics.
+    and ``var`` are `nnx.BatchStat` in float32. No derivative flows into the updated statistics. A
+    layer with an `nnx.BatchStat` ``measured`` as well, which holds a `bn_jax.Measured`, measures
+    instead of averaging, in evaluation too, as `bn_jax.batch_norm` says.
 
     Args:
         num_features: the size of `axis`.
@@ -59,7 +61,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: statistics of their own for every that many consecutive examples.
         running_var_ddof: 1 for the unbiased running variance, as the paper and PyTorch have it.
         update_running_average: whether the running statistics update, after `eval()` too; None: if
-            and only if the batch normalizes.
+            and only if the batch normalizes, or they are measured.
         train_params: False for ``scale`` and ``bias`` without a derivative. What an optimizer does
             without one, as weight decay, is not its business.
         frozen: True for running statistics that normalize and do not update, whatever the call,
@@ -82,6 +84,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
+
+    measured: nnx.BatchStat[Any]
 
     def __init__(
         self,
@@ -166,6 +170,9 @@ class BatchNorm(nnx.BatchNorm):
         if hasattr(self, "count"):
             variables["count"] = self.count
         batch_stats = cast(BatchStats, {name: one[...] for name, one in variables.items()})
+        if hasattr(self, "measured"):
+            variables["measured"] = self.measured
+            batch_stats["measured"] = self.measured.get_value()
         statistics = (batch_stats["mean"], batch_stats["var"])
         x, params, dtype = _promoted(self, x, *statistics, residual=residual)
         if not self.train_params:
@@ -210,7 +217,7 @@ class BatchNorm(nnx.BatchNorm):
         if update_running_average is None:
             update_running_average = self.update_running_average
         if update_running_average is None:
-            update_running_average = not use_running_average
+            update_running_average = not use_running_average or hasattr(self, "measured")
         return use_running_average, update_running_average
 
     def _store(self, variables: dict[str, nnx.BatchStat[Any]], batch_stats: BatchStats) -> None:

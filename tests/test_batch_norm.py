@@ -19,6 +19,7 @@ from support import (
 )
 
 import bn_jax as bn
+from bn_jax.batch_norm import Measured, start_measuring
 from bn_jax.moments import CANCELLATION_THRESHOLD, Reduction, centred_moments
 
 TRAIN = partial(bn.batch_norm, use_running_average=False)
@@ -977,3 +978,163 @@ def test_a_mask_that_leaves_one_value_is_no_error():
     mask = jnp.array([[False], [True], [False], [False]])
     y, _ = TRAIN(params, stats, x, mask=mask)
     assert_close(y[1], params["bias"])
+
+
+# --- a state that is measured -------------------------------------------------------------------
+
+
+MEASURING = {
+    "plain": {},
+    "unbiased": dict(running_var_ddof=1),
+    "cumulative, without the count that averaging needs": dict(momentum=None),
+    "ghost groups": dict(virtual_batch_size=2),
+    "ghost groups by index": dict(axis_name="data", axis_index_groups=[[0], [1]]),
+}
+
+
+@pytest.mark.parametrize("use_running_average", [True, False])
+@pytest.mark.parametrize("name", MEASURING)
+def test_batches_are_measured_instead_of_averaged(use_running_average, name):
+    options, masked = MEASURING[name], name != "plain"
+    call = partial(bn.batch_norm, use_running_average=use_running_average, **options)
+    params, stats = make_state(3)
+    batches = [standard_normal(seed, (size, 3)) * 2 + 5 for seed, size in enumerate([4, 6, 4])]
+    masks = [standard_normal(9 + seed, x.shape) > -0.5 if masked else None for seed, x in
+             enumerate(batches)]  # fmt: skip
+    state = start_measuring(stats)
+    for x, mask in zip(batches, masks, strict=True):
+        y, state = call(params, state, x, mask=mask)
+        expected, _ = call(params, stats, x, mask=mask, update_running_average=False)
+        assert_close(y, expected)
+    mask = np.concatenate(masks) if masked else None
+    count, mean, var = define_moments(np.concatenate(batches), -1, mask)
+    ddof = np.full(3, options.get("running_var_ddof", 0))
+    expected = Measured(count, mean, var, ddof, np.full(3, use_running_average))
+    assert_close(state.pop("measured"), expected, dtype=jnp.float32)
+    chex.assert_trees_all_equal(state, stats)
+
+
+def test_only_a_call_that_would_update_measures():
+    params, stats = make_state(3)
+    state, x = start_measuring(stats), standard_normal(0, (4, 3))
+    for use, options in (
+        (True, dict(update_running_average=False)),
+        (False, dict(update_running_average=False)),
+        (True, dict(initializing=True)),
+        (False, dict(initializing=True)),
+    ):
+        _, after = bn.batch_norm(params, state, x, use_running_average=use, **options)
+        chex.assert_trees_all_equal(after, state)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, "nothing valid"])
+def test_only_features_with_finite_moments_are_measured(poison):
+    params, stats = make_state(3)
+    state = start_measuring(stats)
+    x, more = standard_normal(0, (4, 3)), standard_normal(1, (6, 3))
+    mask = jnp.ones((6, 3), bool)
+    if poison == "nothing valid":
+        mask = mask.at[:, 1].set(False)
+    else:
+        more = more.at[2, 1].set(poison)
+    for batch, chosen in (more, mask), (x, None), (more, mask):
+        _, state = EVALUATE(params, state, batch, mask=chosen)
+    with np.errstate(invalid="ignore"):
+        count, mean, var = define_moments(np.concatenate([more, x, more]))
+    count[1], mean[1], var[1] = (found[1] for found in define_moments(x))
+    assert_close(state["measured"][:3], (count, mean, var))
+
+
+def test_evaluation_measures_what_training_refuses():
+    params, stats = make_state(3)
+    state, x = start_measuring(stats), standard_normal(0, (7, 3))
+    options = dict(axis_name="data", axis_index_groups=[[0], [1]])
+    for rows, kept in (x[:1], {}), (x[1:4], dict(virtual_batch_size=2)), (x[4:], options):
+        with pytest.raises(ValueError, match=r"one value per feature|(does not|cannot) divide"):
+            TRAIN(params, state, rows, **kept)
+        _, state = EVALUATE(params, state, rows, **kept)
+    assert_close(state["measured"][:3], define_moments(x))
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.complex64])
+def test_what_is_measured_keeps_its_type_through_a_scan(x_dtype):
+    state = start_measuring(bn.init_batch_stats(3, dtype=x_dtype))
+    x = (standard_normal(0, (4, 5, 3), x_dtype) + 2).astype(x_dtype)
+
+    def step(state, x):
+        y, state = EVALUATE({}, state, x)
+        return state, y
+
+    after, _ = jax.jit(lambda state, x: jax.lax.scan(step, state, x))(state, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    found = after["measured"]
+    assert found.var.dtype == jnp.float32
+    assert_close(found[:3], define_moments(x.reshape(-1, 3)))
+
+
+def test_devices_measure_the_whole_batch():
+    params, stats = make_state(3)
+    x = standard_normal(0, (4, 2, 3))
+
+    def call(state, x, axis_index_groups=None):
+        return EVALUATE(
+            params, state, x, axis_name="data", axis_index_groups=axis_index_groups
+        )[1]  # fmt: skip
+
+    def mapped(call):
+        return jax.jit(jax.vmap(call, in_axes=(None, 0), axis_name="data"))
+
+    together = mapped(call)(start_measuring(stats), x)["measured"]
+    pairs = partial(call, axis_index_groups=[[0, 1], [2, 3]])
+    apart = mapped(pairs)(start_measuring(stats), x)["measured"]
+    for device in range(4):
+        of_device = [leaf[device] for leaf in together[:3]]
+        assert_close(of_device, list(define_moments(x.reshape(-1, 3))))
+        group = x[:2] if device < 2 else x[2:]
+        of_device = [leaf[device] for leaf in apart[:3]]
+        assert_close(of_device, list(define_moments(group.reshape(-1, 3))))
+
+
+def test_what_is_measured_has_the_shape_of_the_features():
+    state = {
+        **bn.init_batch_stats(3),
+        "measured": start_measuring(bn.init_batch_stats(2))["measured"],
+    }
+    with pytest.raises(ValueError, match=r"'measured.count': \(2,\)"):
+        EVALUATE({}, state, jnp.ones((2, 3)))
+
+
+# --- the identity -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [-1, (0, 2)])
+def test_identity_params(offset, masked, axis):
+    x = standard_normal(0, (6, 5, 3)) * jnp.array([[[1.0, 20.0, 0.01]]]) + offset
+    mask = standard_normal(1, (6, 5, 1)) > -0.5 if masked else None
+    if masked:
+        poisoned = jnp.where(mask, x, jnp.nan)
+        chex.assert_trees_all_equal(
+            bn.identity_params(poisoned, axis=axis, mask=mask),
+            bn.identity_params(x, axis=axis, mask=mask),
+        )
+    params = bn.identity_params(x, axis=axis, epsilon=1e-3, mask=mask)
+    features = features_of(x.shape, axis)
+    y, _ = TRAIN(params, bn.init_batch_stats(features), x, axis=axis, epsilon=1e-3, mask=mask)
+    assert_close(y, x, dtype=jnp.float32, tolerance=1e-6)
+
+
+def test_identity_params_over_devices_and_of_other_dtypes():
+    x = standard_normal(0, (4, 6, 3), jnp.bfloat16)
+
+    def call(x):
+        params = bn.identity_params(x, axis_name="data")
+        return TRAIN(params, bn.init_batch_stats(3), x, axis_name="data", dtype=jnp.float32)[0]
+
+    y = jax.jit(jax.vmap(call, axis_name="data"))(x)
+    assert_close(y, x.astype(jnp.float32), tolerance=1e-6)
+    params = bn.identity_params(standard_normal(0, (6, 3), jnp.complex64))
+    assert (params["scale"].dtype, params["bias"].dtype) == (jnp.float32, jnp.complex64)
+    with pytest.raises(ValueError, match="epsilon=0 must be positive"):
+        bn.identity_params(x, epsilon=0)

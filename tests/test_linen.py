@@ -20,6 +20,7 @@ from support import (
 )
 
 import bn_jax as bn
+from bn_jax.batch_norm import Measured, start_measuring
 
 OURS, FLAX = bn.linen.BatchNorm, nn.BatchNorm
 
@@ -1006,3 +1007,92 @@ def test_a_shared_scope():
     frozen = bn.linen.freeze(model.apply, "layers_0")
     y, updates = frozen(variables, x, mutable=["batch_stats"])
     chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+
+
+# --- a state that is measured -------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """One layer, called on both halves of the batch."""
+
+    norm: nn.BatchNorm
+
+    def __call__(self, x):
+        return jnp.concatenate([self.norm(half) for half in jnp.split(x, 2)])
+
+
+def over_two_parts(layer):
+    return lambda variables, x, mutable: nn.apply(CARRIED, layer, mutable=mutable)(
+        variables, jnp.stack(jnp.split(x, 2))
+    )
+
+
+MEASURED = {
+    "one call": lambda layer: layer.apply,
+    "two calls": lambda layer: Twice(layer).apply,
+    "lifted scan": over_two_parts,
+    "everything mutable": lambda layer: layer.apply,
+    "Flax's layer": lambda layer: bn.linen.replace_norms()(
+        FLAX(use_running_average=layer.use_running_average).apply
+    ),
+    "accumulated": lambda layer: (
+        lambda variables, x, mutable: layer.apply(variables, x, mutable=[*mutable, "batch_moments"])
+    ),
+}
+
+
+@pytest.mark.parametrize("use_running_average", [True, False])
+@pytest.mark.parametrize("way", MEASURED)
+def test_a_state_that_is_measured(way, use_running_average):
+    x = standard_normal(70, (8, 3)) * 2 + 1
+    layer = OURS(use_running_average=use_running_average)
+    stats = far_from_initial(bn.init_batch_stats(3))
+    path = (lambda tree: {"norm": tree}) if way == "two calls" else lambda tree: tree
+    variables = {
+        "params": path(bn.init_params(3)),
+        "batch_stats": path(start_measuring(stats)),
+    }
+    mutable = True if way == "everything mutable" else ["batch_stats"]
+    y, updates = MEASURED[way](layer)(variables, x, mutable=mutable)
+    updated = updates["batch_stats"]
+    updated = dict(updated["norm"] if way == "two calls" else updated)
+    ones, zeros = np.ones(3), np.zeros(3)
+    expected = Measured(*define_moments(x), zeros, ones * use_running_average)
+    assert_close(updated.pop("measured"), expected)
+    chex.assert_trees_all_equal(updated, stats)
+    if use_running_average:
+        assert_close(y.reshape(x.shape), define_affine(x, *stats.values(), ones, zeros))
+
+
+@pytest.mark.parametrize("stacked", ["vmap", "scan over layers"])
+def test_states_that_are_measured_are_stacked_as_others_are(stacked):
+    x = standard_normal(71, (4, 6, 3))
+    if stacked == "vmap":
+        lifted = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
+        model, path = nn.vmap(OURS, **lifted)(use_running_average=True), lambda tree: tree
+    else:
+        model, x, path = Deep(True), x[0], lambda tree: tree["BatchNorm_0"]
+    variables = model.init(jax.random.key(0), x)
+    state = start_measuring(path(variables["batch_stats"]))
+    nested = state if stacked == "vmap" else {"BatchNorm_0": state}
+    _, updates = model.apply({**variables, "batch_stats": nested}, x, mutable=["batch_stats"])
+    measured = path(updates["batch_stats"])["measured"]
+    for number in range(4):
+        rows = x[number] if stacked == "vmap" else x
+        assert_close([leaf[number] for leaf in measured[:3]], list(define_moments(rows)))
+        x = x if stacked == "vmap" else np.sin(define_batch_norm({}, bn.init_batch_stats(3), x)[0])
+
+
+def test_which_calls_leave_a_state_that_is_measured_alone():
+    x = standard_normal(72, (4, 3))
+    state = start_measuring(far_from_initial(bn.init_batch_stats(3)))
+    variables = {"params": bn.init_params(3), "batch_stats": state}
+    evaluated = OURS(use_running_average=True).apply(variables, x)
+    for layer in (
+        OURS(use_running_average=True, update_running_average=False),
+        OURS(use_running_average=False, update_running_average=False),
+        OURS(use_running_average=False, frozen=True),
+    ):
+        y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        chex.assert_trees_all_equal(updates, {"batch_stats": state})
+    chex.assert_trees_all_equal(y, evaluated)

@@ -12,6 +12,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_moments,
     define_steps,
     differentiate,
     far_from_initial,
@@ -19,6 +20,7 @@ from support import (
 )
 
 import bn_jax as bn
+from bn_jax.batch_norm import Measured, start_measuring
 
 OURS, FLAX = bn.nnx.BatchNorm, nnx.BatchNorm
 
@@ -738,3 +740,54 @@ def test_bridges_keep_the_statistics(kind):
     y = define_affine(xs[0], stats["mean"], stats["var"], np.ones(3), np.zeros(3))
     assert_close(layer.evaluate(xs[0]), y)
     assert_close(dict(layer.stats()), stats)
+
+
+# --- a state that is measured -------------------------------------------------------------------
+
+
+def to_be_measured(layer):
+    layer.measured = nnx.BatchStat(start_measuring(stats_of(layer))["measured"])
+    return layer
+
+
+def call_twice(layer, x):
+    return jnp.concatenate([layer(half) for half in jnp.split(x, 2)])
+
+
+def scan_halves(layer, x):
+    return scan_the_layer(layer, jnp.stack(jnp.split(x, 2))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("use_running_average", [True, False])
+@pytest.mark.parametrize("way", [nnx.jit(call), call_twice, scan_halves])
+def test_a_layer_that_measures(way, use_running_average):
+    x = standard_normal(60, (8, 3)) * 2 + 1
+    layer = to_be_measured(make(use_running_average=use_running_average))
+    params, stats = params_of(layer), stats_of(layer)
+    y = way(layer, x)
+    expected = Measured(*define_moments(x), np.zeros(3), np.full(3, use_running_average))
+    assert_close(layer.measured.get_value(), expected)
+    chex.assert_trees_all_equal(stats_of(layer), stats)
+    if use_running_average:
+        assert_close(y, define_affine(x, *stats.values(), *params.values()))
+
+
+def test_an_ensemble_measures():
+    x = standard_normal(61, (4, 6, 3))
+    layers = to_be_measured(make_ensemble(4))
+    layers.eval()
+    nnx.vmap(call)(layers, x)
+    for number in range(4):
+        own = [leaf[number] for leaf in layers.measured.get_value()[:3]]
+        assert_close(own, list(define_moments(x[number])))
+
+
+def test_which_calls_measure_nothing():
+    layer, x = to_be_measured(make()), standard_normal(62, (4, 3))
+    before = nnx.to_pure_dict(nnx.state(layer))
+    layer(x, update_running_average=False)
+    layer.eval()
+    layer(x, update_running_average=False)
+    bn.nnx.freeze(layer).train()
+    layer(x)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(layer)), before)
