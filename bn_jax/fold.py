@@ -28,6 +28,7 @@ from bn_jax.programs import (
     as_linear,
     evaluate,
     find_norms,
+    name_of,
     parent_of,
     state_of,
     trace,
@@ -610,7 +611,7 @@ def _targets(
             output = equation.outputs[0]
             inner, obstacle = _targets(program, linears, output, moved, (*passed, number))
         else:
-            inner, obstacle = [], f"its output goes to {_described(equation)}"
+            inner, obstacle = [], f"its output goes to `{name_of(equation)}`"
         if obstacle is not None:
             return [], obstacle
         found += inner
@@ -643,15 +644,10 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
             return f"It tells apart what {kernel} does not"
         if step is None and equation.name not in _SHAPES:
             return (
-                f"Its input comes from {_described(equation)}, no linear layer with known weights"
+                f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
             )
         value = equation.inputs[0] if step is None else step.input
     return "Its input is an argument of the model"
-
-
-def _described(equation: Equation) -> str:
-    named = equation.options.get("name")
-    return f"`{named if isinstance(named, str) else equation.name}`"
 
 
 # From decisions to a program.

@@ -200,6 +200,14 @@ def evaluate(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*taken.values())
 
 
+def name_of(equation: Equation) -> str:
+    """Returns the name of the function that an equation calls, or of its primitive."""
+    if equation.name in _WITH_DERIVATIVE:
+        for jaxpr, _ in _jaxprs(equation.options):
+            return jaxpr.debug_info.func_name
+    return equation.name
+
+
 def as_affine_step(program: Program, equation: Equation) -> Affine | None:
     """Reads an equation as an affine, elementwise function of its one unknown value, if it is."""
     unknown = [value for value in equation.inputs if not program.is_known(value)]
