@@ -12,18 +12,23 @@ from bn_jax.batch_norm import (
     update_batch_stats,
 )
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
+from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.standardize import Params
 
 __all__ = [
     "BatchStats",
+    "FoldedNorm",
     "LayerChange",
     "Measured",
     "Moments",
     "Params",
     "Recalibration",
+    "absorb_scale",
+    "as_affine",
     "batch_norm",
+    "fold",
     "group_norm",
     "identity_params",
     "init_batch_stats",

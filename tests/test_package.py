@@ -24,6 +24,8 @@ FLOORS = {
     "nnx": 4,
     "optim": 5,
     "recalibrate": 5,
+    "programs": 5,
+    "fold": 5,
     "data": 6,
     "models": 6,
     "processes": 6,
