@@ -1,6 +1,6 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
-from bn_jax import linen, nnx, optim
+from bn_jax import convert, linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
     batch_norm,
@@ -18,6 +18,7 @@ __all__ = [
     "Moments",
     "Params",
     "batch_norm",
+    "convert",
     "group_norm",
     "init_batch_stats",
     "init_params",
