@@ -44,6 +44,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 from zipfile import BadZipFile, ZipFile
@@ -173,7 +174,7 @@ def from_library(
     *,
     like: Any,
     names: Names = None,
-    transposed: Iterable[str] = (),
+    transposed: str | Iterable[str] = (),
     dtype: Any = None,
     momentum: float = 0.99,
 ) -> Any:
@@ -194,7 +195,7 @@ def from_library(
         names: the path of each layer there by that here, as a function (`resnet_names`) or a
             mapping of paths or of their beginnings, of which the longest counts. A layer that it
             does not name keeps its path, with ``.`` for ``/`` where the library has that.
-        transposed: globs of the paths here of `ConvTranspose` layers. With
+        transposed: a glob, or several, of the paths here of `ConvTranspose` layers. With
             ``transpose_kernel=True`` a kernel of PyTorch or Keras comes as of any convolution.
         dtype: for floating-point arrays; None for those that they come with.
         momentum: of the norms of Equinox in mode "batch"; elsewhere it means nothing.
@@ -233,7 +234,7 @@ def to_library(
     library: Library,
     *,
     names: Names = None,
-    transposed: Iterable[str] = (),
+    transposed: str | Iterable[str] = (),
     like: Mapping[str, Any] | None = None,
     momentum: float = 0.99,
 ) -> dict[str, Any]:
@@ -407,7 +408,11 @@ def attributes_to_library(library: Library, **attributes: Any) -> dict[str, Any]
     translated = dict(zip(layout.attributes, values, strict=True))
     if "affine" in layout.defaults and use_scale == use_bias:
         del translated["bias"]  # older versions of PyTorch have no such argument
-    return {**translated, **({"track_running_stats": False} if untracked else {})}
+    if "mode" in layout.defaults:
+        translated["mode"] = "batch"
+    if untracked:
+        translated["track_running_stats"] = False
+    return translated
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -502,9 +507,13 @@ def _entries(tree: Any, layout: _Layout, names: Names, transposed: Iterable[str]
         for layer, (parts, _) in zip(layers, leaves, strict=True)
         if parts[-1] in ("kernel", "embedding")
     }
+    transposed = [transposed] if isinstance(transposed, str) else list(transposed)
     for pattern in transposed:
         if not any(fnmatchcase(layer, pattern) for layer in others):
-            raise ValueError(f"transposed names {pattern!r}, expected globs of {sorted(others)}")
+            raise ValueError(
+                f"transposed has {pattern!r}, expected globs of layers with a kernel, which are "
+                f"{sorted(others)}"
+            )
     entries = []
     for layer, (parts, leaf) in zip(layers, leaves, strict=True):
         place = _place(layer, names, layout.separator)
@@ -659,10 +668,16 @@ def _fits(shape: tuple[int, ...], entry: _Entry, layout: _Layout) -> bool:
     if shape == _shape_there(entry, layout):
         return True
     if _is_kernel(entry):
-        # The output's channels of a depthwise convolution in Keras: by input, then by multiplier.
+        # In Keras a depthwise convolution's output is split: by input, then by multiplier.
         *spatial, one, channels = entry.shape
-        is_depthwise = len(shape) == len(entry.shape) and one == 1
-        return is_depthwise and shape[-2] * shape[-1] == channels and shape[:-2] == (*spatial,)
+        may_split = one == 1 and layout.kernel == "sio" and not entry.transposed
+        ndim, split = len(entry.shape), shape[-2:]
+        return (
+            may_split
+            and len(shape) == ndim
+            and shape == (*spatial, *split)
+            and prod(split) == channels
+        )
     wide, narrow = ([size for size in sizes if size != 1] for sizes in (shape, entry.shape))
     return layout.needs_like and wide == narrow
 
@@ -688,7 +703,10 @@ def _require_agreement(
     lines += [f"  {key} {shapes[key]}" for key in unknown]
     lines += [f"of another shape in {name}, {len(misshaped)} in all:"] * bool(misshaped)
     lines += [f"  {key} {shapes[key]}, expected {expected[key]}" for key in misshaped]
-    lines += ["Say with names={'path here': 'path there'} or a function which layer is which."]
+    lines += [
+        "Say with names={'path here': 'path there'} or a function which layer is which, and with "
+        "transposed=['path here'] which are ConvTranspose."
+    ]
     raise ValueError("\n".join(lines))
 
 
@@ -778,6 +796,7 @@ def _require_known(attributes: Mapping[str, Any], known: set[str], whose: str) -
 
 def _import_safetensors() -> Any:
     try:
+        importlib.import_module("safetensors.numpy")
         return importlib.import_module("safetensors")
     except ImportError as error:
         raise ImportError(
@@ -796,4 +815,4 @@ def _is_pickle(path: Path) -> bool:
             return any(name.endswith(".pkl") for name in archive.namelist())
     except BadZipFile:
         is_opcode = len(start) > 1 and start[0] == 0x80 and start[1] <= 5
-        return is_opcode or path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+        return is_opcode or path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".pkl")
