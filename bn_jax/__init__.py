@@ -1,6 +1,6 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
-from bn_jax import linen, nnx, optim
+from bn_jax import convert, linen, nnx, optim
 from bn_jax.batch_norm import (
     BatchStats,
     Measured,
@@ -28,6 +28,7 @@ __all__ = [
     "absorb_scale",
     "as_affine",
     "batch_norm",
+    "convert",
     "fold",
     "group_norm",
     "identity_params",

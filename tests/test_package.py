@@ -22,6 +22,7 @@ FLOORS = {
     "feature_norms": 3,
     "linen": 4,
     "nnx": 4,
+    "convert": 5,
     "optim": 5,
     "recalibrate": 5,
     "programs": 5,
@@ -34,7 +35,7 @@ FLOORS = {
     "runs": 6,
     "cli": 7,
 }
-OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich")
+OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors")
 
 # Flax itself imports rich, so what must not be importable is all that Flax, optax, chex and JAX do
 # not need: they are imported first, then every import of anything else fails.
