@@ -210,49 +210,126 @@ def test_logits_are_computed_in_float32():
     assert_close(logits, expected, dtype=jnp.float32)
 
 
-def small_imagenet(norm):
+def small_imagenet(norm, **options):
     attributes = dict(stage_sizes=(1, 1), widths=(4, 6), block=models.Bottleneck, stem="7x7")
-    return make_model(norm, **attributes)
+    return make_model(norm, **attributes, **options)
 
 
-def define_conv_norm(variables, x, strides=1, padding=(0, 0)):
-    """A convolution by JAX's own, and batch norm of running statistics from its formula."""
-    params, stats = variables["params"], variables["batch_stats"]["norm"]
-    x = jax.lax.conv_general_dilated(
-        x, params["conv"]["kernel"], (strides, strides), (padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+def define_norm(params, stats, x):
     x, scale, bias, mean, var = (
-        np.float64(one)
-        for one in (x, params["norm"]["scale"], params["norm"]["bias"], stats["mean"], stats["var"])
+        np.float64(one) for one in (x, params["scale"], params["bias"], stats["mean"], stats["var"])
     )
     return jnp.float32((x - mean) / np.sqrt(var + 1e-5) * scale + bias)
 
 
-def define_bottleneck(variables, x, strides, padding):
-    def layer(name, *how):
-        return define_conv_norm({kind: tree[name] for kind, tree in variables.items()}, *how)
+def define_conv_norm(variables, x, strides=1, padding=(0, 0), groups=1):
+    """A convolution by JAX's own, and batch norm of running statistics from its formula."""
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    x = jax.lax.conv_general_dilated(
+        x, params["conv"]["kernel"], (strides, strides), (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups,
+    )  # fmt: skip
+    return define_norm(params["norm"], stats["norm"], x) if "norm" in params else x
 
+
+def part_of(variables, name):
+    return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+
+def define_plain(layer, x, strides, padding):
+    y = nn.relu(layer("ConvNorm_0", x, strides, padding))
+    return nn.relu(layer("ConvNorm_1", y, 1, (1, 1)))
+
+
+def define_depthwise(layer, x, strides, padding):
+    y = nn.relu(layer("ConvNorm_0", x, strides, padding, x.shape[-1]))
+    return nn.relu(layer("ConvNorm_1", y))
+
+
+def define_basic(layer, x, strides, padding):
+    y = nn.relu(layer("ConvNorm_0", x, strides, padding))
+    return nn.relu(layer("ConvNorm_1", y, 1, (1, 1)) + layer("shortcut", x, strides))
+
+
+def define_bottleneck(layer, x, strides, padding):
     y = nn.relu(layer("ConvNorm_0", x))
     y = nn.relu(layer("ConvNorm_1", y, strides, padding))
     return nn.relu(layer("ConvNorm_2", y) + layer("shortcut", x, strides))
 
 
-def test_an_imagenet_network_is_version_one_and_a_half():
-    model = small_imagenet(BATCH_NORM)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 30, 30, 2)), jnp.float32)
+def define_pre_activation(layer, x, strides, padding):
+    activated = nn.relu(layer("norm", x))
+    y = nn.relu(layer("ConvNorm_0", activated, strides, padding))
+    return layer("ConvNorm_1", y, 1, (1, 1)) + layer("shortcut", activated, strides)
+
+
+BLOCKS = {
+    models.PlainBlock: define_plain,
+    models.DepthwiseBlock: define_depthwise,
+    models.BasicBlock: define_basic,
+    models.Bottleneck: define_bottleneck,
+    models.PreActivationBlock: define_pre_activation,
+}
+
+
+def define_block(block, variables, x, strides, padding):
+    def layer(name, x, *how):
+        part = part_of(variables, name)
+        if name == "norm":
+            return define_norm(part["params"], part["batch_stats"], x)
+        return define_conv_norm(part, x, *how)
+
+    return BLOCKS[block](layer, x, strides, padding)
+
+
+@pytest.mark.parametrize("padding,left", [("SAME", 0), ("symmetric", 1)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_are_as_defined(block, padding, left):
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 8, 8, 3)), jnp.float32)
+    layer = block(5, (2, 2), norm=BATCH_NORM, padding=padding)
+    variables = far_from_initial(layer.init(jax.random.key(0), x, train=False))
+    found = layer.apply(variables, x, train=False)
+    assert_close(found, define_block(block, variables, x, 2, (left, 1)), tolerance=2e-5)
+    biases = {path[-2] for path in names(variables["params"]) if path[-1] == "bias"}
+    assert biases == {"norm"}
+
+
+def test_a_pre_activation_network_normalizes_after_its_last_block():
+    attributes = dict(block=models.PreActivationBlock, pre_activation=True)
+    model, x = make_model(BATCH_NORM, **attributes), images()
     variables = far_from_initial(init(model))
+    assert set(variables["params"]["stem"]) == {"conv"}
+    y = define_conv_norm(part_of(variables, "stem"), x, 1, (1, 1))
+    for name, strides in (("stage0_block0", 1), ("stage1_block0", 2)):
+        block = models.PreActivationBlock(4 * strides, (strides, strides), BATCH_NORM)
+        y = block.apply(part_of(variables, name), y, train=False)
+    y = nn.relu(define_norm(variables["params"]["norm"], variables["batch_stats"]["norm"], y))
+    classifier = variables["params"]["classifier"]
+    expected = np.asarray(y).mean((1, 2)) @ classifier["kernel"] + classifier["bias"][None]
+    assert_close(apply_eval(model, variables, x), expected, tolerance=2e-5)
+    biases = {path[-2] for path in names(variables["params"]) if path[-1] == "bias"}
+    assert biases == {"norm", "classifier"}
 
-    def part(name):
-        return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
-    y = nn.relu(define_conv_norm(part("stem"), x, 2, (3, 3)))
-    assert y.shape == (2, 15, 15, 4)
-    padded = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = [padded[:, i : i + 15 : 2, j : j + 15 : 2] for i in range(3) for j in range(3)]
+def test_padding_is_one_of_two():
+    with pytest.raises(ValueError, match="padding='VALID', expected 'SAME' or 'symmetric'"):
+        init(make_model(None, padding="VALID"))
+
+
+@pytest.mark.parametrize("padding,left", [("SAME", 0), ("symmetric", 1)])
+def test_an_imagenet_network_is_version_one_and_a_half(padding, left):
+    model = small_imagenet(BATCH_NORM, padding=padding)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 28, 28, 2)), jnp.float32)
+    variables = far_from_initial(init(model))
+    y = nn.relu(define_conv_norm(part_of(variables, "stem"), x, 2, (3, 3)))
+    assert y.shape == (2, 14, 14, 4)
+    padded = jnp.pad(y, ((0, 0), (left, 1), (left, 1), (0, 0)))
+    windows = [padded[:, i : i + 13 : 2, j : j + 13 : 2] for i in range(3) for j in range(3)]
     y = functools.reduce(jnp.maximum, windows)
-    y = define_bottleneck(part("stage0_block0"), y, 1, (1, 1))
-    y = define_bottleneck(part("stage1_block0"), y, 2, (0, 1))
+    block = functools.partial(define_block, models.Bottleneck)
+    y = block(part_of(variables, "stage0_block0"), y, 1, (1, 1))
+    assert y.shape[1] == 7
+    y = block(part_of(variables, "stage1_block0"), y, 2, (1, 1))
     classifier = variables["params"]["classifier"]
     kernel, bias = (np.float64(classifier[name]) for name in ("kernel", "bias"))
     expected = np.float64(y).mean((1, 2)) @ kernel + bias
