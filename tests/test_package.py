@@ -23,6 +23,7 @@ FLOORS = {
     "linen": 4,
     "nnx": 4,
     "optim": 5,
+    "programs": 5,
     "data": 6,
     "models": 6,
     "processes": 6,
