@@ -1,6 +1,7 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
 from bn_jax import linen, nnx, optim
+from bn_jax.audit import Audit, Finding, audit
 from bn_jax.batch_norm import (
     BatchStats,
     Measured,
@@ -15,10 +16,13 @@ from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.standardize import Params
 
 __all__ = [
+    "Audit",
     "BatchStats",
+    "Finding",
     "Measured",
     "Moments",
     "Params",
+    "audit",
     "batch_norm",
     "group_norm",
     "init_batch_stats",

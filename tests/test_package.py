@@ -22,6 +22,7 @@ FLOORS = {
     "feature_norms": 3,
     "linen": 4,
     "nnx": 4,
+    "audit": 5,
     "optim": 5,
     "programs": 5,
     "data": 6,
