@@ -1,6 +1,8 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
 from bn_jax import convert, linen, nnx, optim
+from bn_jax import linen, nnx, optim
+from bn_jax.audit import Audit, Finding, audit
 from bn_jax.batch_norm import (
     BatchStats,
     Measured,
@@ -18,7 +20,9 @@ from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.standardize import Params
 
 __all__ = [
+    "Audit",
     "BatchStats",
+    "Finding",
     "FoldedNorm",
     "LayerChange",
     "Measured",
@@ -27,6 +31,7 @@ __all__ = [
     "Recalibration",
     "absorb_scale",
     "as_affine",
+    "audit",
     "batch_norm",
     "convert",
     "fold",

@@ -19,6 +19,7 @@ from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bn_jax.audit import is_initial
 from bn_jax.data import Batch, Dataset, batches
 from bn_jax.moments import Moments, merge_moments
 from bn_jax.optim import is_running, path_of
@@ -467,7 +468,7 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
     norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if is_running(node)}
     values = jax.device_get({path: dict(node) for path, node in norms.items()})
-    if initial := [path for path, norm in values.items() if _is_initial(norm)]:
+    if initial := [path for path, norm in values.items() if is_initial(norm)]:
         warnings.warn(
             f"batch_stats of {_first_of(initial)} are still the initial ones (mean 0, var 1): no "
             "training step has updated them, and evaluation does not normalize. In training call "
@@ -481,14 +482,6 @@ def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
 
 def _norms_and_others(batch_stats: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
-
-
-def _is_initial(norm: Mapping[str, Any]) -> bool:
-    (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
-    if "count" in norm:
-        (count,) = jax.tree.leaves(norm["count"])
-        return not np.any(count)
-    return not np.any(mean) and bool(np.all(var == 1))
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -23,6 +23,7 @@ FLOORS = {
     "linen": 4,
     "nnx": 4,
     "convert": 5,
+    "audit": 5,
     "optim": 5,
     "recalibrate": 5,
     "programs": 5,
