@@ -1,6 +1,7 @@
 """What the tests share: the definition in float64 NumPy, tolerances, and readings of HLO."""
 
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,24 @@ def standard_normal(seed, shape, dtype=np.float32):
     if jnp.issubdtype(dtype, jnp.complexfloating):
         values = values + 1j * rng.standard_normal(shape)
     return jnp.asarray(values, dtype)
+
+
+def bars(examples=60, seed=0):
+    """Images of a horizontal, a vertical and no bar, in noise, that need to be standardized."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(examples) % 3
+    x = rng.normal(0, 0.1, (examples, 4, 4))
+    x[y == 0, 1] += 1
+    x[y == 1, :, 1] += 1
+    return {"x": 100 - 20 * x, "y": y}
+
+
+def files(folder):
+    return sorted(
+        (str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in folder.rglob("*")
+    )
+
+
+def copy_of(run, folder):
+    shutil.copytree(run, folder)
+    return folder

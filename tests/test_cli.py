@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,22 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import bars, copy_of, files
 
 from bn_jax import checkpoints, cli, linen, models, processes, runs, training
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
 RESULTS = {"checkpoint", "curves.png", "metrics.json", "test.npz"}
 COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.cli")
-
-
-def bars(examples=60, seed=0):
-    """Images of a horizontal, a vertical and no bar, in noise, that need to be standardized."""
-    rng = np.random.default_rng(seed)
-    y = np.arange(examples) % 3
-    x = rng.normal(0, 0.1, (examples, 4, 4))
-    x[y == 0, 1] += 1
-    x[y == 1, :, 1] += 1
-    return {"x": 100 - 20 * x, "y": y}
 
 
 def environment(**variables):
@@ -52,22 +42,6 @@ def run_process(arguments, folder, **variables):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs the command line in this process and folder, and returns its code and streams."""
-    # With devices in place, --devices can only choose among the four of conftest.py.
-    assert len(jax.devices()) == 4
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bn-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def good(tmp_path):
     np.savez(tmp_path / "good.npz", **bars())
 
@@ -80,12 +54,6 @@ def trained(tmp_path_factory):
     finished = run_process([*TRAIN, "--data", "bars.npz", "--out", "a/run"], folder)
     assert finished.returncode == 0, finished.stderr
     return folder, finished
-
-
-def files(folder):
-    return sorted(
-        (str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in folder.rglob("*")
-    )
 
 
 def test_train_prints_epochs_table_and_reloaded_checkpoint(trained):
@@ -326,11 +294,6 @@ def test_train_refuses_a_folder_that_it_cannot_write(good, tmp_path, command, mo
     assert err == (
         f"bn-jax: error: --out: b/c cannot be made in {tmp_path}; choose another folder\n"
     )
-
-
-def copy_of(run, folder):
-    shutil.copytree(run, folder)
-    return folder
 
 
 def test_eval_refuses(trained, command, tmp_path):
