@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from bn_jax import checkpoints, data, linen, models, processes, training
+from bn_jax import checkpoints, data, processes, runs, training
+from bn_jax.runs import ARMS
 
 try:
     import typer
@@ -36,10 +36,6 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-NO_NORM = "no normalization"
-PER_DEVICE = "per-device batch norm"
-SYNCHRONIZED = "synchronized batch norm"
-ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
 TARGET = 0.9
 DEFAULT_BATCH_SIZE = 64
 REPORT_EVERY = 5
@@ -95,18 +91,6 @@ class UnfinishedRun(NamedTuple):
     data_sha256: str
 
 
-class SavedRun(NamedTuple):
-    """What `metrics.json` tells about the best arm's model and inputs."""
-
-    arm: str
-    image_shape: tuple[int, ...]
-    num_classes: int
-    mean: float
-    std: float
-    batch_size: int
-    checkpoint_sha256: str
-
-
 class Result(NamedTuple):
     """A trained arm: its reports, its state after the last step, and its test evaluation."""
 
@@ -137,6 +121,9 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         _print_error(error.format_message())
         code = error.exit_code
+    except runs.BadRunError as error:
+        _print_error(str(error))
+        code = 2
     except OSError as error:
         _print_error(f"{error}; nothing was saved")
         code = 1
@@ -614,16 +601,6 @@ def _steps_per_epoch(problem: Problem, config: Config) -> int:
     return math.ceil(len(problem.splits.train.y) / config.batch_size)
 
 
-def _make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
-    norms: dict[str, models.Norm | None] = {
-        NO_NORM: None,
-        # Under sharded jit, consecutive examples lie on one device.
-        PER_DEVICE: functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=per_device),
-        SYNCHRONIZED: functools.partial(linen.BatchNorm, momentum=0.9),
-    }
-    return models.ResNet(num_classes, stage_sizes=(2, 2, 2), norm=norms[arm])
-
-
 def _train_arm(
     arm: str, problem: Problem, config: Config, mesh: Mesh, folder: Path, show: Show
 ) -> Result:
@@ -657,7 +634,7 @@ def _last_position(
     folder: Path, arm: str, problem: Problem, config: Config, mesh: Mesh
 ) -> checkpoints.Position:
     state = training.create_state(
-        _make_model(arm, problem.num_classes, config.batch_size // config.devices),
+        runs.make_model(arm, problem.num_classes, config.batch_size // config.devices),
         training.make_optimizer(
             config.learning_rate, config.epochs * _steps_per_epoch(problem, config)
         ),
@@ -820,61 +797,10 @@ def _plot(results: dict[str, Result], path: Path) -> None:
 
 
 def _evaluate_run(run: Path, data_file: Path | None, mesh: Mesh) -> training.Evaluation:
-    saved = _read_run(run)
-    dataset = _load_like(saved, run, data_file)
-    state = _restore(saved, run, mesh)
+    saved = runs.read_run(run)
+    dataset = runs.load_like(saved, data_file)
+    state = runs.restore(saved, mesh)
     return training.evaluate(state, training.shard_dataset(dataset, saved.batch_size, mesh))
-
-
-def _read_run(run: Path) -> SavedRun:
-    try:
-        metrics = json.loads((run / "metrics.json").read_text())
-        facts = metrics["data"]
-        return SavedRun(
-            arm=ARMS[ARMS.index(metrics["best_arm"])],
-            image_shape=tuple(map(int, facts["image_shape"])),
-            num_classes=int(facts["num_classes"]),
-            mean=float(facts["mean"]),
-            std=float(facts["std"]),
-            batch_size=int(metrics["config"]["batch_size"]),
-            checkpoint_sha256=str(metrics["checkpoint_sha256"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        _fail(
-            f"DIR: {run} is not a run ({type(error).__name__}: {error}), expected a folder that "
-            "bn-jax train has saved, with metrics.json"
-        )
-
-
-def _load_like(saved: SavedRun, run: Path, data_file: Path | None) -> data.Dataset:
-    argument = "DIR" if data_file is None else "--data"
-    try:
-        dataset = data.load_npz(data_file or run / "test.npz", saved.num_classes)
-    except ValueError as error:
-        _fail(f"{argument}: {error}")
-    if dataset.x.shape[1:] != saved.image_shape:
-        _fail(
-            f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
-            f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
-        )
-    return data.standardize(dataset, saved.mean, saved.std)
-
-
-def _restore(saved: SavedRun, run: Path, mesh: Mesh) -> training.TrainState:
-    # Checked first: where a file is damaged, Orbax's threads print tracebacks after it has failed.
-    if checkpoints.sha256(run / "checkpoint") != saved.checkpoint_sha256:
-        _fail(
-            f"DIR: {run / 'checkpoint'} is missing or damaged (its SHA-256 is not the one in "
-            "metrics.json), expected what bn-jax train has saved; copy the run anew or train again"
-        )
-    state = training.create_state(
-        _make_model(saved.arm, saved.num_classes, saved.batch_size),
-        optax.identity(),
-        saved.image_shape,
-        seed=0,
-        mesh=mesh,
-    )
-    return checkpoints.restore_variables(run / "checkpoint", state)
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import checkpoints, cli, linen, models, processes, training
+from bn_jax import checkpoints, cli, linen, models, processes, runs, training
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
 RESULTS = {"checkpoint", "curves.png", "metrics.json", "test.npz"}
@@ -436,10 +436,10 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     with cli._progress(2, 5) as show:
-        show(cli.PER_DEVICE, report(10, 0.25))
+        show(runs.PER_DEVICE, report(10, 0.25))
     out, err = capsys.readouterr()
     assert out == ""
-    assert cli.PER_DEVICE in err and "10/10" in err and "\x1b[" in err
+    assert runs.PER_DEVICE in err and "10/10" in err and "\x1b[" in err
     assert "loss 0.2500, validation accuracy 50.00%" in err
 
 
@@ -476,11 +476,11 @@ def small(monkeypatch):
     """A network that compiles fast, for the tests of what surrounds it."""
 
     def make_model(arm, num_classes, per_device):
-        norm = None if arm == cli.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
+        norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
         return models.ResNet(num_classes, stage_sizes=(1,), widths=(4,), norm=norm)
 
-    monkeypatch.setattr(cli, "_make_model", make_model)
-    monkeypatch.setattr(cli, "ARMS", (cli.NO_NORM, cli.SYNCHRONIZED))
+    monkeypatch.setattr(runs, "make_model", make_model)
+    monkeypatch.setattr(cli, "ARMS", (runs.NO_NORM, runs.SYNCHRONIZED))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

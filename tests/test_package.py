@@ -31,6 +31,7 @@ FLOORS = {
     "processes": 6,
     "training": 6,
     "checkpoints": 6,
+    "runs": 6,
     "cli": 7,
 }
 OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors")
