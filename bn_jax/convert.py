@@ -17,6 +17,8 @@ Equinox keeps running statistics beside the model; put in place of their indices
     leaves = jax.tree.leaves_with_path(eqx.filter(whole, eqx.is_array))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): a for path, a in leaves}
 
+and go back by ``state.set(norm.batch_state_index, (mean, var))``.
+
 Example:
     >>> import jax.numpy as jnp, numpy as np, bn_jax as bn
     >>> state_dict = {
@@ -62,7 +64,7 @@ Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 # Haiku and Equinox divide an average by 1 - momentum**counter. Ours started from its initial value,
 # so that there is nothing to divide: after so many steps the divisor is 1, and counting on is far
 # from the end of int32.
-SETTLED = 10**9
+_SETTLED = 10**9
 
 
 class _Layout(NamedTuple):
@@ -135,9 +137,9 @@ _HAIKU = _Layout(
     flips=False,
     extras={
         _MEAN_EMA + "hidden": "mean",
-        _MEAN_EMA + "counter": np.array(SETTLED, np.int32),
+        _MEAN_EMA + "counter": np.array(_SETTLED, np.int32),
         _VAR_EMA + "hidden": "var",
-        _VAR_EMA + "counter": np.array(SETTLED, np.int32),
+        _VAR_EMA + "counter": np.array(_SETTLED, np.int32),
     },
     attributes=("decay_rate", "eps", "create_scale", "create_offset"),
     defaults=dict(eps=1e-5),
@@ -150,7 +152,7 @@ _EQUINOX = _Layout(
     kernel="ois",
     transposed="ois",
     flips=False,
-    extras={_COUNTER: np.array(SETTLED, np.int32)},
+    extras={_COUNTER: np.array(_SETTLED, np.int32)},
     attributes=("momentum", "eps", "channelwise_affine", "channelwise_affine"),
     defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="batch"),
     needs_like=True,
@@ -201,10 +203,9 @@ def from_library(
         momentum: of the norms of Equinox in mode "batch"; elsewhere it means nothing.
 
     Returns:
-        The tree of `like` (of an `nnx.Module` the state for `nnx.update`) with copies of the
-        arrays: JAX's where they were, else NumPy's. Put them on a device once, with
-        `jax.device_put`. A ``count`` of batches, which cumulative averages have, is float32 and
-        exact up to 2**24.
+        The tree of `like` (of an `nnx.Module` the state for `nnx.update`) with the arrays copied,
+        as NumPy's: put them on a device once, with `jax.device_put`. A ``count`` of batches, which
+        cumulative averages have, is float32 and exact up to 2**24.
 
     Raises:
         ValueError: keys are missing, unknown or of another shape, all listed at once; two layers
@@ -256,7 +257,8 @@ def to_library(
         momentum: as of `from_library`.
 
     Returns:
-        The arrays by their keys there, copied; for Haiku the mapping of ``params`` and ``state``.
+        The arrays by their keys there, copied, as NumPy's; for Haiku the mapping of ``params`` and
+        ``state``.
 
     Raises:
         ValueError: as of `from_library`, about `like`; or it is missing; or a norm has a ``count``
@@ -318,8 +320,9 @@ def attributes_from_library(library: Library, **attributes: Any) -> dict[str, An
     """Translates the attributes of another library's batch norm to those of ours.
 
     `momentum` of PyTorch is the weight of the new value, everywhere else that of the old one, and
-    its running variance is unbiased. While training, Haiku and Equinox divide their averages by
-    ``1 - momentum**counter``, which ours do not.
+    its running variance is unbiased. Haiku and Equinox divide their averages by
+    ``1 - momentum**counter``, so that after few steps they differ from ours. Axes, named or not,
+    are those of the data and have no translation.
 
     Args:
         library: whose.
@@ -442,9 +445,9 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is a pickle, which can run any code while it is loaded, expected safetensors. "
             "If you trust where it comes from, write it anew where PyTorch is installed:\n"
-            "  from safetensors.torch import save_file\n"
-            f"  save_file(torch.load({str(path)!r}, weights_only=True, map_location='cpu'), "
-            f"{path.stem + '.safetensors'!r})"
+            "  import torch, safetensors.torch\n"
+            f"  safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True, "
+            f"map_location='cpu'), {f'{path}.safetensors'!r})"
         )
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -564,7 +567,9 @@ def _averages(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:
     return found
 
 
-def _read(entry: _Entry, found: Mapping[str, Any], layout: _Layout, momentum: float) -> Any:
+def _read(
+    entry: _Entry, found: Mapping[str, np.ndarray], layout: _Layout, momentum: float
+) -> np.ndarray:
     """Takes a leaf from the arrays of a library."""
     array = found[entry.key]
     if entry.name == "count":
@@ -574,10 +579,10 @@ def _read(entry: _Entry, found: Mapping[str, Any], layout: _Layout, momentum: fl
     counter = found.get(_full(_COUNTER, entry.place))
     if entry.name in ("mean", "var") and counter is not None and counter > 0:
         array = array / array.dtype.type(1 - momentum ** int(counter))
-    return _copied(array.reshape(entry.shape))
+    return np.array(array.reshape(entry.shape), order="C")
 
 
-def _write(entry: _Entry, array: Any, layout: _Layout) -> Any:
+def _write(entry: _Entry, array: np.ndarray, layout: _Layout) -> np.ndarray:
     """Makes of a leaf the array of a library."""
     if entry.name == "count":
         counts = np.unique(array)
@@ -590,16 +595,16 @@ def _write(entry: _Entry, array: Any, layout: _Layout) -> Any:
     if _is_kernel(entry):
         there = np.argsort(_axes(entry, layout))
         array = _flipped(array, entry, layout).transpose(there)
-    return _copied(array)
+    return np.array(array, order="C")
 
 
 def _as_in(
     like: Mapping[str, Any],
-    written: Mapping[str, Any],
+    written: Mapping[str, np.ndarray],
     entries: list[_Entry],
     layout: _Layout,
     momentum: float,
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """Returns what was written with the keys and shapes of `like`, and its unchanged statistics."""
     _require_agreement("like", entries, like, layout)
     result = {key: written[key].reshape(np.shape(array)) for key, array in like.items()}
@@ -612,16 +617,16 @@ def _as_in(
     for place, averages in _averages(entries).items():
         keys = {entry.key for entry in averages.values()}
         if keys <= set(theirs) and all(
-            _bits(_read(entry, theirs, layout, momentum)) == _bits(written[entry.key])
+            _same(_read(entry, theirs, layout, momentum), written[entry.key])
             for entry in averages.values()
         ):
             keys |= {_full(key, place) for key in layout.extras} - ours
-            result |= {key: _copied(theirs[key]) for key in keys & set(theirs)}
+            result |= {key: theirs[key].copy() for key in keys & set(theirs)}
     return result
 
 
-def _bits(array: Any) -> tuple[Any, bytes]:
-    return array.dtype, np.asarray(array).tobytes()
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 def _is_kernel(entry: _Entry) -> bool:
@@ -636,7 +641,7 @@ def _axes(entry: _Entry, layout: _Layout) -> tuple[int, ...]:
     return (*spatial, order.index("i"), order.index("o"))
 
 
-def _flipped(kernel: Any, entry: _Entry, layout: _Layout) -> Any:
+def _flipped(kernel: np.ndarray, entry: _Entry, layout: _Layout) -> np.ndarray:
     if entry.is_transposed and layout.flips:
         return kernel[(slice(None, None, -1),) * (kernel.ndim - 2)]
     return kernel
@@ -750,9 +755,7 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _array(key: str, value: Any) -> Any:
-    if isinstance(value, jax.Array):
-        return value
+def _array(key: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -764,10 +767,6 @@ def _array(key: str, value: Any) -> Any:
     if array.dtype == object:
         raise TypeError(f"{key} is a {type(value).__name__}, expected an array")
     return array
-
-
-def _copied(array: Any) -> Any:
-    return array if isinstance(array, jax.Array) else np.array(array, order="C")
 
 
 def _complement(momentum: float | None) -> float | None:

@@ -174,7 +174,7 @@ def test_haiku_there_and_back(rank):
     variables = bn.convert.from_library(arrays, "haiku", like=abstract(model, x), **options)
     y, _ = theirs(arrays["params"], arrays["state"], x, False)
     assert_close(jax.jit(model.apply)(variables, x), y)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(variables))
     assert_same(bn.convert.to_library(variables, "haiku", like=arrays, **options), arrays)
 
 
@@ -405,17 +405,17 @@ def test_dtypes_stay_unless_asked(dtype):
 
 
 def test_results_share_no_memory_with_what_they_were_made_from():
-    arrays = {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}
-    like = {"params": dict(arrays)}
-    variables = bn.convert.from_library(arrays, "keras", like=like)
-    back = bn.convert.to_library(variables, "keras")
+    arrays = {"weight": np.ones((3, 2)), "bias": np.zeros(3)}
+    like = {"params": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
+    variables = bn.convert.from_library(arrays, "pytorch", like=like)
+    back = bn.convert.to_library(variables, "pytorch")
     for array in arrays.values():
         array[...] = 9
     assert variables["params"]["kernel"].max() == 1
     for leaf in jax.tree.leaves(variables):
         assert leaf.flags.c_contiguous
         leaf[...] = 8
-    assert back["kernel"].max() == 1
+    assert back["weight"].max() == 1
 
 
 def test_all_that_does_not_agree_is_said_at_once():
@@ -709,7 +709,7 @@ def test_pickles_are_refused(tmp_path, name, content):
     pytest.importorskip("safetensors")
     path = tmp_path / name
     path.write_bytes(content)
-    fix = rf"safetensors.torch import save_file\n  save_file\(torch.load\('{re.escape(str(path))}'"
+    fix = rf"import torch, safetensors.torch\n  .*save_file\(torch.load\('{re.escape(str(path))}'"
     with pytest.raises(ValueError, match=rf"is a pickle, which can run any code(.|\n)*{fix}"):
         bn.convert.load_safetensors(path)
 
