@@ -67,6 +67,11 @@ class NNXNet(nnx.Module):
         return self.dense(self.dropout(x.reshape(len(x), -1, 5).mean(1)))
 
 
+@functools.cache
+def nnx_net():
+    return NNXNet(nnx.Rngs(0))
+
+
 def arrays_of(name):
     return {one[0]: drawn(*one) for one in CASES[name]["arrays"]}
 
@@ -354,10 +359,30 @@ def test_the_longest_name_counts():
         assert list(bn.convert.to_library(tree, "pytorch", names=names)) == expected
 
 
+def test_a_sequence_of_nnx_has_the_keys_of_a_sequence_of_pytorch():
+    model = nnx.eval_shape(
+        lambda: nnx.Sequential(
+            nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)),
+            nnx.relu,
+            bn.nnx.BatchNorm(3, use_scale=False, use_bias=False, rngs=nnx.Rngs(0)),
+        )
+    )
+    arrays = {
+        "0.weight": np.arange(6.0).reshape(3, 2),
+        "2.running_mean": np.zeros(3),
+        "2.running_var": np.ones(3),
+        "2.num_batches_tracked": np.array(3),
+    }
+    names = {"layers": ""}
+    state = bn.convert.from_library(arrays, "pytorch", like=model, names=names)
+    assert_same(state["layers"][0]["kernel"].get_value(), arrays["0.weight"].T)
+    assert_same(bn.convert.to_library(state, "pytorch", names=names, like=arrays), arrays)
+
+
 @pytest.mark.parametrize("form", ["module", "state", "pure dictionary"])
 def test_nnx(form):
     arrays, x = arrays_of("pytorch 2"), images(2, 6)
-    model = NNXNet(nnx.Rngs(0))
+    model = nnx.clone(nnx_net())
     kept = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
     like = {"module": model, "state": kept, "pure dictionary": nnx.to_pure_dict(kept)}[form]
     options = {"transposed": ["up"]}
@@ -604,8 +629,9 @@ def test_translated_attributes_train_as_pytorch_does(case):
     layer = bn.linen.BatchNorm(**attributes, axis=axis)
     steps = [jnp.asarray(step["x"], jnp.float32) for step in case["steps"]]
     variables = layer.init(jax.random.key(0), steps[0], use_running_average=True)
+    train = functools.partial(layer.apply, use_running_average=False, mutable=["batch_stats"])
     for x in steps:
-        _, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        _, updates = jax.jit(train)(variables, x)
         variables |= updates
     there = bn.convert.to_library(variables, "pytorch")
     expected = {key: np.array(case["steps"][-1][key]) for key in ("mean", "var")}
@@ -619,8 +645,8 @@ def test_translated_attributes_normalize_as_haiku_does():
     theirs = dict(create_scale=True, create_offset=False, decay_rate=0.9, eps=0.1)
     model = hk.transform_with_state(lambda x, train: hk.BatchNorm(**theirs, name="norm")(x, train))
     x = jnp.asarray(images(1, 6))
-    params, state = model.init(None, x, True)
-    expected, _ = model.apply(params, state, None, x, True)
+    params, state = jax.jit(model.init, static_argnums=2)(None, x, True)
+    expected, _ = jax.jit(model.apply, static_argnums=4)(params, state, None, x, True)
     layer = bn.linen.BatchNorm(
         **bn.convert.attributes_from_library("haiku", **theirs), use_running_average=False
     )
