@@ -37,11 +37,10 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         rank, epsilon = self.rank, EPSILON.get(self.library, 1e-5)
-        grouped = (2, 2) if (self.library, rank) == ("keras", 2) else GROUPED[:rank]
         conv = functools.partial(nn.Conv, padding="VALID")
         x = conv(4, CONV[:rank], name="conv")(x)
         x = bn.linen.BatchNorm(use_running_average=True, epsilon=epsilon, name="norm")(x)
-        x = conv(8, grouped, feature_group_count=4, name="grouped")(nn.relu(x))
+        x = conv(8, GROUPED[:rank], feature_group_count=4, name="grouped")(nn.relu(x))
         x = nn.ConvTranspose(
             *(5, UP[:rank], (2,) * rank, "VALID"),
             transpose_kernel=self.transpose_kernel,
