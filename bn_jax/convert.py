@@ -17,6 +17,8 @@ Equinox keeps running statistics beside the model; put in place of their indices
     leaves = jax.tree.leaves_with_path(eqx.filter(whole, eqx.is_array))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): a for path, a in leaves}
 
+and go back by ``state.set(norm.batch_state_index, (mean, var))``.
+
 Example:
     >>> import jax.numpy as jnp, numpy as np, bn_jax as bn
     >>> state_dict = {
@@ -62,7 +64,7 @@ Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 # Haiku and Equinox divide an average by 1 - momentum**counter. Ours started from its initial value,
 # so that there is nothing to divide: after so many steps the divisor is 1, and counting on is far
 # from the end of int32.
-SETTLED = 10**9
+_SETTLED = 10**9
 
 
 class _Layout(NamedTuple):
@@ -135,9 +137,9 @@ _HAIKU = _Layout(
     flips=False,
     extras={
         _MEAN_EMA + "hidden": "mean",
-        _MEAN_EMA + "counter": np.array(SETTLED, np.int32),
+        _MEAN_EMA + "counter": np.array(_SETTLED, np.int32),
         _VAR_EMA + "hidden": "var",
-        _VAR_EMA + "counter": np.array(SETTLED, np.int32),
+        _VAR_EMA + "counter": np.array(_SETTLED, np.int32),
     },
     attributes=("decay_rate", "eps", "create_scale", "create_offset"),
     defaults=dict(eps=1e-5),
@@ -150,7 +152,7 @@ _EQUINOX = _Layout(
     kernel="ois",
     transposed="ois",
     flips=False,
-    extras={_COUNTER: np.array(SETTLED, np.int32)},
+    extras={_COUNTER: np.array(_SETTLED, np.int32)},
     attributes=("momentum", "eps", "channelwise_affine", "channelwise_affine"),
     defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="batch"),
     needs_like=True,
@@ -201,10 +203,9 @@ def from_library(
         momentum: of the norms of Equinox in mode "batch"; elsewhere it means nothing.
 
     Returns:
-        The tree of `like` (of an `nnx.Module` the state for `nnx.update`) with copies of the
-        arrays: JAX's where they were, else NumPy's. Put them on a device once, with
-        `jax.device_put`. A ``count`` of batches, which cumulative averages have, is float32 and
-        exact up to 2**24.
+        The tree of `like` (of an `nnx.Module` the state for `nnx.update`) with the arrays copied,
+        as NumPy's: put them on a device once, with `jax.device_put`. A ``count`` of batches, which
+        cumulative averages have, is float32 and exact up to 2**24.
 
     Raises:
         ValueError: keys are missing, unknown or of another shape, all listed at once; two layers
@@ -256,7 +257,8 @@ def to_library(
         momentum: as of `from_library`.
 
     Returns:
-        The arrays by their keys there, copied; for Haiku the mapping of ``params`` and ``state``.
+        The arrays by their keys there, copied, as NumPy's; for Haiku the mapping of ``params`` and
+        ``state``.
 
     Raises:
         ValueError: as of `from_library`, about `like`; or it is missing; or a norm has a ``count``
@@ -271,8 +273,8 @@ def to_library(
     layout = _layout(library)
     variables = _variables(variables)
     entries = _entries(variables, layout, names, transposed)
-    values = dict(zip([e.path for e in entries], jax.tree.leaves(variables), strict=True))
-    written = {e.key: _write(e, _array(e.path, values[e.path]), layout) for e in entries}
+    leaves = zip(entries, jax.tree.leaves(variables), strict=True)
+    written = {e.key: _write(e, _array(e.path, leaf), layout) for e, leaf in leaves}
     for place, averages in _averages(entries).items():
         for key, fresh in layout.extras.items():
             array = written[averages[fresh].key] if isinstance(fresh, str) else fresh
@@ -282,7 +284,7 @@ def to_library(
     elif layout.needs_like:
         raise ValueError(
             f"like is missing: shapes of {library} depend on more than the variables here. Pass "
-            "the arrays of the model there, e.g. as it was initialized: like=arrays."
+            "the arrays of the model there, as it was initialized or trained: like=arrays."
         )
     return _unflatten(written) if library == "haiku" else written
 
@@ -303,22 +305,24 @@ def resnet_names(layer: str) -> str:
         >>> bn.convert.resnet_names("stage3_block0/shortcut/conv")
         'layer4.0.downsample.0'
     """
-    fixed = {"stem/conv": "conv1", "stem/norm": "bn1", "classifier": "fc"}
     parts = re.fullmatch(r"stage(\d+)_block(\d+)/(ConvNorm_(\d+)|shortcut)/(conv|norm)", layer)
     if parts is None:
+        fixed = {"stem/conv": "conv1", "stem/norm": "bn1", "classifier": "fc"}
         return fixed.get(layer, layer.replace("/", "."))
-    block = f"layer{int(parts[1]) + 1}.{parts[2]}"
-    if parts[3] == "shortcut":
-        return f"{block}.downsample.{('conv', 'norm').index(parts[5])}"
-    return f"{block}.{ {'conv': 'conv', 'norm': 'bn'}[parts[5]] }{int(parts[4]) + 1}"
+    stage, block, branch, index, kind = parts.groups()
+    start = f"layer{int(stage) + 1}.{block}"
+    if branch == "shortcut":
+        return f"{start}.downsample.{0 if kind == 'conv' else 1}"
+    return f"{start}.{'conv' if kind == 'conv' else 'bn'}{int(index) + 1}"
 
 
 def attributes_from_library(library: Library, **attributes: Any) -> dict[str, Any]:
     """Translates the attributes of another library's batch norm to those of ours.
 
     `momentum` of PyTorch is the weight of the new value, everywhere else that of the old one, and
-    its running variance is unbiased. While training, Haiku and Equinox divide their averages by
-    ``1 - momentum**counter``, which ours do not.
+    its running variance is unbiased. Haiku and Equinox divide their averages by
+    ``1 - momentum**counter``, so that after few steps they differ from ours. Axes, named or not,
+    are those of the data and have no translation.
 
     Args:
         library: whose.
@@ -379,17 +383,17 @@ def attributes_to_library(library: Library, **attributes: Any) -> dict[str, Any]
         {'momentum': 0.9, 'epsilon': 1e-05, 'scale': True, 'center': False}
     """
     layout = _layout(library)
-    switches = {"use_running_average": None, "update_running_average": None}
     ours = dict(momentum=0.99, epsilon=1e-5, use_scale=True, use_bias=True, running_var_ddof=0)
+    switches = dict(use_running_average=None, update_running_average=None)
     _require_known(attributes, {*ours, *switches}, "bn_jax's BatchNorm")
     given = {**ours, **switches, **attributes}
-    untracked = given["use_running_average"] is given["update_running_average"] is False
-    use_scale, use_bias = given["use_scale"], given["use_bias"]
-    unsaid = {
-        f"running_var_ddof={given['running_var_ddof']}, expected {layout.running_var_ddof}": (
-            given["running_var_ddof"] != layout.running_var_ddof
+    momentum, epsilon, use_scale, use_bias, ddof = (given[name] for name in ours)
+    untracked = all(given[name] is False for name in switches)
+    reasons = {
+        f"running_var_ddof={ddof}, expected {layout.running_var_ddof}": (
+            ddof != layout.running_var_ddof
         ),
-        "momentum=None, expected a number": given["momentum"] is None and not layout.of_new,
+        "momentum=None, expected a number": momentum is None and not layout.of_new,
         f"use_scale={use_scale} with use_bias={use_bias}, expected both or neither": (
             use_scale != use_bias and layout.attributes[2] == layout.attributes[3]
         ),
@@ -401,18 +405,15 @@ def attributes_to_library(library: Library, **attributes: Any) -> dict[str, Any]
         ),
         "batches that are normalized in training by running averages": library == "equinox-ema",
     }
-    if reasons := [reason for reason, holds in unsaid.items() if holds]:
-        raise ValueError(f"{library}'s batch norm cannot say: {'; '.join(reasons)}.")
-    momentum = _complement(given["momentum"]) if layout.of_new else given["momentum"]
-    values = (momentum, given["epsilon"], use_scale, use_bias)
+    if unsaid := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(f"{library}'s batch norm cannot say: {'; '.join(unsaid)}.")
+    values = (_complement(momentum) if layout.of_new else momentum, epsilon, use_scale, use_bias)
     translated = dict(zip(layout.attributes, values, strict=True))
     if "affine" in layout.defaults and use_scale == use_bias:
         del translated["bias"]  # older versions of PyTorch have no such argument
     if "mode" in layout.defaults:
         translated["mode"] = "batch"
-    if untracked:
-        translated["track_running_stats"] = False
-    return translated
+    return {**translated, **({"track_running_stats": False} if untracked else {})}
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -444,9 +445,9 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is a pickle, which can run any code while it is loaded, expected safetensors. "
             "If you trust where it comes from, write it anew where PyTorch is installed:\n"
-            "  from safetensors.torch import save_file\n"
-            f"  save_file(torch.load({str(path)!r}, weights_only=True, map_location='cpu'), "
-            f"{path.stem + '.safetensors'!r})"
+            "  import torch, safetensors.torch\n"
+            f"  safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True, "
+            f"map_location='cpu'), {f'{path}.safetensors'!r})"
         )
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -486,52 +487,51 @@ def save_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) ->
 
 
 class _Entry(NamedTuple):
-    """A leaf here: its path, its layer there, its name, its key there, its shape."""
+    """A leaf: its path, shape and dtype here, its name here, its layer's path and its key there."""
 
     path: str
-    place: str
-    name: str
-    key: str
     shape: tuple[int, ...]
     dtype: Any
-    transposed: bool
+    name: str
+    place: str
+    key: str
+    is_transposed: bool
 
 
-def _entries(tree: Any, layout: _Layout, names: Names, transposed: Iterable[str]) -> list[_Entry]:
+def _entries(
+    tree: Any, layout: _Layout, names: Names, transposed: str | Iterable[str]
+) -> list[_Entry]:
     """Says of every leaf, in the order of the tree, where it is there."""
     leaves = [(_parts(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
     is_linen = {parts[0] for parts, _ in leaves} <= {"params", "batch_stats"}
-    layers = ["/".join(parts[is_linen:-1]) for parts, _ in leaves]
-    others = {
-        layer
-        for layer, (parts, _) in zip(layers, leaves, strict=True)
-        if parts[-1] in ("kernel", "embedding")
+    weighted = {
+        "/".join(parts[is_linen:-1]) for parts, _ in leaves if parts[-1] in ("kernel", "embedding")
     }
-    transposed = [transposed] if isinstance(transposed, str) else list(transposed)
-    for pattern in transposed:
-        if not any(fnmatchcase(layer, pattern) for layer in others):
+    patterns = _matching([transposed] if isinstance(transposed, str) else transposed, weighted)
+    entries: dict[str, _Entry] = {}
+    for parts, leaf in leaves:
+        path, name, layer = "/".join(parts), parts[-1], "/".join(parts[is_linen:-1])
+        place = _place(layer, names, layout.separator)
+        key = _full(_key(name, layer not in weighted, layout, path), place)
+        if key in entries:
+            raise ValueError(
+                f"names takes both {entries[key].path} and {path} to {key}, expected a key each"
+            )
+        is_transposed = any(fnmatchcase(layer, pattern) for pattern in patterns)
+        shape = tuple(leaf.shape)
+        entries[key] = _Entry(path, shape, leaf.dtype, name, place, key, is_transposed)
+    return list(entries.values())
+
+
+def _matching(patterns: Iterable[str], layers: set[str]) -> list[str]:
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(
                 f"transposed has {pattern!r}, expected globs of layers with a kernel, which are "
-                f"{sorted(others)}"
+                f"{sorted(layers)}"
             )
-    entries = []
-    for layer, (parts, leaf) in zip(layers, leaves, strict=True):
-        place = _place(layer, names, layout.separator)
-        key = _full(_key(parts[-1], layer not in others, layout, "/".join(parts)), place)
-        is_transposed = any(fnmatchcase(layer, pattern) for pattern in transposed)
-        entries.append(
-            _Entry(
-                path="/".join(parts),
-                place=place,
-                name=parts[-1],
-                key=key,
-                shape=tuple(leaf.shape),
-                dtype=leaf.dtype,
-                transposed=is_transposed,
-            )
-        )
-    _require_one_each(entries)
-    return entries
+    return patterns
 
 
 def _key(name: str, is_norm: bool, layout: _Layout, path: str) -> str:
@@ -558,16 +558,6 @@ def _place(layer: str, names: Names, separator: str) -> str:
     return layer.replace("/", separator)
 
 
-def _require_one_each(entries: list[_Entry]) -> None:
-    paths: dict[str, str] = {}
-    for entry in entries:
-        if other := paths.get(entry.key):
-            raise ValueError(
-                f"names takes both {other} and {entry.path} to {entry.key}, expected a key each"
-            )
-        paths[entry.key] = entry.path
-
-
 def _averages(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:
     """Returns the running statistics by the path of their norm there and their name here."""
     found: dict[str, dict[str, _Entry]] = {}
@@ -577,7 +567,9 @@ def _averages(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:
     return found
 
 
-def _read(entry: _Entry, found: Mapping[str, Any], layout: _Layout, momentum: float) -> Any:
+def _read(
+    entry: _Entry, found: Mapping[str, np.ndarray], layout: _Layout, momentum: float
+) -> np.ndarray:
     """Takes a leaf from the arrays of a library."""
     array = found[entry.key]
     if entry.name == "count":
@@ -587,10 +579,10 @@ def _read(entry: _Entry, found: Mapping[str, Any], layout: _Layout, momentum: fl
     counter = found.get(_full(_COUNTER, entry.place))
     if entry.name in ("mean", "var") and counter is not None and counter > 0:
         array = array / array.dtype.type(1 - momentum ** int(counter))
-    return _copied(array.reshape(entry.shape))
+    return np.array(array.reshape(entry.shape), order="C")
 
 
-def _write(entry: _Entry, array: Any, layout: _Layout) -> Any:
+def _write(entry: _Entry, array: np.ndarray, layout: _Layout) -> np.ndarray:
     """Makes of a leaf the array of a library."""
     if entry.name == "count":
         counts = np.unique(array)
@@ -603,38 +595,38 @@ def _write(entry: _Entry, array: Any, layout: _Layout) -> Any:
     if _is_kernel(entry):
         there = np.argsort(_axes(entry, layout))
         array = _flipped(array, entry, layout).transpose(there)
-    return _copied(array)
+    return np.array(array, order="C")
 
 
 def _as_in(
     like: Mapping[str, Any],
-    written: Mapping[str, Any],
+    written: Mapping[str, np.ndarray],
     entries: list[_Entry],
     layout: _Layout,
     momentum: float,
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """Returns what was written with the keys and shapes of `like`, and its unchanged statistics."""
     _require_agreement("like", entries, like, layout)
-    result = {key: written[key].reshape(array.shape) for key, array in like.items()}
+    result = {key: written[key].reshape(np.shape(array)) for key, array in like.items()}
+    theirs = {
+        key: _array(key, value)
+        for key, value in like.items()
+        if not isinstance(value, jax.ShapeDtypeStruct)
+    }
     ours = {entry.key for entry in entries}
     for place, averages in _averages(entries).items():
-        extras = {_full(key, place) for key in layout.extras} - ours
-        keys = [key for key in (*(e.key for e in averages.values()), *extras) if key in like]
-        if any(isinstance(like[key], jax.ShapeDtypeStruct) for key in keys):
-            continue
-        theirs = {key: _array(key, like[key]) for key in keys}
-        if all(
-            _same(
-                _read(entry, theirs, layout, momentum).reshape(-1), written[entry.key].reshape(-1)
-            )
+        keys = {entry.key for entry in averages.values()}
+        if keys <= set(theirs) and all(
+            _same(_read(entry, theirs, layout, momentum), written[entry.key])
             for entry in averages.values()
         ):
-            result |= {key: _copied(array) for key, array in theirs.items()}
+            keys |= {_full(key, place) for key in layout.extras} - ours
+            result |= {key: theirs[key].copy() for key in keys & set(theirs)}
     return result
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 def _is_kernel(entry: _Entry) -> bool:
@@ -643,14 +635,14 @@ def _is_kernel(entry: _Entry) -> bool:
 
 def _axes(entry: _Entry, layout: _Layout) -> tuple[int, ...]:
     """Returns where a kernel there has its axes, in the order that they have here."""
-    order = layout.transposed if entry.transposed else layout.kernel
+    order = layout.transposed if entry.is_transposed else layout.kernel
     order = order.replace("s", "s" * (len(entry.shape) - 2))
     spatial = (axis for axis, kind in enumerate(order) if kind == "s")
     return (*spatial, order.index("i"), order.index("o"))
 
 
-def _flipped(kernel: Any, entry: _Entry, layout: _Layout) -> Any:
-    if entry.transposed and layout.flips:
+def _flipped(kernel: np.ndarray, entry: _Entry, layout: _Layout) -> np.ndarray:
+    if entry.is_transposed and layout.flips:
         return kernel[(slice(None, None, -1),) * (kernel.ndim - 2)]
     return kernel
 
@@ -668,16 +660,10 @@ def _fits(shape: tuple[int, ...], entry: _Entry, layout: _Layout) -> bool:
     if shape == _shape_there(entry, layout):
         return True
     if _is_kernel(entry):
-        # In Keras a depthwise convolution's output is split: by input, then by multiplier.
-        *spatial, one, channels = entry.shape
-        may_split = one == 1 and layout.kernel == "sio" and not entry.transposed
-        ndim, split = len(entry.shape), shape[-2:]
-        return (
-            may_split
-            and len(shape) == ndim
-            and shape == (*spatial, *split)
-            and prod(split) == channels
-        )
+        # In Keras the output of a depthwise convolution is split: by input, then by multiplier.
+        may_split = layout.kernel == "sio" and not entry.is_transposed and entry.shape[-2] == 1
+        same = (len(shape), shape[:-2]) == (len(entry.shape), entry.shape[:-2])
+        return may_split and same and prod(shape[-2:]) == entry.shape[-1]
     wide, narrow = ([size for size in sizes if size != 1] for sizes in (shape, entry.shape))
     return layout.needs_like and wide == narrow
 
@@ -690,7 +676,7 @@ def _require_agreement(
     places = _averages(entries)
     extras = {_full(key, place) for key in layout.extras for place in places} - set(expected)
     expected |= {key: "() for the averages" for key in extras if key.endswith(_COUNTER[2:])}
-    shapes = {key: tuple(array.shape) for key, array in received.items()}
+    shapes = {key: tuple(np.shape(array)) for key, array in received.items()}
     unknown = [key for key in shapes if key not in expected and key not in extras]
     missing = [key for key in expected if key not in shapes]
     misshaped = [e.key for e in entries if e.key in shapes and not _fits(shapes[e.key], e, layout)]
@@ -727,7 +713,12 @@ def _variables(tree: Any) -> Any:
     if isinstance(tree, nnx.Module):
         return nnx.state(tree, nnx.Any(nnx.Param, nnx.BatchStat))
     known = {"params", "batch_stats"}
-    if isinstance(tree, Mapping) and set(tree) & known and not set(tree) <= known:
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"the variables are a {type(tree).__name__}, expected those of Linen, a mapping of "
+            "params and batch_stats, an nnx.Module, its nnx.State or pure dictionary"
+        )
+    if set(tree) & known and not set(tree) <= known:
         raise ValueError(
             f"the variables have the collections {sorted(tree)}, expected {sorted(known)}: "
             "{name: variables[name] for name in ('params', 'batch_stats')}"
@@ -764,9 +755,7 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _array(key: str, value: Any) -> Any:
-    if isinstance(value, jax.Array):
-        return value
+def _array(key: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -778,10 +767,6 @@ def _array(key: str, value: Any) -> Any:
     if array.dtype == object:
         raise TypeError(f"{key} is a {type(value).__name__}, expected an array")
     return array
-
-
-def _copied(array: Any) -> Any:
-    return array if isinstance(array, jax.Array) else np.array(array, order="C")
 
 
 def _complement(momentum: float | None) -> float | None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import assert_close
 
 import bn_jax as bn
 from benchmarks.numerics import CONTESTANTS, OURS, cells, load
+from bn_jax import models
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
@@ -127,8 +129,21 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def write_resnet50(path):
+    """Zeros under the keys of torchvision."""
+    like = jax.eval_shape(
+        lambda: models.ResNet50(1000).init(jax.random.key(0), jnp.ones((1, 64, 64, 3)), train=False)
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+    names = bn.convert.resnet_names
+    bn.convert.save_safetensors(path, bn.convert.to_library(zeros, "pytorch", names=names))
+
+
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_examples_run(number):
+def test_readme_examples_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "resnet50.safetensors" in SNIPPETS[number]:
+        write_resnet50("resnet50.safetensors")
     assert len(SNIPPETS) == README.count("```python")
     assert jax.device_count() == 4
     scope = {"__name__": "readme"}

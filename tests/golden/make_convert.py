@@ -131,21 +131,19 @@ def keras_case(rank, x):
     from keras import layers
 
     name = f"Conv{rank}D"
-    grouped = {"activation": None, "name": "grouped"}
     if rank < 3:
-        middle = getattr(layers, f"Depthwise{name}")(
-            GROUPED[:rank] if rank == 1 else 2, depth_multiplier=2, **grouped
-        )
+        depthwise = getattr(layers, f"Depthwise{name}")
+        grouped = depthwise(GROUPED[:rank], depth_multiplier=2, name="grouped")
     else:
-        middle = layers.Conv3D(8, GROUPED, groups=4, **grouped)
+        grouped = layers.Conv3D(8, GROUPED, groups=4, name="grouped")
     up = getattr(layers, f"{name}Transpose")
     model = keras.Sequential(
         [
-            keras.Input((*x.shape[1:],)),
+            keras.Input(x.shape[1:]),
             getattr(layers, name)(4, CONV[:rank], name="conv"),
             layers.BatchNormalization(name="norm"),
             layers.ReLU(),
-            middle,
+            grouped,
             up(5, UP[:rank], 2, activation="relu", name="up"),
             getattr(layers, f"GlobalAveragePooling{rank}D")(),
             layers.Dense(2, name="dense"),
