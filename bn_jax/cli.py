@@ -41,6 +41,7 @@ DEFAULT_BATCH_SIZE = 64
 REPORT_EVERY = 5
 ANEW = "anew"
 WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
+FOR_SAVED_RUNS = ("orbax.checkpoint", "safetensors", "flatbuffers")
 LOST = "another process was lost, or JAX's runtime failed as it says above"
 
 Show = Callable[[str, training.Report], None]
@@ -353,7 +354,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate the best arm of a saved run."""
-    _require("orbax.checkpoint")
+    _require(*FOR_SAVED_RUNS)
     evaluation = _evaluate_run(run, data_file, _one_device())
     name = "test" if data_file is None else str(data_file)
     print(
@@ -426,7 +427,7 @@ def audit(
 
 def _read_for(run: Path, out: Path | None, suffix: str) -> tuple[runs.SavedRun, Path]:
     """Returns the run, and the new folder beside it or where the user wants it."""
-    _require("rich", "orbax.checkpoint", "safetensors")
+    _require("rich", *FOR_SAVED_RUNS)
     named = run if run.name not in ("", "..") else run.resolve()
     return runs.read_run(run), _checked_out(out or named.with_name(f"{named.name}-{suffix}"))
 

@@ -599,6 +599,17 @@ def test_missing_extra(good, command, monkeypatch, module, options):
     )
 
 
+@pytest.mark.parametrize("name", ["eval", "recalibrate", "fold", "audit"])
+@pytest.mark.parametrize("module", ["orbax.checkpoint", "safetensors", "flatbuffers"])
+def test_missing_extra_for_saved_runs(command, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    code, out, err = command(name, "run")
+    assert (code, out) == (1, "")
+    assert err == (
+        f"bn-jax: error: {module} is not installed; install with pip install 'bn-jax[demo]'\n"
+    )
+
+
 def test_missing_typer():
     program = "import sys; sys.modules['typer'] = None; from bn_jax.cli import main"
     finished = subprocess.run(

@@ -38,7 +38,7 @@ FLOORS = {
     "runs": 6,
     "cli": 7,
 }
-OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors")
+OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors", "flatbuffers")
 
 # Flax itself imports rich, so what must not be importable is all that Flax, optax, chex and JAX do
 # not need: they are imported first, then every import of anything else fails.
