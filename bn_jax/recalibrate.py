@@ -325,10 +325,15 @@ def _measure_all(
 
 def _pooled(pools: dict[str, Measured], found: dict[str, Measured]) -> dict[str, Measured]:
     """Merges in double precision: a float32 count stops counting at 2**24."""
-    read = {path: jax.tree.map(_doubled, one) for path, one in jax.device_get(found).items()}
+    read = {path: _read(one) for path, one in jax.device_get(found).items()}
     return pools | {
         path: _merge(pools[path], one) if path in pools else one for path, one in read.items()
     }
+
+
+def _read(measured: Measured) -> Measured:
+    doubled: Measured = jax.tree.map(_doubled, measured)
+    return doubled._replace(mean=doubled.mean + doubled.residue, residue=0 * doubled.residue)
 
 
 def _merge(first: Measured, second: Measured) -> Measured:
@@ -343,6 +348,7 @@ def _merge(first: Measured, second: Measured) -> Measured:
         (1 - share) * first.var + share * second.var + between,
         maximum(first.running_var_ddof, second.running_var_ddof),
         maximum(first.by_running, second.by_running),
+        first.residue,
     )
 
 

@@ -196,6 +196,19 @@ def test_averaged_weights(kind):
     assert np.abs(averaged["norm_3"]["mean"] - expected["norm_3"]["mean"]).max() > 0.05
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_batches_far_from_zero(offset):
+    x = standard_normal(0, (96, 3)) + offset
+    model = nn.BatchNorm(use_running_average=True)
+    found = recalibrate(
+        lambda variables, x: model.apply(variables, x, mutable=["batch_stats"]),
+        jax.jit(model.init)(jax.random.key(0), x),
+        split(x, [32, 32, 32]),
+    )
+    _, mean, var = define_moments(x)
+    assert_close(found.batch_stats, {"mean": mean, "var": var}, tolerance=1e-6)
+
+
 # --- batches normalized by their own statistics -------------------------------------------------
 
 
@@ -339,7 +352,7 @@ def test_a_step_is_forgotten_with_its_forward_function():
 
 def test_counts_beyond_those_of_float32():
     ones = np.ones(1, np.float32)
-    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, 0 * ones, ones)
+    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, 0 * ones, ones, 0 * ones)
     pools = {}
     for count in (2.0**24, 1.0, 1.0):
         pools = _pooled(pools, {"norm": large._replace(count=count * ones)})
