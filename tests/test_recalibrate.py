@@ -412,9 +412,10 @@ def test_poisoned_statistics_heal():
     """Behind them nothing is finite before they are."""
     model = Net()
     variables = make(model)
-    poisoned = jax.tree.map(lambda leaf: leaf.at[0].set(np.nan), variables["batch_stats"])
+    expected = define(variables["params"], X)
+    poisoned = jax.tree.map(lambda leaf: jnp.float32(leaf).at[0].set(np.nan), expected)
     found = recalibrate(evaluate(model), {**variables, "batch_stats": poisoned}, split(X, [6, 7]))
-    assert_close(found.batch_stats, define(variables["params"], X))
+    assert_close(found.batch_stats, expected)
     assert all(np.isinf(one.mean) and np.isinf(one.var) for one in found.layers)
 
 
@@ -443,7 +444,11 @@ def halved(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
 
 
-@pytest.mark.parametrize("wrap", [freeze, boxed, halved, jax.device_put, dict])
+def elsewhere(tree):
+    return jax.device_put(tree, jax.devices()[1])
+
+
+@pytest.mark.parametrize("wrap", [freeze, boxed, halved, elsewhere, dict])
 def test_structure_dtype_and_placement_are_kept(wrap):
     first, second = (nn.BatchNorm(use_running_average=True) for _ in range(2))
     model, x = nn.Sequential([first, nn.relu, second]), standard_normal(0, (9, 3)) + 1
@@ -456,8 +461,8 @@ def test_structure_dtype_and_placement_are_kept(wrap):
     new = recalibrate(forward, {**variables, "batch_stats": old}, [x[:4], x[4:]]).batch_stats
     chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
     assert jax.tree.structure(new) == jax.tree.structure(old)
-    placed = [{leaf.committed for leaf in jax.tree.leaves(tree)} for tree in (old, new)]
-    assert placed[0] == placed[1]
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        assert (after.committed, after.sharding) == (before.committed, before.sharding)
     _, *of_first = define_moments(x)
     y = np.maximum(define_affine(x, *of_first, np.ones(3), np.zeros(3)), 0)
     expected = [*of_first, *define_moments(y)[1:]]
