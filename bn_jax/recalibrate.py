@@ -102,15 +102,16 @@ def recalibrate(
     """Measures the exact population statistics of every batch norm over a data set.
 
     Of a `forward` that evaluates, every pass over the batches normalizes by the statistics of the
-    pass before. After as many passes as there are norms on any path, and of one norm after one, ::
+    pass before, so that after `k` passes the first `k` norms on any path have ::
 
         mean = sum(x) / n,    var = sum(|x - mean|**2) / (n - running_var_ddof)
 
     with the sums over all `n` values of a feature in the whole data set, however it is split: in
     uneven or masked batches, or one example at a time. Passes go on until no statistic changes
     beyond rounding, at most as many as there are norms, those under lifted transforms counted
-    singly. Dropout is off. This is what to use where the running statistics were not averaged under
-    these weights or on this data: averaged weights (SWA, EMA), pruned, quantized or converted ones.
+    singly; each costs an evaluation of the data set. Dropout is off. This is what to use where the
+    running statistics were not averaged under these weights or on this data: averaged weights (SWA,
+    EMA), pruned, quantized or converted ones.
 
     Of a `forward` that trains, every batch is normalized by its own statistics, and these are
     pooled by their counts in a single pass: what PreciseBN and PyTorch's `update_bn` approximate.
@@ -123,8 +124,9 @@ def recalibrate(
         forward: called as ``forward(variables, batch)``; returns ``(y, updates)`` with the new
             statistics in ``updates["batch_stats"]``, as ``model.apply(variables, x, train=False,
             mutable=["batch_stats"])`` does, or anything where `variables` is an `nnx.Module`,
-            which ``model.eval()`` makes evaluate. It is compiled once, and once again for batches
-            of another shape.
+            which ``model.eval()`` makes evaluate. It is compiled once for all passes and calls,
+            and once again for batches of another shape; as with `jax.jit`, what it reads from
+            outside is taken as it was then.
         variables: ``{"params": ..., "batch_stats": ...}``, or an `nnx.Module`. They stay as they
             are.
         batches: trees of arrays, as `forward` takes them: anything that can be iterated as often as
@@ -164,22 +166,18 @@ def recalibrate(
     if passes is not None and passes < 1:
         raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
     measure, batch_stats = _prepare(forward, variables)
-    current, limit, number = batch_stats, math.inf, 0
-    settled = False
+    allowed = math.inf if passes is None else passes
+    only_once = isinstance(batches, Iterator) and allowed > 1
+    current, number, settled = batch_stats, 0, False
     with _progress_bar(progress) as show:
-        while not settled and number < limit:
+        while not settled and number < allowed:
             number += 1
-            allowed = math.inf if passes is None else passes
-            shown = show(_opened(batches, number), f"pass {number}")
-            pools, count = _measure_all(
-                partial(measure, current), shown, _is_one_shot(batches) and number < allowed
-            )
+            shown = show(_opened(batches), f"pass {number}")
+            pools, count = _measure_all(partial(measure, current), shown, only_once)
             if count == 0:
                 raise ValueError(_nothing_in(batches, number))
             before, current = current, _recalibrated(current, pools, count)
-            needed = _passes_needed(pools)
-            limit = min(allowed, needed)
-            settled = number >= needed or _agree(before, current)
+            settled = number >= _passes_needed(pools) or _agree(before, current)
     layers = tuple(_changes(batch_stats, current, pools))
     return Recalibration(current, layers, number, settled)
 
@@ -325,10 +323,15 @@ def _measure_all(
 
 def _pooled(pools: dict[str, Measured], found: dict[str, Measured]) -> dict[str, Measured]:
     """Merges in double precision: a float32 count stops counting at 2**24."""
-    read = {path: jax.tree.map(_doubled, one) for path, one in jax.device_get(found).items()}
+    read = {path: _read(one) for path, one in jax.device_get(found).items()}
     return pools | {
         path: _merge(pools[path], one) if path in pools else one for path, one in read.items()
     }
+
+
+def _read(measured: Measured) -> Measured:
+    doubled: Measured = jax.tree.map(_doubled, measured)
+    return doubled._replace(mean=doubled.mean + doubled.residue, residue=0 * doubled.residue)
 
 
 def _merge(first: Measured, second: Measured) -> Measured:
@@ -343,6 +346,7 @@ def _merge(first: Measured, second: Measured) -> Measured:
         (1 - share) * first.var + share * second.var + between,
         maximum(first.running_var_ddof, second.running_var_ddof),
         maximum(first.by_running, second.by_running),
+        first.residue,
     )
 
 
@@ -418,11 +422,7 @@ def _doubled(leaf: Any) -> Array:
 # --- the batches --------------------------------------------------------------------------------
 
 
-def _is_one_shot(batches: Any) -> bool:
-    return isinstance(batches, Iterator)
-
-
-def _opened(batches: Any, number: int) -> Iterable[Any]:
+def _opened(batches: Any) -> Iterable[Any]:
     if callable(batches) and not isinstance(batches, Iterable):
         return cast(Iterable[Any], batches())
     if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
@@ -520,8 +520,9 @@ def _sentences(layer: LayerChange) -> list[str]:
         return []
     if layer.values == 0:
         return [
-            f"{_name(layer)} has measured nothing and keeps its statistics: it is frozen, forward "
-            "does not reach it, or no value that did was valid and finite."
+            f"{_name(layer)} has measured nothing and keeps its statistics: it is frozen or does "
+            "not update, is of a class of its own, is not reached by forward, or nothing that came "
+            "in was valid and finite."
         ]
     return [
         f"{_name(layer)} keeps the statistics of {layer.kept} features, for which no batch had "
