@@ -641,7 +641,7 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
             kernel = _path_of(program, linears[number].kernel, "kernel")
             if is_shared:
                 return f"What {kernel} gives is used elsewhere too"
-            return f"It tells apart what {kernel} does not"
+            return f"It, or what is before it, varies along more than the features of {kernel}"
         if step is None and equation.name not in _SHAPES:
             return (
                 f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
