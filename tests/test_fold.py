@@ -661,3 +661,129 @@ def test_another_program_is_an_error():
     folded = bn.fold(forward, case.variables, case.x)
     with pytest.raises(ValueError, match=r"another program.*\[\(6, 4\)\].*bn_jax\.fold"):
         folded.apply(folded.params, doubled(case.x))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("leaves", [("scale", "bias"), ("scale",), ("bias",), ()])
+def test_as_affine_is_the_definition(leaves, offset):
+    values = {
+        name: standard_normal(seed, 64) for seed, name in enumerate(("scale", "bias", "mean"))
+    }
+    params = {name: values[name] for name in leaves}
+    stats = {"mean": values["mean"] + offset, "var": jnp.exp(standard_normal(3, 64) * 4)}
+    a, b = jax.jit(bn.as_affine)(params, stats, epsilon=1e-3)
+    assert a.dtype == b.dtype == jnp.float32
+    scale, bias = (exact(params.get(name, 1.0 - at)) for at, name in enumerate(("scale", "bias")))
+    factor = scale / np.sqrt(exact(stats["var"]) + 1e-3)
+    assert np.all(np.abs(a - factor) <= 2e-7 * np.abs(factor))
+    # However much cancels, b is the bias of the a that is returned, but for its own rounding.
+    expected = bias - exact(a) * exact(stats["mean"])
+    assert np.all(np.abs(b - expected) <= 2.0**-24 * np.abs(expected))
+
+
+def test_as_affine_cancels_nothing():
+    a = 1 / np.sqrt(exact(np.float32(3.0)))
+    mean = jnp.array([12345.678])
+    bias = (jnp.float32(a) * mean).astype(jnp.float32)
+    params, stats = {"bias": bias}, {"mean": mean, "var": jnp.array([3.0])}
+    own_a, b = bn.as_affine(params, stats, epsilon=1e-20)
+    expected = exact(bias) - exact(own_a) * exact(mean)
+    assert expected != 0
+    assert_close(b / expected, np.ones(1), tolerance=1e-6)
+
+
+def test_as_affine_of_other_dtypes():
+    params = {"scale": jnp.ones(2, jnp.bfloat16), "bias": jnp.zeros(2, jnp.bfloat16)}
+    stats = {"mean": jnp.array([1 + 2j, 3j]), "var": jnp.array([3.0, 1.0])}
+    a, b = bn.as_affine(params, stats, epsilon=1e-9)
+    assert a.dtype == b.dtype == jnp.complex64
+    assert_close(b, -exact(stats["mean"]) / np.sqrt([3.0, 1.0]), tolerance=1e-6)
+    stats = {"mean": jnp.ones(2, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
+    a, b = bn.as_affine(params, stats)
+    assert a.dtype == b.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("params", "batch_stats", "epsilon", "message"),
+    [
+        ({"gamma": jnp.ones(2)}, {}, 1e-5, r"unknown entries \['gamma'\]"),
+        ({}, {"mean": jnp.ones(2)}, 1e-5, r"batch_stats lacks \['var'\]; it has \['mean'\]"),
+        ({"scale": jnp.ones(3)}, bn.init_batch_stats(2), 1e-5, r"'scale': \(3,\).*'mean': \(2,\)"),
+        ({}, bn.init_batch_stats(2), 0.0, r"epsilon=0.0 must be positive"),
+    ],
+)
+def test_as_affine_objects(params, batch_stats, epsilon, message):
+    with pytest.raises(ValueError, match=message):
+        bn.as_affine(params, batch_stats, epsilon=epsilon)
+
+
+def leaky(x):
+    return jax.nn.leaky_relu(x, 0.1)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, leaky, None])
+def test_absorbing_keeps_the_function(activation):
+    function = activation or (lambda x: x)
+    scale = jnp.array([-2.0, 0.0, 0.5, 1e-3, -30.0])
+    params = {"scale": scale, "bias": standard_normal(0, 5)}
+    stats = randomized(bn.init_batch_stats(5))
+    x = standard_normal(1, (7, 5))
+
+    def outputs(params, kernel, apply):
+        normalized, _ = bn.batch_norm(params, stats, x, use_running_average=True)
+        return exact(apply(function(normalized), kernel))
+
+    def flattened(y, kernel):
+        return y.reshape(1, -1) @ kernel
+
+    def depthwise(y, kernel):
+        features = kernel.shape[-1]
+        dimensions = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            y[None], kernel, (1,), "VALID", dimension_numbers=dimensions, feature_group_count=5
+        ).reshape(-1, features)
+
+    products = {
+        jnp.matmul: ((5, 3), -2),
+        lambda y, kernel: y @ kernel.T: ((3, 5), 1),
+        flattened: ((35, 3), 0),
+        depthwise: ((3, 1, 10), -1),
+    }
+    for apply, (shape, axis) in products.items():
+        kernel = standard_normal(2, shape)
+        new, absorbed = bn.absorb_scale(params, kernel, axis=axis, activation=activation)
+        expected = [0.0, 1.0] if activation is None else [-1.0, 0.0, 1.0]
+        assert sorted(set(new["scale"].tolist())) == expected
+        assert new["bias"][1] == params["bias"][1]
+        actual, expected = outputs(new, absorbed, apply), outputs(params, kernel, apply)
+        assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_absorbing_leaves_what_would_overflow_and_keeps_dtypes():
+    params = {"scale": jnp.array([1e-30, 2.0]), "bias": jnp.array([1e30, 1.0])}
+    new, kernel = bn.absorb_scale(params, jnp.ones((2, 3), jnp.bfloat16))
+    assert_close(new, {"scale": jnp.array([1e-30, 1.0]), "bias": jnp.array([1e30, 0.5])})
+    assert kernel.dtype == jnp.bfloat16 and new["scale"].dtype == jnp.float32
+    assert kernel[:, 0].tolist() == [1.0, 2.0]
+    new, _ = bn.absorb_scale({"scale": jnp.array([-2.0])}, jnp.ones((1, 1)))
+    assert new == {"scale": jnp.array([-1.0])}
+
+
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu])
+def test_absorbing_across_what_does_not_scale_is_an_error(activation):
+    with pytest.raises(ValueError, match=r"does not scale with its input: activation\(.*relu"):
+        bn.absorb_scale(bn.init_params(2), jnp.ones((2, 2)), activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("params", "shape", "axis", "message"),
+    [
+        ({"bias": jnp.ones(2)}, (2, 2), -2, "params has no 'scale'"),
+        (bn.init_params(2), (3, 2), -2, r"shape \(3, 2\) has 3 inputs on axis=-2, no multiple"),
+        (bn.init_params(2), (2, 2), 2, r"axis=2 of a kernel of shape \(2, 2\)"),
+        (bn.init_params((2, 2)), (2, 2), 0, r"a scale of shape \(2, 2\): expected a scale \[F\]"),
+    ],
+)
+def test_absorbing_objects(params, shape, axis, message):
+    with pytest.raises(ValueError, match=message):
+        bn.absorb_scale(params, jnp.ones(shape), axis=axis)
