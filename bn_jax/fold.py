@@ -541,7 +541,7 @@ def _moved(
     if equation.name == "broadcast_in_dim":
         return _placed(values, equation.options["broadcast_dimensions"], len(after))
     groups = _common_factors(before, after)
-    if groups is None:
+    if groups is None or equation.options["dimensions"] is not None:
         return None
     shape: list[int] = []
     for old, new in groups:

@@ -141,6 +141,22 @@ def by_hand(inverse_deviation):
     return Case(forward, randomized(variables), standard_normal(1, (3, 4)), ("kernel",))
 
 
+def twice_by_hand():
+    """Two norms in a row, the variables of both at the same path."""
+
+    def forward(variables, x):
+        for one in ("", "2"):
+            mean, var, scale, bias = (variables[f"{name}{one}"][None] for name in names)
+            x = (x - mean) * lax.rsqrt(var + 1e-3) * scale + bias
+        return jnp.tanh(x)
+
+    names = ("mean", "var", "scale", "bias")
+    variables = randomized({f"{name}{one}": jnp.ones(4) for name in names for one in ("", "2")})
+    variables = {k: jnp.abs(v) if k.startswith("var") else v for k, v in variables.items()}
+    fates = ("Its input is an argument", "the top-level norm, and its output goes to `tanh`")
+    return Case(forward, variables, standard_normal(1, (3, 4)), fates)
+
+
 def divided_by_hand():
     def forward(variables, x):
         y = variables["mean"][None] - x @ variables["kernel"]
@@ -351,6 +367,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "by hand": lambda: by_hand(lax.rsqrt),
     "by hand, power": lambda: by_hand(lambda var: var**-0.5),
     "by hand, divided": divided_by_hand,
+    "by hand, twice": twice_by_hand,
     "two norms": lambda: sequential(
         nn.Dense(5), "norm", lambda x: 2 * x, "norm", shape=(3, 4), fates=("layers_0/kernel",) * 2
     ),
