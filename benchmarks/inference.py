@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,8 @@ class Measured(NamedTuple):
 
     Attributes:
         quartiles: of the seconds that an evaluation takes.
+        cpu_quartiles: of the seconds that it occupies processors, all cores together, which other
+            programs on the machine disturb less.
         operations: in the compiled program.
         roots: among them.
         flops: that it needs.
@@ -56,6 +58,7 @@ class Measured(NamedTuple):
     """
 
     quartiles: tuple[float, float, float]
+    cpu_quartiles: tuple[float, float, float]
     operations: int
     roots: int
     flops: int
@@ -116,12 +119,13 @@ def measure(network: Network, rounds: int, advance: Callable[[], None]) -> dict[
         for arm, function in functions.items()
     }
     outputs = {arm: np.asarray(one(variables[arm], images)) for arm, one in compiled.items()}
-    seconds: dict[str, list[float]] = {arm: [] for arm in compiled}
+    seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in compiled}
     for _ in range(rounds):
         for arm, one in compiled.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             jax.block_until_ready(one(variables[arm], images))
-            seconds[arm].append(time.perf_counter() - start)
+            end = time.perf_counter(), time.process_time()
+            seconds[arm].append((end[0] - start[0], end[1] - start[1]))
         advance()
     return {
         arm: _read(one, seconds[arm], outputs[arm], outputs[UNFOLDED])
@@ -129,12 +133,15 @@ def measure(network: Network, rounds: int, advance: Callable[[], None]) -> dict[
     }
 
 
-def _read(compiled: Any, seconds: list[float], output: Any, expected: Any) -> Measured:
+def _read(
+    compiled: Any, seconds: list[tuple[float, float]], output: Any, expected: Any
+) -> Measured:
     operations = re.findall(r" ([a-z][\w-]*)\(", compiled.as_text())
     cost = compiled.cost_analysis()
-    low, median, high = quantiles(seconds, n=4)
+    by_clock, by_processor = (_quartiles(one) for one in zip(*seconds, strict=True))
     return Measured(
-        quartiles=(low, median, high),
+        quartiles=by_clock,
+        cpu_quartiles=by_processor,
         operations=len(operations),
         roots=sum("sqrt" in one for one in operations),
         flops=int(cost["flops"]),
@@ -143,10 +150,24 @@ def _read(compiled: Any, seconds: list[float], output: Any, expected: Any) -> Me
     )
 
 
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = quantiles(values, n=4)
+    return low, median, high
+
+
 def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
     """Returns the arms of a network as a table."""
     table = Table(title=title, box=SIMPLE_HEAD)
-    for column in ("", "ms (quartiles)", "over no norm", "operations", "roots", "MFLOP", "MB"):
+    for column in (
+        "",
+        "ms (quartiles)",
+        "over no norm",
+        "CPU ms",
+        "operations",
+        "roots",
+        "MFLOP",
+        "MB",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for arm, one in measured.items():
         low, median, high = (1e3 * second for second in one.quartiles)
@@ -154,6 +175,7 @@ def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
             arm,
             f"{median:.2f} ({low:.2f} to {high:.2f})",
             f"{one.quartiles[1] / measured[WITHOUT].quartiles[1]:.2f}",
+            f"{1e3 * one.cpu_quartiles[1]:.2f}",
             str(one.operations),
             str(one.roots),
             f"{one.flops / 1e6:.1f}",
@@ -178,13 +200,16 @@ def report(found: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
 
 def load(path: Path = RESULTS) -> dict[str, dict[str, Measured]]:
     """Reads the figures of a JSON that `report` made."""
-    known = json.loads(path.read_text())
+
+    def measured(figures: dict[str, Any]) -> Measured:
+        spread = {name: tuple(one) for name, one in figures.items() if isinstance(one, list)}
+        fields: dict[str, Any] = {**figures, **spread}
+        return Measured(**fields)
+
+    known = json.loads(path.read_text())["networks"]
     return {
-        name: {
-            arm: Measured(**{**one, "quartiles": tuple(one["quartiles"])})
-            for arm, one in by_arm.items()
-        }
-        for name, by_arm in known["networks"].items()
+        name: {arm: measured(figures) for arm, figures in by_arm.items()}
+        for name, by_arm in known.items()
     }
 
 

@@ -153,7 +153,7 @@ def twice_by_hand():
     names = ("mean", "var", "scale", "bias")
     variables = randomized({f"{name}{one}": jnp.ones(4) for name in names for one in ("", "2")})
     variables = {k: jnp.abs(v) if k.startswith("var") else v for k, v in variables.items()}
-    fates = ("Its input is an argument", "the top-level norm, and its output goes to `tanh`")
+    fates = ("its output goes to `mul`", "its output goes to `tanh`")
     return Case(forward, variables, standard_normal(1, (3, 4)), fates)
 
 
@@ -404,6 +404,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "before SAME": lambda: sequential("norm", nn.Conv(5, (3, 3)), fates=("padding",)),
     "before transposed": lambda: sequential(
         "norm", nn.ConvTranspose(5, (2, 2), (2, 2), padding="VALID"), fates=("padding",)
+    ),
+    "before dilated": lambda: sequential(
+        "norm", nn.Conv(5, (2, 2), padding=((0, 0), (0, 0)), input_dilation=2), fates=("padding",)
     ),
     "before general": lambda: sequential(
         "norm", nn.DenseGeneral(5, axis=(-2, -1)), shape=(3, 5, 4), fates=("layers_1/kernel",)
