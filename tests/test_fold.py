@@ -560,6 +560,12 @@ def test_half_precision_keeps_its_dtypes(dtype):
     forward = jax.jit(forward)
     y = folded.apply(folded.params, x)
     assert error_of(y, forward(variables, x)) < {jnp.bfloat16: 2e-2, jnp.float16: 2e-3}[dtype]
+    narrow_after = sequential(
+        nn.Dense(5, dtype=dtype), ours(dtype=dtype), lambda y: 2 * y, shape=(3, 4)
+    )
+    doubled_after = bn.fold(*narrow_after[:3])
+    y = doubled_after.apply(doubled_after.params, narrow_after.x)
+    assert y.dtype == dtype and doubled_after.params["layers_0"]["bias"].dtype == jnp.float32
     halves = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     folded = bn.fold(forward, halves, x)
     assert folded.params["layers_0"]["kernel"].dtype == dtype
@@ -721,6 +727,8 @@ def test_as_affine_of_other_dtypes():
     stats = {"mean": jnp.ones(2, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
     a, b = bn.as_affine(params, stats)
     assert a.dtype == b.dtype == jnp.float32
+    a, b = bn.as_affine({"scale": jnp.array([1j, 2.0])}, stats)
+    assert a.dtype == b.dtype == jnp.complex64
 
 
 @pytest.mark.parametrize(

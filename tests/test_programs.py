@@ -100,6 +100,7 @@ def test_what_is_known_and_where_it_comes_from():
         (["a/b/scale", "a/b/var"], "a/b"),
         (["a/b/scale", "a/c/var"], "a"),
         (["scale"], ""),
+        (["a/b/d/scale", "a/c/d/var"], "a"),
         (["a/scale", "b"], ""),
         ([], ""),
     ],
@@ -219,6 +220,12 @@ def test_norms_that_stand_in_the_way():
     layer = {"params": bn.init_params((2, 3)), "batch_stats": bn.init_batch_stats((2, 3))}
     (norm,) = find_norms(trace(looped, {"norms": layer}, jnp.ones((4, 3))))
     assert (norm.path, norm.obstacle) == ("norms", "scan")
+
+    def carried(variables, x):
+        return lax.scan(lambda c, row: (c + row, row * lax.rsqrt(c)), variables["start"], x)[1]
+
+    (norm,) = find_norms(trace(carried, {"start": jnp.ones(3)}, jnp.ones((4, 3))))
+    assert norm.obstacle == "input"
     divided = trace(lambda scale, x: scale * (x / jnp.sqrt(x.var() + 1)), jnp.ones(3), jnp.ones(3))
     assert [one.obstacle for one in find_norms(divided)] == ["input"]
     assert find_norms(trace(lambda k, x: jnp.sqrt(x) @ k, jnp.ones((3, 3)), jnp.ones((3, 3)))) == ()
