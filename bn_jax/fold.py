@@ -115,15 +115,16 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
         *args: trees of arrays, or of `jax.ShapeDtypeStruct`: examples of shape and dtype.
 
     Returns:
-        `Folded`. Its `apply` is a pure function for `jax.jit`, `jax.vmap`, `jax.grad` and
-        `jax.export`, on other batch sizes too (and image sizes, where the model takes them); it
-        holds none of the arrays of `variables`. Kernels keep their dtypes: in half precision they
-        are rounded anew, and the result differs by that rounding.
+        `Folded`. Its `apply` is a pure function, compiled by `jax.jit`, that `jax.vmap`,
+        `jax.grad`, `jax.shard_map` and `jax.export` take, on other batch sizes too (and image
+        sizes, where the model takes them); it holds none of the arrays of `variables`. Kernels keep
+        their dtypes: in half precision they are rounded anew, and the result differs by that.
 
     Raises:
         TypeError: a variable is traced: fold outside of `jax.jit`.
-        ValueError: from `apply`, where `params` are not those of this model, or where the model is
-            another program for these arguments than for the examples.
+        ValueError: a new kernel is too large for its dtype; or, from `apply`, `params` are not
+            those of this model, or the model is another program for these arguments than for the
+            examples.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
@@ -993,13 +994,27 @@ def _compute_params(plan: _Plan, leaves: Sequence[Any]) -> dict[str, Any]:
     for entry in plan.entries.values():
         value = entry.compute(known)
         if isinstance(value, np.ndarray):
-            value = value.astype(entry.dtype).reshape(entry.shape)
+            value = _rounded(entry, value)
         *parents, name = entry.path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = jnp.asarray(value)
     return params
+
+
+def _rounded(entry: _Entry, value: Array) -> Array:
+    """Returns a computed parameter in its dtype, or raises where that cannot hold it."""
+    with np.errstate(over="ignore"):
+        rounded = value.astype(entry.dtype).reshape(entry.shape)
+    overflows = np.isfinite(value) & ~np.isfinite(_exact(rounded)).reshape(value.shape)
+    if overflows.any():
+        raise ValueError(
+            f"{entry.path!r} with its norm is as large as {np.abs(value[overflows]).max():.3g}, "
+            f"which {jnp.dtype(entry.dtype).name} cannot hold: fold the variables in float32, "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)."
+        )
+    return rounded
 
 
 def _make_apply(call: Callable[..., Any], shapes: Any, plan: _Plan) -> Callable[..., Any]:

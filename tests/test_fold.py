@@ -572,6 +572,15 @@ def test_half_precision_keeps_its_dtypes(dtype):
     assert error_of(folded.apply(folded.params, x), forward(halves, x)) < 4e-2
 
 
+def test_kernels_that_overflow_are_an_error():
+    case = sequential(nn.Dense(5), "norm", shape=(3, 4))
+    case.variables["params"]["layers_0"]["kernel"] = jnp.ones((4, 5), jnp.float16)
+    case.variables["params"]["layers_1"]["scale"] = jnp.full(5, 1e6)
+    case.variables["batch_stats"]["layers_1"]["var"] = jnp.ones(5)
+    with pytest.raises(ValueError, match=r"'layers_0/kernel'.*as large as 1e\+06, which float16"):
+        bn.fold(*case[:3])
+
+
 def test_derivatives_are_those_of_the_model():
     forward, variables, x, folded = small()
     # Where scale and bias are 0, a ReLU is at its kink, and its derivative is 0 by definition.
