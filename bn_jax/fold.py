@@ -649,9 +649,6 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
     return "Its input is an argument of the model"
 
 
-# From decisions to a program.
-
-
 def _live_actions(program: Program, decided: _Decisions) -> tuple[_Action, ...]:
     """Returns the actions that outputs depend on; known values are computed when folding."""
     replaced = _replacements(program, decided)
@@ -766,9 +763,6 @@ def _root_of(program: Program, value: int) -> tuple[int, tuple[Equation, ...]]:
         layout.append(equation)
         value = equation.inputs[0]
     return value, tuple(reversed(layout))
-
-
-# The parameters: their names, and their values in double precision.
 
 
 def _name_entries(

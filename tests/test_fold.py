@@ -61,7 +61,7 @@ def error_of(actual, expected):
 
 def roots(compiled):
     """How many roots a compiled program holds."""
-    return len(re.findall(r"sqrt|power\(", compiled.as_text()))
+    return len(re.findall(r"(sqrt|power)\(", compiled.as_text()))
 
 
 def doubled(x, axis=0):
@@ -155,6 +155,16 @@ def twice_by_hand():
     variables = {k: jnp.abs(v) if k.startswith("var") else v for k, v in variables.items()}
     fates = ("its output goes to `mul`", "its output goes to `tanh`")
     return Case(forward, variables, standard_normal(1, (3, 4)), fates)
+
+
+def spread_by_hand():
+    """One number for each example, normalized for each feature by statistics of its own."""
+
+    def forward(variables, x):
+        return jnp.tanh((x - variables["mean"][None]) * lax.rsqrt(variables["var"][None]))
+
+    variables = {"mean": jnp.ones(5), "var": jnp.ones(5)}
+    return Case(forward, randomized(variables), standard_normal(1, (3, 1)), ("It",))
 
 
 def divided_by_hand():
@@ -367,6 +377,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "by hand": lambda: by_hand(lax.rsqrt),
     "by hand, power": lambda: by_hand(lambda var: var**-0.5),
     "by hand, divided": divided_by_hand,
+    "by hand, spread": spread_by_hand,
     "by hand, twice": twice_by_hand,
     "two norms": lambda: sequential(
         nn.Dense(5), "norm", lambda x: 2 * x, "norm", shape=(3, 4), fates=("layers_0/kernel",) * 2
@@ -420,6 +431,12 @@ CASES: dict[str, Callable[[], Case]] = {
         bn.linen.BatchNorm(use_running_average=True, axis=1),
         shape=(3, 6, 4),
         fates=("varies along more than the features of layers_0/kernel",),
+    ),
+    "before dense, other axis": lambda: sequential(
+        bn.linen.BatchNorm(use_running_average=True, axis=1),
+        nn.Dense(5),
+        shape=(3, 6, 4),
+        fates=("shares its kernel between what the norm tells apart",),
     ),
     "scan": lambda: of(Stack(), "inside of a scan", shape=(2, 4)),
     "training": lambda: sequential(
