@@ -164,7 +164,8 @@ def spread_by_hand():
         return jnp.tanh((x - variables["mean"][None]) * lax.rsqrt(variables["var"][None]))
 
     variables = {"mean": jnp.ones(5), "var": jnp.ones(5)}
-    return Case(forward, randomized(variables), standard_normal(1, (3, 1)), ("It",))
+    fates = ("It changes the shape of its input.",)
+    return Case(forward, randomized(variables), standard_normal(1, (3, 1)), fates)
 
 
 def divided_by_hand():
