@@ -115,15 +115,16 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
         *args: trees of arrays, or of `jax.ShapeDtypeStruct`: examples of shape and dtype.
 
     Returns:
-        `Folded`. Its `apply` is a pure function for `jax.jit`, `jax.vmap`, `jax.grad` and
-        `jax.export`, on other batch sizes too (and image sizes, where the model takes them); it
-        holds none of the arrays of `variables`. Kernels keep their dtypes: in half precision they
-        are rounded anew, and the result differs by that rounding.
+        `Folded`. Its `apply` is a pure function, compiled by `jax.jit`, that `jax.vmap`,
+        `jax.grad`, `jax.shard_map` and `jax.export` take, on other batch sizes too (and image
+        sizes, where the model takes them); it holds none of the arrays of `variables`. Kernels keep
+        their dtypes: in half precision they are rounded anew, and the result differs by that.
 
     Raises:
         TypeError: a variable is traced: fold outside of `jax.jit`.
-        ValueError: from `apply`, where `params` are not those of this model, or where the model is
-            another program for these arguments than for the examples.
+        ValueError: a new kernel is too large for its dtype; or, from `apply`, `params` are not
+            those of this model, or the model is another program for these arguments than for the
+            examples.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
@@ -186,7 +187,7 @@ def as_affine(
             "norm: variables['batch_stats'][name]."
         )
     mean, var = (jnp.asarray(one) for one in (batch_stats["mean"], batch_stats["var"]))
-    _check_same_shape(params, {"mean": mean, "var": var})
+    _check_same_shape(params=params, batch_stats={"mean": mean, "var": var})
     given = [leaf.dtype for leaf in (mean, var, *jax.tree.leaves(params))]
     dtype = reduce(jnp.promote_types, given, jnp.dtype(jnp.float32))
     real = statistics_dtype(dtype)
@@ -541,7 +542,7 @@ def _moved(
     if equation.name == "broadcast_in_dim":
         return _placed(values, equation.options["broadcast_dimensions"], len(after))
     groups = _common_factors(before, after)
-    if groups is None:
+    if groups is None or equation.options["dimensions"] is not None:
         return None
     shape: list[int] = []
     for old, new in groups:
@@ -641,14 +642,11 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
             kernel = _path_of(program, linears[number].kernel, "kernel")
             if is_shared:
                 return f"What {kernel} gives is used elsewhere too"
-            return f"It tells apart what {kernel} does not"
+            return f"It, or what is before it, varies along more than the features of {kernel}"
         if step is None and equation.name not in _SHAPES:
             return f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
         value = equation.inputs[0] if step is None else step.input
     return "Its input is an argument of the model"
-
-
-# From decisions to a program.
 
 
 def _live_actions(program: Program, decided: _Decisions) -> tuple[_Action, ...]:
@@ -765,9 +763,6 @@ def _root_of(program: Program, value: int) -> tuple[int, tuple[Equation, ...]]:
         layout.append(equation)
         value = equation.inputs[0]
     return value, tuple(reversed(layout))
-
-
-# The parameters: their names, and their values in double precision.
 
 
 def _name_entries(
@@ -993,13 +988,27 @@ def _compute_params(plan: _Plan, leaves: Sequence[Any]) -> dict[str, Any]:
     for entry in plan.entries.values():
         value = entry.compute(known)
         if isinstance(value, np.ndarray):
-            value = value.astype(entry.dtype).reshape(entry.shape)
+            value = _rounded(entry, value)
         *parents, name = entry.path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = jnp.asarray(value)
     return params
+
+
+def _rounded(entry: _Entry, value: Array) -> Array:
+    """Returns a computed parameter in its dtype, or raises where that cannot hold it."""
+    with np.errstate(over="ignore"):
+        rounded = value.astype(entry.dtype).reshape(entry.shape)
+    overflows = np.isfinite(value) & ~np.isfinite(_exact(rounded)).reshape(value.shape)
+    if overflows.any():
+        raise ValueError(
+            f"{entry.path!r} with its norm is as large as {np.abs(value[overflows]).max():.3g}, "
+            f"which {jnp.dtype(entry.dtype).name} cannot hold: fold the variables in float32, "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)."
+        )
+    return rounded
 
 
 def _make_apply(call: Callable[..., Any], shapes: Any, plan: _Plan) -> Callable[..., Any]:
@@ -1059,11 +1068,8 @@ def _check_concrete(leaves: Sequence[Any]) -> None:
         )
 
 
-def _check_same_shape(params: Params, batch_stats: Mapping[str, jax.Array]) -> None:
-    shapes = {
-        tree: {name: leaf.shape for name, leaf in jax.tree.leaves(leaves.items())}
-        for tree, leaves in {"params": params, "batch_stats": batch_stats}.items()
-    }
+def _check_same_shape(**trees: Mapping[str, Any]) -> None:
+    shapes = {tree: {name: leaf.shape for name, leaf in one.items()} for tree, one in trees.items()}
     if len({shape for leaves in shapes.values() for shape in leaves.values()}) > 1:
         raise ValueError(
             f"params has {shapes['params']}, but batch_stats has {shapes['batch_stats']}: expected "
