@@ -1,7 +1,6 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
 from bn_jax import convert, linen, nnx, optim
-from bn_jax import linen, nnx, optim
 from bn_jax.audit import Audit, Finding, audit
 from bn_jax.batch_norm import (
     BatchStats,
