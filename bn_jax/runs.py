@@ -428,8 +428,6 @@ def _staged(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        if folder.exists():
-            folder.rmdir()
         staging.replace(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
