@@ -12,6 +12,7 @@ from bn_jax.batch_norm import (
     update_batch_stats,
 )
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
+from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.standardize import Params
 
@@ -19,11 +20,15 @@ __all__ = [
     "Audit",
     "BatchStats",
     "Finding",
+    "FoldedNorm",
     "Measured",
     "Moments",
     "Params",
+    "absorb_scale",
+    "as_affine",
     "audit",
     "batch_norm",
+    "fold",
     "group_norm",
     "init_batch_stats",
     "init_params",

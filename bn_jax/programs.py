@@ -120,6 +120,33 @@ class Affine(NamedTuple):
     operand: int | None
 
 
+class Linear(NamedTuple):
+    """A convolution, or a product, of something unknown with a known kernel.
+
+    Attributes:
+        number: the index of the equation.
+        data: the value that the kernel is applied to.
+        kernel: the value of the kernel.
+        outputs: the dimensions of the result that are the kernel's too, ascending.
+        kernel_outputs: which dimensions of the kernel these are.
+        inputs: the dimensions of the data that are the kernel's too.
+        kernel_inputs: which dimensions of the kernel these are; of a grouped convolution, the
+            kernel's is that of one group.
+        groups: of a convolution; else 1.
+        is_padded: whether some positions of the result meet zeros instead of data.
+    """
+
+    number: int
+    data: int
+    kernel: int
+    outputs: tuple[int, ...]
+    kernel_outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    kernel_inputs: tuple[int, ...]
+    groups: int = 1
+    is_padded: bool = False
+
+
 class Norm(NamedTuple):
     """A norm found in a program.
 
@@ -127,16 +154,16 @@ class Norm(NamedTuple):
         path: where its variables are: what the paths of their parents have in common.
         steps: the indices of its equations, each affine in the value before; empty where
             `obstacle` is not None.
-        input: the value that it normalizes; None where unknown.
-        output: the value that it returns; None where unknown.
+        input: the value that it normalizes; with an obstacle, what the equation found takes first.
+        output: the value that it returns; with an obstacle, what the equation found gives first.
         obstacle: None for a norm by known statistics; "input" for one that takes its statistics
             from its input; otherwise the name of the equation that it is inside of ("scan").
     """
 
     path: str
     steps: tuple[int, ...]
-    input: int | None
-    output: int | None
+    input: int
+    output: int
     obstacle: str | None
 
 
@@ -173,6 +200,14 @@ def evaluate(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*taken.values())
 
 
+def name_of(equation: Equation) -> str:
+    """Returns the name of the function that an equation calls, or of its primitive."""
+    if equation.name in _WITH_DERIVATIVE:
+        for jaxpr, _ in _jaxprs(equation.options):
+            return jaxpr.debug_info.func_name
+    return equation.name
+
+
 def as_affine_step(program: Program, equation: Equation) -> Affine | None:
     """Reads an equation as an affine, elementwise function of its one unknown value, if it is."""
     unknown = [value for value in equation.inputs if not program.is_known(value)]
@@ -199,6 +234,16 @@ def as_affine_step(program: Program, equation: Equation) -> Affine | None:
     return None
 
 
+def as_linear(program: Program, index: int) -> Linear | None:
+    """Reads the equation at an index as a linear layer with a known kernel, if it is one."""
+    equation = program.equations[index]
+    if equation.name == "conv_general_dilated":
+        return _as_convolution(program, index, equation)
+    if equation.name == "dot_general":
+        return _as_product(program, index, equation)
+    return None
+
+
 def find_norms(program: Program) -> tuple[Norm, ...]:
     """Finds the norms: what is multiplied by something that an inverse deviation is a factor of.
 
@@ -214,20 +259,24 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
         layer norm), and one that is inside of a scan or the like, have an obstacle.
     """
     rooted = _rooted(program)
-    found: list[tuple[int, Norm]] = []
+    found: list[Norm] = []
     for index, equation in enumerate(program.equations):
         step = as_affine_step(program, equation)
         if step is not None and _scales_by(rooted, step):
-            found.append((index, _extend(program, rooted, index)))
+            found.append(_extend(program, rooted, index))
         elif _normalizes_by_unknown(program, equation):
             path = _affine_path_after(program, index)
-            found.append((index, Norm(path, (), None, None, "input")))
+            found.append(_found_at(equation, path, "input"))
         elif not all(program.is_known(value) for value in equation.outputs):
             inner = (norm for one in _inner_programs(program, equation) for norm in find_norms(one))
             for norm in inner:
                 obstacle = norm.obstacle or equation.name
-                found.append((index, Norm(norm.path, (), None, None, obstacle)))
-    return tuple(norm for _, norm in sorted(found, key=lambda pair: pair[0]))
+                found.append(_found_at(equation, norm.path, obstacle))
+    return tuple(found)
+
+
+def _found_at(equation: Equation, path: str, obstacle: str) -> Norm:
+    return Norm(path, (), equation.inputs[0], equation.outputs[0], obstacle)
 
 
 def parent_of(paths: Sequence[str]) -> str:
@@ -241,6 +290,50 @@ def parent_of(paths: Sequence[str]) -> str:
             break
         common.append(names[0])
     return "/".join(common)
+
+
+def _as_convolution(program: Program, index: int, equation: Equation) -> Linear | None:
+    data, kernel = equation.inputs
+    options = equation.options
+    is_plain = program.is_known(kernel) and not program.is_known(data)
+    if not is_plain or options["batch_group_count"] > 1:
+        return None
+    data_spec, kernel_spec, out_spec = options["dimension_numbers"]
+    return Linear(
+        index,
+        data,
+        kernel,
+        outputs=(out_spec[1],),
+        kernel_outputs=(kernel_spec[0],),
+        inputs=(data_spec[1],),
+        kernel_inputs=(kernel_spec[1],),
+        groups=options["feature_group_count"],
+        is_padded=any(size != 0 for pair in options["padding"] for size in pair)
+        or any(step != 1 for step in options["lhs_dilation"]),
+    )
+
+
+def _as_product(program: Program, index: int, equation: Equation) -> Linear | None:
+    known = [program.is_known(value) for value in equation.inputs]
+    if known not in ([False, True], [True, False]):
+        return None
+    side = known.index(True)
+    contracted, batched = equation.options["dimension_numbers"]
+    ranks = [len(program.avals[value].shape) for value in equation.inputs]
+    free = [
+        [one for one in range(ranks[at]) if one not in (*contracted[at], *batched[at])]
+        for at in (0, 1)
+    ]
+    first = len(batched[0]) + (len(free[0]) if side == 1 else 0)
+    return Linear(
+        index,
+        data=equation.inputs[1 - side],
+        kernel=equation.inputs[side],
+        outputs=(*range(len(batched[0])), *range(first, first + len(free[side]))),
+        kernel_outputs=(*batched[side], *free[side]),
+        inputs=(*contracted[1 - side], *batched[1 - side]),
+        kernel_inputs=(*contracted[side], *batched[side]),
+    )
 
 
 def _read(
