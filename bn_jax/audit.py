@@ -385,7 +385,8 @@ def _off(
 ) -> _Off | None:
     """Compares the running statistics with measured ones.
 
-    The difference has the noise of both. A running average has at most that of one batch.
+    The difference has the noise of both. A running average has at most that of one batch of its
+    own variance.
     """
     if measured is None or noise is None:
         return None
@@ -395,7 +396,7 @@ def _off(
     deviation = np.sqrt(np.minimum(var, measured.var) + epsilon)
     ratio = np.where(known, np.log((measured.var + epsilon) / (var + epsilon)), 0)
     tiny = np.finfo(np.float64).tiny
-    mean_errors = difference / np.maximum(math.sqrt(2) * noise.mean, tiny)
+    mean_errors = difference / np.maximum(noise.mean * np.sqrt(1 + np.exp(-ratio)), tiny)
     var_errors = np.abs(ratio) / (math.sqrt(2) * noise.var)
     limit = FAR_ERRORS + math.sqrt(2 * math.log(mean.size))
     share = difference / deviation

@@ -75,11 +75,10 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
         )
     attributes = dict(model.attributes)
     with bn_linen.replace_norms(), nn.intercept_methods(_record(attributes)), _observing(object()):
-        trained = _measure(model, batch, True)
-        evaluated = _measure(model, batch, False)
         program = trace(model.evaluate, model.variables, batch)
-    sites = tuple(_find_sites(program, model))
-    captured = _capture(program, model, batch, sites)
+        sites = tuple(_find_sites(program, model))
+        trained, evaluated, summaries = _run(program, model, batch, sites)
+    captured = _captured(program, sites, summaries)
     return Observations(model, sites, trained, evaluated, captured, attributes, examples)
 
 
@@ -105,8 +104,7 @@ class Model(NamedTuple):
         norms: the running statistics by path.
         statistics: the path of the norm for those leaves of `variables` that are its statistics.
         evaluate: ``evaluate(variables, batch)`` returns the output in evaluation.
-        measuring: `variables` with the state that is measured.
-        measure: ``measure(measuring, batch, train)`` returns what is measured, by path.
+        measure: ``measure(variables, batch, train)`` returns what is measured, by path.
         attributes: of the layers, as far as they are known without a call.
         advice: the line that recalibrates.
     """
@@ -116,7 +114,6 @@ class Model(NamedTuple):
     norms: dict[str, BatchStats]
     statistics: dict[int, str]
     evaluate: Callable[[Any, Any], Any]
-    measuring: Any
     measure: Callable[[Any, Any, bool], dict[str, Measured]]
     attributes: dict[str, Attributes]
     advice: str
@@ -137,14 +134,14 @@ def _adapt(forward: Callable[..., Any], variables: Any) -> Model:
 
 def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> Model:
     batch_stats = variables.get("batch_stats", {})
-    started = jax.tree.map(
-        lambda node: start_measuring(node) if is_running(node) else node,
-        batch_stats,
-        is_leaf=is_running,
-    )
 
-    def measure(measuring: Any, batch: Any, train: bool) -> dict[str, Measured]:
-        returned = forward(measuring, batch, train)
+    def measure(variables: Any, batch: Any, train: bool) -> dict[str, Measured]:
+        started = jax.tree.map(
+            lambda node: start_measuring(node) if is_running(node) else node,
+            variables["batch_stats"],
+            is_leaf=is_running,
+        )
+        returned = forward({**variables, "batch_stats": started}, batch, train)
         return _measured_in(_updated_statistics(returned, train))
 
     statistics = {}
@@ -158,7 +155,6 @@ def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> 
         norms=_running(batch_stats),
         statistics=statistics,
         evaluate=lambda variables, batch: forward(variables, batch, False)[0],
-        measuring={**variables, "batch_stats": started},
         measure=measure,
         attributes={},
         advice=(
@@ -193,18 +189,20 @@ def _adapt_nnx(forward: Callable[..., Any], model: nnx.Module) -> Model:
         path, _, name = path_of(keys).rpartition("/")
         if isinstance(leaf, nnx.BatchStat) and path in norms and name in ("mean", "var"):
             statistics[index] = path
-    attributes = {}
-    for keys, layer in nnx.iter_graph(copy):
-        if isinstance(layer, nnx.BatchNorm):
-            attributes["/".join(map(str, keys))] = _attributes_of(layer)
-            initial = start_measuring({"mean": layer.mean[...], "var": layer.var[...]})
-            layer.measured = nnx.BatchStat(initial["measured"])  # type: ignore[attr-defined]
-    definitions = {False: nnx.graphdef(copy)}
+    attributes = {
+        "/".join(map(str, keys)): _attributes_of(layer)
+        for keys, layer in nnx.iter_graph(copy)
+        if isinstance(layer, nnx.BatchNorm)
+    }
     copy.train()
-    definitions[True], measuring = nnx.split(copy)
+    in_training = nnx.graphdef(copy)
 
-    def measure(measuring: Any, batch: Any, train: bool) -> dict[str, Measured]:
-        called = nnx.merge(definitions[train], measuring)
+    def measure(state: Any, batch: Any, train: bool) -> dict[str, Measured]:
+        called = nnx.merge(in_training if train else definition, state)
+        for _, layer in nnx.iter_graph(called):
+            if isinstance(layer, nnx.BatchNorm):
+                initial = start_measuring({"mean": layer.mean[...], "var": layer.var[...]})
+                layer.measured = nnx.BatchStat(initial["measured"])  # type: ignore[attr-defined]
         forward(called, batch)
         return _measured_in(nnx.state(called, nnx.BatchStat))
 
@@ -214,7 +212,6 @@ def _adapt_nnx(forward: Callable[..., Any], model: nnx.Module) -> Model:
         norms=norms,
         statistics=statistics,
         evaluate=lambda state, batch: forward(nnx.merge(definition, state), batch),
-        measuring=measuring,
         measure=measure,
         attributes=attributes,
         advice=(
@@ -352,13 +349,27 @@ class Captured(NamedTuple):
         return (True, self.flat_values) if all(flat) else (False, self.flat_units)
 
 
-def _measure(model: Model, batch: Any, train: bool) -> dict[str, Measurement]:
-    compiled = jax.jit(model.measure, static_argnums=2)
-    measured = jax.device_get(compiled(model.measuring, batch, train))
-    return {
-        path: Measurement(flat(one.count), flat(one.mean), flat(one.var), flat(one.by_running))
-        for path, one in measured.items()
-    }
+def _run(
+    program: Program, model: Model, batch: Any, sites: Sequence[Site]
+) -> tuple[dict[str, Measurement], dict[str, Measurement], list[dict[str, Any]]]:
+    """Runs all that is to be known in one compiled function, which computes nothing twice."""
+
+    @jax.jit
+    def run(variables: Any, batch: Any) -> Any:
+        leaves, arguments = jax.tree.leaves(variables), jax.tree.leaves(batch)
+        values = _values(program, leaves, arguments, _wanted(program, sites))
+        measured = [model.measure(variables, batch, train) for train in (True, False)]
+        return *measured, [_summary(program, site, values) for site in sites]
+
+    *measured, summaries = jax.device_get(run(model.variables, batch))
+    trained, evaluated = (
+        {
+            path: Measurement(flat(one.count), flat(one.mean), flat(one.var), flat(one.by_running))
+            for path, one in own.items()
+        }
+        for own in measured
+    )
+    return trained, evaluated, summaries
 
 
 def flat(values: Any) -> np.ndarray:
@@ -370,20 +381,14 @@ def _exact(values: np.ndarray) -> np.ndarray:
     return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
 
 
-def _capture(
-    program: Program, model: Model, batch: Any, sites: Sequence[Site]
+def _captured(
+    program: Program, sites: Sequence[Site], summaries: Sequence[dict[str, Any]]
 ) -> dict[str, Captured]:
-    def summaries(leaves: list[Any], arguments: list[Any]) -> list[Any]:
-        values = _values(program, leaves, arguments, _wanted(program, sites))
-        return [_summary(program, site, values) for site in sites]
-
-    compiled = jax.jit(summaries)
-    found = jax.device_get(compiled(jax.tree.leaves(model.variables), jax.tree.leaves(batch)))
     calls: dict[str, list[Captured]] = {}
-    for site, one in zip(sites, found, strict=True):
-        values = math.prod(program.avals[site.input].shape) // one["means"].shape[1]
-        exact: dict[str, Any] = {name: _exact(one.pop(name)) for name in ("means", "squares")}
-        calls.setdefault(site.path, []).append(Captured(values, **exact, **one))
+    for site, summary in zip(sites, summaries, strict=True):
+        values = math.prod(program.avals[site.input].shape) // summary["means"].shape[1]
+        exact: dict[str, Any] = {name: _exact(summary[name]) for name in ("means", "squares")}
+        calls.setdefault(site.path, []).append(Captured(values, **{**summary, **exact}))
     return {path: _together(own) for path, own in calls.items()}
 
 
@@ -446,7 +451,8 @@ def _summary(program: Program, site: Site, values: dict[int, Any]) -> dict[str, 
     x = _as_examples(values[site.input], site.axes)
     y = _as_examples(values[site.output], site.axes)
     means = jnp.mean(x, axis=1)
-    squares = jnp.mean(jnp.abs(x - jnp.mean(means, axis=0)) ** 2, axis=1)
+    centre = jnp.mean(means, axis=0).reshape(1, 1, -1)
+    squares = jnp.mean(jnp.abs(x - centre) ** 2, axis=1)
     activation = {"slopes": None, "flat_values": None, "flat_units": None}
     if site.activation is not None:
         activation = _flatness(program, site, values)
