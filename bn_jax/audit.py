@@ -53,8 +53,8 @@ ASSUMED_KURTOSIS = 6.0
 # The estimated variance is within a factor of two three times out of four; the values of eight
 # independent examples that are normal. Batch norm's loss below that many is in Wu & He 2018.
 LARGEST_VAR_ERROR = 0.5
-# Weight decay takes a scale that no gradient holds through this within a few thousand steps, and
-# training alone takes none there.
+# As a share of the layer's median scale, divided by the number of features. Scales that start at 0
+# cross it again in training: of the smallest one in a layer, one in a thousand is under this.
 DEAD_SCALE = 1e-3
 # More than half of the values of a bounded activation; of the others more than a tenth of units
 # that pass no gradient for any example, for a few of them are found in any network that is trained.
@@ -96,7 +96,7 @@ class Layer(NamedTuple):
         batch_mean: the mean of the batch in training.
         batch_var: its variance in training.
         mean_off: how far the running mean is from that of the batch, in standard deviations: the
-            largest of the features. In training or in evaluation, whichever is nearer.
+            largest of the features; in training, or in evaluation where fewer features are far off.
         mean_errors: the same in standard errors.
         var_off: the factor between both variances, at least 1: the largest of the features.
         var_errors: that of the logarithms, in standard errors.
@@ -441,7 +441,7 @@ def _row(layer: _Examined) -> Layer:
         var_off=None if off is None else float(np.exp(np.abs(off.var).max())),
         var_errors=None if off is None else float(off.var_errors[np.abs(off.var).argmax()]),
         var_error=layer.var_error,
-        saturated=None if flat is None else flat[1],
+        saturated=None if flat is None else float(flat[1]),
         is_found=bool(layer.sites),
     )
 
@@ -542,7 +542,7 @@ def _about_statistics(layers: Sequence[_Examined], recalibrate: str) -> Iterator
             yield Finding(
                 "differs in evaluation",
                 layer.path,
-                "Its running statistics are those of training, but in evaluation "
+                "Its running statistics are those of training, but in evaluation far off "
                 + _about_off(layer, layer.in_evaluation),
                 "Something before it behaves differently in evaluation, as dropout does, or a "
                 f"running average lags. Measure in evaluation: {recalibrate}",
@@ -558,7 +558,8 @@ def _batch_beside(layer: _Examined) -> str:
     batch = layer.trained or layer.evaluated
     if batch is None:
         return ""
-    return f"; those of the batch are {np.abs(batch.mean).max():.3g} at most and {_span(batch.var)}"
+    largest = np.abs(batch.mean).max()
+    return f" (the batch has means of up to {largest:.3g} and variances of {_span(batch.var)})"
 
 
 def _span(var: np.ndarray) -> str:
@@ -567,8 +568,8 @@ def _span(var: np.ndarray) -> str:
 
 def _about_stale(layer: _Examined) -> str:
     assert layer.in_training is not None and layer.trained is not None
-    message = "Its running statistics are not those of the batch: " + _about_off(
-        layer, layer.in_training
+    message = (
+        f"Its running statistics are far from the batch's {_about_off(layer, layer.in_training)}"
     )
     share = _initial_share(layer)
     if share is None:
@@ -642,7 +643,7 @@ def _dead_features(layer: _Examined) -> Iterator[Finding]:
     if layer.scale is not None and layer.scale.size == layer.mean.size:
         size = np.abs(layer.scale)
         usual = np.median(size)
-        dead = size < DEAD_SCALE * min(usual, 1)
+        dead = size < DEAD_SCALE / size.size * min(usual, 1)
         if dead.any():
             yield Finding(
                 "dead features",
@@ -696,7 +697,8 @@ def _small_batch(layer: _Examined) -> Iterator[Finding]:
 
 def _saturated(layer: _Examined) -> Iterator[Finding]:
     flat = layer.captured.saturated() if layer.captured is not None else None
-    if flat is None:
+    # Where evaluation does not normalize, training may yet.
+    if flat is None or layer.initial or _is_stale(layer):
         return
     is_bounded, share = flat
     if share <= (MOST_SATURATED_VALUES if is_bounded else MOST_SATURATED_UNITS):
@@ -711,7 +713,7 @@ def _saturated(layer: _Examined) -> Iterator[Finding]:
         layer.path,
         f"{what}, so that no gradient comes back.",
         "Look at its scale and bias and at the learning rate: they have moved what was mean 0 and "
-        "variance 1. Stale running statistics do it too.",
+        "variance 1.",
     )
 
 

@@ -661,7 +661,8 @@ def _activation_after(
     if len(ends) != 1 or ends[0] == start:
         return None
     affine = all(as_affine_step(program, program.equations[index]) for index in indices)
-    is_real = jnp.issubdtype(program.avals[ends[0]].dtype, jnp.floating)
+    dtypes = [program.avals[value].dtype for value in (start, ends[0])]
+    is_real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
     return (tuple(indices), ends[0]) if is_real and not affine else None
 
 

@@ -160,7 +160,7 @@ class EveryBlock(nn.Module):
 
 
 def test_blocks_of_every_kind_have_no_finding():
-    model, x, mask = EveryBlock(), inputs_as_images(3), bn.optim.no_weight_decay_mask
+    model, x = EveryBlock(), inputs_as_images(3)
     shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
     rng = np.random.default_rng(0)
 
@@ -168,21 +168,13 @@ def test_blocks_of_every_kind_have_no_finding():
         spread = 0.1 if len(leaf.shape) == 1 else np.sqrt(2 / np.prod(leaf.shape[:-1]))
         return np.float32((len(leaf.shape) == 1) + spread * rng.normal(size=leaf.shape))
 
-    params = jax.tree.map(draw, shapes["params"])
-    fresh = jax.tree.map(lambda norm: np.zeros(norm.shape, np.float32), shapes["batch_stats"])
-    fresh = jax.tree.map_with_path(lambda keys, leaf: leaf + (keys[-1].key == "var"), fresh)
-    report = audited(model, {"params": params, "batch_stats": fresh}, x, weight_decay_mask=mask)
-    assert {one.kind for one in report.findings} == {"never updated"}
-    assert len(report.findings) == len(report.layers) == 14
-    stats = jax.tree.map(np.copy, fresh)
-    for layer in report.layers:
-        node = stats
-        for name in layer.path.split("/"):
-            node = node[name]
-        node["mean"][:], node["var"][:] = layer.batch_mean, layer.batch_var
-    variables, other = {"params": params, "batch_stats": stats}, inputs_as_images(4)
-    report = audited(model, variables, other, weight_decay_mask=mask)
+    variables = jax.tree.map(draw, shapes)
+    _, updates = jax.jit(forward_of(model), static_argnums=2)(variables, x, True)
+    mask = bn.optim.no_weight_decay_mask
+    other = inputs_as_images(4)
+    report = audited(model, {**variables, **updates}, other, weight_decay_mask=mask)
     assert report.findings == ()
+    assert len(report.layers) == 14
     assert all(layer.is_found for layer in report.layers)
     assert all(one is not None for layer in report.layers for one in layer[:-2])
 
@@ -205,6 +197,7 @@ def test_stale_statistics(sound):
     assert kinds(report) == [("stale", "norm_1")]
     (finding,) = report.findings
     assert "in feature 3 (1 of 8)" in finding.message
+    assert "of the initial" not in finding.message
     assert "bn.recalibrate(" in finding.advice
     shares, errors = re.search(
         r"which is (\S+) standard deviations or (\S+) standard errors", finding.message
@@ -213,20 +206,22 @@ def test_stale_statistics(sound):
     assert float(errors) == pytest.approx(float(shares) * np.sqrt(EXAMPLES / 2), rel=0.2)
 
 
-@pytest.mark.parametrize(("factor", "called"), [(6.0, True), (1 / 6, True), (1.6, False)])
-def test_stale_variances(sound, factor, called):
-    report = audited(Net(), broken(sound, "batch_stats/norm_1/var", lambda var: var * factor))
-    assert kinds(report) == [("stale", "norm_1")] * called
+def test_stale_variances(sound):
+    factors = np.array([6, 1, 1 / 6, 1, 1.5, 1, 1 / 1.5, 1], np.float32)
+    report = audited(Net(), broken(sound, "batch_stats/norm_1/var", lambda var: var * factors))
+    assert kinds(report) == [("stale", "norm_1")]
+    assert "in features 0, 2 (2 of 8)" in report.findings[0].message
+    assert re.search(r"a factor of \S+ or \S+ standard errors", report.findings[0].message)
 
 
 def test_what_does_not_matter_is_not_stale(sound):
-    # A thousand examples tell the difference well, but it is a small one.
-    x = inputs(1, 1024)
-    variables = healthy(Net(), inputs(0, 1024))
-    report = audited(Net(), shifted(variables, 3, 0.4), x)
-    assert report.findings == ()
-    assert report.layers[1].mean_errors > 8
-    assert kinds(audited(Net(), shifted(variables, 3, 0.6), x)) == [("stale", "norm_1")]
+    # A thousand examples tell a small difference well.
+    variables = with_statistics(Net(), sound, inputs(0, 1024))
+    variables = shifted(shifted(variables, 3, 0.4), 5, 0.6)
+    report = audited(Net(), variables, inputs(1, 1024))
+    assert kinds(report) == [("stale", "norm_1")]
+    assert "in feature 5 (1 of 8)" in report.findings[0].message
+    assert report.layers[1].mean_errors == pytest.approx(0.6 * np.sqrt(1024 / 2), rel=0.2)
 
 
 class Images(nn.Module):
@@ -269,7 +264,6 @@ def test_a_count_of_zero_is_never_updated(sound):
     model = Net(options={"momentum": None})
     counted = {**sound["batch_stats"]["norm_1"], "count": np.ones(8, np.float32)}
     counted = {**sound, "batch_stats": {**sound["batch_stats"], "norm_1": counted}}
-    assert audited(model, counted).findings == ()
     none = broken(counted, "batch_stats/norm_1/count", at(slice(None), 0))
     assert kinds(audited(model, none)) == [("never updated", "norm_1")]
 
@@ -284,8 +278,6 @@ def test_too_few_updates_leave_initial_values(sound):
     report = audited(Net(), few, x)
     assert report.findings[0][:2] == ("stale", "norm_0")
     assert "with 70% of the initial mean 0 and variance 1" in report.findings[0].message
-    other = audited(Net(), shifted(sound, 3, 4.0))
-    assert "of the initial" not in str(other)
 
 
 def test_evaluation_that_differs_from_training(sound):
@@ -297,7 +289,7 @@ def test_evaluation_that_differs_from_training(sound):
 
     report = audited(net(0.7), with_statistics(net(0.7), sound, inputs(0)))
     assert kinds(report) == [("differs in evaluation", "norm_1")]
-    assert "in evaluation in feature" in report.findings[0].message
+    assert "in evaluation far from them in feature" in report.findings[0].message
 
 
 def test_evaluation_by_the_batch(sound):
@@ -366,13 +358,13 @@ def test_what_is_behind_a_mask_may_be_anything(sound):
 def test_several_faults_of_one_norm(sound):
     model = Net(use_bias=True)
     variables = broken(sound, "params/norm_1/scale", at(slice(None), 4.0))
-    variables = broken(variables, "params/norm_1/scale", at(2, 0.9e-3))
+    variables = broken(variables, "params/norm_1/scale", at(2, 1.1e-4))
     variables["params"]["dense_1"]["bias"] = np.zeros(8, np.float32)
     decays = {"norm_1": {"scale": True, "bias": False}, "norm_0": False}
     report = audited(model, variables, weight_decay_mask={**decays, "classifier": True})
     assert_finds(
         report,
-        ("dead features", "norm_1", r"scale of feature 2 \(1 of 8\) is 0.0009 .* median of 4:"),
+        ("dead features", "norm_1", r"scale of feature 2 \(1 of 8\) is 0.00011 .* median of 4:"),
         ("bias without effect", "norm_1", r"^The bias 'dense_1/bias' directly before it"),
         ("saturated", "norm_1", r"^5\d% of the values after it"),
         ("weight decay", "norm_1", r"applies to its scale\."),
@@ -394,7 +386,7 @@ def test_nearly_those_faults(sound):
         options={"virtual_batch_size": 16},
     )
     variables = broken(sound, "params/norm_1/scale", at(slice(None), 2.8))
-    variables = broken(variables, "params/norm_1/scale", at(2, 1.1e-3))
+    variables = broken(variables, "params/norm_1/scale", at(2, 1.4e-4))
     variables["params"]["dense_1"]["bias"] = np.zeros(8, np.float32)
     variables = with_statistics(model, variables, inputs(0))
     decays = {"norm_1": False, "norm_0": False, "dense_0": {"kernel": True}}
@@ -442,17 +434,16 @@ def test_a_small_batch(sound, examples, called):
 
 
 def test_a_variance_under_epsilon(sound):
-    def almost(var):
-        variables = broken(sound, "params/dense_1/kernel", at((slice(None), 4), 0.0))
-        spread = np.sqrt(var / sound["batch_stats"]["norm_1"]["var"][1])
-        kernel = sound["params"]["dense_1"]["kernel"][:, 1] * spread
-        variables["params"]["dense_1"]["kernel"][:, 6] = kernel
-        return with_statistics(Net(), variables, inputs(0))
-
-    report = audited(Net(), almost(0.5e-5))
-    assert_finds(report, ("dead features", "norm_1", r"features 4, 6 \(2 of 8\) is .* at most"))
-    report = audited(Net(), almost(3e-5))
-    assert_finds(report, ("dead features", "norm_1", r"feature 4 \(1 of 8\) is 0 at most, under"))
+    variables = jax.tree.map(np.copy, sound)
+    kernel, (_, first, *_) = (
+        variables["params"]["dense_1"]["kernel"],
+        variables["batch_stats"]["norm_1"]["var"],
+    )
+    for feature, var in (4, 0.0), (6, 0.5e-5), (7, 3e-5):
+        kernel[:, feature] = kernel[:, 1] * np.sqrt(var / first)
+    report = audited(Net(), with_statistics(Net(), variables, inputs(0)))
+    message = r"^The variance of features 4, 6 \(2 of 8\) is \de-06 at most, under epsilon=1e-05"
+    assert_finds(report, ("dead features", "norm_1", message))
 
 
 # --- functions, and what of a program is found --------------------------------------------------
@@ -540,6 +531,10 @@ FUNCTIONS = {
         [],
     ),
     "the output": (lambda norm, p, x: norm("a", x @ p["w"]), []),
+    "flat after a factor": (
+        lambda norm, p, x: jnp.tanh(20 * norm("a", x @ p["w"])) @ p["v"],
+        [("saturated", "a")],
+    ),
     "an activation in the layer": (
         lambda norm, p, x: norm("a", x @ p["w"], activation=jnp.tanh) @ p["v"],
         [],
@@ -563,16 +558,11 @@ def test_functions_have_their_faults_found_too():
     stats["a"]["mean"][6] = np.nan
     params = {**variables["params"], "a": {"scale": 40 * np.ones(8, np.float32)}}
     report = bn.audit(forward, {"params": params, "batch_stats": stats}, inputs(1))
-    assert [one.kind for one in report.findings] == [
-        "not finite",
-        "not finite",
-        "stale",
-        "saturated",
-    ]
+    assert [one.kind for one in report.findings] == ["not finite", "not finite", "stale"]
     assert {one.path for one in report.findings} == {"a"}
     (layer,) = report.layers
     assert "in features 0, 1, 2, 3, ... (7 of 8)" in report.findings[2].message
-    assert layer.saturated > 0.8
+    assert layer.saturated > 0.7
 
 
 def scanned(variables, x, train):
@@ -682,7 +672,7 @@ def test_a_healthy_module_has_no_finding_and_stays_as_it_is(norm):
 def test_faults_of_a_module():
     model = make_module(norm=partial(bn.nnx.BatchNorm, virtual_batch_size=8))
     first, second = model.layers[1], model.layers[4]
-    first.mean[...] += jnp.sqrt(first.var[...]) * 5 * (jnp.arange(8) == 3)
+    first.mean[...] -= jnp.sqrt(first.var[...]) * 5 * (jnp.arange(8) == 3)
     second.scale[...] = second.scale[...].at[2].set(1e-5)
     second.bias[...] = second.bias[...].at[5:].set(-100.0)
     mask = nnx.map_state(lambda path, leaf: path[1] in (0, 4), nnx.state(model, nnx.Param))
