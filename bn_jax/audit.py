@@ -542,7 +542,8 @@ def _about_statistics(layers: Sequence[_Examined], recalibrate: str) -> Iterator
             yield Finding(
                 "differs in evaluation",
                 layer.path,
-                "Its running statistics are those of training, but in evaluation far off "
+                "In training its running statistics are those of the batch, in evaluation far from "
+                "them "
                 + _about_off(layer, layer.in_evaluation),
                 "Something before it behaves differently in evaluation, as dropout does, or a "
                 f"running average lags. Measure in evaluation: {recalibrate}",
