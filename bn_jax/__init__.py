@@ -6,6 +6,7 @@ from bn_jax.batch_norm import (
     BatchStats,
     Measured,
     batch_norm,
+    identity_params,
     init_batch_stats,
     init_params,
     normalize_by_batch,
@@ -14,6 +15,7 @@ from bn_jax.batch_norm import (
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax.moments import Moments, merge_moments, moments
+from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.standardize import Params
 
 __all__ = [
@@ -21,15 +23,18 @@ __all__ = [
     "BatchStats",
     "Finding",
     "FoldedNorm",
+    "LayerChange",
     "Measured",
     "Moments",
     "Params",
+    "Recalibration",
     "absorb_scale",
     "as_affine",
     "audit",
     "batch_norm",
     "fold",
     "group_norm",
+    "identity_params",
     "init_batch_stats",
     "init_params",
     "instance_norm",
@@ -40,6 +45,7 @@ __all__ = [
     "nnx",
     "normalize_by_batch",
     "optim",
+    "recalibrate",
     "rms_norm",
     "update_batch_stats",
 ]

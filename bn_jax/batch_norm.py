@@ -21,8 +21,8 @@ from bn_jax.moments import (
     centred_moments,
     make_reduction,
     mean_dtype,
-    merge_along,
-    merge_moments,
+    merge_centred,
+    moments,
     split_axis,
     static_count,
     statistics_dtype,
@@ -53,6 +53,8 @@ class Measured(NamedTuple):
         running_var_ddof: that of the layer, 0 where no call has measured.
         by_running: 1 where a call that measured normalized by the running statistics, else 0. What
             was measured behind such a layer depends on them.
+        residue: what rounding has left of the mean, which is ``mean + residue`` in higher
+            precision: far from zero, variances cannot be merged without.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -60,6 +62,7 @@ class Measured(NamedTuple):
     var: jax.Array
     running_var_ddof: jax.Array
     by_running: jax.Array
+    residue: jax.Array
 
 
 class BatchStats(TypedDict):
@@ -138,6 +141,49 @@ def init_batch_stats(
     return batch_stats
 
 
+def identity_params(
+    x: jax.Array,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+) -> Params:
+    """Returns the parameters that make batch norm the identity on a batch.
+
+    ``scale = sqrt(var + epsilon)``, ``bias = mean``: what training would have to find for the norm
+    to change nothing, and so what to begin with where one is put into a trained network.
+
+    Args:
+        x: floating-point or complex array, the batch.
+        axis: the feature axis or axes of `x`.
+        epsilon: that of the norm.
+        mask: boolean or non-negative weights, broadcastable to `x`, as the norm will have it.
+        axis_name: the named axis or axes that the norm synchronizes over.
+
+    Returns:
+        ``{"scale": [*F], "bias": [*F]}`` in at least float32; of complex `x` the scale is real.
+
+    Raises:
+        TypeError, ValueError, NameError: as `batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> params, batch_stats = bn.identity_params(x), bn.init_batch_stats(1)
+        >>> bn.batch_norm(params, batch_stats, x, use_running_average=False)[0].round(4).tolist()
+        [[1.0], [3.0], [8.0]]
+
+    Reference: Ioffe & Szegedy 2015, section 3, https://arxiv.org/abs/1502.03167.
+    """
+    check_epsilon(epsilon)
+    x = as_floating("x", x)
+    feature_axes = canonical_axes("axis", axis, x.ndim)
+    reduced = [axis for axis in range(x.ndim) if axis not in feature_axes]
+    found = moments(x, reduced, mask=mask, axis_name=axis_name)
+    return {"scale": jnp.sqrt(found.var + epsilon), "bias": found.mean}
+
+
 def start_measuring(batch_stats: BatchStats) -> BatchStats:
     """Returns `batch_stats` as a state that is measured: with `measured`, in which nothing is yet.
 
@@ -162,7 +208,7 @@ def start_measuring(batch_stats: BatchStats) -> BatchStats:
     dtype = statistics_dtype(mean.dtype, var.dtype)
     zeros = jnp.zeros_like(var, dtype)
     of_mean = jnp.zeros_like(mean, mean_dtype(dtype, mean.dtype))
-    return {**batch_stats, "measured": Measured(zeros, of_mean, zeros, zeros, zeros)}
+    return {**batch_stats, "measured": Measured(zeros, of_mean, zeros, zeros, zeros, of_mean)}
 
 
 def batch_norm(
@@ -293,12 +339,11 @@ def batch_norm(
         y = _normalize_by_batch(given, batch, epsilon)
     if not update:
         return y, batch_stats
+    found = _merged(batch, jnp.shape(batch_stats["mean"]))
+    if measuring:
+        return y, _measure_too(batch_stats, found, running_var_ddof, use_running_average)
     return y, update_batch_stats(
-        batch_stats,
-        _merged(batch, jnp.shape(batch_stats["mean"])),
-        momentum=momentum,
-        running_var_ddof=running_var_ddof,
-        by_running=use_running_average,
+        batch_stats, _rounded(found), momentum=momentum, running_var_ddof=running_var_ddof
     )
 
 
@@ -345,7 +390,7 @@ def normalize_by_batch(
     groups = axis_name, axis_index_groups, virtual_batch_size
     batch = _measure(given, batch_stats, axis, *groups, initializing)
     y = _normalize_by_batch(given, batch, epsilon)
-    return y, _merged(batch, jnp.shape(batch_stats["mean"]))
+    return y, _rounded(_merged(batch, jnp.shape(batch_stats["mean"])))
 
 
 def update_batch_stats(
@@ -399,9 +444,8 @@ def update_batch_stats(
             f"batch_stats of shape {old['mean'].shape}: take them over all axes but the features'."
         )
     if "measured" in batch_stats:
-        found = Moments(count, mean, var)
-        measured = _measure_too(batch_stats["measured"], found, running_var_ddof, by_running)
-        return {**batch_stats, "measured": measured}
+        found = CentredMoments(count, mean, jnp.zeros_like(mean), var)
+        return _measure_too(batch_stats, found, running_var_ddof, by_running)
     freedom = count - running_var_ddof
     unbiased = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
     weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
@@ -587,36 +631,49 @@ def _batch_moments(
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
-def _merged(batch: _Batch, features: tuple[int, ...]) -> Moments:
+def _merged(batch: _Batch, features: tuple[int, ...]) -> CentredMoments:
     """Returns the moments of the batch, all groups merged, in the shape of the features."""
     layout, found = batch.layout, batch.found
-    if layout.group_axis is None:
-        count, mean, var = found.count, found.shift + found.delta, found.var
-    else:
-        count, mean, var = merge_along(layout.group_axis, found)
+    if layout.group_axis is not None:
+        found = merge_centred(layout.group_axis, found)
+    count, *others = found
     if count.size == 1:
         count = count.reshape(())
     else:
-        count = jnp.broadcast_to(count, mean.shape).reshape(features)
-    return Moments(count, mean.reshape(features), var.reshape(features))
+        count = jnp.broadcast_to(count, found.var.shape).reshape(features)
+    return CentredMoments(count, *(leaf.reshape(features) for leaf in others))
+
+
+def _rounded(found: CentredMoments) -> Moments:
+    return Moments(found.count, found.shift + found.delta, found.var)
 
 
 def _measure_too(
-    measured: Measured, found: Moments, running_var_ddof: int, by_running: bool
-) -> Measured:
+    batch_stats: BatchStats, found: CentredMoments, running_var_ddof: int, by_running: bool
+) -> BatchStats:
     """Merges the moments of a batch into what has been measured, in the dtypes that this has."""
-    count, mean, var, ddof, noted = (_placed_like(found.var, leaf) for leaf in measured)
-    real = var.dtype
-    sound = jnp.isfinite(found.mean) & jnp.isfinite(found.var) & (found.count > 0)
-    new = Moments(
-        jnp.where(sound, found.count.astype(real), 0),
-        found.mean.astype(mean_dtype(real, mean.dtype, found.mean.dtype)),
-        found.var.astype(real),
+    measured = Measured(*(_placed_like(found.var, leaf) for leaf in batch_stats["measured"]))
+    real = measured.var.dtype
+    dtype = mean_dtype(real, measured.mean.dtype, found.shift.dtype)
+    sound = jnp.isfinite(found.shift + found.delta) & jnp.isfinite(found.var) & (found.count > 0)
+    both = CentredMoments(
+        jnp.stack([measured.count, jnp.where(sound, found.count.astype(real), 0)]),
+        jnp.stack([measured.mean.astype(dtype), found.shift.astype(dtype)]),
+        jnp.stack([measured.residue.astype(dtype), found.delta.astype(dtype)]),
+        jnp.stack([measured.var, found.var.astype(real)]),
     )
-    merged = merge_moments(Moments(count, mean.astype(new.mean.dtype), var), new)
-    return Measured(
-        *merged, jnp.full_like(ddof, running_var_ddof), jnp.maximum(noted, float(by_running))
-    )
+    count, shift, delta, var = merge_centred(0, both)
+    mean, residue = _two_sum(shift, delta)
+    ddof = jnp.full_like(measured.running_var_ddof, running_var_ddof)
+    noted = jnp.maximum(measured.by_running, float(by_running))
+    return {**batch_stats, "measured": Measured(count, mean, var, ddof, noted, residue)}
+
+
+def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rounded sum and, exactly, what rounding has left of it (Knuth)."""
+    total = first + second
+    of_second = total - first
+    return total, (first - (total - of_second)) + (second - of_second)
 
 
 def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -187,6 +187,12 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
 
 def merge_along(axis: int, parts: CentredMoments) -> Moments:
     """Merges moments that are stacked along an axis; `merge_moments` says by which formula."""
+    count, shift, delta, var = merge_centred(axis, parts)
+    return Moments(count, shift + delta, var)
+
+
+def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
+    """Merges as `merge_along` does, and leaves the mean the unevaluated sum ``shift + delta``."""
     counts_shape = list(parts.count.shape)
     counts_shape[axis] = parts.var.shape[axis]
     counts = jnp.broadcast_to(parts.count, counts_shape)
@@ -203,7 +209,7 @@ def merge_along(axis: int, parts: CentredMoments) -> Moments:
     error = jnp.sum(share.astype(deviation.dtype) * deviation, axis, keepdims=True)
     square = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
     var = jnp.maximum(square - absolute_square(error), 0)
-    return Moments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate + error, var)))
+    return CentredMoments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate, error, var)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

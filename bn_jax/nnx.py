@@ -85,6 +85,8 @@ class BatchNorm(nnx.BatchNorm):
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
 
+    measured: nnx.BatchStat[Any]
+
     def __init__(
         self,
         num_features: int,

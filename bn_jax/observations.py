@@ -364,7 +364,12 @@ def _run(
     *measured, summaries = jax.device_get(run(model.variables, batch))
     trained, evaluated = (
         {
-            path: Measurement(flat(one.count), flat(one.mean), flat(one.var), flat(one.by_running))
+            path: Measurement(
+                values=flat(one.count),
+                mean=flat(one.mean) + flat(one.residue),
+                var=flat(one.var),
+                by_running=flat(one.by_running),
+            )
             for path, one in own.items()
         }
         for own in measured

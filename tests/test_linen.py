@@ -20,7 +20,7 @@ from support import (
 )
 
 import bn_jax as bn
-from bn_jax.batch_norm import Measured, start_measuring
+from bn_jax.batch_norm import start_measuring
 
 OURS, FLAX = bn.linen.BatchNorm, nn.BatchNorm
 
@@ -1057,8 +1057,8 @@ def test_a_state_that_is_measured(way, use_running_average):
     updated = updates["batch_stats"]
     updated = dict(updated["norm"] if way == "two calls" else updated)
     ones, zeros = np.ones(3), np.zeros(3)
-    expected = Measured(*define_moments(x), zeros, ones * use_running_average)
-    assert_close(updated.pop("measured"), expected)
+    expected = [*define_moments(x), zeros, ones * use_running_average]
+    assert_close(list(updated.pop("measured")[:5]), expected)
     chex.assert_trees_all_equal(updated, stats)
     if use_running_average:
         assert_close(y.reshape(x.shape), define_affine(x, *stats.values(), ones, zeros))

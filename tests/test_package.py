@@ -27,6 +27,7 @@ FLOORS = {
     "optim": 5,
     "programs": 5,
     "fold": 5,
+    "recalibrate": 5,
     "data": 6,
     "models": 6,
     "processes": 6,

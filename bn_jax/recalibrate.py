@@ -1,0 +1,530 @@
+"""The population statistics of a trained model, measured exactly instead of averaged in training.
+
+The statistics of the n-th norm depend on what the norms before it make of the data. A pass in which
+every norm normalizes by given statistics, and measures what comes in, makes the first one exact
+whatever these are; normalizing by what that pass found, the next makes the second one exact, and so
+on. So nothing depends on how the data is split, and one example at a time will do. Batches that are
+normalized by their own statistics (PreciseBN, `update_bn`) need one pass only, but what is behind
+the first norm is then that of a network which normalizes every batch otherwise.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary, ref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+
+from bn_jax.batch_norm import BatchStats, Measured, start_measuring
+from bn_jax.linen import replace_norms as replacing_norms
+from bn_jax.moments import statistics_dtype
+from bn_jax.nnx import BatchNorm, replace_norms
+from bn_jax.optim import is_running, path_of
+
+Forward: TypeAlias = Callable[[Any, Any], Any]
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = dict[str, Any]
+
+# Random numbers that a module of NNX may draw in a batch before they are those of the next.
+DRAWS_OF_A_BATCH = 2**16
+# Roundings of a statistic within which two passes agree.
+ROUNDINGS = 8
+LINE = (
+    "lambda variables, batch: model.apply(variables, batch, train=False, mutable=['batch_stats'])"
+)
+
+
+class LayerChange(NamedTuple):
+    """What recalibration did to one norm.
+
+    Attributes:
+        path: where it is in ``batch_stats``, joined by "/"; "" at the top level.
+        mean: how far the mean moved at most, in old standard deviations.
+        var: by which factor the variance changed at most, up or down; at least 1.
+        values: how many values entered a feature, the fewest of those that were measured; 0 where
+            none was.
+        kept: how many features kept their statistics, for lack of valid and finite values.
+    """
+
+    path: str
+    mean: float
+    var: float
+    values: float
+    kept: int
+
+
+class Recalibration(NamedTuple):
+    """The statistics that `recalibrate` found; as text, a table of what changed.
+
+    Attributes:
+        batch_stats: the collection, in the structure and dtypes of the old one; of an `nnx.Module`
+            the `nnx.State` for ``nnx.update(model, ...)``.
+        layers: what changed, norm by norm in the order of `batch_stats`.
+        passes: how often the batches were gone through.
+        settled: whether one pass more would change nothing beyond rounding.
+    """
+
+    batch_stats: Any
+    layers: tuple[LayerChange, ...]
+    passes: int
+    settled: bool
+
+    def __str__(self) -> str:
+        ordered = sorted(
+            self.layers, key=lambda one: max(one.mean, math.log(one.var)), reverse=True
+        )
+        rows = [("norm", "mean moved by", "variance changed", "values"), *map(_row, ordered)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [sentence for one in ordered for sentence in _sentences(one)]
+        if not self.settled:
+            lines.append(
+                f"The statistics had not settled after passes={self.passes}: those of later norms "
+                "would still change. Allow more passes."
+            )
+        return "\n".join(lines)
+
+
+def recalibrate(
+    forward: Forward,
+    variables: Any,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]],
+    *,
+    passes: int | None = None,
+    progress: bool = False,
+) -> Recalibration:
+    """Measures the exact population statistics of every batch norm over a data set.
+
+    Of a `forward` that evaluates, every pass over the batches normalizes by the statistics of the
+    pass before, so that after `k` passes the first `k` norms on any path have ::
+
+        mean = sum(x) / n,    var = sum(|x - mean|**2) / (n - running_var_ddof)
+
+    with the sums over all `n` values of a feature in the whole data set, however it is split: in
+    uneven or masked batches, or one example at a time. Passes go on until no statistic changes
+    beyond rounding, at most as many as there are norms, those under lifted transforms counted
+    singly; each costs an evaluation of the data set. Dropout is off. This is what to use where the
+    running statistics were not averaged under these weights or on this data: averaged weights (SWA,
+    EMA), pruned, quantized or converted ones.
+
+    Of a `forward` that trains, every batch is normalized by its own statistics, and these are
+    pooled by their counts in a single pass: what PreciseBN and PyTorch's `update_bn` approximate.
+
+    Each batch is one compiled step, and its moments are merged in double precision on the host; the
+    memory does not grow with their number. Flax's norms are measured as ours; a subclass of one of
+    Flax's keeps its statistics.
+
+    Args:
+        forward: called as ``forward(variables, batch)``; returns ``(y, updates)`` with the new
+            statistics in ``updates["batch_stats"]``, as ``model.apply(variables, x, train=False,
+            mutable=["batch_stats"])`` does, or anything where `variables` is an `nnx.Module`,
+            which ``model.eval()`` makes evaluate. It is compiled once for all passes and calls,
+            and once again for batches of another shape; as with `jax.jit`, what it reads from
+            outside is taken as it was then.
+        variables: ``{"params": ..., "batch_stats": ...}``, or an `nnx.Module`. They stay as they
+            are.
+        batches: trees of arrays, as `forward` takes them: anything that can be iterated as often as
+            there are passes, or a function without arguments that returns an iterator.
+        passes: how many there are at most. None: as many as are needed.
+        progress: whether to show a bar on standard error; it needs rich.
+
+    Returns:
+        `Recalibration`: the new statistics, and what changed. A norm that measured nothing because
+        it is frozen, or because `forward` does not reach it, keeps its own, and so does a feature
+        without a valid and finite value in any batch; the text says which. A ``count`` of
+        batches becomes the number of those here.
+
+    Raises:
+        ValueError: there is no batch norm, there are no batches, `forward` returns no updated
+            statistics, or a second pass is needed over an iterator that gives its batches once.
+        TypeError: `variables` is neither a mapping nor a module, or `batches` is one batch.
+        ModuleNotFoundError: ``progress=True`` without rich.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> def forward(variables, batch):
+        ...     return model.apply(variables, batch, mutable=["batch_stats"])
+        >>> found = bn.recalibrate(forward, variables, [x[:1], x[1:]])
+        >>> found.batch_stats["mean"].tolist(), round(found.batch_stats["var"].item(), 4)
+        ([4.0], 8.6667)
+        >>> print(found)
+        norm                mean moved by  variance changed  values
+        the top-level norm  4 std          8.667 times       3
+
+    Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+    https://arxiv.org/abs/2105.07576, for batches normalized by their own statistics.
+    """
+    if passes is not None and passes < 1:
+        raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
+    measure, batch_stats = _prepare(forward, variables)
+    allowed = math.inf if passes is None else passes
+    only_once = isinstance(batches, Iterator) and allowed > 1
+    current, number, settled = batch_stats, 0, False
+    with _progress_bar(progress) as show:
+        while not settled and number < allowed:
+            number += 1
+            shown = show(_opened(batches), f"pass {number}")
+            pools, count = _measure_all(partial(measure, current), shown, only_once)
+            if count == 0:
+                raise ValueError(_nothing_in(batches, number))
+            before, current = current, _recalibrated(current, pools, count)
+            settled = number >= _passes_needed(pools) or _agree(before, current)
+    layers = tuple(_changes(batch_stats, current, pools))
+    return Recalibration(current, layers, number, settled)
+
+
+# --- what is measured in one batch --------------------------------------------------------------
+
+
+def _prepare(
+    forward: Forward, variables: Any
+) -> tuple[Callable[[Any, Any, int], dict[str, Measured]], Any]:
+    """Returns what measures a batch, given statistics, the batch and its number; and the old."""
+    graph: Any = None
+    batch_stats: Any
+    others: Any
+    if isinstance(variables, nnx.Module):
+        graph, *states = nnx.split(variables, nnx.BatchStat, ...)
+        batch_stats, others = states
+    elif isinstance(variables, Mapping):
+        others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+        batch_stats = variables.get("batch_stats", {})
+    else:
+        raise TypeError(
+            f"variables is a {type(variables).__name__}; expected an nnx.Module or "
+            "{'params': ..., 'batch_stats': ...}, as model.init returns it."
+        )
+    if not _norms(batch_stats):
+        raise ValueError(
+            "variables holds no batch norm: expected a mean and a var of each in "
+            "variables['batch_stats'], or in the nnx.BatchStat variables of a module. Pass "
+            "{'params': params, 'batch_stats': batch_stats} with what model.init or training "
+            "returned."
+        )
+    return partial(_step_of(forward), graph, others), batch_stats
+
+
+# A step is compiled as long as its forward function lives.
+_steps: WeakKeyDictionary[Forward, Callable[..., dict[str, Measured]]] = WeakKeyDictionary()
+
+
+def _step_of(forward: Forward) -> Callable[..., dict[str, Measured]]:
+    """Returns the compiled step of a forward function, which the caller keeps alive."""
+    try:
+        if forward in _steps:
+            return _steps[forward]
+        reference = ref(forward)
+    except TypeError:
+        # What cannot be hashed or referred to weakly is compiled anew each time.
+        return _compiled(lambda: forward)
+    _steps[forward] = _compiled(cast(Callable[[], Forward], reference))
+    return _steps[forward]
+
+
+def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measured]]:
+    def step(
+        graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
+    ) -> dict[str, Measured]:
+        if graph is None:
+            return _measure_mapping(reference(), others, batch_stats, batch)
+        model = nnx.merge(graph, batch_stats, others)
+        return _measure_module(reference(), model, batch, number)
+
+    return jax.jit(step, static_argnums=0)
+
+
+def _measure_mapping(
+    forward: Forward, others: Mapping[str, Any], batch_stats: Any, batch: Any
+) -> dict[str, Measured]:
+    def start(node: Any) -> Any:
+        if not is_running(node):
+            return node
+        return {**node, "measured": start_measuring(_arrays(node))["measured"]}
+
+    marked = jax.tree.map(start, batch_stats, is_leaf=is_running)
+    with replacing_norms():
+        returned = forward({**others, "batch_stats": marked}, batch)
+    return _found(_updated(returned))
+
+
+def _updated(returned: Any) -> Any:
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    if pair and isinstance(returned[1], Mapping) and "batch_stats" in returned[1]:
+        return returned[1]["batch_stats"]
+    kind = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+    raise ValueError(
+        f"forward returned {kind}, expected (y, updates) with the new statistics in "
+        f"updates['batch_stats']. Write forward = {LINE}"
+    )
+
+
+def _measure_module(
+    forward: Forward, model: nnx.Module, batch: Any, number: int
+) -> dict[str, Measured]:
+    for _, layer in nnx.iter_graph(replace_norms(model)):
+        if isinstance(layer, BatchNorm):
+            batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
+            layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
+    # The model of every batch is the given one, and is to draw other numbers in each.
+    drawn = jax.tree.map(
+        lambda count: count + jnp.asarray(number * DRAWS_OF_A_BATCH, count.dtype),
+        nnx.state(model, nnx.RngCount),
+    )
+    nnx.update(model, drawn)
+    forward(model, batch)
+    return _found(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+
+def _found(batch_stats: Any) -> dict[str, Measured]:
+    return {
+        path: node["measured"] for path, node in _norms(batch_stats).items() if "measured" in node
+    }
+
+
+def _norms(batch_stats: Any) -> dict[str, Any]:
+    """Returns the nodes of a collection that are a norm's, by their paths."""
+    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
+    return {path_of(path): node for path, node in nodes if is_running(node)}
+
+
+def _arrays(node: Any) -> Any:
+    """Returns the statistics of a norm, out of their boxes or variables."""
+    return {path_of(path[:1]): leaf for path, leaf in jax.tree.leaves_with_path(node)}
+
+
+# --- what is measured in all batches ------------------------------------------------------------
+
+
+def _measure_all(
+    measure: Callable[[Any, int], dict[str, Measured]], batches: Iterable[Any], only_once: bool
+) -> tuple[dict[str, Measured], int]:
+    """Returns what all batches have measured together, and how many there were."""
+    pools: dict[str, Measured] = {}
+    waiting: dict[str, Measured] = {}
+    count = 0
+    for batch in batches:
+        found = measure(batch, count)
+        if only_once and count == 0:
+            _require_one_pass(found)
+        # Read one step late, so that the device has the next one to compute meanwhile.
+        pools = _pooled(pools, waiting)
+        waiting, count = found, count + 1
+    return _pooled(pools, waiting), count
+
+
+def _pooled(pools: dict[str, Measured], found: dict[str, Measured]) -> dict[str, Measured]:
+    """Merges in double precision: a float32 count stops counting at 2**24."""
+    read = {path: _read(one) for path, one in jax.device_get(found).items()}
+    return pools | {
+        path: _merge(pools[path], one) if path in pools else one for path, one in read.items()
+    }
+
+
+def _read(measured: Measured) -> Measured:
+    doubled: Measured = jax.tree.map(_doubled, measured)
+    return doubled._replace(mean=doubled.mean + doubled.residue, residue=0 * doubled.residue)
+
+
+def _merge(first: Measured, second: Measured) -> Measured:
+    maximum: Any = np.maximum
+    count = first.count + second.count
+    share = second.count / np.where(count > 0, count, 1)
+    difference = second.mean - first.mean
+    between = share * (1 - share) * np.abs(difference) ** 2
+    return Measured(
+        count,
+        first.mean + share * difference,
+        (1 - share) * first.var + share * second.var + between,
+        maximum(first.running_var_ddof, second.running_var_ddof),
+        maximum(first.by_running, second.by_running),
+        first.residue,
+    )
+
+
+def _passes_needed(pools: dict[str, Measured]) -> int:
+    """One, where batches were normalized by themselves alone, else one for every norm."""
+    if not any(np.any(one.by_running) for one in pools.values()):
+        return 1
+    called = (one for one in pools.values() if np.any(one.count) or np.any(one.by_running))
+    # Those under a lifted transform are stacked.
+    return sum(math.prod(one.mean.shape[:-1]) for one in called)
+
+
+def _recalibrated(batch_stats: Any, pools: dict[str, Measured], batches: int) -> Any:
+    """Returns the statistics with those that were measured in their place."""
+
+    def replace(path: Any, node: Any) -> Any:
+        pool = pools.get(path_of(path))
+        if not is_running(node) or pool is None:
+            return node
+        new = _population(pool) | {"count": np.full(pool.count.shape, float(batches))}
+
+        def choose(path: Any, old: Any) -> Any:
+            name = path_of(path[:1])
+            return _placed(np.where(_enters(pool), new[name], old), old) if name in new else old
+
+        return jax.tree.map_with_path(choose, node)
+
+    return jax.tree.map_with_path(replace, batch_stats, is_leaf=is_running)
+
+
+def _population(pool: Measured) -> Arrays:
+    freedom = pool.count - pool.running_var_ddof
+    unbiased = pool.var * pool.count / np.where(freedom > 0, freedom, 1)
+    return {"mean": pool.mean, "var": unbiased}
+
+
+def _enters(pool: Measured) -> Array:
+    return np.asarray(pool.count > pool.running_var_ddof)
+
+
+def _placed(values: Array, old: Any) -> jax.Array:
+    """Returns values in the dtype of the old ones, on their devices."""
+    becomes_complex = np.iscomplexobj(values) and not jnp.iscomplexobj(old)
+    dtype = statistics_dtype(old.dtype) if becomes_complex else old.dtype
+    values = values.astype(np.result_type(dtype, np.complex64) if becomes_complex else dtype)
+    if isinstance(old, jax.Array) and old.committed:
+        return jax.device_put(values, old.sharding)
+    return jnp.asarray(values)
+
+
+def _agree(before: Any, after: Any) -> bool:
+    """Says whether two collections are the same but for rounding."""
+    new = _norms(after)
+    return all(
+        _agree_in_layer(_arrays(node), _arrays(new[path])) for path, node in _norms(before).items()
+    )
+
+
+def _agree_in_layer(before: Arrays, after: Arrays) -> bool:
+    tolerance = ROUNDINGS * jnp.finfo(statistics_dtype(after["var"].dtype)).eps
+    old, new = ({name: _doubled(leaf) for name, leaf in one.items()} for one in (before, after))
+    with np.errstate(invalid="ignore"):
+        scale = np.abs(new["mean"]) + np.sqrt(new["var"])
+        of_mean = np.abs(new["mean"] - old["mean"]) <= tolerance * scale
+        of_var = np.abs(new["var"] - old["var"]) <= tolerance * new["var"]
+    return bool(of_mean.all() and of_var.all())
+
+
+def _doubled(leaf: Any) -> Array:
+    return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+
+
+# --- the batches --------------------------------------------------------------------------------
+
+
+def _opened(batches: Any) -> Iterable[Any]:
+    if callable(batches) and not isinstance(batches, Iterable):
+        return cast(Iterable[Any], batches())
+    if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which is one batch; expected something that "
+            "gives batches: write [batch]."
+        )
+    return cast(Iterable[Any], batches)
+
+
+def _require_one_pass(found: dict[str, Measured]) -> None:
+    needed = _passes_needed(jax.device_get(found))
+    if needed > 1:
+        raise ValueError(
+            f"batches can be iterated once only, but {needed} norms normalize by their running "
+            "statistics, so that those of later ones need a pass each. Pass a list, a data loader "
+            "that can be iterated again, or a function that returns a new iterator: "
+            "recalibrate(forward, variables, lambda: iter(loader)). Or say passes=1 for statistics "
+            "of the later norms that depend on the old ones."
+        )
+
+
+def _nothing_in(batches: Any, number: int) -> str:
+    if number == 1:
+        return (
+            f"batches is empty: expected at least one batch, received none from the "
+            f"{type(batches).__name__}. An iterator that has been used up gives none: pass a list."
+        )
+    return (
+        f"batches gave nothing in pass {number}: expected the same as in the first. A function "
+        "must return a new iterator each time: recalibrate(forward, variables, lambda: "
+        "iter(loader))."
+    )
+
+
+@contextmanager
+def _progress_bar(shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
+    if not shown:
+        yield lambda batches, description: batches
+        return
+    try:
+        from rich import console, progress
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "progress=True draws its bar with rich, which is not installed: pip install rich, or "
+            "leave progress out.",
+            name=error.name,
+        ) from error
+    columns = *progress.Progress.get_default_columns(), progress.MofNCompleteColumn()
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        yield lambda batches, description: bar.track(batches, description=description)
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def _changes(before: Any, after: Any, pools: dict[str, Measured]) -> Iterator[LayerChange]:
+    new = _norms(after)
+    for path, node in _norms(before).items():
+        pool = pools.get(path)
+        enters = np.zeros(()) if pool is None else _enters(pool)
+        entered = np.broadcast_to(enters, np.shape(_arrays(node)["var"])).astype(bool)
+        mean, var = _moved(_arrays(node), _arrays(new[path]))
+        yield LayerChange(
+            path,
+            float(np.max(mean, initial=0, where=entered)),
+            float(np.max(var, initial=1, where=entered)),
+            float(np.min(pool.count[entered])) if pool and entered.any() else 0.0,
+            int(np.sum(~entered)),
+        )
+
+
+def _moved(before: Arrays, after: Arrays) -> tuple[Array, Array]:
+    """Returns how far the means moved in old standard deviations, and the variances' factors."""
+    old, new = ({name: _doubled(leaf) for name, leaf in one.items()} for one in (before, after))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = np.abs(new["mean"] - old["mean"])
+        mean = np.where(distance == 0, 0, distance / np.sqrt(old["var"]))
+        factor = new["var"] / old["var"]
+        var = np.where(new["var"] == old["var"], 1, np.maximum(factor, 1 / factor))
+    return np.where(np.isnan(mean), math.inf, mean), np.where(np.isnan(var), math.inf, var)
+
+
+def _row(layer: LayerChange) -> tuple[str, str, str, str]:
+    values = f"{layer.values:.10g}"
+    return _name(layer), f"{layer.mean:.4g} std", f"{layer.var:.4g} times", values
+
+
+def _name(layer: LayerChange) -> str:
+    return layer.path or "the top-level norm"
+
+
+def _sentences(layer: LayerChange) -> list[str]:
+    if layer.kept == 0:
+        return []
+    if layer.values == 0:
+        return [
+            f"{_name(layer)} has measured nothing and keeps its statistics: it is frozen or does "
+            "not update, is of a class of its own, is not reached by forward, or nothing that came "
+            "in was valid and finite."
+        ]
+    return [
+        f"{_name(layer)} keeps the statistics of {layer.kept} features, for which no batch had "
+        "valid and finite values."
+    ]
