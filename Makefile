@@ -4,7 +4,7 @@ OLDEST := .venv-oldest
 READY := $(VENV)/ready
 CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_norm.py \
 	tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_flax_compat.py \
-	tests/test_optim.py
+	tests/test_optim.py tests/test_programs.py tests/test_fold.py
 
 .PHONY: demo test lint format bench oldest clean
 
@@ -27,6 +27,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]"
 	$(VENV)/bin/python -m benchmarks.numerics
 	$(VENV)/bin/python -m benchmarks.scale
+	$(VENV)/bin/python -m benchmarks.inference
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready

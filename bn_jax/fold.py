@@ -186,7 +186,7 @@ def as_affine(
             "norm: variables['batch_stats'][name]."
         )
     mean, var = (jnp.asarray(one) for one in (batch_stats["mean"], batch_stats["var"]))
-    _check_same_shape(params, {"mean": mean, "var": var})
+    _check_same_shape(params=params, batch_stats={"mean": mean, "var": var})
     given = [leaf.dtype for leaf in (mean, var, *jax.tree.leaves(params))]
     dtype = reduce(jnp.promote_types, given, jnp.dtype(jnp.float32))
     real = statistics_dtype(dtype)
@@ -541,7 +541,7 @@ def _moved(
     if equation.name == "broadcast_in_dim":
         return _placed(values, equation.options["broadcast_dimensions"], len(after))
     groups = _common_factors(before, after)
-    if groups is None:
+    if groups is None or equation.options["dimensions"] is not None:
         return None
     shape: list[int] = []
     for old, new in groups:
@@ -641,7 +641,7 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
             kernel = _path_of(program, linears[number].kernel, "kernel")
             if is_shared:
                 return f"What {kernel} gives is used elsewhere too"
-            return f"It tells apart what {kernel} does not"
+            return f"It, or what is before it, varies along more than the features of {kernel}"
         if step is None and equation.name not in _SHAPES:
             return f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
         value = equation.inputs[0] if step is None else step.input
@@ -1059,11 +1059,8 @@ def _check_concrete(leaves: Sequence[Any]) -> None:
         )
 
 
-def _check_same_shape(params: Params, batch_stats: Mapping[str, jax.Array]) -> None:
-    shapes = {
-        tree: {name: leaf.shape for name, leaf in jax.tree.leaves(leaves.items())}
-        for tree, leaves in {"params": params, "batch_stats": batch_stats}.items()
-    }
+def _check_same_shape(**trees: Mapping[str, Any]) -> None:
+    shapes = {tree: {name: leaf.shape for name, leaf in one.items()} for tree, one in trees.items()}
     if len({shape for leaves in shapes.values() for shape in leaves.values()}) > 1:
         raise ValueError(
             f"params has {shapes['params']}, but batch_stats has {shapes['batch_stats']}: expected "

@@ -263,7 +263,8 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
     for index, equation in enumerate(program.equations):
         step = as_affine_step(program, equation)
         if step is not None and _scales_by(rooted, step):
-            found.append(_extend(program, rooted, index))
+            claimed = {number for norm in found for number in norm.steps}
+            found.append(_extend(program, rooted, claimed, index))
         elif _normalizes_by_unknown(program, equation):
             path = _affine_path_after(program, index)
             found.append(_found_at(equation, path, "input"))
@@ -474,8 +475,11 @@ def _scales_by(rooted: set[int], step: Affine) -> bool:
     return step.kind in ("mul", "div") and step.operand in rooted
 
 
-def _extend(program: Program, rooted: set[int], start: int) -> Norm:
-    """Returns the norm around the equation that multiplies by the inverse deviation."""
+def _extend(program: Program, rooted: set[int], claimed: set[int], start: int) -> Norm:
+    """Returns the norm around the equation that multiplies by the inverse deviation.
+
+    What is `claimed`, the equations of the norms before, stays theirs.
+    """
     scaling = as_affine_step(program, program.equations[start])
     assert scaling is not None and scaling.operand is not None
     leaves = program.leaf_paths(scaling.operand)
@@ -486,7 +490,7 @@ def _extend(program: Program, rooted: set[int], start: int) -> Norm:
         passed: list[int] = []
         taken = 0
         index = next_index(start)
-        while index is not None:
+        while index is not None and index not in claimed:
             step = as_affine_step(program, program.equations[index])
             if step is None or _scales_by(rooted, step):
                 break

@@ -3,17 +3,20 @@
 import gc
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from support import assert_close, exact, standard_normal
 
 import bn_jax as bn
@@ -138,6 +141,22 @@ def by_hand(inverse_deviation):
     return Case(forward, randomized(variables), standard_normal(1, (3, 4)), ("kernel",))
 
 
+def twice_by_hand():
+    """Two norms in a row, the variables of both at the same path."""
+
+    def forward(variables, x):
+        for one in ("", "2"):
+            mean, var, scale, bias = (variables[f"{name}{one}"][None] for name in names)
+            x = (x - mean) * lax.rsqrt(var + 1e-3) * scale + bias
+        return jnp.tanh(x)
+
+    names = ("mean", "var", "scale", "bias")
+    variables = randomized({f"{name}{one}": jnp.ones(4) for name in names for one in ("", "2")})
+    variables = {k: jnp.abs(v) if k.startswith("var") else v for k, v in variables.items()}
+    fates = ("its output goes to `mul`", "its output goes to `tanh`")
+    return Case(forward, variables, standard_normal(1, (3, 4)), fates)
+
+
 def divided_by_hand():
     def forward(variables, x):
         y = variables["mean"][None] - x @ variables["kernel"]
@@ -254,6 +273,43 @@ def nnx_model(norm):
     return Case(lambda model, x: model(x), model, standard_normal(1, (2, 6, 6, 4)), fates)
 
 
+def with_constants():
+    """Constants that depend on the batch size, and a variable that is spread over the batch."""
+
+    def forward(variables, x):
+        params, stats = variables["params"], variables["batch_stats"]
+        y = x @ params["kernel"] + jnp.arange(x.shape[0], dtype=x.dtype)[:, None]
+        y, _ = bn.batch_norm(params["norm"], stats["norm"], y, use_running_average=True)
+        return jnp.tanh(y) * jnp.broadcast_to(jnp.exp(params["logarithm"]), y.shape)
+
+    variables = {
+        "params": {"kernel": jnp.ones((4, 5)), "norm": bn.init_params(5), "logarithm": jnp.ones(5)},
+        "batch_stats": {"norm": bn.init_batch_stats(5)},
+    }
+    return Case(forward, randomized(variables), standard_normal(1, (3, 4)), ("varies along more",))
+
+
+def in_complex_numbers():
+    norm = partial(ours, param_dtype=jnp.complex64)
+    model = nn.Sequential([nn.Dense(5, param_dtype=jnp.complex64), norm()])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = initialized(model, x)
+    params = jax.tree.map(lambda leaf: leaf * (0.6 + 0.8j), variables["params"])
+    return Case(model.apply, {**variables, "params": params}, x, ("layers_0/kernel",))
+
+
+class Branch(nn.Module):
+    """A norm in a branch, and one that nothing depends on."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm, unused = ours(name="norm"), ours(name="unused")
+        if self.is_initializing():
+            return norm(x) + unused(x)
+        unused(nn.relu(x))
+        return nn.cond(x[0, 0] > 0, lambda self, x: norm(x), lambda self, x: x, self, x)
+
+
 ADDITION = "comes from `add`"
 CASES: dict[str, Callable[[], Case]] = {
     "conv": lambda: sequential(nn.Conv(5, (3, 3)), "norm", nn.relu),
@@ -287,7 +343,11 @@ CASES: dict[str, Callable[[], Case]] = {
         shape=(3, 2, 4),
     ),
     "dense after flattening": lambda: sequential(
-        nn.relu, "norm", lambda x: x.reshape(x.shape[0], -1), nn.Dense(5), fates=("layers_3/kernel",)
+        nn.relu,
+        "norm",
+        lambda x: x.reshape(x.shape[0], -1),
+        nn.Dense(5),
+        fates=("layers_3/kernel",),
     ),
     "flattened after": lambda: sequential(
         nn.Conv(5, (3, 3)), "norm", lambda x: x.reshape(x.shape[0], -1), nn.Dense(5)
@@ -302,13 +362,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "Flax's": lambda: sequential(nn.Conv(5, (3, 3)), "norm", nn.relu, norm=flax),
     "no scale": lambda: sequential(nn.Dense(5), ours(use_scale=False), shape=(3, 4)),
     "no bias": lambda: sequential(nn.Dense(5), ours(use_bias=False), shape=(3, 4)),
-    "neither": lambda: sequential(
-        nn.Dense(5), ours(use_bias=False, use_scale=False), shape=(3, 4)
-    ),
+    "neither": lambda: sequential(nn.Dense(5), ours(use_bias=False, use_scale=False), shape=(3, 4)),
     "frozen scale": lambda: sequential(nn.Dense(5), ours(train_params=False), shape=(3, 4)),
     "by hand": lambda: by_hand(lax.rsqrt),
     "by hand, power": lambda: by_hand(lambda var: var**-0.5),
     "by hand, divided": divided_by_hand,
+    "by hand, twice": twice_by_hand,
     "two norms": lambda: sequential(
         nn.Dense(5), "norm", lambda x: 2 * x, "norm", shape=(3, 4), fates=("layers_0/kernel",) * 2
     ),
@@ -346,6 +405,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "before transposed": lambda: sequential(
         "norm", nn.ConvTranspose(5, (2, 2), (2, 2), padding="VALID"), fates=("padding",)
     ),
+    "before dilated": lambda: sequential(
+        "norm", nn.Conv(5, (2, 2), padding=((0, 0), (0, 0)), input_dilation=2), fates=("padding",)
+    ),
     "before general": lambda: sequential(
         "norm", nn.DenseGeneral(5, axis=(-2, -1)), shape=(3, 5, 4), fates=("layers_1/kernel",)
     ),
@@ -357,7 +419,7 @@ CASES: dict[str, Callable[[], Case]] = {
         nn.Dense(5),
         bn.linen.BatchNorm(use_running_average=True, axis=1),
         shape=(3, 6, 4),
-        fates=("tells apart what layers_0/kernel does not",),
+        fates=("varies along more than the features of layers_0/kernel",),
     ),
     "scan": lambda: of(Stack(), "inside of a scan", shape=(2, 4)),
     "training": lambda: sequential(
@@ -377,9 +439,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "ensemble, conv": lambda: ensemble(nn.Conv(5, (3, 3)), "norm", shape=(2, 6, 6, 4)),
     "NNX": lambda: nnx_model(bn.nnx.BatchNorm),
     "NNX, Flax's": lambda: nnx_model(nnx.BatchNorm),
+    "constants": with_constants,
+    "complex": in_complex_numbers,
+    "branch": lambda: of(Branch(), "No output depends on it", "inside of a cond", shape=(3, 4)),
     "no norm": lambda: sequential(nn.Dense(5), nn.gelu, nn.Dense(2), fates=()),
 }
-KEEPS_A_ROOT = ("scan", "training", "layer norm", "RMS norm, no scale")
+KEEPS_A_ROOT = ("branch", "scan", "training", "layer norm", "RMS norm, no scale")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -395,3 +460,350 @@ def test_folded_models_compute_the_same(name):
     expected = nnx.jit(forward)(variables, more)
     assert error_of(compiled(folded.params, more), expected) < 2e-6
     assert (roots(compiled) > 0) == (name in KEEPS_A_ROOT)
+
+
+Counts = tuple[int, int]
+NETS: dict[str, tuple[dict[str, Any], Counts]] = {
+    "plain": ({"block": models.PlainBlock}, (5, 0)),
+    "basic": ({"block": models.BasicBlock}, (6, 0)),
+    "bottleneck": ({"block": models.Bottleneck}, (9, 0)),
+    "depthwise": ({"block": models.DepthwiseBlock}, (5, 0)),
+    "ImageNet's stem": ({"block": models.BasicBlock, "stem": "7x7"}, (6, 0)),
+    "pre-activation": ({"block": models.PreActivationBlock, "pre_activation": True}, (2, 3)),
+}
+
+
+def net_of(name, norm):
+    return models.ResNet(10, (1, 1), (4, 6), norm=norm, **NETS[name][0])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_norm_of_our_models_that_follows_a_convolution_is_folded(name):
+    net = net_of(name, nn.BatchNorm if name == "basic" else bn.linen.BatchNorm)
+    x = standard_normal(1, (2, 8, 8, 3))
+    variables = initialized(net, x, train=False)
+    forward = partial(net.apply, train=False)
+    folded = bn.fold(forward, variables, x)
+    into = [norm.into for norm in folded.report if norm.into]
+    assert (len(into), len(folded.report) - len(into)) == NETS[name][1]
+    for norm in folded.report:
+        assert norm.into in (None, norm.path.removesuffix("norm") + "conv/kernel")
+    compiled = folded.apply.lower(folded.params, x).compile()
+    assert roots(compiled) == 0
+    assert error_of(compiled(folded.params, x), jax.jit(forward)(variables, x)) < 1e-5
+    if name != "pre-activation":
+        bare = partial(net_of(name, None).apply, train=False)
+        expected = jax.jit(bare)({"params": folded.params}, x)
+        assert error_of(compiled(folded.params, x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["basic", "depthwise"])
+def test_a_folded_net_does_no_more_work_than_one_without_norms(name):
+    x = standard_normal(1, (2, 8, 8, 3))
+    net, bare = net_of(name, bn.linen.BatchNorm), net_of(name, None)
+    variables = initialized(net, x, train=False)
+    folded = bn.fold(partial(net.apply, train=False), variables, x)
+    apply_bare = jax.jit(partial(bare.apply, train=False))
+    given = {"params": folded.params}, x
+    programs = [
+        folded.apply.lower(folded.params, x).compile(),
+        apply_bare.lower(*given).compile(),
+        jax.jit(partial(net.apply, train=False)).lower(variables, x).compile(),
+    ]
+    operations = [Counter(re.findall(r" ([a-z][\w-]*)\(", one.as_text())) for one in programs]
+    costs = [one.cost_analysis() for one in programs]
+    assert operations[0] == operations[1] != operations[2]
+    for quantity in ("flops", "bytes accessed"):
+        assert costs[0][quantity] == costs[1][quantity] < costs[2][quantity]
+
+
+def small(dtype=None):
+    """A model, its variables, an input and the folded model."""
+    model = nn.Sequential(
+        [nn.Conv(5, (3, 3), dtype=dtype), ours(dtype=dtype), nn.relu, nn.Dense(3, dtype=dtype)]
+    )
+    x = standard_normal(1, (4, 6, 6, 4), dtype or np.float32)
+    variables = initialized(model, x)
+    return model.apply, variables, x, bn.fold(model.apply, variables, x)
+
+
+def test_parameters_have_the_paths_shapes_and_dtypes_of_the_variables():
+    _, variables, _, folded = small()
+    left = {name: variables["params"][name] for name in ("layers_0", "layers_3")}
+    assert jax.tree.map(jnp.shape, folded.params) == jax.tree.map(jnp.shape, left)
+    assert_close(folded.params["layers_3"], left["layers_3"], tolerance=1e-12)
+    names = {
+        "shared kernel": {"conv/bias", "conv/bias_1", "conv/kernel", "conv/kernel_1"},
+        "computed kernel": {"dense/bias", "dense/kernel"},
+        "transposed, kernel too": {"layers_0/bias", "layers_0/kernel"},
+        "after an addition": {"Conv_0/bias", "Conv_0/kernel", "norm/bias", "norm/scale"},
+        "alone": {"layers_0/bias", "layers_0/scale"},
+        "dense, kernel on the left": {"w", "w_bias"},
+        "constants": {"kernel", "logarithm_exp", "norm/bias", "norm/scale"},
+        "by hand": {"bias", "kernel"},
+        "two consumers": {"conv/bias", "conv/kernel", "norm/bias", "norm/scale"},
+    }
+    for name, expected in names.items():
+        case = CASES[name]()
+        params = bn.fold(*case[:3]).params
+        found = {bn.optim.path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+        assert set(found) == expected
+        if name == "transposed, kernel too":
+            kernel = case.variables["params"]["layers_0"]["kernel"]
+            assert found["layers_0/kernel"].shape == kernel.shape
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_its_dtypes(dtype):
+    forward, variables, x, folded = small(dtype)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(folded.params))
+    forward = jax.jit(forward)
+    y = folded.apply(folded.params, x)
+    assert error_of(y, forward(variables, x)) < {jnp.bfloat16: 2e-2, jnp.float16: 2e-3}[dtype]
+    halves = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    folded = bn.fold(forward, halves, x)
+    assert folded.params["layers_0"]["kernel"].dtype == dtype
+    assert error_of(folded.apply(folded.params, x), forward(halves, x)) < 4e-2
+
+
+def test_derivatives_are_those_of_the_model():
+    forward, variables, x, folded = small()
+    # Where scale and bias are 0, a ReLU is at its kink, and its derivative is 0 by definition.
+    bias = variables["params"]["layers_1"]["bias"].at[::3].set(0)
+    variables["params"]["layers_1"]["bias"] = bias
+    variables["batch_stats"]["layers_1"]["mean"] = jnp.zeros(5)
+    variables["params"]["layers_0"]["bias"] = jnp.zeros(5)
+    folded = bn.fold(forward, variables, x)
+
+    def loss(function, variables, x):
+        return jnp.sum(jnp.sin(function(variables, x)))
+
+    grads = jax.jit(jax.grad(partial(loss, folded.apply), argnums=(0, 1)))(folded.params, x)
+    expected = jax.jit(jax.grad(partial(loss, forward), argnums=1))(variables, x)
+    assert error_of(grads[1], expected) < 1e-5
+    bare = nn.Sequential([nn.Conv(5, (3, 3)), lambda x: x, nn.relu, nn.Dense(3)])
+    expected = jax.jit(jax.grad(partial(loss, bare.apply)))({"params": folded.params}, x)
+    assert_close(grads[0], expected["params"])
+    of_bias = grads[0]["layers_0"]["bias"]
+    assert of_bias[0] == of_bias[3] == 0 and jnp.any(of_bias != 0)
+
+
+def test_transforms():
+    forward, variables, x, folded = small()
+    expected = forward(variables, x)
+    vmapped = jax.vmap(folded.apply, in_axes=(None, 0))(folded.params, x[:, None])
+    assert error_of(vmapped[:, 0], expected) < 2e-6
+    axes = jax.tree.map(lambda _: 0, folded.params)
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), folded.params)
+    assert error_of(jax.vmap(folded.apply, (axes, None))(params, x)[0], expected) < 2e-6
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    specs = (PartitionSpec(), spec)
+    sharded = jax.jit(jax.shard_map(folded.apply, mesh=mesh, in_specs=specs, out_specs=spec))
+    assert error_of(sharded(folded.params, x), expected) < 2e-6
+    assert (
+        error_of(folded.apply(folded.params, x[:, :4, 1:]), forward(variables, x[:, :4, 1:])) < 2e-6
+    )
+
+
+def test_export_with_any_batch_size():
+    forward, variables, x, folded = small()
+    (size,) = jax.export.symbolic_shape("n")
+    given = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(folded.apply))(folded.params, given)
+    y = exported.call(folded.params, doubled(x))
+    assert error_of(y, forward(variables, doubled(x))) < 2e-6
+    assert "rsqrt" not in exported.mlir_module()
+
+
+def test_nothing_of_the_variables_is_kept():
+    model = nn.Sequential([nn.Conv(5, (3, 3)), ours(), nn.relu, nn.Dense(3)])
+    x = standard_normal(1, (4, 6, 6, 4))
+    variables = initialized(model, x)
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(variables)]
+    before = jax.tree.map(np.asarray, variables)
+    folded = bn.fold(model.apply, variables, x)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, variables))
+    params = jax.tree.map(jnp.array, folded.params)
+    apply = folded.apply
+    del variables, before, folded
+    gc.collect()
+    assert [one() for one in kept] == [None] * len(kept)
+    assert jnp.isfinite(apply(params, x)).all()
+
+
+def test_an_nnx_model_is_left_as_it_is():
+    model = CASES["NNX"]().variables
+    model.train()
+    x = standard_normal(1, (2, 6, 6, 4))
+    before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param, nnx.BatchStat))
+    folded = bn.fold(lambda model, x: model(x), model, x)
+    assert model.layers[1].use_running_average is False
+    after = nnx.state(model, nnx.Param, nnx.BatchStat)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    model.eval()
+    assert error_of(folded.apply(folded.params, x), model(x)) < 2e-6
+
+
+def test_the_report_is_a_table():
+    case = CASES["two consumers"]()
+    report = bn.fold(*case[:3]).report
+    assert str(report) == (
+        "norm  left: What conv/kernel gives is used elsewhere too, and its output goes to `add`."
+    )
+    assert str(bn.fold(*CASES["no norm"]()[:3]).report) == "There is no norm."
+    x = jnp.ones((2, 3))
+    layer = ours()
+    report = bn.fold(layer.apply, layer.init(jax.random.key(0), x), x).report
+    assert str(report).startswith("the top-level norm  left: Its input is an argument")
+
+
+def test_folding_under_a_transform_is_an_error():
+    forward, variables, x, _ = small()
+    with pytest.raises(TypeError, match=r"variables are traced.*outside of jax\.jit"):
+        jax.jit(lambda variables: bn.fold(forward, variables, x).params)(variables)
+
+
+def test_other_parameters_are_an_error():
+    _, _, x, folded = small()
+    params = {"layers_0": folded.params["layers_0"], "layers_3": {"kernel": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match=r"'layers_3/kernel': \(2, 3\).*'layers_3/bias': \(3,\)"):
+        folded.apply(params, x)
+
+
+def test_another_program_is_an_error():
+    case = CASES["dense"]()
+
+    def forward(variables, x):
+        y = case.forward(variables, x)
+        return y if x.shape[0] < 5 else y @ variables["params"]["layers_0"]["kernel"].T
+
+    folded = bn.fold(forward, case.variables, case.x)
+    with pytest.raises(ValueError, match=r"another program.*\[\(6, 4\)\].*bn_jax\.fold"):
+        folded.apply(folded.params, doubled(case.x))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("leaves", [("scale", "bias"), ("scale",), ("bias",), ()])
+def test_as_affine_is_the_definition(leaves, offset):
+    values = {
+        name: standard_normal(seed, 64) for seed, name in enumerate(("scale", "bias", "mean"))
+    }
+    params = {name: values[name] for name in leaves}
+    stats = {"mean": values["mean"] + offset, "var": jnp.exp(standard_normal(3, 64) * 4)}
+    a, b = jax.jit(bn.as_affine)(params, stats, epsilon=1e-3)
+    assert a.dtype == b.dtype == jnp.float32
+    scale, bias = (exact(params.get(name, 1.0 - at)) for at, name in enumerate(("scale", "bias")))
+    factor = scale / np.sqrt(exact(stats["var"]) + 1e-3)
+    assert np.all(np.abs(a - factor) <= 2e-7 * np.abs(factor))
+    # However much cancels, b is the bias of the a that is returned, but for its own rounding.
+    expected = bias - exact(a) * exact(stats["mean"])
+    assert np.all(np.abs(b - expected) <= 2.0**-24 * np.abs(expected))
+
+
+def test_as_affine_cancels_nothing():
+    a = 1 / np.sqrt(exact(np.float32(3.0)))
+    mean = jnp.array([12345.678])
+    bias = (jnp.float32(a) * mean).astype(jnp.float32)
+    params, stats = {"bias": bias}, {"mean": mean, "var": jnp.array([3.0])}
+    own_a, b = bn.as_affine(params, stats, epsilon=1e-20)
+    expected = exact(bias) - exact(own_a) * exact(mean)
+    assert expected != 0
+    assert_close(b / expected, np.ones(1), tolerance=1e-6)
+
+
+def test_as_affine_of_other_dtypes():
+    params = {"scale": jnp.ones(2, jnp.bfloat16), "bias": jnp.zeros(2, jnp.bfloat16)}
+    stats = {"mean": jnp.array([1 + 2j, 3j]), "var": jnp.array([3.0, 1.0])}
+    a, b = bn.as_affine(params, stats, epsilon=1e-9)
+    assert a.dtype == b.dtype == jnp.complex64
+    assert_close(b, -exact(stats["mean"]) / np.sqrt([3.0, 1.0]), tolerance=1e-6)
+    stats = {"mean": jnp.ones(2, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
+    a, b = bn.as_affine(params, stats)
+    assert a.dtype == b.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("params", "batch_stats", "epsilon", "message"),
+    [
+        ({"gamma": jnp.ones(2)}, {}, 1e-5, r"unknown entries \['gamma'\]"),
+        ({}, {"mean": jnp.ones(2)}, 1e-5, r"batch_stats lacks \['var'\]; it has \['mean'\]"),
+        ({"scale": jnp.ones(3)}, bn.init_batch_stats(2), 1e-5, r"'scale': \(3,\).*'mean': \(2,\)"),
+        ({}, bn.init_batch_stats(2), 0.0, r"epsilon=0.0 must be positive"),
+    ],
+)
+def test_as_affine_objects(params, batch_stats, epsilon, message):
+    with pytest.raises(ValueError, match=message):
+        bn.as_affine(params, batch_stats, epsilon=epsilon)
+
+
+def leaky(x):
+    return jax.nn.leaky_relu(x, 0.1)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, leaky, None])
+def test_absorbing_keeps_the_function(activation):
+    function = activation or (lambda x: x)
+    scale = jnp.array([-2.0, 0.0, 0.5, 1e-3, -30.0])
+    params = {"scale": scale, "bias": standard_normal(0, 5)}
+    stats = randomized(bn.init_batch_stats(5))
+    x = standard_normal(1, (7, 5))
+
+    def outputs(params, kernel, apply):
+        normalized, _ = bn.batch_norm(params, stats, x, use_running_average=True)
+        return exact(apply(function(normalized), kernel))
+
+    def flattened(y, kernel):
+        return y.reshape(1, -1) @ kernel
+
+    def depthwise(y, kernel):
+        features = kernel.shape[-1]
+        dimensions = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            y[None], kernel, (1,), "VALID", dimension_numbers=dimensions, feature_group_count=5
+        ).reshape(-1, features)
+
+    products = {
+        jnp.matmul: ((5, 3), -2),
+        lambda y, kernel: y @ kernel.T: ((3, 5), 1),
+        flattened: ((35, 3), 0),
+        depthwise: ((3, 1, 10), -1),
+    }
+    for apply, (shape, axis) in products.items():
+        kernel = standard_normal(2, shape)
+        new, absorbed = bn.absorb_scale(params, kernel, axis=axis, activation=activation)
+        expected = [0.0, 1.0] if activation is None else [-1.0, 0.0, 1.0]
+        assert sorted(set(new["scale"].tolist())) == expected
+        assert new["bias"][1] == params["bias"][1]
+        actual, expected = outputs(new, absorbed, apply), outputs(params, kernel, apply)
+        assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_absorbing_leaves_what_would_overflow_and_keeps_dtypes():
+    params = {"scale": jnp.array([1e-30, 2.0]), "bias": jnp.array([1e30, 1.0])}
+    new, kernel = bn.absorb_scale(params, jnp.ones((2, 3), jnp.bfloat16))
+    assert_close(new, {"scale": jnp.array([1e-30, 1.0]), "bias": jnp.array([1e30, 0.5])})
+    assert kernel.dtype == jnp.bfloat16 and new["scale"].dtype == jnp.float32
+    assert kernel[:, 0].tolist() == [1.0, 2.0]
+    new, _ = bn.absorb_scale({"scale": jnp.array([-2.0])}, jnp.ones((1, 1)))
+    assert new == {"scale": jnp.array([-1.0])}
+
+
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu])
+def test_absorbing_across_what_does_not_scale_is_an_error(activation):
+    with pytest.raises(ValueError, match=r"does not scale with its input: activation\(.*relu"):
+        bn.absorb_scale(bn.init_params(2), jnp.ones((2, 2)), activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("params", "shape", "axis", "message"),
+    [
+        ({"bias": jnp.ones(2)}, (2, 2), -2, "params has no 'scale'"),
+        (bn.init_params(2), (3, 2), -2, r"shape \(3, 2\) has 3 inputs on axis=-2, no multiple"),
+        (bn.init_params(2), (2, 2), 2, r"axis=2 of a kernel of shape \(2, 2\)"),
+        (bn.init_params((2, 2)), (2, 2), 0, r"a scale of shape \(2, 2\): expected a scale \[F\]"),
+    ],
+)
+def test_absorbing_objects(params, shape, axis, message):
+    with pytest.raises(ValueError, match=message):
+        bn.absorb_scale(params, jnp.ones(shape), axis=axis)
