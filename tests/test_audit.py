@@ -281,15 +281,17 @@ def test_too_few_updates_leave_initial_values(sound):
 
 
 def test_evaluation_that_differs_from_training(sound):
-    def net(rate):
+    def net(features):
         def drop(x, train):
-            return nn.Dropout(rate, deterministic=not train)(x)
+            dropped = nn.Dropout(0.7, deterministic=not train)(x)
+            return jnp.where(jnp.arange(8)[None] < features, dropped, x)
 
         return Net(between=drop)
 
-    report = audited(net(0.7), with_statistics(net(0.7), sound, inputs(0)))
+    report = audited(net(8), with_statistics(net(8), sound, inputs(0)))
     assert kinds(report) == [("differs in evaluation", "norm_1")]
     assert "in evaluation far from them in feature" in report.findings[0].message
+    assert audited(net(1), with_statistics(net(1), sound, inputs(0))).findings == ()
 
 
 def test_evaluation_by_the_batch(sound):
