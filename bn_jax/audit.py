@@ -700,7 +700,8 @@ def _small_batch(layer: _Examined) -> Iterator[Finding]:
 
 
 def _saturated(layer: _Examined) -> Iterator[Finding]:
-    flat = layer.captured.saturated() if layer.captured is not None else None
+    found = layer.captured
+    flat = None if found is None or not found.finite_output.all() else found.saturated()
     # Where evaluation does not normalize, training may yet.
     if flat is None or layer.initial or _is_stale(layer):
         return

@@ -218,6 +218,7 @@ def test_what_does_not_matter_is_not_stale(sound):
     # A thousand examples tell a small difference well.
     variables = with_statistics(Net(), sound, inputs(0, 1024))
     variables = shifted(shifted(variables, 3, 0.4), 5, 0.6)
+    variables["batch_stats"]["norm_1"]["var"][1] *= 1.7
     report = audited(Net(), variables, inputs(1, 1024))
     assert kinds(report) == [("stale", "norm_1")]
     assert "in feature 5 (1 of 8)" in report.findings[0].message
@@ -225,9 +226,12 @@ def test_what_does_not_matter_is_not_stale(sound):
 
 
 class Images(nn.Module):
+    virtual_batch_size: int | None = None
+
     @nn.compact
     def __call__(self, x, train):
-        return nn.relu(Norm(name="norm")(x, use_running_average=not train))
+        norm = Norm(name="norm", virtual_batch_size=self.virtual_batch_size)
+        return nn.relu(norm(x, use_running_average=not train))
 
 
 def test_positions_of_one_image_are_not_independent():
@@ -240,14 +244,18 @@ def test_positions_of_one_image_are_not_independent():
     _, mean, var = define_moments(images(8))
     stats = {"norm": {"mean": np.float32(mean), "var": np.float32(var)}}
     params = {"norm": {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}}
-    report = audited(Images(), {"params": params, "batch_stats": stats}, x)
+    variables = {"params": params, "batch_stats": stats}
+    report = audited(Images(), variables, x)
     count, batch_mean, batch_var = define_moments(x)
     naive = np.abs(batch_mean - mean) / np.sqrt((batch_var + var) / count)
     assert report.layers[0].mean_off > 0.5
     assert naive.max() > 8
     assert report.layers[0].mean_errors < 4
     assert report.findings == ()
-    assert report.layers[0].var_error == pytest.approx(np.sqrt(2 / 12), rel=0.5)
+    error = report.layers[0].var_error
+    assert error == pytest.approx(np.sqrt(2 / 12), rel=0.5)
+    (in_groups,) = audited(Images(4), variables, x).layers
+    assert in_groups.var_error == pytest.approx(error * np.sqrt(3), rel=1e-4)
 
 
 def test_statistics_that_no_step_has_updated(sound):
@@ -281,17 +289,18 @@ def test_too_few_updates_leave_initial_values(sound):
 
 
 def test_evaluation_that_differs_from_training(sound):
-    def net(features):
-        def drop(x, train):
-            dropped = nn.Dropout(0.7, deterministic=not train)(x)
-            return jnp.where(jnp.arange(8)[None] < features, dropped, x)
+    def drop(x, train):
+        return nn.Dropout(0.7, deterministic=not train)(x)
 
-        return Net(between=drop)
+    def enlarge(x, train):
+        return x * jnp.where(jnp.arange(8)[None] < 1, 4.0 if train else 1.0, 1.0)
 
-    report = audited(net(8), with_statistics(net(8), sound, inputs(0)))
+    model = Net(between=drop)
+    report = audited(model, with_statistics(model, sound, inputs(0)))
     assert kinds(report) == [("differs in evaluation", "norm_1")]
     assert "in evaluation far from them in feature" in report.findings[0].message
-    assert audited(net(1), with_statistics(net(1), sound, inputs(0))).findings == ()
+    model = Net(between=enlarge)
+    assert audited(model, with_statistics(model, sound, inputs(0))).findings == ()
 
 
 def test_evaluation_by_the_batch(sound):
@@ -342,6 +351,16 @@ def test_an_input_that_is_not_finite(sound):
     assert "what 1 norms after it take" in str(report)
 
 
+def test_what_is_not_finite_in_evaluation_alone(sound):
+    report = audited(Net(), broken(sound, "batch_stats/norm_0/var", at(1, np.nan)))
+    assert_finds(
+        report,
+        ("not finite", "norm_0", "holds 1 values"),
+        ("not finite", "norm_1", r"takes is not finite in features 0, 1, 2, 3, ... \(8 of 8\)"),
+        ("not finite", "norm_0", r"returns is not finite in feature 1 "),
+    )
+
+
 def test_what_is_behind_a_mask_may_be_anything(sound):
     x = jnp.concatenate([inputs(1), jnp.full((8, 6), np.nan)])
     mask = jnp.arange(72)[:, None] < 64
@@ -355,6 +374,7 @@ def test_what_is_behind_a_mask_may_be_anything(sound):
     assert report.layers[0].values == 64
     unmasked = audited(Net(), sound)
     assert report.layers[0].mean_off == pytest.approx(unmasked.layers[0].mean_off, rel=1e-4)
+    assert report.layers[0].var_error == pytest.approx(np.sqrt(5 / 64))
 
 
 def test_several_faults_of_one_norm(sound):
@@ -372,11 +392,11 @@ def test_several_faults_of_one_norm(sound):
         ("weight decay", "norm_1", r"applies to its scale\."),
     )
     assert 0.5 < report.layers[1].saturated < 0.6
-    both = audited(Net(), sound, weight_decay_mask=lambda params: jax.tree.map(np.size, params))
+    decays = {"norm_0": True, "norm_1": {"scale": False, "bias": True}}
     assert_finds(
-        both,
-        ("weight decay", "norm_0", "applies to its bias and scale"),
-        ("weight decay", "norm_1", "applies to its bias and scale"),
+        audited(Net(), sound, weight_decay_mask=lambda params: decays),
+        ("weight decay", "norm_0", r"applies to its bias and scale\."),
+        ("weight decay", "norm_1", r"applies to its bias\."),
     )
 
 
@@ -418,13 +438,15 @@ def test_units_without_gradient(sound, activation):
 
 
 def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
-    model = Net(options={"virtual_batch_size": 8}, activation=lambda x: x.astype(jnp.float32))
+    model = Net(options={"virtual_batch_size": 8}, activation=lambda x: x.astype(jnp.bfloat16))
     report = audited(model, sound)
     assert_finds(
         report,
         ("small batch", "norm_1", r"each ghost batch of 8 examples .* independent values, 5\d%"),
         ("redundant scale", "norm_1", r"norm_1/bias and norm_1/scale .* 'classifier/kernel' alone"),
     )
+    assert report.layers[1].saturated is None
+    assert report.table().splitlines()[2].split()[-1] == "-"
 
 
 @pytest.mark.parametrize(("examples", "called"), [(6, True), (24, False)])
@@ -521,8 +543,8 @@ FUNCTIONS = {
         [],
     ),
     "norm after norm": (
-        lambda norm, p, x: norm("b", norm("a", x @ p["w"])) ** 2,
-        [("redundant scale", "a")],
+        lambda norm, p, x: jnp.tanh(20 * norm("b", norm("a", x @ p["w"]))),
+        [("redundant scale", "a"), ("saturated", "b")],
     ),
     "into two products": (
         lambda norm, p, x: ((y := norm("a", x @ p["w"])) @ p["v"]) * (y @ p["v"].T),
@@ -533,6 +555,8 @@ FUNCTIONS = {
         [],
     ),
     "the output": (lambda norm, p, x: norm("a", x @ p["w"]), []),
+    "the output too": (lambda norm, p, x: ((y := norm("a", x @ p["w"])), y @ p["v"]), []),
+    "into a product by element": (lambda norm, p, x: norm("a", x @ p["w"]) * p["bias"][None], []),
     "flat after a factor": (
         lambda norm, p, x: jnp.tanh(20 * norm("a", x @ p["w"])) @ p["v"],
         [("saturated", "a")],
