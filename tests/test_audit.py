@@ -215,14 +215,14 @@ def test_stale_variances(sound):
 
 
 def test_what_does_not_matter_is_not_stale(sound):
-    # A thousand examples tell a small difference well.
-    variables = with_statistics(Net(), sound, inputs(0, 1024))
+    # Thousands of examples tell a small difference well.
+    variables = with_statistics(Net(), sound, inputs(0, 4096))
     variables = shifted(shifted(variables, 3, 0.4), 5, 0.6)
     variables["batch_stats"]["norm_1"]["var"][1] *= 1.7
-    report = audited(Net(), variables, inputs(1, 1024))
+    report = audited(Net(), variables, inputs(1, 4096))
     assert kinds(report) == [("stale", "norm_1")]
     assert "in feature 5 (1 of 8)" in report.findings[0].message
-    assert report.layers[1].mean_errors == pytest.approx(0.6 * np.sqrt(1024 / 2), rel=0.2)
+    assert report.layers[1].mean_errors == pytest.approx(0.6 * np.sqrt(4096 / 2), rel=0.2)
 
 
 class Images(nn.Module):
@@ -554,6 +554,10 @@ FUNCTIONS = {
         lambda norm, p, x: (y := norm("a", x @ p["w"])) @ p["v"] + y,
         [],
     ),
+    "into products with a parameter and with a constant": (
+        lambda norm, p, x: (y := norm("a", x @ p["w"])) @ p["v"] + y @ np.ones((8, 8), np.float32),
+        [],
+    ),
     "the output": (lambda norm, p, x: norm("a", x @ p["w"]), []),
     "the output too": (lambda norm, p, x: ((y := norm("a", x @ p["w"])), y @ p["v"]), []),
     "into a product by element": (lambda norm, p, x: norm("a", x @ p["w"]) * p["bias"][None], []),
@@ -589,6 +593,19 @@ def test_functions_have_their_faults_found_too():
     (layer,) = report.layers
     assert "in features 0, 1, 2, 3, ... (7 of 8)" in report.findings[2].message
     assert layer.saturated > 0.7
+
+
+def test_functions_that_are_not_finite_in_evaluation_alone():
+    forward, variables = plain(lambda norm, p, x: norm("b", norm("a", x @ p["w"]) ** 2))
+    _, updates = forward(variables, inputs(0), True)
+    variables = broken({**variables, **updates}, "batch_stats/a/var", at(1, np.nan))
+    report = bn.audit(forward, variables, inputs(1))
+    assert_finds(
+        report,
+        ("not finite", "a", "holds 1 values"),
+        ("not finite", "b", r"takes is not finite in feature 1 \(1 of 8\)\."),
+        ("not finite", "a", r"returns is not finite in feature 1 \(1 of 8\)"),
+    )
 
 
 def scanned(variables, x, train):
