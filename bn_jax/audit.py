@@ -42,10 +42,11 @@ Kind: TypeAlias = Literal[
 ]
 
 # Standard errors beyond what the largest of F normal errors is expected to be, `sqrt(2 log F)`: of
-# a thousand healthy layers, fewer than one has a feature that chance alone puts so far.
+# a thousand healthy layers, fewer than one has a feature that chance alone puts so far. More would
+# hide little, for what matters (below) is usually dozens of standard errors away.
 FAR_ERRORS = 4.0
-# A shift of half a standard deviation, or a scale off by the root of two, changes what an
-# activation passes on; less than that a model does not notice (momentum 0.9 leaves as much).
+# A shift of half a standard deviation, or a deviation off by the root of two, changes what an
+# activation passes on; with less than that, models do not notice.
 FAR_MEAN = 0.5
 FAR_VAR = 2.0
 # Dropout and lag shift many features. A lone one is a matter of the layers before it, whose running
@@ -53,8 +54,8 @@ FAR_VAR = 2.0
 FAR_IN_EVALUATION = 0.2
 # Of a feature whose distribution is not known; six is that of a double exponential one.
 ASSUMED_KURTOSIS = 6.0
-# The estimated variance is within a factor of two three times out of four; the values of eight
-# independent examples that are normal. Batch norm's loss below that many is in Wu & He 2018.
+# That of nine independent normal values: in one batch of five, the variance is off by a factor of
+# two or more. Wu & He 2018 show what batch norm loses with fewer.
 LARGEST_VAR_ERROR = 0.5
 # As a share of the layer's median scale, divided by the number of features. Scales that start at 0
 # cross it again in training: of the smallest one in a layer, one in a thousand is under this.
@@ -198,7 +199,8 @@ def audit(
       to is a matter of taste, and no finding.
 
     What depends on the program is unknown (None, "unknown") for norms inside of `jax.lax.scan` and
-    the like, and for those that are not found in it; standard errors then count every example once.
+    the like, and for those that are not found in it. Standard errors count every example once for
+    these, and where some values are masked.
 
     Args:
         forward: of Linen and plain functions, ``forward(variables, batch, train)`` returns
@@ -218,6 +220,7 @@ def audit(
     Raises:
         ValueError: there is no batch norm, no example in the batch, or `forward` does not return
             the updated statistics.
+        TypeError: `variables` is neither a mapping nor a module.
 
     Example:
         >>> import jax, jax.numpy as jnp, bn_jax as bn
