@@ -12,6 +12,7 @@ from support import assert_close, define_moments, standard_normal
 
 import bn_jax as bn
 from bn_jax import models
+from bn_jax.audit import is_initial
 
 EXAMPLES = 64
 
@@ -206,22 +207,17 @@ def test_stale_statistics(sound):
     assert float(errors) == pytest.approx(float(shares) * np.sqrt(EXAMPLES / 2), rel=0.2)
 
 
-def test_stale_variances(sound):
-    factors = np.array([6, 1, 1 / 6, 1, 1.5, 1, 1 / 1.5, 1], np.float32)
-    report = audited(Net(), broken(sound, "batch_stats/norm_1/var", lambda var: var * factors))
-    assert kinds(report) == [("stale", "norm_1")]
-    assert "in features 0, 2 (2 of 8)" in report.findings[0].message
-    assert re.search(r"a factor of \S+ or \S+ standard errors", report.findings[0].message)
-
-
 def test_what_does_not_matter_is_not_stale(sound):
     # Thousands of examples tell a small difference well.
     variables = with_statistics(Net(), sound, inputs(0, 4096))
     variables = shifted(shifted(variables, 3, 0.4), 5, 0.6)
-    variables["batch_stats"]["norm_1"]["var"][1] *= 1.7
+    variables["batch_stats"]["norm_1"]["var"] *= np.float32([6, 1.7, 1 / 6, 1, 1, 1, 1 / 1.7, 1])
     report = audited(Net(), variables, inputs(1, 4096))
     assert kinds(report) == [("stale", "norm_1")]
-    assert "in feature 5 (1 of 8)" in report.findings[0].message
+    assert "in features 0, 2, 5 (3 of 8)" in report.findings[0].message
+    factor = re.search(r"a factor of (\S+) or \S+ standard errors", report.findings[0].message)
+    assert float(factor[1]) == pytest.approx(6, rel=0.2)
+    assert report.layers[1].var_off == pytest.approx(6, rel=0.2)
     assert report.layers[1].mean_errors == pytest.approx(0.6 * np.sqrt(4096 / 2), rel=0.2)
 
 
@@ -264,8 +260,9 @@ def test_statistics_that_no_step_has_updated(sound):
     report = audited(Net(), one)
     assert kinds(report) == [("never updated", "norm_1")]
     assert "mean 0 and variance 1" in report.findings[0].message
-    nearly = broken(one, "batch_stats/norm_1/mean", at(0, 1e-6))
-    assert kinds(audited(Net(), nearly)) in ([], [("stale", "norm_1")])
+    assert is_initial(fresh)
+    assert not is_initial({**fresh, "mean": np.float32([0, 1e-6])})
+    assert not is_initial({**fresh, "var": np.float32([1, 1.001])})
 
 
 def test_a_count_of_zero_is_never_updated(sound):
@@ -328,11 +325,10 @@ def assert_finds(report, *expected):
         assert one.advice in str(report)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_what_is_not_finite(sound, poison):
-    variables = broken(sound, "params/dense_1/kernel", at((0, 5), poison))
-    variables = broken(variables, "params/norm_1/bias", at(2, poison))
-    variables = broken(variables, "batch_stats/norm_1/mean", at(1, poison))
+def test_what_is_not_finite(sound):
+    variables = broken(sound, "params/dense_1/kernel", at((0, 5), np.nan))
+    variables = broken(variables, "params/norm_1/bias", at(2, np.inf))
+    variables = broken(variables, "batch_stats/norm_1/mean", at(1, -np.inf))
     assert_finds(
         audited(Net(), variables),
         ("not finite", "norm_1", r"^batch_stats/norm_1/mean holds 1 values of 8 that are NaN"),
@@ -351,16 +347,6 @@ def test_an_input_that_is_not_finite(sound):
     assert "what 1 norms after it take" in str(report)
 
 
-def test_what_is_not_finite_in_evaluation_alone(sound):
-    report = audited(Net(), broken(sound, "batch_stats/norm_0/var", at(1, np.nan)))
-    assert_finds(
-        report,
-        ("not finite", "norm_0", "holds 1 values"),
-        ("not finite", "norm_1", r"takes is not finite in features 0, 1, 2, 3, ... \(8 of 8\)"),
-        ("not finite", "norm_0", r"returns is not finite in feature 1 "),
-    )
-
-
 def test_what_is_behind_a_mask_may_be_anything(sound):
     x = jnp.concatenate([inputs(1), jnp.full((8, 6), np.nan)])
     mask = jnp.arange(72)[:, None] < 64
@@ -372,8 +358,8 @@ def test_what_is_behind_a_mask_may_be_anything(sound):
     report = bn.audit(forward, sound, (x, mask))
     assert report.findings == ()
     assert report.layers[0].values == 64
-    unmasked = audited(Net(), sound)
-    assert report.layers[0].mean_off == pytest.approx(unmasked.layers[0].mean_off, rel=1e-4)
+    _, mean, _ = define_moments(inputs(1) @ sound["params"]["dense_0"]["kernel"])
+    assert_close(report.layers[0].batch_mean, mean, tolerance=1e-5)
     assert report.layers[0].var_error == pytest.approx(np.sqrt(5 / 64))
 
 
@@ -429,7 +415,7 @@ def test_a_bias_before_a_norm_that_is_frozen_counts(sound):
     assert str(report.table()).splitlines()[2].split()[2:] == ["unknown"] * 6 + ["0"]
 
 
-@pytest.mark.parametrize("activation", [nn.relu, nn.gelu, partial(nn.gelu, approximate=False)])
+@pytest.mark.parametrize("activation", [nn.relu, partial(nn.gelu, approximate=False)])
 def test_units_without_gradient(sound, activation):
     variables = broken(sound, "params/norm_1/bias", at(slice(3, 5), -20.0))
     report = audited(Net(activation=activation), variables)
@@ -449,12 +435,11 @@ def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
     assert report.table().splitlines()[2].split()[-1] == "-"
 
 
-@pytest.mark.parametrize(("examples", "called"), [(6, True), (24, False)])
-def test_a_small_batch(sound, examples, called):
-    report = audited(Net(), sound, inputs(1, examples))
-    assert kinds(report) == [("small batch", f"norm_{number}") for number in (0, 1)] * called
-    error = np.sqrt(2 / (examples - 1))
-    assert report.layers[0].var_error == pytest.approx(error, rel=0.1)
+def test_a_small_batch(sound):
+    report = audited(Net(), sound, inputs(1, 6))
+    assert kinds(report) == [("small batch", "norm_0"), ("small batch", "norm_1")]
+    assert report.layers[0].var_error == pytest.approx(np.sqrt(2 / 5), rel=0.1)
+    assert "of 6.0 independent values, 63% of itself" in report.findings[0].message
 
 
 def test_a_variance_under_epsilon(sound):
@@ -596,7 +581,7 @@ def test_functions_have_their_faults_found_too():
 
 
 def test_functions_that_are_not_finite_in_evaluation_alone():
-    forward, variables = plain(lambda norm, p, x: norm("b", norm("a", x @ p["w"]) ** 2))
+    forward, variables = plain(lambda norm, p, x: norm("b", nn.relu(norm("a", x @ p["w"]))))
     _, updates = forward(variables, inputs(0), True)
     variables = broken({**variables, **updates}, "batch_stats/a/var", at(1, np.nan))
     report = bn.audit(forward, variables, inputs(1))
@@ -697,9 +682,8 @@ def call(model, x):
     return model(x)
 
 
-@pytest.mark.parametrize("norm", [nnx.BatchNorm, bn.nnx.BatchNorm])
-def test_a_healthy_module_has_no_finding_and_stays_as_it_is(norm):
-    model = make_module(norm=norm, use_bias=False)
+def test_a_healthy_module_has_no_finding_and_stays_as_it_is():
+    model = make_module(use_bias=False)
     before = jax.tree.map(np.array, nnx.state(model))
     classes = [type(layer) for layer in model.layers]
     report = bn.audit(call, model, inputs(1), weight_decay_mask=bn.optim.no_weight_decay_mask)
