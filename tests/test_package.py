@@ -26,6 +26,7 @@ FLOORS = {
     "nnx": 4,
     "convert": 5,
     "audit": 5,
+    "observations": 5,
     "optim": 5,
     "recalibrate": 5,
     "programs": 5,
