@@ -4,7 +4,8 @@ OLDEST := .venv-oldest
 READY := $(VENV)/ready
 CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_norm.py \
 	tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_flax_compat.py \
-	tests/test_optim.py tests/test_programs.py tests/test_fold.py
+	tests/test_optim.py tests/test_programs.py tests/test_fold.py tests/test_recalibrate.py \
+	tests/test_audit.py
 
 .PHONY: demo test lint format bench oldest clean
 
