@@ -51,8 +51,8 @@ class Measured(NamedTuple):
         mean: their mean, 0 where `count` is 0.
         var: their biased variance, 0 where `count` is 0.
         running_var_ddof: that of the layer, 0 where no call has measured.
-        by_running: 1 where a call that measured normalized by the running statistics, else 0. What
-            was measured behind such a layer depends on them.
+        by_running: how many of the calls that measured normalized by the running statistics. What
+            was measured behind such a call depends on them.
         residue: what rounding has left of the mean, which is ``mean + residue`` in higher
             precision: far from zero, variances cannot be merged without.
     """
@@ -665,7 +665,7 @@ def _measure_too(
     count, shift, delta, var = merge_centred(0, both)
     mean, residue = _two_sum(shift, delta)
     ddof = jnp.full_like(measured.running_var_ddof, running_var_ddof)
-    noted = jnp.maximum(measured.by_running, float(by_running))
+    noted = measured.by_running + float(by_running)
     return {**batch_stats, "measured": Measured(count, mean, var, ddof, noted, residue)}
 
 

@@ -7,6 +7,7 @@ program of evaluation, and summarizes what they take, what they give and what be
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from flax import nnx
 
 from bn_jax import linen as bn_linen
 from bn_jax import nnx as bn_nnx
-from bn_jax.batch_norm import BatchStats, Measured, start_measuring
+from bn_jax.batch_norm import BatchStats, Measured
 from bn_jax.optim import is_running, path_of
 from bn_jax.programs import (
     Equation,
@@ -29,12 +30,14 @@ from bn_jax.programs import (
     find_norms,
     trace,
 )
+from bn_jax.recalibrate import measure
 
 # Where a bounded activation counts as flat, as a share of its steepest, and one with a single flat
 # side, whose other side may rise as slowly as a leaky ReLU does.
 FLAT_BOUNDED = 0.05
 FLAT_ONE_SIDED = 1e-3
 DEFAULT_EPSILON = 1e-5
+LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
 
 _SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.5, 3.0, 30.0)
 
@@ -133,17 +136,6 @@ def _adapt(forward: Callable[..., Any], variables: Any) -> Model:
 
 
 def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> Model:
-    batch_stats = variables.get("batch_stats", {})
-
-    def measure(variables: Any, batch: Any, train: bool) -> dict[str, Measured]:
-        started = jax.tree.map(
-            lambda node: start_measuring(node) if is_running(node) else node,
-            variables["batch_stats"],
-            is_leaf=is_running,
-        )
-        returned = forward({**variables, "batch_stats": started}, batch, train)
-        return _measured_in(_updated_statistics(returned, train))
-
     statistics = {}
     for index, (keys, _) in enumerate(jax.tree.leaves_with_path(variables)):
         collection, *inside = path_of(keys).split("/")
@@ -152,30 +144,15 @@ def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> 
     return Model(
         variables=variables,
         params=variables.get("params", {}),
-        norms=_running(batch_stats),
+        norms=_running(variables.get("batch_stats", {})),
         statistics=statistics,
         evaluate=lambda variables, batch: forward(variables, batch, False)[0],
-        measure=measure,
+        measure=partial(measure, forward, line=LINE),
         attributes={},
         advice=(
             "batch_stats = bn.recalibrate(lambda variables, x: model.apply(variables, x, "
             "train=False, mutable=['batch_stats']), variables, batches).batch_stats"
         ),
-    )
-
-
-def _updated_statistics(returned: Any, train: bool) -> Any:
-    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
-        updates = returned[1]
-        if "batch_stats" in updates:
-            return updates["batch_stats"]
-        found = f"(y, updates) with the collections {sorted(updates)} in updates"
-    else:
-        found = f"a {type(returned).__name__}"
-    raise ValueError(
-        f"forward(variables, batch, {train}) returned {found}, expected (y, updates) with the "
-        "statistics in updates['batch_stats'], in both modes. Write bn.audit(lambda variables, x, "
-        "train: model.apply(variables, x, train=train, mutable=['batch_stats']), variables, x)."
     )
 
 
@@ -197,14 +174,9 @@ def _adapt_nnx(forward: Callable[..., Any], model: nnx.Module) -> Model:
     copy.train()
     in_training = nnx.graphdef(copy)
 
-    def measure(state: Any, batch: Any, train: bool) -> dict[str, Measured]:
+    def measure_in_mode(state: Any, batch: Any, train: bool) -> dict[str, Measured]:
         called = nnx.merge(in_training if train else definition, state)
-        for _, layer in nnx.iter_graph(called):
-            if isinstance(layer, nnx.BatchNorm):
-                initial = start_measuring({"mean": layer.mean[...], "var": layer.var[...]})
-                layer.measured = nnx.BatchStat(initial["measured"])  # type: ignore[attr-defined]
-        forward(called, batch)
-        return _measured_in(nnx.state(called, nnx.BatchStat))
+        return measure(forward, called, batch, line=LINE)
 
     return Model(
         variables=state,
@@ -212,7 +184,7 @@ def _adapt_nnx(forward: Callable[..., Any], model: nnx.Module) -> Model:
         norms=norms,
         statistics=statistics,
         evaluate=lambda state, batch: forward(nnx.merge(definition, state), batch),
-        measure=measure,
+        measure=measure_in_mode,
         attributes=attributes,
         advice=(
             "nnx.update(model, bn.recalibrate(lambda model, x: model(x), model, "
@@ -232,12 +204,6 @@ def _running(batch_stats: Any) -> dict[str, BatchStats]:
         path_of(keys): cast(BatchStats, {name: value_of(node[name]) for name in node})
         for keys, node in jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
         if is_running(node)
-    }
-
-
-def _measured_in(batch_stats: Any) -> dict[str, Measured]:
-    return {
-        path: node["measured"] for path, node in _running(batch_stats).items() if "measured" in node
     }
 
 

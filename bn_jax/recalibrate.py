@@ -35,6 +35,8 @@ Arrays: TypeAlias = dict[str, Any]
 DRAWS_OF_A_BATCH = 2**16
 # Roundings of a statistic within which two passes agree.
 ROUNDINGS = 8
+# Passes for a norm that is behind itself: in so many, what settles at all has settled.
+PASSES_OF_A_LOOP = 100
 LINE = (
     "lambda variables, batch: model.apply(variables, batch, train=False, mutable=['batch_stats'])"
 )
@@ -109,9 +111,11 @@ def recalibrate(
     with the sums over all `n` values of a feature in the whole data set, however it is split: in
     uneven or masked batches, or one example at a time. Passes go on until no statistic changes
     beyond rounding, at most as many as there are norms, those under lifted transforms counted
-    singly; each costs an evaluation of the data set. Dropout is off. This is what to use where the
-    running statistics were not averaged under these weights or on this data: averaged weights (SWA,
-    EMA), pruned, quantized or converted ones.
+    singly; each costs an evaluation of the data set. A norm that is called several times is
+    measured by all its calls together; its statistics depend on themselves, and passes go on until
+    they settle. Dropout is off. This is what to use where the running statistics were not averaged
+    under these weights or on this data: averaged weights (SWA, EMA), pruned, quantized or converted
+    ones.
 
     Of a `forward` that trains, every batch is normalized by its own statistics, and these are
     pooled by their counts in a single pass: what PreciseBN and PyTorch's `update_bn` approximate.
@@ -166,7 +170,7 @@ def recalibrate(
     if passes is not None and passes < 1:
         raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
     measure, batch_stats = _prepare(forward, variables)
-    allowed = math.inf if passes is None else passes
+    allowed: float = PASSES_OF_A_LOOP if passes is None else passes
     only_once = isinstance(batches, Iterator) and allowed > 1
     current, number, settled = batch_stats, 0, False
     with _progress_bar(progress) as show:
@@ -177,7 +181,10 @@ def recalibrate(
             if count == 0:
                 raise ValueError(_nothing_in(batches, number))
             before, current = current, _recalibrated(current, pools, count)
-            settled = number >= _passes_needed(pools) or _agree(before, current)
+            needed = _passes_needed(pools)
+            settled = number >= needed or _agree(before, current)
+            if passes is None and needed < math.inf:
+                allowed = needed
     layers = tuple(_changes(batch_stats, current, pools))
     return Recalibration(current, layers, number, settled)
 
@@ -235,53 +242,66 @@ def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measu
         graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
     ) -> dict[str, Measured]:
         if graph is None:
-            return _measure_mapping(reference(), others, batch_stats, batch)
+            variables = {**others, "batch_stats": batch_stats}
+            return measure(reference(), variables, batch, line=LINE)
         model = nnx.merge(graph, batch_stats, others)
-        return _measure_module(reference(), model, batch, number)
+        # The model of every batch is the given one, and is to draw other numbers in each.
+        drawn = jax.tree.map(
+            lambda count: count + jnp.asarray(number * DRAWS_OF_A_BATCH, count.dtype),
+            nnx.state(model, nnx.RngCount),
+        )
+        nnx.update(model, drawn)
+        return measure(reference(), model, batch, line=LINE)
 
     return jax.jit(step, static_argnums=0)
 
 
-def _measure_mapping(
-    forward: Forward, others: Mapping[str, Any], batch_stats: Any, batch: Any
+def measure(
+    forward: Callable[..., Any], variables: Any, *args: Any, line: str
 ) -> dict[str, Measured]:
+    """Calls a forward function in which every batch norm measures.
+
+    Args:
+        forward: called as ``forward(variables, *args)``.
+        variables: as of `recalibrate`; an `nnx.Module` is changed.
+        *args: the batch, and what else `forward` takes.
+        line: a forward function to write, for who forgot the updated statistics.
+
+    Returns:
+        What each norm has measured, by path; those that are not called have measured nothing.
+
+    Raises:
+        ValueError: `forward` returns no updated statistics.
+    """
+    if isinstance(variables, nnx.Module):
+        for _, layer in nnx.iter_graph(replace_norms(variables)):
+            if isinstance(layer, BatchNorm):
+                batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
+                layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
+        forward(variables, *args)
+        return _found(nnx.to_pure_dict(nnx.state(variables, nnx.BatchStat)))
+
     def start(node: Any) -> Any:
         if not is_running(node):
             return node
         return {**node, "measured": start_measuring(_arrays(node))["measured"]}
 
-    marked = jax.tree.map(start, batch_stats, is_leaf=is_running)
+    marked = jax.tree.map(start, variables["batch_stats"], is_leaf=is_running)
     with replacing_norms():
-        returned = forward({**others, "batch_stats": marked}, batch)
-    return _found(_updated(returned))
+        returned = forward({**variables, "batch_stats": marked}, *args)
+    return _found(_updated(returned, line))
 
 
-def _updated(returned: Any) -> Any:
-    pair = isinstance(returned, tuple) and len(returned) == 2
-    if pair and isinstance(returned[1], Mapping) and "batch_stats" in returned[1]:
-        return returned[1]["batch_stats"]
-    kind = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+def _updated(returned: Any, line: str) -> Any:
+    found = f"a {type(returned).__name__}"
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        if "batch_stats" in returned[1]:
+            return returned[1]["batch_stats"]
+        found = f"(y, updates) with the collections {sorted(returned[1])} in updates"
     raise ValueError(
-        f"forward returned {kind}, expected (y, updates) with the new statistics in "
-        f"updates['batch_stats']. Write forward = {LINE}"
+        f"forward returned {found}, expected (y, updates) with the new statistics in "
+        f"updates['batch_stats']. Write forward = {line}"
     )
-
-
-def _measure_module(
-    forward: Forward, model: nnx.Module, batch: Any, number: int
-) -> dict[str, Measured]:
-    for _, layer in nnx.iter_graph(replace_norms(model)):
-        if isinstance(layer, BatchNorm):
-            batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
-            layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
-    # The model of every batch is the given one, and is to draw other numbers in each.
-    drawn = jax.tree.map(
-        lambda count: count + jnp.asarray(number * DRAWS_OF_A_BATCH, count.dtype),
-        nnx.state(model, nnx.RngCount),
-    )
-    nnx.update(model, drawn)
-    forward(model, batch)
-    return _found(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
 
 def _found(batch_stats: Any) -> dict[str, Measured]:
@@ -350,10 +370,15 @@ def _merge(first: Measured, second: Measured) -> Measured:
     )
 
 
-def _passes_needed(pools: dict[str, Measured]) -> int:
-    """One, where batches were normalized by themselves alone, else one for every norm."""
+def _passes_needed(pools: dict[str, Measured]) -> float:
+    """One, where batches were normalized by themselves alone, else one for every norm.
+
+    What a norm measures in its second call depends on its own statistics: infinitely many.
+    """
     if not any(np.any(one.by_running) for one in pools.values()):
         return 1
+    if any(np.any(one.by_running > 1) for one in pools.values()):
+        return math.inf
     called = (one for one in pools.values() if np.any(one.count) or np.any(one.by_running))
     # Those under a lifted transform are stacked.
     return sum(math.prod(one.mean.shape[:-1]) for one in called)
@@ -436,12 +461,14 @@ def _opened(batches: Any) -> Iterable[Any]:
 def _require_one_pass(found: dict[str, Measured]) -> None:
     needed = _passes_needed(jax.device_get(found))
     if needed > 1:
+        several = "a norm is called several times and normalizes"
+        called = several if needed == math.inf else f"{needed} norms normalize"
         raise ValueError(
-            f"batches can be iterated once only, but {needed} norms normalize by their running "
-            "statistics, so that those of later ones need a pass each. Pass a list, a data loader "
+            f"batches can be iterated once only, but {called} by running statistics, so that those "
+            "of later calls need further passes. Pass a list, a data loader "
             "that can be iterated again, or a function that returns a new iterator: "
             "recalibrate(forward, variables, lambda: iter(loader)). Or say passes=1 for statistics "
-            "of the later norms that depend on the old ones."
+            "of later calls that depend on the old ones."
         )
 
 

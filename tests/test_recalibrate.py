@@ -325,6 +325,35 @@ def test_an_iterator_will_do_where_one_norm_evaluates():
     assert_close(found.batch_stats, {"mean": mean, "var": var})
 
 
+class Twice(nn.Module):
+    """One norm, before and after a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = bn.linen.BatchNorm(use_running_average=not train, name="norm")
+        return norm(nn.relu(nn.Dense(3, name="dense")(norm(x))))
+
+
+def test_a_norm_that_is_called_twice_is_measured_by_both_calls():
+    model, x = Twice(), 2 + standard_normal(7, (40, 3))
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    kernel, bias = (np.float64(variables["params"]["dense"][name]) for name in ("kernel", "bias"))
+    mean, var = np.zeros(3), np.ones(3)
+    for _ in range(60):
+        hidden = np.maximum((np.float64(x) - mean) / np.sqrt(var + 1e-5) @ kernel + bias, 0)
+        _, mean, var = define_moments(np.concatenate([x, hidden]))
+    found = recalibrate(evaluate(model), variables, split(x, [25, 15]))
+    assert found.settled and 2 < found.passes < 60
+    assert_close(found.batch_stats["norm"], {"mean": mean, "var": var}, dtype=jnp.float32)
+    assert [one.values for one in found.layers] == [80]
+    with pytest.raises(
+        ValueError, match="a norm is called several times and normalizes by running"
+    ):
+        recalibrate(evaluate(model), variables, iter(split(x, [25, 15])))
+    once = recalibrate(evaluate(model), variables, iter(split(x, [25, 15])), passes=1)
+    assert not once.settled
+
+
 def test_each_shape_is_traced_once_in_all_passes_and_calls():
     shapes, x = [], standard_normal(0, (13, 3)) + 1
     variables = {"params": {"first": {}, "second": {}}}
@@ -686,10 +715,11 @@ ERRORS = {
     ),
     "only the output": (
         lambda variables, x: x, STATS, [X], {}, ValueError,
-        r"forward returned \w+, expected \(y, updates\).*mutable=\['batch_stats'\]",
+        r"forward returned a \w+, expected \(y, updates\).*mutable=\['batch_stats'\]",
     ),
     "no statistics among the updates": (
-        lambda variables, x: (x, {}), STATS, [X], {}, ValueError, "returned a tuple of 2, expected"
+        lambda variables, x: (x, {}), STATS, [X], {}, ValueError,
+        r"returned \(y, updates\) with the collections \[\] in updates, expected",
     ),
     "no batches": (call, STATS, [], {}, ValueError, "batches is empty.*from the list"),
     "one batch": (call, STATS, {"x": X}, {}, TypeError, r"one batch; .* write \[batch\]"),
