@@ -354,6 +354,15 @@ def test_a_norm_that_is_called_twice_is_measured_by_both_calls():
     assert not once.settled
 
 
+def test_a_norm_that_never_settles_is_told(monkeypatch):
+    monkeypatch.setattr(sys.modules["bn_jax.recalibrate"], "PASSES_OF_A_LOOP", 5)
+    model, other = Twice(), iter([standard_normal(seed, (9, 3)) for seed in range(9)])
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), np.ones((9, 3)))
+    found = recalibrate(evaluate(model), variables, lambda: [next(other)])
+    assert (found.passes, found.settled) == (5, False)
+    assert "had not settled after passes=5" in str(found)
+
+
 def test_each_shape_is_traced_once_in_all_passes_and_calls():
     shapes, x = [], standard_normal(0, (13, 3)) + 1
     variables = {"params": {"first": {}, "second": {}}}
