@@ -109,7 +109,7 @@ class Layer(NamedTuple):
         saturated: the share of what the activation after the norm does not pass a gradient on for:
             of values, if the activation is bounded, otherwise of units, for the whole batch.
         is_found: whether its calls are found in the program. Where they are, `saturated` is None
-            if no activation follows directly.
+            if no activation follows directly; what a norm does for a mask stands between them.
     """
 
     path: str

@@ -219,8 +219,14 @@ def recalibrate_run(
     """
     state = _restore_with_norms(saved, mesh)
     images = _training_part(saved) if data_file is None else load_like(saved, data_file)
+    model = _model_of(saved)
+
+    def evaluate(variables: Any, batch: data.Batch) -> Any:
+        options: dict[str, Any] = {"mask": batch.mask, "mutable": ["batch_stats"]}
+        return model.apply(variables, batch.x, train=False, **options)
+
     found = recalibrate(
-        functools.partial(_forward, _model_of(saved), train=False),
+        evaluate,
         _variables(state),
         training.shard_dataset(images, saved.batch_size, mesh),
         progress=progress,
@@ -291,7 +297,9 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     state = _restore_with_norms(saved, mesh)
     images = load_like(saved, data_file)
     batch = training.shard_dataset(images, min(saved.batch_size, len(images.y)), mesh)[0]
-    found = audit(functools.partial(_forward, _model_of(saved)), _variables(state), batch)
+    # Without the mask, which hides nothing here, but the activations from the audit.
+    forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
+    found = audit(forward, _variables(state), batch.x)
     with _staged(folder) as staging:
         _write_json(
             staging / "audit.json",
@@ -302,11 +310,6 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
             },
         )
     return found
-
-
-def _forward(model: models.ResNet, variables: Any, batch: data.Batch, train: bool) -> Any:
-    options: dict[str, Any] = {"train": train, "mask": batch.mask, "mutable": ["batch_stats"]}
-    return model.apply(variables, batch.x, **options)
 
 
 def _variables(state: training.TrainState) -> dict[str, Any]:

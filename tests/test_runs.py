@@ -143,7 +143,9 @@ def test_audit(home, command, tmp_path):
     assert (code, err) == (0, "")
     assert out.startswith("layer ") and out.endswith("Saved in a-audit\n")
     found = json.loads((tmp_path / "a-audit/audit.json").read_text())
-    assert len(found["layers"]) == 6
+    saturated = {layer["path"]: layer["saturated"] for layer in found["layers"]}
+    assert len(saturated) == 6
+    assert saturated["stem/norm"] is not None and saturated["stage1_block0/shortcut/norm"] is None
     assert not {finding["kind"] for finding in found["findings"]} & {"never updated", "not finite"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "a-audit"}
     assert files(run) == before
