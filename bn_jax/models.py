@@ -24,7 +24,7 @@ class ConvNorm(nn.Module):
         norm: constructor of the norm, or None. A norm with an attribute `use_running_average` takes
             its statistics from the batch; it is given the mask, and whether to train unless that
             attribute says so. Any other norm is applied to the convolution's result alone.
-        norm_scale_init: initializer of the norm's scale.
+        norm_scale_init: initializer of the norm's scale; None for that of `norm`.
         dtype: of the computation and the result; None for that of input and parameters promoted.
         padding: "SAME", or "symmetric" for as much on either side, as PyTorch pads. They differ
             where strides leave something over.
@@ -36,7 +36,7 @@ class ConvNorm(nn.Module):
     kernel_size: tuple[int, int] = (3, 3)
     strides: tuple[int, int] = (1, 1)
     norm: Norm | None = None
-    norm_scale_init: jax.nn.initializers.Initializer = nn.initializers.ones
+    norm_scale_init: jax.nn.initializers.Initializer | None = None
     dtype: Any = None
     padding: Padding = "SAME"
     feature_group_count: int = 1
@@ -65,7 +65,8 @@ class ConvNorm(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             name="conv",
         )(x)
-        return _normalize(self.norm, x, train, mask, self.dtype, scale_init=self.norm_scale_init)
+        of_scale = {} if self.norm_scale_init is None else {"scale_init": self.norm_scale_init}
+        return _normalize(self.norm, x, train, mask, self.dtype, **of_scale)
 
 
 def _conv_padding(padding: Padding, kernel_size: Sequence[int]) -> str | list[tuple[int, int]]:
@@ -132,6 +133,10 @@ class Block(nn.Module):
         common = {"dtype": self.dtype, "padding": self.padding}
         return ConvNorm(features, kernel_size, **{"norm": self.norm, **common, **options})
 
+    def changes_shape(self, x: jax.Array, y: jax.Array) -> bool:
+        """Says whether the shortcut needs a convolution: by strides and channels, for any image."""
+        return tuple(self.strides) != (1, 1) or x.shape[-1] != y.shape[-1]
+
     def add_shortcut(
         self, x: jax.Array, y: jax.Array, train: bool, mask: jax.Array | None
     ) -> jax.Array:
@@ -144,9 +149,9 @@ class Block(nn.Module):
             mask: see `ConvNorm`.
 
         Returns:
-            The sum; where the shapes differ, `x` goes through a convolution and its norm.
+            The sum; where strides or channels change, `x` goes through a convolution and its norm.
         """
-        if x.shape != y.shape:
+        if self.changes_shape(x, y):
             shortcut = self.conv_norm(y.shape[-1], (1, 1), strides=self.strides, name="shortcut")
             x = shortcut(x, train, mask)
         return x + y
@@ -219,7 +224,7 @@ class PreActivationBlock(Block):
         y = nn.relu(first(activated, train, mask))
         bare = partial(self.conv_norm, self.features, norm=None, use_bias=self.norm is None)
         y = bare()(y, train, mask)
-        if x.shape != y.shape:
+        if self.changes_shape(x, y):
             x = bare((1, 1), strides=self.strides, name="shortcut")(activated, train, mask)
         return x + y
 
@@ -244,8 +249,9 @@ class ResNet(nn.Module):
             it before a maximum over 3x3 positions halves it again.
         dtype: of the computation; None for that of images and parameters promoted. Parameters and
             logits are in at least float32.
-        padding: of convolutions and the maximum: "SAME", or "symmetric" as in PyTorch, whose
-            weights need it (see `ConvNorm`).
+        padding: of convolutions and the maximum, but for the 7x7 convolution, which is always
+            padded symmetrically: "SAME", or "symmetric" as in PyTorch, whose weights need it (see
+            `ConvNorm`).
         pre_activation: whether the blocks begin with their norm, as `PreActivationBlock` does: then
             none follows the stem, and one follows the last block.
 
@@ -292,7 +298,7 @@ class ResNet(nn.Module):
                 f"for each of stage_sizes = {tuple(self.stage_sizes)}"
             )
         if mask is not None:
-            mask = mask[:, None, None, None]
+            mask = jnp.asarray(mask)[:, None, None, None]
         x = self._stem(x, train, mask)
         for stage, (blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):
             for index in range(blocks):

@@ -311,6 +311,24 @@ def test_a_pre_activation_network_normalizes_after_its_last_block():
     assert biases == {"norm", "classifier"}
 
 
+@pytest.mark.parametrize("block", [models.BasicBlock, models.PreActivationBlock])
+def test_the_image_does_not_decide_about_shortcuts(block):
+    model = make_model(BATCH_NORM, widths=(4, 4), block=block)
+    small, large = (
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
+        for x in (images()[:, :1, :1], images())
+    )
+    assert small == large and "shortcut" in large["params"]["stage1_block0"]
+
+
+def test_norms_keep_the_initial_scale_that_they_are_given():
+    norm = functools.partial(BATCH_NORM, scale_init=nn.initializers.constant(0.5))
+    params = init(make_model(norm))["params"]
+    assert_close(params["stem"]["norm"]["scale"], np.full(4, 0.5))
+    last = params["stage0_block0"]["ConvNorm_1"]["norm"]["scale"]
+    np.testing.assert_array_equal(last, np.zeros(4))
+
+
 def test_padding_is_one_of_two():
     with pytest.raises(ValueError, match="padding='VALID', expected 'SAME' or 'symmetric'"):
         init(make_model(None, padding="VALID"))
