@@ -802,18 +802,8 @@ def _reached(report: training.Report) -> str:
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """Gives a folder for the results; they replace the checkpoints when all of them are there."""
-    staging = folder / ".results"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir()
+    with runs.staged(folder) as staging:
         yield staging
-        # By metrics.json a finished run is known.
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(folder / "checkpoints")
 
 

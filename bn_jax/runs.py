@@ -296,11 +296,13 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     """
     state = _restore_with_norms(saved, mesh)
     images = load_like(saved, data_file)
-    batch = training.shard_dataset(images, min(saved.batch_size, len(images.y)), mesh)[0]
+    argument = "DIR" if data_file is None else "--data"
+    examples = _audited_examples(saved, len(images.y), argument)
+    batch = training.shard_dataset(images, examples, mesh)[0]
     # Without the mask, which hides nothing here, but the activations from the audit.
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
     found = audit(forward, _variables(state), batch.x)
-    with _staged(folder) as staging:
+    with staged(folder) as staging:
         _write_json(
             staging / "audit.json",
             {
@@ -310,6 +312,18 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
             },
         )
     return found
+
+
+def _audited_examples(saved: SavedRun, present: int, argument: str) -> int:
+    """Returns the size of a batch as in training, as far as there are images."""
+    share = saved.batch_size // saved.devices if saved.arm == PER_DEVICE else 2
+    examples = min(saved.batch_size, present) // share * share
+    if examples == 0:
+        raise BadRunError(
+            f"{argument}: received {present} images, expected at least {share}, as many as a "
+            "norm's statistics need; give more with --data"
+        )
+    return examples
 
 
 def _variables(state: training.TrainState) -> dict[str, Any]:
@@ -415,7 +429,7 @@ def _written(
         }
         for when, one in change._asdict().items()
     }
-    with _staged(folder) as staging:
+    with staged(folder) as staging:
         yield staging / "checkpoint"
         shutil.copyfile(saved.folder / "test.npz", staging / "test.npz")
         metrics["checkpoint_sha256"] = checkpoints.sha256(staging / "checkpoint")
@@ -424,16 +438,30 @@ def _written(
 
 
 @contextlib.contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """Gives a folder beside the wanted one, whose place it takes when all has been written."""
-    staging = folder.with_name(f".{folder.name}.part")
+def staged(folder: Path) -> Iterator[Path]:
+    """Gives a folder for results, which come into the wanted one when all of them are there.
+
+    Args:
+        folder: made where it is missing, and taken away again if nothing comes into it.
+
+    Yields:
+        A folder in it.
+    """
+    staging = folder / ".results"
+    existed = folder.exists()
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         yield staging
-        staging.replace(folder)
+        # By metrics.json a finished run is known.
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            path.replace(folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not existed and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _write_json(path: Path, value: Any) -> None:

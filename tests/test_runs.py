@@ -1,6 +1,7 @@
 import errno
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -211,11 +212,36 @@ def test_what_is_not_finite_is_null_in_json(tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
-    (tmp_path / "new").mkdir()
-    with pytest.raises(OSError), runs._staged(tmp_path / "new") as folder:
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(OSError), runs.staged(tmp_path / name) as folder:
+            (folder / "file").touch()
+            raise OSError(errno.ENOSPC, "disk full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    with runs.staged(tmp_path / "old") as folder:
         (folder / "file").touch()
-        raise OSError(errno.ENOSPC, "disk full")
-    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
-    with runs._staged(tmp_path / "new") as folder:
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "old"]
+
+
+def test_results_in_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with runs.staged(Path()) as folder:
         (folder / "file").touch()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "present", "examples"),
+    [(ARM, 100, 64), (ARM, 7, 6), (runs.PER_DEVICE, 100, 64), (runs.PER_DEVICE, 40, 32)],
+)
+def test_the_batch_that_is_audited(home, arm, present, examples):
+    saved = runs.read_run(home / "run")._replace(arm=arm, batch_size=64, devices=2)
+    assert runs._audited_examples(saved, present, "--data") == examples
+
+
+@pytest.mark.parametrize(("arm", "least"), [(ARM, 2), (runs.PER_DEVICE, 32)])
+def test_too_few_images_to_audit(home, arm, least):
+    saved = runs.read_run(home / "run")._replace(arm=arm, batch_size=64, devices=2)
+    message = f"--data: received {least - 1} images, expected at least {least}, as many as a norm"
+    with pytest.raises(runs.BadRunError, match=message):
+        runs._audited_examples(saved, least - 1, "--data")
