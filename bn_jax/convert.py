@@ -176,7 +176,7 @@ def from_library(
     *,
     like: Any,
     names: Names = None,
-    transposed: str | Iterable[str] = (),
+    transposed: str | Iterable[str] | None = None,
     dtype: Any = None,
     momentum: float = 0.99,
 ) -> Any:
@@ -197,8 +197,10 @@ def from_library(
         names: the path of each layer there by that here, as a function (`resnet_names`) or a
             mapping of paths or of their beginnings, of which the longest counts. A layer that it
             does not name keeps its path, with ``.`` for ``/`` where the library has that.
-        transposed: a glob, or several, of the paths here of `ConvTranspose` layers. With
-            ``transpose_kernel=True`` a kernel of PyTorch or Keras comes as of any convolution.
+        transposed: a glob, or several, of the paths here of `ConvTranspose` layers and of no other
+            convolutions: ``transposed=["decoder/up*"]``. With ``transpose_kernel=True`` a kernel of
+            PyTorch or Keras comes as of any convolution, and no glob may match: ``transposed=()``
+            says that there is none. An `nnx.Module` knows its own, to which this adds.
         dtype: for floating-point arrays; None for those that they come with.
         momentum: of the norms of Equinox in mode "batch"; elsewhere it means nothing.
 
@@ -220,9 +222,9 @@ def from_library(
         array([3., 3.])
     """
     layout = _layout(library)
-    like = _variables(like)
     found = {key: _array(key, value) for key, value in _flatten(arrays).items()}
     entries = _entries(like, layout, names, transposed)
+    like = _variables(like)
     _require_agreement("arrays", entries, found, layout)
     values = [_read(entry, found, layout, momentum) for entry in entries]
     if dtype is not None:
@@ -235,7 +237,7 @@ def to_library(
     library: Library,
     *,
     names: Names = None,
-    transposed: str | Iterable[str] = (),
+    transposed: str | Iterable[str] | None = None,
     like: Mapping[str, Any] | None = None,
     momentum: float = 0.99,
 ) -> dict[str, Any]:
@@ -271,9 +273,8 @@ def to_library(
         ['bn1.bias', 'bn1.weight']
     """
     layout = _layout(library)
-    variables = _variables(variables)
     entries = _entries(variables, layout, names, transposed)
-    leaves = zip(entries, jax.tree.leaves(variables), strict=True)
+    leaves = zip(entries, jax.tree.leaves(_variables(variables)), strict=True)
     written = {e.key: _write(e, _array(e.path, leaf), layout) for e, leaf in leaves}
     for place, averages in _averages(entries).items():
         for key, fresh in layout.extras.items():
@@ -496,53 +497,100 @@ class _Entry(NamedTuple):
     place: str
     key: str
     is_transposed: bool
+    is_count: bool
 
 
 def _entries(
-    tree: Any, layout: _Layout, names: Names, transposed: str | Iterable[str]
+    variables: Any, layout: _Layout, names: Names, transposed: str | Iterable[str] | None
 ) -> list[_Entry]:
     """Says of every leaf, in the order of the tree, where it is there."""
+    tree = _variables(variables)
     leaves = [(_parts(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
     is_linen = {parts[0] for parts, _ in leaves} <= {"params", "batch_stats"}
-    weighted = {
-        "/".join(parts[is_linen:-1]) for parts, _ in leaves if parts[-1] in ("kernel", "embedding")
-    }
-    patterns = _matching([transposed] if isinstance(transposed, str) else transposed, weighted)
+    layers = ["/".join(parts[is_linen:-1]) for parts, _ in leaves]
+    siblings: dict[str, set[str]] = {layer: set() for layer in layers}
+    for layer, (parts, _) in zip(layers, leaves, strict=True):
+        siblings[layer].add(parts[-1])
+    turned = _transposed(variables, transposed, _convolutions(layers, leaves), layout)
     entries: dict[str, _Entry] = {}
-    for parts, leaf in leaves:
-        path, name, layer = "/".join(parts), parts[-1], "/".join(parts[is_linen:-1])
-        place = _place(layer, names, layout.separator)
-        key = _full(_key(name, layer not in weighted, layout, path), place)
+    for layer, (parts, leaf) in zip(layers, leaves, strict=True):
+        path, name, place = "/".join(parts), parts[-1], _place(layer, names, layout.separator)
+        key = _full(_key(name, siblings[layer], layout, path), place)
         if key in entries:
             raise ValueError(
                 f"names takes both {entries[key].path} and {path} to {key}, expected a key each"
             )
-        is_transposed = any(fnmatchcase(layer, pattern) for pattern in patterns)
+        is_transposed = layer in turned and name == "kernel"
+        is_count = _is_count(name, siblings[layer])
         shape = tuple(leaf.shape)
-        entries[key] = _Entry(path, shape, leaf.dtype, name, place, key, is_transposed)
+        entries[key] = _Entry(path, shape, leaf.dtype, name, place, key, is_transposed, is_count)
     return list(entries.values())
 
 
-def _matching(patterns: Iterable[str], layers: set[str]) -> list[str]:
-    patterns = list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
+def _convolutions(layers: list[str], leaves: list[tuple[list[str], Any]]) -> set[str]:
+    """Returns the layers that may be convolutions by the rank of their kernels."""
+    return {
+        layer
+        for layer, (parts, leaf) in zip(layers, leaves, strict=True)
+        if parts[-1] == "kernel" and len(leaf.shape) > 2
+    }
+
+
+def _transposed(
+    variables: Any, said: str | Iterable[str] | None, convolutions: set[str], layout: _Layout
+) -> set[str]:
+    """Returns the transposed convolutions: those that are said, and those that a module knows."""
+    if isinstance(variables, nnx.Module):
+        found = {
+            "/".join(map(str, path))
+            for path, module in nnx.iter_modules(variables)
+            if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
+        }
+        return found | _matching(said or (), convolutions)
+    if said is not None:
+        return _matching(said, convolutions)
+    is_called_so = re.compile(r"(.*/)?ConvTranspose_\d+").fullmatch
+    unsaid = sorted(layer for layer in convolutions if is_called_so(layer))
+    if unsaid and layout.transposed != layout.kernel:
+        raise ValueError(
+            f"transposed is None, but {unsaid} are transposed convolutions by their names: pass "
+            f"transposed={unsaid}, without those that have transpose_kernel=True, or transposed=() "
+            "if all of them have that."
+        )
+    return set()
+
+
+def _matching(patterns: str | Iterable[str], convolutions: set[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = {layer for layer in convolutions if fnmatchcase(layer, pattern)}
+        if not matching:
             raise ValueError(
-                f"transposed has {pattern!r}, expected globs of layers with a kernel, which are "
-                f"{sorted(layers)}"
+                f"transposed has {pattern!r}, expected globs of ConvTranspose layers among those "
+                f"with a kernel of rank 3 or more, which are {sorted(convolutions)}"
             )
-    return patterns
+        found |= matching
+    return found
 
 
-def _key(name: str, is_norm: bool, layout: _Layout, path: str) -> str:
+def _is_count(name: str, siblings: set[str]) -> bool:
+    """Says whether a leaf counts the batches of the averages beside it."""
+    return name == "count" and {"mean", "var"} <= siblings
+
+
+def _key(name: str, siblings: set[str], layout: _Layout, path: str) -> str:
     """Returns the key there of a leaf by its name here; a name of nobody's stays what it is."""
+    is_norm = not siblings & {"kernel", "embedding"}
     names, keys = (_NORM_LEAVES, layout.norm) if is_norm else (_LAYER_LEAVES, layout.layer)
     known = dict(zip(names, keys, strict=False))
-    if name == "count" and name not in known:
+    is_count = _is_count(name, siblings)
+    if is_count and name not in known:
         raise ValueError(
             f"{path} counts the batches of a cumulative average (momentum=None), which PyTorch "
             "alone has, expected mean and var alone: leave it out."
         )
+    if not is_count:
+        known.pop("count", None)
     module, separator, _ = layout.layer[1].rpartition(layout.separator)
     return known.get(name, module + separator + name)
 
@@ -564,7 +612,7 @@ def _averages(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:
     for entry in entries:
         if entry.name in ("mean", "var"):
             found.setdefault(entry.place, {})[entry.name] = entry
-    return found
+    return {place: averages for place, averages in found.items() if len(averages) == 2}
 
 
 def _read(
@@ -572,7 +620,7 @@ def _read(
 ) -> np.ndarray:
     """Takes a leaf from the arrays of a library."""
     array = found[entry.key]
-    if entry.name == "count":
+    if entry.is_count:
         return np.full(entry.shape, array, entry.dtype)
     if _is_kernel(entry) and array.shape == _shape_there(entry, layout):
         array = _flipped(array.transpose(_axes(entry, layout)), entry, layout)
@@ -584,7 +632,7 @@ def _read(
 
 def _write(entry: _Entry, array: np.ndarray, layout: _Layout) -> np.ndarray:
     """Makes of a leaf the array of a library."""
-    if entry.name == "count":
+    if entry.is_count:
         counts = np.unique(array)
         if len(counts) > 1:
             raise ValueError(
@@ -648,7 +696,7 @@ def _flipped(kernel: np.ndarray, entry: _Entry, layout: _Layout) -> np.ndarray:
 
 
 def _shape_there(entry: _Entry, layout: _Layout) -> tuple[int, ...]:
-    if entry.name == "count":
+    if entry.is_count:
         return ()
     if not _is_kernel(entry):
         return entry.shape
@@ -710,8 +758,11 @@ def _layout(library: str) -> _Layout:
 
 def _variables(tree: Any) -> Any:
     """Returns parameters and running statistics of a model or of its variables."""
+    kept = nnx.Any(nnx.Param, nnx.BatchStat)
     if isinstance(tree, nnx.Module):
-        return nnx.state(tree, nnx.Any(nnx.Param, nnx.BatchStat))
+        return nnx.state(tree, kept)
+    if isinstance(tree, nnx.State):
+        return nnx.filter_state(tree, nnx.Any(kept, _is_no_variable))
     known = {"params", "batch_stats"}
     if not isinstance(tree, Mapping):
         raise TypeError(
@@ -724,6 +775,10 @@ def _variables(tree: Any) -> Any:
             "{name: variables[name] for name in ('params', 'batch_stats')}"
         )
     return tree
+
+
+def _is_no_variable(_: tuple[Any, ...], leaf: Any) -> bool:
+    return not isinstance(leaf, nnx.Variable)
 
 
 def _parts(path: tuple[Any, ...]) -> list[str]:

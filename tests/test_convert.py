@@ -378,12 +378,17 @@ def test_a_sequence_of_nnx_has_the_keys_of_a_sequence_of_pytorch():
     assert_same(bn.convert.to_library(state, "pytorch", names=names, like=arrays), arrays)
 
 
-@pytest.mark.parametrize("form", ["module", "state", "pure dictionary"])
+@pytest.mark.parametrize("form", ["module", "state", "state with rngs", "pure dictionary"])
 def test_nnx(form):
     arrays, x = arrays_of("pytorch 2"), images(2, 6)
     model = nnx.clone(nnx_net())
     kept = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
-    like = {"module": model, "state": kept, "pure dictionary": nnx.to_pure_dict(kept)}[form]
+    like = {
+        "module": model,
+        "state": kept,
+        "state with rngs": nnx.state(model),
+        "pure dictionary": nnx.to_pure_dict(kept),
+    }[form]
     options = {"transposed": ["up"]}
     converted = bn.convert.from_library(arrays, "pytorch", like=like, **options)
     assert jax.tree.structure(converted) == jax.tree.structure(
@@ -394,6 +399,7 @@ def test_nnx(form):
     assert_close(y, np.array(CASES["pytorch 2"]["y"]))
     assert_same(bn.convert.to_library(converted, "pytorch", like=arrays, **options), arrays)
     assert_same(bn.convert.to_library(model, "pytorch", like=arrays, **options), arrays)
+    assert_same(bn.convert.to_library(nnx.state(model), "pytorch", like=arrays, **options), arrays)
 
 
 def test_frozen_and_boxed_variables_stay_so():
@@ -501,6 +507,83 @@ def test_only_a_depthwise_kernel_of_keras_is_reshaped(shape):
         bn.convert.from_library({"kernel": arrays["kernel"].reshape(-1)}, "keras", like=like)
 
 
+def unsaid_net():
+    """Variables with names as Linen gives them."""
+    kernel = standard_normal(0, (3, 2, 4, 4))
+    return {
+        "params": {
+            "Conv_0": {"kernel": kernel},
+            "ConvTranspose_0": {"kernel": kernel},
+            "a": {"ConvTranspose_12": {"kernel": kernel}},
+        }
+    }
+
+
+def test_whether_convolutions_are_transposed_is_said():
+    tree = unsaid_net()
+    kernel = tree["params"]["Conv_0"]["kernel"]
+    none = bn.convert.to_library(tree, "pytorch", transposed=())
+    assert_same(none["ConvTranspose_0.weight"], none["Conv_0.weight"])
+    assert_same(none["Conv_0.weight"], kernel.transpose(3, 2, 0, 1))
+    some = bn.convert.to_library(tree, "pytorch", transposed="*ConvTranspose_12")
+    assert_same(some["ConvTranspose_0.weight"], none["Conv_0.weight"])
+    turned = kernel[::-1, ::-1].transpose(2, 3, 0, 1)
+    assert_same(some["a.ConvTranspose_12.weight"], turned)
+    like = {key: np.zeros((4, 4, 3, 2)) for key in none}
+    alike = bn.convert.to_library(tree, "equinox", like=like)  # which turns no kernel
+    assert_same(alike, none)
+
+
+class Decoder(nnx.Module):
+    """A layer of each kind with as many features in as out."""
+
+    def __init__(self, rngs):
+        shape = 4, 4, (3, 2)
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.up = nnx.ConvTranspose(*shape, rngs=rngs)
+        self.plain = nnx.ConvTranspose(*shape, transpose_kernel=True, rngs=rngs)
+        self.layers = nnx.List([nnx.Conv(*shape, rngs=rngs), nnx.ConvTranspose(*shape, rngs=rngs)])
+
+
+def test_a_glob_of_transposed_convolutions_leaves_linear_layers_alone():
+    up, dense = standard_normal(0, (3, 2, 4, 4)), standard_normal(1, (4, 4))
+    tree = {"params": {"decoder": {"up": {"kernel": up}, "linear": {"kernel": dense}}}}
+    for transposed in ("decoder/*", ["decoder/up"]):
+        there = bn.convert.to_library(tree, "pytorch", transposed=transposed)
+        assert_same(there["decoder.linear.weight"], dense.T)
+        assert_same(there["decoder.up.weight"], up[::-1, ::-1].transpose(2, 3, 0, 1))
+        like = jax.eval_shape(lambda: tree)
+        here = bn.convert.from_library(there, "pytorch", like=like, transposed=transposed)
+        assert_same(here, tree)
+
+
+def test_a_module_knows_its_transposed_convolutions():
+    decoder = Decoder(nnx.Rngs(0))
+    globs = ["up", "layers/1"]
+    state = nnx.state(decoder)
+    expected = bn.convert.to_library(state, "pytorch", transposed=globs)
+    unlike = bn.convert.to_library(state, "pytorch", transposed=())
+    assert not np.array_equal(unlike["up.weight"], expected["up.weight"])
+    assert_same(unlike["plain.weight"], expected["plain.weight"])
+    for transposed in (None, (), ["up"]):
+        options = {"transposed": transposed}
+        assert_same(bn.convert.to_library(decoder, "pytorch", **options), expected)
+        here = bn.convert.from_library(expected, "pytorch", like=decoder, **options)
+        assert_same(here, state)
+    more = bn.convert.to_library(decoder, "pytorch", transposed="plain")
+    turned = decoder.plain.kernel.get_value()[::-1, ::-1].transpose(2, 3, 0, 1)
+    assert_same(more["plain.weight"], turned)
+
+
+def test_a_count_that_counts_no_batches_and_a_lone_average_are_any_parameter():
+    tree = {"params": {"a": {"count": np.ones(3)}, "b": {"mean": np.arange(2.0)}}}
+    for library in ("pytorch", "keras"):
+        there = bn.convert.to_library(tree, library)
+        assert_same(next(iter(there.values())), np.ones(3))
+        assert len(there) == 2  # no count of batches beside a lone mean
+        assert_same(bn.convert.from_library(there, library, like=tree), tree)
+
+
 ERRORS = {
     "library": (
         lambda: bn.convert.to_library(norm(), "torch"),
@@ -518,7 +601,18 @@ ERRORS = {
         lambda: bn.convert.to_library(
             {"params": {"up": {"kernel": np.ones((2, 2, 2))}}}, "pytorch", transposed=["ip"]
         ),
-        r"transposed has 'ip', expected globs of layers with a kernel, which are \['up'\]",
+        r"transposed has 'ip', expected globs of ConvTranspose .* which are \['up'\]",
+    ),
+    "transposed of dense layers": (
+        lambda: bn.convert.to_library(
+            {"params": {"fc": {"kernel": np.ones((2, 2))}}}, "pytorch", transposed="fc"
+        ),
+        r"transposed has 'fc', expected globs of ConvTranspose .* which are \[\]",
+    ),
+    "transposed is not said": (
+        lambda: bn.convert.to_library(unsaid_net(), "pytorch"),
+        r"transposed is None, but \['ConvTranspose_0', 'a/ConvTranspose_12'\] are .* pass "
+        r"transposed=\['ConvTranspose_0', 'a/ConvTranspose_12'\], without .* transposed=\(\)",
     ),
     "collections": (
         lambda: bn.convert.to_library({"params": {}, "cache": {}}, "pytorch"),
