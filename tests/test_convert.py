@@ -426,12 +426,41 @@ def test_dtypes_stay_unless_asked(dtype):
         key: np.asarray(value, np.int64 if "tracked" in key else jnp.dtype(dtype))
         for key, value in bn.convert.to_library(tree, "pytorch").items()
     }
-    kept = bn.convert.from_library(arrays, "pytorch", like=tree)
+    statistics = "float64" if dtype == "float64" else "float32"
+    with jax.numpy_dtype_promotion("strict"):
+        kept = bn.convert.from_library(arrays, "pytorch", like=tree)
     assert kept["params"]["scale"].dtype == dtype
+    mean = arrays["running_mean"].astype(statistics)
+    assert_same(kept["batch_stats"]["mean"], mean)
     assert_same(bn.convert.to_library(kept, "pytorch", like=arrays), arrays)
     cast = bn.convert.from_library(arrays, "pytorch", like=tree, dtype=jnp.float32)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(cast)} == {"float32"}
     assert_same(cast["params"]["scale"], arrays["weight"].astype(np.float32))
+
+
+def test_statistics_are_no_narrower_than_they_were_here():
+    tree = norm(count=True)
+    tree["batch_stats"]["count"] = jnp.full(3, 301.0)  # which bfloat16 lacks
+    arrays = bn.convert.to_library(tree, "pytorch")
+    half = bn.convert.from_library(arrays, "pytorch", like=tree, dtype=jnp.bfloat16)
+    assert_same(half["batch_stats"], tree["batch_stats"])
+    assert half["params"]["scale"].dtype == half["params"]["bias"].dtype == jnp.bfloat16
+    narrow = tree | {"batch_stats": jax.tree.map(jnp.bfloat16, tree["batch_stats"])}
+    half = bn.convert.from_library(arrays, "pytorch", like=narrow, dtype=jnp.bfloat16)
+    assert half["batch_stats"]["var"].dtype == jnp.bfloat16
+
+
+def test_averages_of_equinox_in_half_precision():
+    arrays = {
+        key: array.astype(jnp.bfloat16) if array.dtype == np.float32 else array
+        for key, array in arrays_of("equinox 1").items()
+    }
+    like = abstract(Net(1), images(1, 6))
+    variables = bn.convert.from_library(arrays, "equinox", like=like)
+    mean = np.float32(arrays["norm.batch_state_index.0"])
+    divided = mean / np.float32(1 - 0.99 ** int(arrays["norm.batch_counter"]))
+    assert_same(variables["batch_stats"]["norm"]["mean"], divided)
+    assert_same(bn.convert.to_library(variables, "equinox", like=arrays), arrays)
 
 
 def test_results_share_no_memory_with_what_they_were_made_from():
@@ -466,16 +495,15 @@ of another shape in arrays, 2 in all:
   dense.weight (3, 5), expected (2, 5) for params/dense/kernel
   up.weight (8, 5, 3, 2), expected (5, 8, 3, 2) for params/up/kernel
 Say with names={'path here': 'path there'} or a function which layer is which, and with \
-transposed=['path here'] which are ConvTranspose."""
+transposed=['path here'] which are ConvTranspose; leave out or rename what is unknown in arrays \
+yourself where no name of a layer can say it."""
     with pytest.raises(ValueError) as raised:
         bn.convert.from_library(arrays, "pytorch", like=like)
     assert str(raised.value) == expected
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
     with pytest.raises(ValueError) as raised:
         bn.convert.to_library(variables, "pytorch", like=arrays)
-    assert str(raised.value) == expected.replace(" arrays, ", " like, ").replace(
-        "arrays is", "like is"
-    )
+    assert str(raised.value) == re.sub(r"\barrays\b", "like", expected)
 
 
 def test_a_missing_counter_is_missing():
@@ -597,6 +625,10 @@ ERRORS = {
         ),
         "names takes both params/a/bias and params/b/bias to fc.bias, expected a key each",
     ),
+    "names of no layer": (
+        lambda: bn.convert.to_library(unsaid_net(), "pytorch", names={"a": "b", "a/Conv": "c"}),
+        r"names has \['a/Conv'\], expected layers here or .* \['ConvTranspose_0', 'Conv_0', 'a/Conv",
+    ),
     "transposed": (
         lambda: bn.convert.to_library(
             {"params": {"up": {"kernel": np.ones((2, 2, 2))}}}, "pytorch", transposed=["ip"]
@@ -616,7 +648,7 @@ ERRORS = {
     ),
     "collections": (
         lambda: bn.convert.to_library({"params": {}, "cache": {}}, "pytorch"),
-        r"collections \['cache', 'params'\], expected .*variables\[name\] for name in",
+        r"collections \['cache', 'params'\], expected .*variables\[name\] for name in \['params'\]}",
     ),
     "like": (
         lambda: bn.convert.to_library(norm(), "haiku"),
@@ -633,7 +665,7 @@ def test_errors(name):
 
 
 class Unreadable:
-    """As a tensor in bfloat16 or on another device."""
+    """What NumPy cannot take."""
 
     shape = (3,)
 
@@ -641,12 +673,24 @@ class Unreadable:
         raise TypeError("unsupported ScalarType BFloat16")
 
 
+class Tensor(Unreadable):
+    """As one of PyTorch in bfloat16 or on another device."""
+
+    __module__ = "torch.nn"
+
+
 @pytest.mark.parametrize(
     "value, message",
     [
         (
+            Tensor(),
+            r"weight is a Tensor that NumPy cannot take .*BFloat16.* file: safetensors.*\{k: "
+            r"v.contiguous\(\).clone\(\) for k, v in model.state_dict\(\).items\(\)\}, path\), then "
+            "load_safetensors",
+        ),
+        (
             Unreadable(),
-            "weight is a Unreadable that NumPy cannot take .*BFloat16.*load_safetensors",
+            r"weight is a Unreadable that NumPy cannot take \(.*BFloat16\), expected an array$",
         ),
         (None, "weight is a NoneType, expected an array"),
     ],
@@ -656,6 +700,78 @@ def test_what_is_no_array_is_named(value, message):
         bn.convert.from_library(
             {"weight": value}, "pytorch", like={"params": {"scale": np.ones(3)}}
         )
+
+
+def test_tracers_are_told_from_other_values():
+    like = {"params": {"scale": np.ones(3)}}
+    message = "weight is traced, expected an array: call bn_jax.convert outside of jit"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda a: bn.convert.from_library({"weight": a}, "pytorch", like=like))(jnp.ones(3))
+
+
+def weight_like(dtype, received=np.float32):
+    like = {"params": {"scale": np.ones(3)}}
+    return bn.convert.from_library(
+        {"weight": np.ones(3, received)}, "pytorch", like=like, dtype=dtype
+    )
+
+
+NO_MAPPING = "is a (list|ndarray|tuple), expected a mapping of arrays by their keys: pass "
+KINDS = {
+    "arrays of pytorch": (
+        lambda: bn.convert.from_library([np.ones(3)], "pytorch", like=norm()),
+        f"arrays {NO_MAPPING}" + r"model.state_dict\(\)$",
+    ),
+    "like of keras": (
+        lambda: bn.convert.to_library(norm(), "keras", like=[np.ones(3)]),
+        f"like {NO_MAPPING}" + r"\{w.path: w.numpy\(\) for w in model.weights\}$",
+    ),
+    "arrays of haiku": (
+        lambda: bn.convert.from_library(({}, {}), "haiku", like=norm()),
+        f"arrays {NO_MAPPING}" + r"\{\"params\": params, \"state\": state\}$",
+    ),
+    "arrays of equinox": (
+        lambda: bn.convert.from_library([np.ones(3)], "equinox-ema", like=norm()),
+        f"arrays {NO_MAPPING}its leaves by their path, as the docstring of bn_jax.convert",
+    ),
+    "names": (
+        lambda: bn.convert.to_library(norm(), "pytorch", names="bn1"),
+        "names is a str, expected a mapping of paths here to paths there, a function",
+    ),
+    "names has": (
+        lambda: bn.convert.to_library(norm(), "pytorch", names={"": None}),
+        "names has {'': None}, expected paths there, of type str",
+    ),
+    "names returns": (
+        lambda: bn.convert.to_library(unsaid_net(), "equinox", names={"Conv_0": "c"}.get),
+        r"names\('ConvTranspose_0'\) is None, expected a str.*layer.replace\('/', '.'\)",
+    ),
+    "dtype": (lambda: weight_like(np.int8), "dtype=int8, expected a floating-point or complex one"),
+    "complex": (
+        lambda: weight_like(jnp.float32, np.complex64),
+        "dtype=float32 is real and weight is complex64, expected a complex dtype or None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_errors_about_kinds(name):
+    call, message = KINDS[name]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "dtype, received, expected",
+    [
+        (None, np.complex64, np.complex64),
+        (np.complex64, np.float32, np.complex64),
+        (jnp.bfloat16, np.int32, np.int32),
+        (float, np.float16, np.float64),
+    ],
+)
+def test_dtypes_of_parameters(dtype, received, expected):
+    assert weight_like(dtype, received)["params"]["scale"].dtype == expected
 
 
 TRANSLATED = [
@@ -692,7 +808,7 @@ TRANSLATED = [
     ),
     (
         "equinox",
-        {},
+        dict(mode="batch"),
         dict(momentum=0.99, epsilon=1e-5, use_scale=True, use_bias=True, running_var_ddof=0),
     ),
     (
@@ -772,6 +888,7 @@ def test_what_a_library_cannot_say(library, ours, message):
 @pytest.mark.parametrize(
     "library, theirs, message",
     [
+        ("equinox", {}, "its default, 'legacy', expected mode='batch'"),
         ("equinox", dict(mode="ema"), "mode 'ema' normalizes by running averages in training"),
         ("equinox-ema", {}, "mode 'ema' normalizes by running averages in training"),
         ("haiku", dict(decay_rate=0.9), r"\['create_scale', 'create_offset'\] are missing"),
@@ -828,7 +945,8 @@ def test_pickles_are_refused(tmp_path, name, content):
     pytest.importorskip("safetensors")
     path = tmp_path / name
     path.write_bytes(content)
-    fix = rf"import torch, safetensors.torch\n  .*save_file\(torch.load\('{re.escape(str(path))}'"
+    file = re.escape(str(path))
+    fix = rf"import torch, safetensors.torch\n  arrays = torch.load\('{file}', weights_only=True"
     with pytest.raises(ValueError, match=rf"is a pickle, which can run any code(.|\n)*{fix}"):
         bn.convert.load_safetensors(path)
 
