@@ -272,8 +272,8 @@ def to_library(
     """Converts variables of Flax into the arrays of another library's model.
 
     What `from_library` made comes back bit for bit if `like` is what it was made from. Without
-    `like`, depthwise kernels for Keras are ``[*spatial, 1, out]``, whereas it has them as ``[*spatial,
-    in, multiplier]``. Layers that `flax.linen.scan` or `flax.linen.vmap` stacked have no counterpart
+    `like`, depthwise kernels for Keras stay ``(h, w, 1, out)``, where it has ``(h, w, in,
+    multiplier)``. Layers that `flax.linen.scan` or `flax.linen.vmap` stacked have no counterpart
     there: unstack them first, each by ``jax.tree.map(lambda a: a[i], stacked)``.
 
     Args:
