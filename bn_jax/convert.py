@@ -17,7 +17,17 @@ Equinox keeps running statistics beside the model; put in place of their indices
     leaves = jax.tree.leaves_with_path(eqx.filter(whole, eqx.is_array))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): a for path, a in leaves}
 
-and go back by ``state.set(norm.batch_state_index, (mean, var))``.
+and go back, leaf by leaf, weights by `equinox.tree_at` and what lies beside the model so; Equinox
+would divide by ``1 - momentum**counter`` again if the counter stayed what it was, and takes but a
+plain int for it, since the one that it has is weakly typed::
+
+    state = state.set(norm.batch_state_index, (mean, var))
+    state = state.set(norm.batch_counter, jnp.asarray(int(counter)))  # in mode "batch"
+
+or, in mode "ema"::
+
+    state = state.set(norm.ema_state_index, (mean, var))
+    state = state.set(norm.ema_first_time_index, jnp.asarray(False))
 
 Example:
     >>> import jax.numpy as jnp, numpy as np, bn_jax as bn
@@ -66,6 +76,9 @@ Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 # from the end of int32.
 _SETTLED = 10**9
 
+# safetensors takes neither tensors of another memory format nor tied ones.
+_STATE_DICT = "{k: v.contiguous().clone() for k, v in model.state_dict().items()}"
+
 
 class _Layout(NamedTuple):
     """How a library lays out its arrays, and what it calls a norm's attributes.
@@ -84,6 +97,7 @@ class _Layout(NamedTuple):
         separator: between the parts of a layer's path.
         of_new: whether momentum is the weight of the new value there.
         running_var_ddof: of the running variance there.
+        source: what to write there for the arrays of a model.
         needs_like: whether shapes there depend on more than our variables know.
     """
 
@@ -95,6 +109,7 @@ class _Layout(NamedTuple):
     extras: Mapping[str, Any]
     attributes: tuple[str, str, str, str]
     defaults: Mapping[str, Any]
+    source: str
     separator: str = "."
     of_new: bool = False
     running_var_ddof: int = 0
@@ -114,6 +129,7 @@ _PYTORCH = _Layout(
     extras={_TRACKED: np.array(0, np.int64)},
     attributes=("momentum", "eps", "affine", "bias"),
     defaults=dict(momentum=0.1, eps=1e-5, affine=True, bias=True, track_running_stats=True),
+    source="model.state_dict()",
     of_new=True,
     running_var_ddof=1,
 )
@@ -126,6 +142,7 @@ _KERAS = _Layout(
     extras={},
     attributes=("momentum", "epsilon", "scale", "center"),
     defaults=dict(momentum=0.99, epsilon=1e-3, scale=True, center=True),
+    source="{w.path: w.numpy() for w in model.weights}",
     separator="/",
 )
 _MEAN_EMA, _VAR_EMA = "state/{}/~/mean_ema/", "state/{}/~/var_ema/"
@@ -143,6 +160,7 @@ _HAIKU = _Layout(
     },
     attributes=("decay_rate", "eps", "create_scale", "create_offset"),
     defaults=dict(eps=1e-5),
+    source='{"params": params, "state": state}',
     separator="/",
     needs_like=True,
 )
@@ -154,7 +172,8 @@ _EQUINOX = _Layout(
     flips=False,
     extras={_COUNTER: np.array(_SETTLED, np.int32)},
     attributes=("momentum", "eps", "channelwise_affine", "channelwise_affine"),
-    defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="batch"),
+    defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="legacy"),
+    source="its leaves by their path, as the docstring of bn_jax.convert makes them",
     needs_like=True,
 )
 _EQUINOX_EMA = _EQUINOX._replace(
@@ -176,7 +195,7 @@ def from_library(
     *,
     like: Any,
     names: Names = None,
-    transposed: str | Iterable[str] = (),
+    transposed: str | Iterable[str] | None = None,
     dtype: Any = None,
     momentum: float = 0.99,
 ) -> Any:
@@ -185,7 +204,9 @@ def from_library(
     Kernels become ``[*spatial, in, out]``; a depthwise one of Keras ``[*spatial, 1, out]``. The
     statistics of Equinox are divided by ``1 - momentum**counter``, as it does in evaluation; Haiku
     keeps them divided. A linear layer after a flattened image needs its inputs reordered by hand:
-    channels come first in PyTorch and Equinox, last in Flax.
+    channels come first in PyTorch and Equinox, last in Flax. Layers that `flax.linen.scan` or
+    `flax.linen.vmap` stacked have no counterpart there: unstack them first, each by
+    ``jax.tree.map(lambda a: a[i], stacked)`` where its layers are stacked along axis 0.
 
     Args:
         arrays: as the module's docstring says; NumPy, JAX, or whatever `numpy.asarray` takes, as
@@ -197,9 +218,12 @@ def from_library(
         names: the path of each layer there by that here, as a function (`resnet_names`) or a
             mapping of paths or of their beginnings, of which the longest counts. A layer that it
             does not name keeps its path, with ``.`` for ``/`` where the library has that.
-        transposed: a glob, or several, of the paths here of `ConvTranspose` layers. With
-            ``transpose_kernel=True`` a kernel of PyTorch or Keras comes as of any convolution.
-        dtype: for floating-point arrays; None for those that they come with.
+        transposed: a glob, or several, of the paths here of `ConvTranspose` layers and of no other
+            convolutions: ``transposed=["decoder/up*"]``. With ``transpose_kernel=True`` a kernel of
+            PyTorch or Keras comes as of any convolution, and no glob may match: ``transposed=()``
+            says that there is none. An `nnx.Module` knows its own, to which this adds.
+        dtype: for floating-point arrays; None for those that they come with. Running statistics
+            are never narrower than in `like`, and a ``count`` stays as it is there.
         momentum: of the norms of Equinox in mode "batch"; elsewhere it means nothing.
 
     Returns:
@@ -209,8 +233,10 @@ def from_library(
 
     Raises:
         ValueError: keys are missing, unknown or of another shape, all listed at once; two layers
-            have one name; the library has no word for what `like` holds.
-        TypeError: something is not an array.
+            have one name, or `names` has one of no layer; the library has no word for what `like`
+            holds; `transposed` is None where names that Linen gives say that there are some.
+        TypeError: something is not an array; `arrays`, `names` or `dtype` is of another kind, or
+            `dtype` is real and an array complex.
 
     Example:
         >>> import numpy as np, bn_jax as bn
@@ -220,13 +246,17 @@ def from_library(
         array([3., 3.])
     """
     layout = _layout(library)
-    like = _variables(like)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype)}, expected a floating-point or complex one, such as "
+            "dtype=jnp.float32, or None"
+        )
+    _require_mapping("arrays", arrays, layout.source)
     found = {key: _array(key, value) for key, value in _flatten(arrays).items()}
     entries = _entries(like, layout, names, transposed)
+    like = _variables(like)
     _require_agreement("arrays", entries, found, layout)
-    values = [_read(entry, found, layout, momentum) for entry in entries]
-    if dtype is not None:
-        values = [a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else a for a in values]
+    values = [_read(entry, found, layout, momentum, dtype) for entry in entries]
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -235,13 +265,16 @@ def to_library(
     library: Library,
     *,
     names: Names = None,
-    transposed: str | Iterable[str] = (),
+    transposed: str | Iterable[str] | None = None,
     like: Mapping[str, Any] | None = None,
     momentum: float = 0.99,
 ) -> dict[str, Any]:
     """Converts variables of Flax into the arrays of another library's model.
 
-    What `from_library` made comes back bit for bit if `like` is what it was made from.
+    What `from_library` made comes back bit for bit if `like` is what it was made from. Without
+    `like`, depthwise kernels for Keras stay ``(h, w, 1, out)``, where it has ``(h, w, in,
+    multiplier)``. Layers that `flax.linen.scan` or `flax.linen.vmap` stacked have no counterpart
+    there: unstack them first, each by ``jax.tree.map(lambda a: a[i], stacked)``.
 
     Args:
         variables: as `like` of `from_library`, with arrays.
@@ -263,6 +296,7 @@ def to_library(
     Raises:
         ValueError: as of `from_library`, about `like`; or it is missing; or a norm has a ``count``
             that the library cannot say.
+        TypeError: as of `from_library`.
 
     Example:
         >>> import bn_jax as bn
@@ -271,15 +305,15 @@ def to_library(
         ['bn1.bias', 'bn1.weight']
     """
     layout = _layout(library)
-    variables = _variables(variables)
     entries = _entries(variables, layout, names, transposed)
-    leaves = zip(entries, jax.tree.leaves(variables), strict=True)
+    leaves = zip(entries, jax.tree.leaves(_variables(variables)), strict=True)
     written = {e.key: _write(e, _array(e.path, leaf), layout) for e, leaf in leaves}
     for place, averages in _averages(entries).items():
         for key, fresh in layout.extras.items():
             array = written[averages[fresh].key] if isinstance(fresh, str) else fresh
             written.setdefault(_full(key, place), array.copy())
     if like is not None:
+        _require_mapping("like", like, layout.source)
         written = _as_in(_flatten(like), written, entries, layout, momentum)
     elif layout.needs_like:
         raise ValueError(
@@ -347,8 +381,9 @@ def attributes_from_library(library: Library, **attributes: Any) -> dict[str, An
         raise ValueError(f"attributes {missing} are missing, which {library} has no default for")
     if library == "equinox-ema" or given.get("mode", "batch") != "batch":
         raise ValueError(
-            "Equinox's norm in mode 'ema' normalizes by running averages in training too, expected "
-            "mode 'batch': our norm has no such mode. For evaluation alone translate mode='batch'."
+            "Equinox's norm in mode 'ema' normalizes by running averages in training too, as "
+            "does its default, 'legacy', expected mode='batch': our norm has no such mode. "
+            "For evaluation alone translate mode='batch'."
         )
     momentum, epsilon, use_scale, use_bias = (given[name] for name in layout.attributes)
     tracked = given.get("track_running_stats", True)
@@ -444,10 +479,12 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if _is_pickle(path):
         raise ValueError(
             f"{path} is a pickle, which can run any code while it is loaded, expected safetensors. "
-            "If you trust where it comes from, write it anew where PyTorch is installed:\n"
+            "If you trust where it comes from, write it anew where PyTorch is installed; of a "
+            "checkpoint of more, take its ['state_dict']:\n"
             "  import torch, safetensors.torch\n"
-            f"  safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True, "
-            f"map_location='cpu'), {f'{path}.safetensors'!r})"
+            f"  arrays = torch.load({str(path)!r}, weights_only=True, map_location='cpu')\n"
+            "  arrays = {k: v.contiguous().clone() for k, v in arrays.items()}\n"
+            f"  safetensors.torch.save_file(arrays, {f'{path}.safetensors'!r})"
         )
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -468,11 +505,13 @@ def save_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) ->
 
     Raises:
         ValueError: a value of `arrays` is a mapping, or a dtype has no place in the format.
+        TypeError: `arrays` is no mapping of arrays.
         ImportError: safetensors is not installed.
 
     Example: see `load_safetensors`.
     """
     safetensors = _import_safetensors()
+    _require_mapping("arrays", arrays, "model.state_dict() or to_library(variables, 'pytorch')")
     if nested := [key for key, value in arrays.items() if isinstance(value, Mapping)]:
         raise ValueError(
             f"arrays[{nested[0]!r}] is a mapping, expected arrays alone. Convert variables first: "
@@ -496,61 +535,137 @@ class _Entry(NamedTuple):
     place: str
     key: str
     is_transposed: bool
+    is_count: bool
 
 
 def _entries(
-    tree: Any, layout: _Layout, names: Names, transposed: str | Iterable[str]
+    variables: Any, layout: _Layout, names: Names, transposed: str | Iterable[str] | None
 ) -> list[_Entry]:
     """Says of every leaf, in the order of the tree, where it is there."""
+    tree = _variables(variables)
     leaves = [(_parts(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
     is_linen = {parts[0] for parts, _ in leaves} <= {"params", "batch_stats"}
-    weighted = {
-        "/".join(parts[is_linen:-1]) for parts, _ in leaves if parts[-1] in ("kernel", "embedding")
-    }
-    patterns = _matching([transposed] if isinstance(transposed, str) else transposed, weighted)
+    layers = ["/".join(parts[is_linen:-1]) for parts, _ in leaves]
+    siblings: dict[str, set[str]] = {layer: set() for layer in layers}
+    for layer, (parts, _) in zip(layers, leaves, strict=True):
+        siblings[layer].add(parts[-1])
+    _require_names(names, set(layers))
+    turned = _transposed(variables, transposed, _convolutions(layers, leaves), layout)
     entries: dict[str, _Entry] = {}
-    for parts, leaf in leaves:
-        path, name, layer = "/".join(parts), parts[-1], "/".join(parts[is_linen:-1])
-        place = _place(layer, names, layout.separator)
-        key = _full(_key(name, layer not in weighted, layout, path), place)
+    for layer, (parts, leaf) in zip(layers, leaves, strict=True):
+        path, name, place = "/".join(parts), parts[-1], _place(layer, names, layout.separator)
+        key = _full(_key(name, siblings[layer], layout, path), place)
         if key in entries:
             raise ValueError(
                 f"names takes both {entries[key].path} and {path} to {key}, expected a key each"
             )
-        is_transposed = any(fnmatchcase(layer, pattern) for pattern in patterns)
+        is_transposed = layer in turned and name == "kernel"
+        is_count = _is_count(name, siblings[layer])
         shape = tuple(leaf.shape)
-        entries[key] = _Entry(path, shape, leaf.dtype, name, place, key, is_transposed)
+        entries[key] = _Entry(path, shape, leaf.dtype, name, place, key, is_transposed, is_count)
     return list(entries.values())
 
 
-def _matching(patterns: Iterable[str], layers: set[str]) -> list[str]:
-    patterns = list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
+def _convolutions(layers: list[str], leaves: list[tuple[list[str], Any]]) -> set[str]:
+    """Returns the layers that may be convolutions by the rank of their kernels."""
+    return {
+        layer
+        for layer, (parts, leaf) in zip(layers, leaves, strict=True)
+        if parts[-1] == "kernel" and len(leaf.shape) > 2
+    }
+
+
+def _transposed(
+    variables: Any, said: str | Iterable[str] | None, convolutions: set[str], layout: _Layout
+) -> set[str]:
+    """Returns the transposed convolutions: those that are said, and those that a module knows."""
+    if isinstance(variables, nnx.Module):
+        found = {
+            "/".join(map(str, path))
+            for path, module in nnx.iter_modules(variables)
+            if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
+        }
+        return found | _matching(said or (), convolutions)
+    if said is not None:
+        return _matching(said, convolutions)
+    is_called_so = re.compile(r"(.*/)?ConvTranspose_\d+").fullmatch
+    unsaid = sorted(layer for layer in convolutions if is_called_so(layer))
+    if unsaid and layout.transposed != layout.kernel:
+        raise ValueError(
+            f"transposed is None, but {unsaid} are transposed convolutions by their names: pass "
+            f"transposed={unsaid}, without those that have transpose_kernel=True, or transposed=() "
+            "if all of them have that."
+        )
+    return set()
+
+
+def _matching(patterns: str | Iterable[str], convolutions: set[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = {layer for layer in convolutions if fnmatchcase(layer, pattern)}
+        if not matching:
             raise ValueError(
-                f"transposed has {pattern!r}, expected globs of layers with a kernel, which are "
-                f"{sorted(layers)}"
+                f"transposed has {pattern!r}, expected globs of ConvTranspose layers among those "
+                f"with a kernel of rank 3 or more, which are {sorted(convolutions)}"
             )
-    return patterns
+        found |= matching
+    return found
 
 
-def _key(name: str, is_norm: bool, layout: _Layout, path: str) -> str:
+def _is_count(name: str, siblings: set[str]) -> bool:
+    """Says whether a leaf counts the batches of the averages beside it."""
+    return name == "count" and {"mean", "var"} <= siblings
+
+
+def _key(name: str, siblings: set[str], layout: _Layout, path: str) -> str:
     """Returns the key there of a leaf by its name here; a name of nobody's stays what it is."""
+    is_norm = not siblings & {"kernel", "embedding"}
     names, keys = (_NORM_LEAVES, layout.norm) if is_norm else (_LAYER_LEAVES, layout.layer)
     known = dict(zip(names, keys, strict=False))
-    if name == "count" and name not in known:
+    is_count = _is_count(name, siblings)
+    if is_count and name not in known:
         raise ValueError(
             f"{path} counts the batches of a cumulative average (momentum=None), which PyTorch "
             "alone has, expected mean and var alone: leave it out."
         )
+    if not is_count:
+        known.pop("count", None)
     module, separator, _ = layout.layer[1].rpartition(layout.separator)
     return known.get(name, module + separator + name)
+
+
+def _require_names(names: Names, layers: set[str]) -> None:
+    if names is None or callable(names):
+        return
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"names is a {type(names).__name__}, expected a mapping of paths here to paths there, "
+            "a function of a path here, or None"
+        )
+    if wrong := {start: place for start, place in names.items() if not isinstance(place, str)}:
+        raise TypeError(f"names has {wrong}, expected paths there, of type str")
+    starts = {
+        "",
+        *layers,
+        *(layer[: at.start()] for layer in layers for at in re.finditer("/", layer)),
+    }
+    if unknown := [start for start in names if start not in starts]:
+        raise ValueError(
+            f"names has {unknown}, expected layers here or beginnings of their paths, of which the "
+            f"layers are {sorted(layers)}"
+        )
 
 
 def _place(layer: str, names: Names, separator: str) -> str:
     """Returns the path of a layer there."""
     if callable(names):
-        return names(layer)
+        place = names(layer)
+        if not isinstance(place, str):
+            raise TypeError(
+                f"names({layer!r}) is {place!r}, expected a str, the path there: return what it "
+                f"shall not name as layer.replace('/', {separator!r})"
+            )
+        return place
     for start in sorted(names or (), key=len, reverse=True):
         if start in ("", layer) or layer.startswith(start + "/"):
             rest = layer.removeprefix(start).strip("/").replace("/", separator)
@@ -564,27 +679,51 @@ def _averages(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:
     for entry in entries:
         if entry.name in ("mean", "var"):
             found.setdefault(entry.place, {})[entry.name] = entry
-    return found
+    return {place: averages for place, averages in found.items() if len(averages) == 2}
 
 
 def _read(
-    entry: _Entry, found: Mapping[str, np.ndarray], layout: _Layout, momentum: float
+    entry: _Entry,
+    found: Mapping[str, np.ndarray],
+    layout: _Layout,
+    momentum: float,
+    dtype: Any = None,
 ) -> np.ndarray:
     """Takes a leaf from the arrays of a library."""
     array = found[entry.key]
-    if entry.name == "count":
+    if entry.is_count:
         return np.full(entry.shape, array, entry.dtype)
     if _is_kernel(entry) and array.shape == _shape_there(entry, layout):
         array = _flipped(array.transpose(_axes(entry, layout)), entry, layout)
+    dtype = _dtype_here(array.dtype, entry, dtype)
     counter = found.get(_full(_COUNTER, entry.place))
     if entry.name in ("mean", "var") and counter is not None and counter > 0:
+        array = array.astype(_promoted(array.dtype, dtype))
         array = array / array.dtype.type(1 - momentum ** int(counter))
-    return np.array(array.reshape(entry.shape), order="C")
+    return np.array(array.reshape(entry.shape), dtype, order="C")
+
+
+def _dtype_here(dtype: Any, entry: _Entry, wanted: Any) -> Any:
+    """Returns the dtype that an array of another gets here."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return dtype
+    wanted = dtype if wanted is None else jnp.dtype(wanted)
+    if jnp.issubdtype(dtype, jnp.complexfloating) > jnp.issubdtype(wanted, jnp.complexfloating):
+        raise TypeError(
+            f"dtype={wanted} is real and {entry.key} is {dtype}, expected a complex dtype or None: "
+            "imaginary parts would be lost."
+        )
+    return _promoted(wanted, entry.dtype) if entry.name in ("mean", "var") else wanted
+
+
+def _promoted(one: Any, other: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
 
 
 def _write(entry: _Entry, array: np.ndarray, layout: _Layout) -> np.ndarray:
     """Makes of a leaf the array of a library."""
-    if entry.name == "count":
+    if entry.is_count:
         counts = np.unique(array)
         if len(counts) > 1:
             raise ValueError(
@@ -648,7 +787,7 @@ def _flipped(kernel: np.ndarray, entry: _Entry, layout: _Layout) -> np.ndarray:
 
 
 def _shape_there(entry: _Entry, layout: _Layout) -> tuple[int, ...]:
-    if entry.name == "count":
+    if entry.is_count:
         return ()
     if not _is_kernel(entry):
         return entry.shape
@@ -691,7 +830,8 @@ def _require_agreement(
     lines += [f"  {key} {shapes[key]}, expected {expected[key]}" for key in misshaped]
     lines += [
         "Say with names={'path here': 'path there'} or a function which layer is which, and with "
-        "transposed=['path here'] which are ConvTranspose."
+        "transposed=['path here'] which are ConvTranspose; leave out or rename what is unknown in "
+        f"{name} yourself where no name of a layer can say it."
     ]
     raise ValueError("\n".join(lines))
 
@@ -710,8 +850,11 @@ def _layout(library: str) -> _Layout:
 
 def _variables(tree: Any) -> Any:
     """Returns parameters and running statistics of a model or of its variables."""
+    kept = nnx.Any(nnx.Param, nnx.BatchStat)
     if isinstance(tree, nnx.Module):
-        return nnx.state(tree, nnx.Any(nnx.Param, nnx.BatchStat))
+        return nnx.state(tree, kept)
+    if isinstance(tree, nnx.State):
+        return nnx.filter_state(tree, nnx.Any(kept, _is_no_variable))
     known = {"params", "batch_stats"}
     if not isinstance(tree, Mapping):
         raise TypeError(
@@ -720,10 +863,14 @@ def _variables(tree: Any) -> Any:
         )
     if set(tree) & known and not set(tree) <= known:
         raise ValueError(
-            f"the variables have the collections {sorted(tree)}, expected {sorted(known)}: "
-            "{name: variables[name] for name in ('params', 'batch_stats')}"
+            f"the variables have the collections {sorted(tree)}, expected {sorted(known)}: pass "
+            f"{{name: variables[name] for name in {sorted(set(tree) & known)}}}"
         )
     return tree
+
+
+def _is_no_variable(_: tuple[Any, ...], leaf: Any) -> bool:
+    return not isinstance(leaf, nnx.Variable)
 
 
 def _parts(path: tuple[Any, ...]) -> list[str]:
@@ -758,11 +905,19 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _array(key: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except jax.errors.TracerArrayConversionError as error:
         raise TypeError(
-            f"{key} is a {type(value).__name__} that NumPy cannot take ({error}), expected an "
-            "array. A model of PyTorch goes through a file: safetensors.torch.save_file("
-            "model.state_dict(), path), then load_safetensors(path)."
+            f"{key} is traced, expected an array: call bn_jax.convert outside of jit"
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        advice = (
+            ". A model of PyTorch goes through a file: safetensors.torch.save_file("
+            f"{_STATE_DICT}, path), then load_safetensors(path)."
+        )
+        is_of_pytorch = type(value).__module__.partition(".")[0] == "torch"
+        raise TypeError(
+            f"{key} is a {type(value).__name__} that NumPy cannot take ({error}), expected an array"
+            + advice * is_of_pytorch
         ) from error
     if array.dtype == object:
         raise TypeError(f"{key} is a {type(value).__name__}, expected an array")
@@ -772,6 +927,14 @@ def _array(key: str, value: Any) -> np.ndarray:
 def _complement(momentum: float | None) -> float | None:
     """Returns 1 - momentum as one would write it: of 0.9, 0.1, which 1 - 0.9 is not."""
     return None if momentum is None else float(1 - Decimal(str(momentum)))
+
+
+def _require_mapping(name: str, received: Any, source: str) -> None:
+    if not isinstance(received, Mapping):
+        raise TypeError(
+            f"{name} is a {type(received).__name__}, expected a mapping of arrays by their keys: "
+            f"pass {source}"
+        )
 
 
 def _require_known(attributes: Mapping[str, Any], known: set[str], whose: str) -> None:
