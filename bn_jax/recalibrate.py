@@ -217,6 +217,12 @@ def _prepare(
             "{'params': params, 'batch_stats': batch_stats} with what model.init or training "
             "returned."
         )
+    try:
+        hash(graph)
+    except TypeError:
+        # A graph that holds a dict or a list cannot be a static argument.
+        step = jax.jit(partial(_step(lambda: forward), graph))
+        return partial(step, others), batch_stats
     return partial(_step_of(forward), graph, others), batch_stats
 
 
@@ -238,6 +244,10 @@ def _step_of(forward: Forward) -> Callable[..., dict[str, Measured]]:
 
 
 def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measured]]:
+    return jax.jit(_step(reference), static_argnums=0)
+
+
+def _step(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measured]]:
     def step(
         graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
     ) -> dict[str, Measured]:
@@ -253,7 +263,7 @@ def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measu
         nnx.update(model, drawn)
         return measure(reference(), model, batch, line=LINE)
 
-    return jax.jit(step, static_argnums=0)
+    return step
 
 
 def measure(

@@ -672,6 +672,21 @@ def test_a_module_that_trains_drops_other_values_in_every_batch():
     assert int(model.layers[3].rngs.count[...]) == before
 
 
+def test_a_module_whose_configuration_cannot_be_hashed():
+    class Configured(nnx.Module):
+        def __init__(self):
+            self.options = {"widths": [3]}
+            self.norm = bn.nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    x = standard_normal(0, (9, 3)) + 1
+    found = recalibrate(call, Configured(), split(x, [4, 5]))
+    _, mean, var = define_moments(x)
+    assert_close(nnx.to_pure_dict(found.batch_stats), {"norm": {"mean": mean, "var": var}})
+
+
 def test_an_ensemble_of_modules():
     x = standard_normal(0, (9, 3)) + 1
     models = nnx.vmap(make_module_of)(jnp.arange(2))
