@@ -39,7 +39,8 @@ FLAT_ONE_SIDED = 1e-3
 DEFAULT_EPSILON = 1e-5
 LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
 
-_SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.5, 3.0, 30.0)
+# Symmetric; the points next to 0 are for steps that a factor has made steep.
+_SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, -0.01, 0.0, 0.01, 0.5, 1.5, 3.0, 30.0)
 
 
 class Observations(NamedTuple):
@@ -307,12 +308,21 @@ class Captured(NamedTuple):
     flat_units: float | None
 
     def saturated(self) -> tuple[bool, float] | None:
-        """Returns whether the activation is bounded, and the share that is flat; None without."""
+        """Returns whether the activation is bounded, and the share that is flat; None without.
+
+        One that is steep on a single side of 0, as ReLU6 is, counts as not bounded: half of its
+        values are flat by design.
+        """
         if self.slopes is None or self.flat_values is None or self.flat_units is None:
             return None
-        steepest = self.slopes.max()
-        flat = [slope < FLAT_BOUNDED * steepest for slope in (self.slopes[0], self.slopes[-1])]
-        return (True, self.flat_values) if all(flat) else (False, self.flat_units)
+        steep = dict(
+            zip(_SLOPE_POINTS, self.slopes >= FLAT_BOUNDED * self.slopes.max(), strict=True)
+        )
+        is_bounded = not (steep[-30.0] or steep[30.0])
+        has_two_sides = steep[-0.01] and steep[0.01] and steep[-0.5] == steep[0.5]
+        if is_bounded and has_two_sides:
+            return True, self.flat_values
+        return False, self.flat_units
 
 
 def _run(
@@ -459,7 +469,9 @@ def _flatness(program: Program, site: Site, values: dict[int, Any]) -> dict[str,
         return own[end]
 
     def steepness(y: jax.Array) -> jax.Array:
-        return jnp.abs(jax.jvp(activate, (y,), (jnp.ones_like(y),))[1]).astype(jnp.float32)
+        # In reverse, which activations with a derivative of their own may have alone.
+        out, pull = jax.vjp(activate, y)
+        return jnp.abs(pull(jnp.ones_like(out))[0]).astype(jnp.float32)
 
     y = values[site.output]
     points = jnp.asarray(_SLOPE_POINTS, y.dtype)

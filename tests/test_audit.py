@@ -423,6 +423,26 @@ def test_units_without_gradient(sound, activation):
     assert report.layers[1].saturated == 0.25
 
 
+def test_an_activation_of_one_side_is_not_judged_by_its_flat_values(sound):
+    variables = broken(sound, "params/norm_1/bias", at(slice(None), -0.5))
+    report = audited(Net(activation=nn.relu6), variables)
+    assert report.findings == ()
+    assert report.layers[1].saturated == 0
+    variables = broken(sound, "params/norm_1/bias", at(slice(3, 5), 20.0))
+    assert kinds(audited(Net(activation=nn.relu6), variables)) == [("saturated", "norm_1")]
+
+
+def test_an_activation_that_has_a_derivative_in_reverse_alone(sound):
+    @jax.custom_vjp
+    def activation(x):
+        return jnp.tanh(x)
+
+    activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, cotangent: (0 * x + cotangent,))
+    report = audited(Net(activation=activation), sound)
+    assert report.findings == ()
+    assert report.layers[1].saturated == 0
+
+
 def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
     model = Net(options={"virtual_batch_size": 8}, activation=lambda x: x.astype(jnp.bfloat16))
     report = audited(model, sound)
