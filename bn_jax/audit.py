@@ -220,8 +220,8 @@ def audit(
         An `Audit` of `layers` and `findings`; print it.
 
     Raises:
-        ValueError: there is no batch norm, no example in the batch, or `forward` does not return
-            the updated statistics.
+        ValueError: there is no batch norm, no example in the batch, `forward` does not return the
+            updated statistics, or `weight_decay_mask` covers no parameter of a norm.
         TypeError: `variables` is neither a mapping nor a module.
 
     Example:
@@ -332,7 +332,7 @@ def _in_order(seen: Observations) -> list[str]:
 def _examine(seen: Observations, path: str) -> _Examined:
     norm, own = seen.model.norms[path], seen.attributes.get(path, Attributes())
     mean, var = flat(norm["mean"]), flat(norm["var"])
-    in_both = [one.get(path) for one in (seen.trained, seen.evaluated)]
+    in_both = seen.trained.get(path), seen.evaluated.get(path)
     trained, evaluated = (one if one and one.values.any() else None for one in in_both)
     captured = seen.captured.get(path)
     noise = None if evaluated is None else _noise(evaluated, captured, seen.examples)
@@ -786,11 +786,21 @@ def _decayed(model: Model, mask: Any) -> Iterator[Finding]:
         return
     decays = _by_path(mask(model.params) if callable(mask) else mask)
     norm_params = _by_path(norm_params_mask(model.params, _statistics_of(model)))
+    expected = [path for path, of_norm in norm_params.items() if of_norm]
     found: dict[str, list[str]] = {}
-    for path, of_norm in norm_params.items():
+    covered = False
+    for path in expected:
         around = [decays[path[:end]] for end in range(len(path), -1, -1) if path[:end] in decays]
-        if of_norm and around and around[0]:
+        covered = covered or bool(around)
+        if around and around[0]:
             found.setdefault("/".join(path[:-1]), []).append(path[-1])
+    if expected and not covered:
+        raise ValueError(
+            f"weight_decay_mask covers no parameter of a norm: expected leaves at "
+            f"{_listed(map('/'.join, expected))} or around them, received "
+            f"{_listed(map('/'.join, decays)) if decays else 'none'}. Pass a tree in the structure "
+            "of params, or a function of them: weight_decay_mask=bn.optim.no_weight_decay_mask."
+        )
     for home, names in found.items():
         yield Finding(
             "weight decay",

@@ -30,7 +30,7 @@ from bn_jax.programs import (
     find_norms,
     trace,
 )
-from bn_jax.recalibrate import measure
+from bn_jax.recalibrate import measure, updated
 
 # Where a bounded activation counts as flat, as a share of its steepest, and one with a single flat
 # side, whose other side may rise as slowly as a leaky ReLU does.
@@ -82,8 +82,8 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     attributes = dict(model.attributes)
     with bn_linen.replace_norms(), nn.intercept_methods(_record(attributes)), _observing(object()):
         program = trace(model.evaluate, model.variables, batch)
-        sites = tuple(_find_sites(program, model))
-        trained, evaluated, shifted, summaries = _run(program, model, batch, sites)
+        sites = _find_sites(program, model)
+        (trained, evaluated, shifted), summaries = _run(program, model, batch, sites)
     sites = [_with_bias_checked(program, site, trained, shifted) for site in sites]
     captured = _captured(program, sites, summaries)
     return Observations(model, tuple(sites), trained, evaluated, captured, attributes, examples)
@@ -145,12 +145,18 @@ def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> 
         collection, *inside = path_of(keys).split("/")
         if collection == "batch_stats" and inside[-1] in ("mean", "var"):
             statistics[index] = "/".join(inside[:-1])
+
+    def evaluate_model(variables: Any, batch: Any) -> Any:
+        returned = forward(variables, batch, False)
+        updated(returned, LINE)
+        return returned[0]
+
     return Model(
         variables=variables,
         params=variables.get("params", {}),
         norms=_running(variables.get("batch_stats", {})),
         statistics=statistics,
-        evaluate=lambda variables, batch: forward(variables, batch, False)[0],
+        evaluate=evaluate_model,
         measure=partial(measure, forward, line=LINE),
         attributes={},
         advice=(
@@ -330,7 +336,7 @@ class Captured(NamedTuple):
 
 def _run(
     program: Program, model: Model, batch: Any, sites: Sequence[Site]
-) -> tuple[*tuple[dict[str, Measurement], ...], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Measurement]], list[dict[str, Any]]]:
     """Runs all that is to be known in one compiled function, which computes nothing twice.
 
     What is measured is that of training, of evaluation, and of training with the biases of the
@@ -349,7 +355,7 @@ def _run(
         return measured, [_summary(program, site, values) for site in sites]
 
     measured, summaries = jax.device_get(run(model.variables, batch))
-    trained, evaluated, shifted = (
+    found = [
         {
             path: Measurement(
                 values=flat(one.count),
@@ -360,8 +366,8 @@ def _run(
             for path, one in own.items()
         }
         for own in measured
-    )
-    return trained, evaluated, shifted, summaries
+    ]
+    return found, summaries
 
 
 def _with_bias_checked(

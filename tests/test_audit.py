@@ -599,7 +599,8 @@ FUNCTIONS = {
     ),
     "a bias before two norms": (
         lambda norm, p, x: (
-            norm("a", x @ p["w"] + p["bias"][None]) ** 2 + norm("b", x @ p["w"][::-1] + p["bias"][None]) ** 2
+            norm("a", x @ p["w"] + p["bias"][None]) ** 2
+            + norm("b", x @ p["w"][::-1] + p["bias"][None]) ** 2
         ),
         [("bias without effect", "a"), ("bias without effect", "b")],
     ),
@@ -825,7 +826,8 @@ def test_variables_that_are_no_mapping(sound):
 @pytest.mark.parametrize(
     ("returned", "named"),
     [
-        (lambda y, updates: y, r"returned a \w*"),
+        (lambda y, updates: y, "forward returned an array, expected"),
+        (lambda y, updates: {"logits": y}, "forward returned a dict, expected"),
         (lambda y, updates: (y, {}), r"with the collections \[\] in updates"),
     ],
 )
@@ -835,6 +837,14 @@ def test_a_forward_that_does_not_return_updates(sound, returned, named):
 
     with pytest.raises(ValueError, match=rf"{named}.*mutable=\['batch_stats'\]"):
         bn.audit(forward, sound, inputs(1))
+
+
+def test_a_mask_of_other_parameters(sound):
+    message = (
+        r"covers no .* at norm_0/bias, .* and norm_1/scale or around them, received params/norm_0"
+    )
+    with pytest.raises(ValueError, match=message):
+        audited(Net(), sound, weight_decay_mask={"params": {"norm_0": True}})
 
 
 @pytest.mark.parametrize("batch", [np.zeros((0, 6), np.float32), (), np.float32(1)])
