@@ -176,7 +176,8 @@ def audit(
     """Finds what is wrong with the batch norms of a model.
 
     The model runs once in training and once in evaluation, compiled, on a copy that measures
-    instead of updating, and its program is read. Flax's batch norms are treated as ours. The kinds
+    instead of updating, and its program is read. Where a bias seems to be without effect, training
+    runs once more with another one. Flax's batch norms are treated as ours. The kinds
     of findings:
 
     - "never updated": the running statistics are the initial ones.
@@ -188,7 +189,8 @@ def audit(
     - "not finite": parameters, running statistics, what a norm takes and what it returns.
     - "dead features": a scale near 0 where others are not, or a variance under epsilon. A layer
       all of whose scales are 0, as the last of a residual branch starts, is none.
-    - "bias without effect": one that is added directly before the norm, which takes it away.
+    - "bias without effect": one that is added directly before the norm, which takes it away, and
+      nowhere else. One that seems to be is not reported while another before it has an effect.
     - "weight decay": on scale or bias of a norm, given the mask.
     - "small batch": the variance that training normalizes by is a poor estimate.
     - "saturated": the activation after the norm, found in the program and differentiated, lets no
@@ -218,8 +220,8 @@ def audit(
         An `Audit` of `layers` and `findings`; print it.
 
     Raises:
-        ValueError: there is no batch norm, no example in the batch, or `forward` does not return
-            the updated statistics.
+        ValueError: there is no batch norm, no example in the batch, `forward` does not return the
+            updated statistics, or `weight_decay_mask` covers no parameter of a norm.
         TypeError: `variables` is neither a mapping nor a module.
 
     Example:
@@ -303,6 +305,7 @@ class _Examined(NamedTuple):
     trained: Measurement | None
     evaluated: Measurement | None
     captured: Captured | None
+    wrong_input: np.ndarray
     sites: tuple[Site, ...]
     in_training: _Off | None
     in_evaluation: _Off | None
@@ -329,10 +332,8 @@ def _in_order(seen: Observations) -> list[str]:
 def _examine(seen: Observations, path: str) -> _Examined:
     norm, own = seen.model.norms[path], seen.attributes.get(path, Attributes())
     mean, var = flat(norm["mean"]), flat(norm["var"])
-    trained, evaluated = (
-        one[path] if path in one and one[path].values.any() else None
-        for one in (seen.trained, seen.evaluated)
-    )
+    in_both = seen.trained.get(path), seen.evaluated.get(path)
+    trained, evaluated = (one if one and one.values.any() else None for one in in_both)
     captured = seen.captured.get(path)
     noise = None if evaluated is None else _noise(evaluated, captured, seen.examples)
     off = partial(_off, mean, var, noise, own.epsilon)
@@ -350,6 +351,7 @@ def _examine(seen: Observations, path: str) -> _Examined:
         trained=trained,
         evaluated=evaluated,
         captured=captured,
+        wrong_input=_wrong_input(*in_both, captured, mean.size),
         sites=tuple(site for site in seen.sites if site.path == path),
         in_training=off(trained),
         in_evaluation=off(evaluated),
@@ -495,12 +497,18 @@ def _host_dtype(leaf: Any) -> Any:
 
 def _not_finite_values(layers: Sequence[_Examined]) -> Iterator[Finding]:
     """Reports the first norm that takes what is not finite, and those that make it themselves."""
-    bad = [(layer, wrong) for layer in layers if (wrong := _bad_inputs(layer)).any()]
-    for layer, wrong in bad[:1]:
+    bad = [layer for layer in layers if layer.wrong_input.any()]
+    for layer in bad[:1]:
+        features = layer.list_features(layer.wrong_input)
         yield Finding(
             "not finite",
             layer.path,
-            f"What it takes is not finite in {layer.list_features(wrong)}"
+            (
+                f"No value that it takes is valid and finite in {features}, unless the mask leaves "
+                "none"
+                if layer.captured is None
+                else f"What it takes is not finite in {features}"
+            )
             + (f", and so is what {len(bad) - 1} norms after it take." if bad[1:] else "."),
             "Look at what comes before it, and at the batch: jax.config.update('jax_debug_nans', "
             "True) stops where it begins. Positions that hold no data belong under mask=.",
@@ -518,14 +526,32 @@ def _not_finite_values(layers: Sequence[_Examined]) -> Iterator[Finding]:
             )
 
 
-def _bad_inputs(layer: _Examined) -> np.ndarray:
-    """Says of which features something that is not masked is not finite."""
-    nothing = np.zeros(layer.mean.size, bool)
-    in_training = nothing if layer.trained is None else layer.trained.values == 0
-    if layer.evaluated is not None:
-        bad: np.ndarray = (layer.evaluated.values == 0) | in_training
-        return bad
-    return in_training if layer.captured is None else in_training | ~layer.captured.finite_input
+def _wrong_input(
+    trained: Measurement | None,
+    evaluated: Measurement | None,
+    captured: Captured | None,
+    features: int,
+) -> np.ndarray:
+    """Says of which features something that is not masked is not finite.
+
+    Where the input is not known, what is masked as a whole cannot be told apart.
+    """
+    in_training, in_evaluation = (_without_values(one, features) for one in (trained, evaluated))
+    if captured is None:
+        return in_training | in_evaluation
+    if evaluated is None or not _is_called(evaluated):
+        return in_training | ~captured.finite_input
+    return in_evaluation & ~captured.finite_input | in_training & ~in_evaluation
+
+
+def _without_values(measured: Measurement | None, features: int) -> np.ndarray:
+    if measured is None or not _is_called(measured):
+        return np.zeros(features, bool)
+    return np.asarray(measured.values == 0)
+
+
+def _is_called(measured: Measurement) -> bool:
+    return bool(measured.values.any() or measured.by_running.any())
 
 
 def _about_statistics(layers: Sequence[_Examined], recalibrate: str) -> Iterator[Finding]:
@@ -538,7 +564,7 @@ def _about_statistics(layers: Sequence[_Examined], recalibrate: str) -> Iterator
             "Its running statistics are the initial ones, mean 0 and variance 1"
             f"{_batch_beside(layer)}: evaluation does not normalize.",
             "Train with train=True and keep what the model returns (in NNX call model.train()), "
-            f"or measure them: {recalibrate}",
+            f"or measure them{_unless_frozen(layer)}: {recalibrate}",
         )
     for layer in stale:
         yield Finding("stale", layer.path, _about_stale(layer), _about_recalibration(recalibrate))
@@ -559,6 +585,10 @@ def _about_statistics(layers: Sequence[_Examined], recalibrate: str) -> Iterator
 def _is_stale(layer: _Examined) -> bool:
     both = [layer.in_training, layer.in_evaluation]
     return all(off is not None and off.far.any() for off in both)
+
+
+def _unless_frozen(layer: _Examined) -> str:
+    return " (if it is frozen, unfreeze it first)" if layer.trained is None else ""
 
 
 def _batch_beside(layer: _Examined) -> str:
@@ -692,13 +722,18 @@ def _small_batch(layer: _Examined) -> Iterator[Finding]:
         return
     of = "the batch" if layer.group is None else f"each ghost batch of {layer.group[0]} examples"
     values = 1 + 2 / layer.var_error**2
+    advice = (
+        "Train with a larger batch, synchronize over devices with axis_name='data', or use "
+        "GroupNorm. (If training takes more examples than you passed, pass as many.)"
+        if layer.group is None
+        else "Raise virtual_batch_size or leave it out, or use GroupNorm."
+    )
     yield Finding(
         "small batch",
         layer.path,
         f"The variance of {of} is as uncertain as that of {values:.1f} independent values, "
         f"{layer.var_error:.0%} of itself.",
-        "Train with a larger batch, synchronize over devices with axis_name='data', or use "
-        "GroupNorm. (If training takes more examples than you passed, pass as many.)",
+        advice,
     )
 
 
@@ -751,11 +786,21 @@ def _decayed(model: Model, mask: Any) -> Iterator[Finding]:
         return
     decays = _by_path(mask(model.params) if callable(mask) else mask)
     norm_params = _by_path(norm_params_mask(model.params, _statistics_of(model)))
+    expected = [path for path, of_norm in norm_params.items() if of_norm]
     found: dict[str, list[str]] = {}
-    for path, of_norm in norm_params.items():
+    covered = False
+    for path in expected:
         around = [decays[path[:end]] for end in range(len(path), -1, -1) if path[:end] in decays]
-        if of_norm and around and around[0]:
+        covered = covered or bool(around)
+        if around and around[0]:
             found.setdefault("/".join(path[:-1]), []).append(path[-1])
+    if expected and not covered:
+        raise ValueError(
+            f"weight_decay_mask covers no parameter of a norm: expected leaves at "
+            f"{_listed(map('/'.join, expected))} or around them, received "
+            f"{_listed(map('/'.join, decays)) if decays else 'none'}. Pass a tree in the structure "
+            "of params, or a function of them: weight_decay_mask=bn.optim.no_weight_decay_mask."
+        )
     for home, names in found.items():
         yield Finding(
             "weight decay",

@@ -30,16 +30,19 @@ from bn_jax.programs import (
     find_norms,
     trace,
 )
-from bn_jax.recalibrate import measure
+from bn_jax.recalibrate import measure, updated
 
 # Where a bounded activation counts as flat, as a share of its steepest, and one with a single flat
 # side, whose other side may rise as slowly as a leaky ReLU does.
 FLAT_BOUNDED = 0.05
 FLAT_ONE_SIDED = 1e-3
 DEFAULT_EPSILON = 1e-5
+# Within what a mean counts as moved by 1, relative to the values; in half precision it is more.
+MOVED_BY_ONE = 1e-4
 LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
 
-_SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.5, 3.0, 30.0)
+# Symmetric; the points next to 0 are for steps that a factor has made steep.
+_SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, -0.01, 0.0, 0.01, 0.5, 1.5, 3.0, 30.0)
 
 
 class Observations(NamedTuple):
@@ -79,10 +82,11 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     attributes = dict(model.attributes)
     with bn_linen.replace_norms(), nn.intercept_methods(_record(attributes)), _observing(object()):
         program = trace(model.evaluate, model.variables, batch)
-        sites = tuple(_find_sites(program, model))
-        trained, evaluated, summaries = _run(program, model, batch, sites)
+        sites = _find_sites(program, model)
+        (trained, evaluated, shifted), summaries = _run(program, model, batch, sites)
+    sites = [_with_bias_checked(program, site, trained, shifted) for site in sites]
     captured = _captured(program, sites, summaries)
-    return Observations(model, sites, trained, evaluated, captured, attributes, examples)
+    return Observations(model, tuple(sites), trained, evaluated, captured, attributes, examples)
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -141,12 +145,18 @@ def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> 
         collection, *inside = path_of(keys).split("/")
         if collection == "batch_stats" and inside[-1] in ("mean", "var"):
             statistics[index] = "/".join(inside[:-1])
+
+    def evaluate_model(variables: Any, batch: Any) -> Any:
+        returned = forward(variables, batch, False)
+        updated(returned, LINE)
+        return returned[0]
+
     return Model(
         variables=variables,
         params=variables.get("params", {}),
         norms=_running(variables.get("batch_stats", {})),
         statistics=statistics,
-        evaluate=lambda variables, batch: forward(variables, batch, False)[0],
+        evaluate=evaluate_model,
         measure=partial(measure, forward, line=LINE),
         attributes={},
         advice=(
@@ -265,7 +275,7 @@ class Site(NamedTuple):
         output: the value it returns.
         axes: the feature axes.
         params: the paths of its scale and bias.
-        bias: the path of the bias directly before it, or None.
+        bias: the path of the bias directly before it, which is used before norms only, or None.
         activation: the equations after it that are a function of its output element by element,
             and what they give; None where there is no one such value, or nothing but affine steps.
         takers: the paths of what takes the output directly, or None if something does that is
@@ -307,28 +317,45 @@ class Captured(NamedTuple):
     flat_units: float | None
 
     def saturated(self) -> tuple[bool, float] | None:
-        """Returns whether the activation is bounded, and the share that is flat; None without."""
+        """Returns whether the activation is bounded, and the share that is flat; None without.
+
+        One that is steep on a single side of 0, as ReLU6 is, counts as not bounded: half of its
+        values are flat by design.
+        """
         if self.slopes is None or self.flat_values is None or self.flat_units is None:
             return None
-        steepest = self.slopes.max()
-        flat = [slope < FLAT_BOUNDED * steepest for slope in (self.slopes[0], self.slopes[-1])]
-        return (True, self.flat_values) if all(flat) else (False, self.flat_units)
+        steep = dict(
+            zip(_SLOPE_POINTS, self.slopes >= FLAT_BOUNDED * self.slopes.max(), strict=True)
+        )
+        is_bounded = not (steep[-30.0] or steep[30.0])
+        has_two_sides = steep[-0.01] and steep[0.01] and steep[-0.5] == steep[0.5]
+        if is_bounded and has_two_sides:
+            return True, self.flat_values
+        return False, self.flat_units
 
 
 def _run(
     program: Program, model: Model, batch: Any, sites: Sequence[Site]
-) -> tuple[dict[str, Measurement], dict[str, Measurement], list[dict[str, Any]]]:
-    """Runs all that is to be known in one compiled function, which computes nothing twice."""
+) -> tuple[list[dict[str, Measurement]], list[dict[str, Any]]]:
+    """Runs all that is to be known in one compiled function, which computes nothing twice.
+
+    What is measured is that of training, of evaluation, and of training with the biases of the
+    sites larger by 1.
+    """
+    biases = {program.paths.index(site.bias) for site in sites if site.bias is not None}
 
     @jax.jit
     def run(variables: Any, batch: Any) -> Any:
         leaves, arguments = jax.tree.leaves(variables), jax.tree.leaves(batch)
         values = _values(program, leaves, arguments, _wanted(program, sites))
         measured = [model.measure(variables, batch, train) for train in (True, False)]
-        return *measured, [_summary(program, site, values) for site in sites]
+        shifted = [leaf + 1 if index in biases else leaf for index, leaf in enumerate(leaves)]
+        changed = jax.tree.unflatten(jax.tree.structure(variables), shifted)
+        measured.append(model.measure(changed, batch, True) if biases else {})
+        return measured, [_summary(program, site, values) for site in sites]
 
-    *measured, summaries = jax.device_get(run(model.variables, batch))
-    trained, evaluated = (
+    measured, summaries = jax.device_get(run(model.variables, batch))
+    found = [
         {
             path: Measurement(
                 values=flat(one.count),
@@ -339,8 +366,30 @@ def _run(
             for path, one in own.items()
         }
         for own in measured
+    ]
+    return found, summaries
+
+
+def _with_bias_checked(
+    program: Program,
+    site: Site,
+    trained: Mapping[str, Measurement],
+    shifted: Mapping[str, Measurement],
+) -> Site:
+    """Forgets a bias that does more in training than to move the mean, as before dropout."""
+    if site.bias is None or site.path not in trained or site.path not in shifted:
+        return site._replace(bias=None)
+    before, after = trained[site.path], shifted[site.path]
+    dtype = jnp.promote_types(program.avals[site.input].dtype, jnp.bfloat16)
+    spread = np.sqrt(before.var)
+    # Sums of rounded values are rounded by the size of these.
+    tolerance = max(MOVED_BY_ONE, 4 * float(jnp.finfo(dtype).eps)) * (
+        1 + np.abs(before.mean) + spread
     )
-    return trained, evaluated, summaries
+    moved = np.abs(np.abs(after.mean - before.mean) - 1) <= tolerance
+    same = np.abs(np.sqrt(after.var) - spread) <= tolerance
+    is_alone = bool(np.all((moved & same) | (before.values == 0)))
+    return site if is_alone else site._replace(bias=None)
 
 
 def flat(values: Any) -> np.ndarray:
@@ -459,7 +508,9 @@ def _flatness(program: Program, site: Site, values: dict[int, Any]) -> dict[str,
         return own[end]
 
     def steepness(y: jax.Array) -> jax.Array:
-        return jnp.abs(jax.jvp(activate, (y,), (jnp.ones_like(y),))[1]).astype(jnp.float32)
+        # In reverse, which activations with a derivative of their own may have alone.
+        out, pull = jax.vjp(activate, y)
+        return jnp.abs(pull(jnp.ones_like(out))[0]).astype(jnp.float32)
 
     y = values[site.output]
     points = jnp.asarray(_SLOPE_POINTS, y.dtype)
@@ -475,6 +526,7 @@ def _flatness(program: Program, site: Site, values: dict[int, Any]) -> dict[str,
 # --- where the norms are in the program ---------------------------------------------------------
 
 _WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_COPIES = {"convert_element_type", "copy"}
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "asinh", "atan", "cbrt", "ceil", "clamp", "copy", "cos"),
     *("convert_element_type", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2"),
@@ -492,6 +544,10 @@ def _find_sites(program: Program, model: Model) -> list[Site]:
         if steps:
             found.append((steps, _norm_of(program, steps, model.statistics)))
     starts = {steps[0]: path for steps, path in found}
+    fed: dict[str, set[int]] = {}
+    for steps, path in found:
+        own = _fed_directly(program, program.equations[steps[-1]].outputs[0])
+        fed[path] = fed.get(path, set()) | own
     taken = {index for steps, _ in found for index in steps}
     sites = []
     for steps, path in found:
@@ -510,12 +566,46 @@ def _find_sites(program: Program, model: Model) -> list[Site]:
                 output=output,
                 axes=tuple(axes),
                 params=_params_of(program, steps, model.statistics),
-                bias=_bias_before(program, first.input, tuple(axes), taken),
+                bias=None,
                 activation=_activation_after(program, output, taken),
-                takers=_takers(program, output, starts),
+                takers=_takers(program, output, starts, fed[path]),
             )
         )
-    return sites
+    return _with_biases(program, sites, taken)
+
+
+def _with_biases(program: Program, sites: Sequence[Site], taken: set[int]) -> list[Site]:
+    """Notes the biases that are added directly before norms, and used nowhere else."""
+    added = [_bias_before(program, site.input, site.axes, taken) for site in sites]
+    indices = {one[0] for one in added if one is not None}
+    return [
+        site._replace(bias=program.paths[one[1]])
+        if one is not None and _uses_of(program, one[1]) <= indices
+        else site
+        for site, one in zip(sites, added, strict=True)
+    ]
+
+
+def _uses_of(program: Program, leaf: int) -> set[int]:
+    """Returns the equations in which a leaf of the variables meets data; -1 for an output."""
+    uses = {
+        index
+        for index, equation in enumerate(program.equations)
+        if any(leaf in (program.origins[value] or ()) for value in equation.inputs)
+        and not all(program.is_known(value) for value in equation.outputs)
+    }
+    is_returned = any(leaf in (program.origins[value] or ()) for value in program.outputs)
+    return uses | {-1} if is_returned else uses
+
+
+def _fed_directly(program: Program, value: int) -> set[int]:
+    """Returns the equations that take a value, in whatever dtype."""
+    fed = set(program.consumers[value])
+    for index in program.consumers[value]:
+        equation = program.equations[index]
+        if equation.name in _COPIES:
+            fed |= _fed_directly(program, equation.outputs[0])
+    return fed
 
 
 def _own_steps(program: Program, norm: Norm, statistics: Mapping[int, str]) -> tuple[int, ...]:
@@ -560,8 +650,13 @@ def _varying_axes(program: Program, value: int) -> set[int]:
     return {axis for axis, size in enumerate(program.avals[value].shape) if size > 1}
 
 
-def _bias_before(program: Program, value: int, axes: Sequence[int], taken: set[int]) -> str | None:
-    """Returns the path of what is added directly before a norm, and varies with features alone."""
+def _bias_before(
+    program: Program, value: int, axes: Sequence[int], taken: set[int]
+) -> tuple[int, int] | None:
+    """Returns the equation and the leaf that is added directly before a norm.
+
+    It varies with features alone.
+    """
     features: set[int] | None = set(axes)
     while features is not None and program.uses[value] == 1 and value in program.producers:
         index = program.producers[value]
@@ -573,16 +668,16 @@ def _bias_before(program: Program, value: int, axes: Sequence[int], taken: set[i
             continue
         if step.operand is None or step.kind not in ("add", "sub") or index in taken:
             return None
-        leaves = program.leaf_paths(step.operand)
+        leaves = tuple(program.origins[step.operand] or ())
         is_bias = len(leaves) == 1 and _varying_axes(program, step.operand) <= features
-        return leaves[0] if is_bias else None
+        return (index, leaves[0]) if is_bias else None
     return None
 
 
 def _axes_before(program: Program, equation: Equation, axes: set[int]) -> set[int] | None:
     """Returns where these axes were before an equation that moves them; None for any other."""
     before, after = (program.avals[ends[0]].shape for ends in (equation.inputs, equation.outputs))
-    if equation.name in ("convert_element_type", "copy"):
+    if equation.name in _COPIES:
         return axes
     if equation.name == "transpose":
         return {equation.options["permutation"][axis] for axis in axes}
@@ -591,20 +686,26 @@ def _axes_before(program: Program, equation: Equation, axes: set[int]) -> set[in
     return None
 
 
-def _takers(program: Program, value: int, starts: Mapping[int, str]) -> tuple[str, ...] | None:
-    """Returns the kernels and norms that take a value, if nothing else does."""
+def _takers(
+    program: Program, value: int, starts: Mapping[int, str], fed: set[int]
+) -> tuple[str, ...] | None:
+    """Returns the kernels and norms that take a value, if nothing else does.
+
+    A kernel counts if all of its uses are among those that are `fed` by the norm.
+    """
     if program.uses[value] != len(program.consumers[value]):
         return None
     takers: list[str] = []
     for index in program.consumers[value]:
         equation = program.equations[index]
-        known = [leaf for one in equation.inputs for leaf in program.leaf_paths(one)]
+        known = [leaf for one in equation.inputs for leaf in program.origins[one] or ()]
+        is_own = all(_uses_of(program, leaf) <= fed for leaf in known)
         if index in starts:
             takers.append(starts[index])
-        elif known and as_linear(program, index) is not None:
-            takers.extend(known)
-        elif equation.name in ("convert_element_type", "copy"):
-            further = _takers(program, equation.outputs[0], starts)
+        elif known and is_own and as_linear(program, index) is not None:
+            takers.extend(program.paths[leaf] for leaf in sorted(known))
+        elif equation.name in _COPIES:
+            further = _takers(program, equation.outputs[0], starts, fed)
             if further is None:
                 return None
             takers.extend(further)

@@ -30,6 +30,7 @@ from bn_jax.optim import is_running, path_of
 Forward: TypeAlias = Callable[[Any, Any], Any]
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Any]
+Measure: TypeAlias = Callable[[Any, Any, int], dict[str, Measured]]
 
 # Random numbers that a module of NNX may draw in a batch before they are those of the next.
 DRAWS_OF_A_BATCH = 2**16
@@ -141,8 +142,8 @@ def recalibrate(
     Returns:
         `Recalibration`: the new statistics, and what changed. A norm that measured nothing because
         it is frozen, or because `forward` does not reach it, keeps its own, and so does a feature
-        without a valid and finite value in any batch; the text says which. A ``count`` of
-        batches becomes the number of those here.
+        that no batch enters; the text says which. A single valid value that is not finite keeps
+        its whole batch out of the feature. A ``count`` of batches becomes the number of those here.
 
     Raises:
         ValueError: there is no batch norm, there are no batches, `forward` returns no updated
@@ -177,11 +178,11 @@ def recalibrate(
         while not settled and number < allowed:
             number += 1
             shown = show(_opened(batches), f"pass {number}")
-            pools, count = _measure_all(partial(measure, current), shown, only_once)
+            pools, count = _measure_all(measure, current, shown, only_once)
             if count == 0:
                 raise ValueError(_nothing_in(batches, number))
             before, current = current, _recalibrated(current, pools, count)
-            needed = _passes_needed(pools)
+            needed = 1 if only_once else _passes_needed(pools)
             settled = number >= needed or _agree(before, current)
             if passes is None and needed < math.inf:
                 allowed = needed
@@ -192,9 +193,7 @@ def recalibrate(
 # --- what is measured in one batch --------------------------------------------------------------
 
 
-def _prepare(
-    forward: Forward, variables: Any
-) -> tuple[Callable[[Any, Any, int], dict[str, Measured]], Any]:
+def _prepare(forward: Forward, variables: Any) -> tuple[Measure, Any]:
     """Returns what measures a batch, given statistics, the batch and its number; and the old."""
     graph: Any = None
     batch_stats: Any
@@ -217,6 +216,12 @@ def _prepare(
             "{'params': params, 'batch_stats': batch_stats} with what model.init or training "
             "returned."
         )
+    try:
+        hash(graph)
+    except TypeError:
+        # A graph that holds a dict or a list cannot be a static argument.
+        step = jax.jit(partial(_step(lambda: forward), graph))
+        return partial(step, others), batch_stats
     return partial(_step_of(forward), graph, others), batch_stats
 
 
@@ -238,6 +243,10 @@ def _step_of(forward: Forward) -> Callable[..., dict[str, Measured]]:
 
 
 def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measured]]:
+    return jax.jit(_step(reference), static_argnums=0)
+
+
+def _step(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measured]]:
     def step(
         graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
     ) -> dict[str, Measured]:
@@ -253,7 +262,7 @@ def _compiled(reference: Callable[[], Forward]) -> Callable[..., dict[str, Measu
         nnx.update(model, drawn)
         return measure(reference(), model, batch, line=LINE)
 
-    return jax.jit(step, static_argnums=0)
+    return step
 
 
 def measure(
@@ -289,11 +298,24 @@ def measure(
     marked = jax.tree.map(start, variables["batch_stats"], is_leaf=is_running)
     with replacing_norms():
         returned = forward({**variables, "batch_stats": marked}, *args)
-    return _found(_updated(returned, line))
+    return _found(updated(returned, line))
 
 
-def _updated(returned: Any, line: str) -> Any:
-    found = f"a {type(returned).__name__}"
+def updated(returned: Any, line: str) -> Any:
+    """Returns the statistics of what a forward function returned, and says what it had to be.
+
+    Args:
+        returned: ``(y, updates)``.
+        line: a forward function to write, for who forgot the updated statistics.
+
+    Returns:
+        ``updates["batch_stats"]``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    is_array = isinstance(returned, jax.Array)
+    found = "an array" if is_array else f"a {type(returned).__name__}"
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         if "batch_stats" in returned[1]:
             return returned[1]["batch_stats"]
@@ -325,16 +347,16 @@ def _arrays(node: Any) -> Any:
 
 
 def _measure_all(
-    measure: Callable[[Any, int], dict[str, Measured]], batches: Iterable[Any], only_once: bool
+    measure: Measure, batch_stats: Any, batches: Iterable[Any], only_once: bool
 ) -> tuple[dict[str, Measured], int]:
     """Returns what all batches have measured together, and how many there were."""
     pools: dict[str, Measured] = {}
     waiting: dict[str, Measured] = {}
     count = 0
     for batch in batches:
-        found = measure(batch, count)
+        found = measure(batch_stats, batch, count)
         if only_once and count == 0:
-            _require_one_pass(found)
+            _require_one_pass(measure, batch_stats, batch, found)
         # Read one step late, so that the device has the next one to compute meanwhile.
         pools = _pooled(pools, waiting)
         waiting, count = found, count + 1
@@ -458,18 +480,43 @@ def _opened(batches: Any) -> Iterable[Any]:
     return cast(Iterable[Any], batches)
 
 
-def _require_one_pass(found: dict[str, Measured]) -> None:
-    needed = _passes_needed(jax.device_get(found))
-    if needed > 1:
+def _require_one_pass(
+    measure: Measure, batch_stats: Any, batch: Any, found: dict[str, Measured]
+) -> None:
+    found = jax.device_get(found)
+    needed = _passes_needed(found)
+    if needed > 1 and _depends_on_statistics(measure, batch_stats, batch, found):
         several = "a norm is called several times and normalizes"
-        called = several if needed == math.inf else f"{needed} norms normalize"
+        called = several if needed == math.inf else f"up to {needed} norms normalize"
         raise ValueError(
             f"batches can be iterated once only, but {called} by running statistics, so that those "
-            "of later calls need further passes. Pass a list, a data loader "
+            "of later calls may still change in further passes. Pass a list, a data loader "
             "that can be iterated again, or a function that returns a new iterator: "
             "recalibrate(forward, variables, lambda: iter(loader)). Or say passes=1 for statistics "
             "of later calls that depend on the old ones."
         )
+
+
+def _depends_on_statistics(
+    measure: Measure, batch_stats: Any, batch: Any, found: dict[str, Measured]
+) -> bool:
+    """Says whether what norms take depends on the running statistics; of none in doubt."""
+    # Statistics that are neither the old ones nor the batch's.
+    moved = {
+        path: one._replace(
+            mean=one.mean + np.sqrt(one.var) / 2, var=2 * one.var, running_var_ddof=0 * one.count
+        )
+        for path, one in ((path, _read(one)) for path, one in found.items())
+    }
+    others = jax.device_get(measure(_recalibrated(batch_stats, moved, 1), batch, 0))
+    called = {path: one for path, one in found.items() if np.any(one.by_running)}
+    return not all(_measured_the_same(one, others[path]) for path, one in called.items())
+
+
+def _measured_the_same(one: Measured, other: Measured) -> bool:
+    of_one, of_other = ({"mean": each.mean, "var": each.var} for each in (one, other))
+    is_known = np.any(one.count) and np.array_equal(one.count, other.count)
+    return bool(is_known) and _agree_in_layer(of_one, of_other)
 
 
 def _nothing_in(batches: Any, number: int) -> str:
@@ -548,10 +595,10 @@ def _sentences(layer: LayerChange) -> list[str]:
     if layer.values == 0:
         return [
             f"{_name(layer)} has measured nothing and keeps its statistics: it is frozen or does "
-            "not update, is of a class of its own, is not reached by forward, or nothing that came "
-            "in was valid and finite."
+            "not update, is of a class of its own, is not reached by forward, or in every batch "
+            "nothing was valid or something was not finite."
         ]
     return [
-        f"{_name(layer)} keeps the statistics of {layer.kept} features, for which no batch had "
-        "valid and finite values."
+        f"{_name(layer)} keeps the statistics of {layer.kept} features, which no batch entered: a "
+        "batch does not where nothing is valid, or a single value is not finite."
     ]

@@ -261,6 +261,10 @@ def test_statistics_that_no_step_has_updated(sound):
     assert kinds(report) == [("never updated", "norm_1")]
     assert "mean 0 and variance 1" in report.findings[0].message
     assert is_initial(fresh)
+    frozen = audited(Net(options={"frozen": True}), one)
+    assert kinds(frozen) == [("never updated", "norm_1")]
+    assert "if it is frozen, unfreeze it first" in frozen.findings[0].advice
+    assert "frozen" not in report.findings[0].advice
     assert not is_initial({**fresh, "mean": np.float32([0, 1e-6])})
     assert not is_initial({**fresh, "var": np.float32([1, 1.001])})
 
@@ -363,6 +367,45 @@ def test_what_is_behind_a_mask_may_be_anything(sound):
     assert report.layers[0].var_error == pytest.approx(np.sqrt(5 / 64))
 
 
+def test_features_that_are_masked_as_a_whole_are_finite(sound):
+    mask = np.ones((EXAMPLES, 8), bool)
+    mask[:, 3] = False
+
+    def forward(variables, x, train):
+        return Net().apply(variables, x, train=train, mask=mask, mutable=["batch_stats"])
+
+    assert bn.audit(forward, sound, inputs(1)).findings == ()
+
+
+def test_a_scan_in_which_nothing_is_finite():
+    stats = {"inner": {"mean": 1 + jnp.zeros(6), "var": 2 * jnp.ones(6)}}
+
+    def forward(variables, x, train):
+        def step(inner, part):
+            y, inner = bn.batch_norm({}, inner, part, use_running_average=not train)
+            return inner, y
+
+        inner, y = jax.lax.scan(step, variables["batch_stats"]["inner"], x.reshape(2, 2, 6))
+        return y, {"batch_stats": {"inner": inner}}
+
+    report = bn.audit(forward, {"params": {}, "batch_stats": stats}, jnp.full((4, 6), jnp.nan))
+    message = (
+        r"No value that it takes is valid and finite in features .* \(6 of 6\), unless the mask"
+    )
+    assert_finds(report, ("not finite", "inner", message))
+
+
+def test_a_bias_before_dropout_has_an_effect(sound):
+    def drop(x, train):
+        return nn.Dropout(0.05, deterministic=not train)(x)
+
+    variables = jax.tree.map(np.copy, sound)
+    variables["params"]["dense_1"]["bias"] = np.ones(8, np.float32)
+    model = Net(use_bias=True, between=drop)
+    report = audited(model, with_statistics(model, variables, inputs(0)))
+    assert "bias without effect" not in [one.kind for one in report.findings]
+
+
 def test_several_faults_of_one_norm(sound):
     model = Net(use_bias=True)
     variables = broken(sound, "params/norm_1/scale", at(slice(None), 4.0))
@@ -423,6 +466,26 @@ def test_units_without_gradient(sound, activation):
     assert report.layers[1].saturated == 0.25
 
 
+def test_an_activation_of_one_side_is_not_judged_by_its_flat_values(sound):
+    variables = broken(sound, "params/norm_1/bias", at(slice(None), -0.5))
+    report = audited(Net(activation=nn.relu6), variables)
+    assert report.findings == ()
+    assert report.layers[1].saturated == 0
+    variables = broken(sound, "params/norm_1/bias", at(slice(3, 5), 20.0))
+    assert kinds(audited(Net(activation=nn.relu6), variables)) == [("saturated", "norm_1")]
+
+
+def test_an_activation_that_has_a_derivative_in_reverse_alone(sound):
+    @jax.custom_vjp
+    def activation(x):
+        return jnp.tanh(x)
+
+    activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, cotangent: (0 * x + cotangent,))
+    report = audited(Net(activation=activation), sound)
+    assert report.findings == ()
+    assert report.layers[1].saturated == 0
+
+
 def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
     model = Net(options={"virtual_batch_size": 8}, activation=lambda x: x.astype(jnp.bfloat16))
     report = audited(model, sound)
@@ -431,6 +494,7 @@ def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
         ("small batch", "norm_1", r"each ghost batch of 8 examples .* independent values, 5\d%"),
         ("redundant scale", "norm_1", r"norm_1/bias and norm_1/scale .* 'classifier/kernel' alone"),
     )
+    assert report.findings[0].advice.startswith("Raise virtual_batch_size or leave it out, or use")
     assert report.layers[1].saturated is None
     assert report.table().splitlines()[2].split()[-1] == "-"
 
@@ -525,6 +589,25 @@ FUNCTIONS = {
     ),
     "a bias that something else takes too": (
         lambda norm, p, x: norm("a", h := x @ p["w"] + p["bias"][None]) ** 2 + h,
+        [],
+    ),
+    "a bias that is used once more, where it has an effect": (
+        lambda norm, p, x: (
+            norm("a", x @ p["w"] + p["bias"][None]) ** 2 + jnp.tanh(x @ p["w"] + p["bias"][None])
+        ),
+        [],
+    ),
+    "a bias before two norms": (
+        lambda norm, p, x: (
+            norm("a", x @ p["w"] + p["bias"][None]) ** 2
+            + norm("b", x @ p["w"][::-1] + p["bias"][None]) ** 2
+        ),
+        [("bias without effect", "a"), ("bias without effect", "b")],
+    ),
+    "into a product with what another norm is multiplied by": (
+        lambda norm, p, x: (
+            (norm("a", x @ p["w"]) @ p["v"]) * (norm("b", x @ p["w"][::-1]) @ p["v"])
+        ),
         [],
     ),
     "norm after norm": (
@@ -743,7 +826,8 @@ def test_variables_that_are_no_mapping(sound):
 @pytest.mark.parametrize(
     ("returned", "named"),
     [
-        (lambda y, updates: y, r"returned a \w*"),
+        (lambda y, updates: y, "forward returned an array, expected"),
+        (lambda y, updates: {"logits": y}, "forward returned a dict, expected"),
         (lambda y, updates: (y, {}), r"with the collections \[\] in updates"),
     ],
 )
@@ -753,6 +837,14 @@ def test_a_forward_that_does_not_return_updates(sound, returned, named):
 
     with pytest.raises(ValueError, match=rf"{named}.*mutable=\['batch_stats'\]"):
         bn.audit(forward, sound, inputs(1))
+
+
+def test_a_mask_of_other_parameters(sound):
+    message = (
+        r"covers no .* at norm_0/bias, .* and norm_1/scale or around them, received params/norm_0"
+    )
+    with pytest.raises(ValueError, match=message):
+        audited(Net(), sound, weight_decay_mask={"params": {"norm_0": True}})
 
 
 @pytest.mark.parametrize("batch", [np.zeros((0, 6), np.float32), (), np.float32(1)])
