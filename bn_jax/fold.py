@@ -30,6 +30,7 @@ from bn_jax.programs import (
     find_norms,
     name_of,
     parent_of,
+    recipe_of,
     state_of,
     trace,
 )
@@ -372,7 +373,9 @@ class _Plan(NamedTuple):
 
     def signature(self) -> Any:
         """Returns what must be the same for all arguments that `apply` takes."""
-        return [entry[:3] for entry in self.entries.values()], self.report
+        seen: dict[int, str] = {}
+        own = [(*one[:3], one.compute.recipe(self.program, seen)) for one in self.entries.values()]
+        return own, self.report
 
 
 def _make_plan(program: Program) -> _Plan:
@@ -433,23 +436,32 @@ def _obstacle_of(norm: Norm) -> str:
 
 
 def _follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> _Chain:
-    """Returns the longest chain after a linear layer that cuts no norm in two."""
+    """Returns the longest chain after a linear layer that cuts no norm in two.
+
+    Behind its last norm it takes in steps by variables only.
+    """
     value = program.equations[linear.number].outputs[0]
     kernel_shape = program.avals[linear.kernel].shape
     sizes = [kernel_shape[dimension] for dimension in linear.kernel_outputs]
     rank = len(program.avals[value].shape)
     features = _placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
     chain = best = _Chain((), (), value)
+    norms = tuple(norms)
+    comes_from_variables = True
     while (following := program.only_consumer(chain.output)) is not None:
         extended = _extended(program, chain, features, following)
         if extended is None or _loses_imaginary_part(program, linear, extended[0]):
             break
         chain, features = extended
         step = as_affine_step(program, program.equations[following])
-        ends = step is not None and step.kind != "same"
-        if ends and not any(
-            0 < len({*norm.steps} - {*chain.passed}) < len(norm.steps) for norm in norms
-        ):
+        if step is None or step.kind == "same":
+            continue
+        # Past the last norm a constant stays in the program, for it may be one of the batch size.
+        is_constant = step.operand is not None and not program.origins[step.operand]
+        ends_norm = any(following == norm.steps[-1] for norm in norms if norm.steps)
+        comes_from_variables = ends_norm or (comes_from_variables and not is_constant)
+        cuts = (0 < len({*norm.steps} - {*chain.passed}) < len(norm.steps) for norm in norms)
+        if comes_from_variables and not any(cuts):
             best = chain
     return best
 
@@ -848,6 +860,9 @@ class _Stored(NamedTuple):
     def __call__(self, known: _Known) -> Any:
         return known[self.value]
 
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        return recipe_of(program, self.value, seen)
+
 
 class _Collapsed(NamedTuple):
     """Computes `a` (at position 0) or `b` of a norm that is left."""
@@ -858,6 +873,9 @@ class _Collapsed(NamedTuple):
 
     def __call__(self, known: _Known) -> Array:
         return _compose(known, _steps_of(known.program, self.norm, self.features))[self.position]
+
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        return _recipe_of_steps(program, _steps_of(program, self.norm, self.features), seen)
 
 
 class _Multiplied(NamedTuple):
@@ -872,6 +890,15 @@ class _Multiplied(NamedTuple):
         if self.linear.number not in known.folded:
             known.folded[self.linear.number] = self._multiplied(known)
         return known.folded[self.linear.number][self.position]
+
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        before: Hashable = None
+        if self.before is not None:
+            steps = _steps_of(program, self.before.norm, self.before.features)
+            before = _recipe_of_steps(program, steps, seen)
+        after = _recipe_of_steps(program, self.chain.steps, seen)
+        kernel = recipe_of(program, self.linear.kernel, seen)
+        return kernel, self.linear.kernel_outputs, before, after
 
     def _multiplied(self, known: _Known) -> tuple[Array, Array]:
         linear = self.linear
@@ -888,6 +915,16 @@ class _Multiplied(NamedTuple):
         stored = np.empty(values.size, kernel.dtype)
         stored[positions.reshape(-1)] = kernel.reshape(-1)
         return stored.reshape(values.shape), (a * bias + b).reshape(sizes)
+
+
+def _recipe_of_steps(program: Program, steps: Iterable[_Step], seen: dict[int, str]) -> Hashable:
+    def operand(step: _Step) -> Hashable:
+        if step.operand is None:
+            return None
+        root, shape = _spread(program, step.operand)
+        return recipe_of(program, root, seen), shape
+
+    return tuple((one.kind, operand(one), one.features.tobytes()) for one in steps)
 
 
 def _rearranged(positions: Array, layout: Sequence[Equation]) -> Array:
@@ -1025,12 +1062,16 @@ def _make_apply(call: Callable[..., Any], shapes: Any, plan: _Plan) -> Callable[
 
 
 def _describe_difference(expected: Any, found: Any, args: Any) -> str:
-    entries, report = ({repr(one) for part in parts for one in part} for parts in (expected, found))
+    entries = {one[0] for one in {*expected[0]} ^ {*found[0]}}
+    norms = {one.path or "the top-level norm" for one in {*expected[1]} ^ {*found[1]}}
+    parameters = f"computes the parameters {sorted(entries)} otherwise"
+    elsewhere = f"folds the norms {sorted(norms)} elsewhere"
     return (
         f"The model is another program for arguments of the shapes "
         f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(args)]} than for those it was folded with: "
-        f"expected {sorted(entries - report)}, found {sorted(report - entries)}. Fold it with "
-        "arguments of these shapes: bn_jax.fold(forward, variables, *args)."
+        f"it {' and '.join([parameters] * bool(entries) + [elsewhere] * bool(norms))}. Expected "
+        "the same program. Fold it with arguments of these shapes: "
+        "bn_jax.fold(forward, variables, *args)."
     )
 
 

@@ -16,10 +16,12 @@ Example:
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxprLiteral
@@ -278,6 +280,58 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
 
 def _found_at(equation: Equation, path: str, obstacle: str) -> Norm:
     return Norm(path, (), equation.inputs[0], equation.outputs[0], obstacle)
+
+
+def recipe_of(program: Program, value: int, seen: dict[int, str]) -> str:
+    """Returns a digest of how a known value is computed: from which leaves, by what.
+
+    Args:
+        program: of `trace`.
+        value: one that is known.
+        seen: the digests of values of this program, which is added to.
+    """
+    if value not in seen:
+        recipe: tuple[Any, ...]
+        equation = program.producer(value)
+        if value in program.leaves:
+            recipe = ("leaf", program.leaves.index(value))
+        elif equation is None:
+            recipe = ("constant", _bytes_of(program.constants[value]))
+        else:
+            inputs = [recipe_of(program, one, seen) for one in equation.inputs]
+            position = equation.outputs.index(value)
+            recipe = (equation.name, position, _plain_options(equation.options), inputs)
+        seen[value] = sha256(repr(recipe).encode()).hexdigest()
+    return seen[value]
+
+
+def _bytes_of(value: Any) -> tuple[str, bytes]:
+    dtype = jnp.result_type(value)
+    is_plain = not jnp.issubdtype(dtype, jax.dtypes.extended)
+    return str(dtype), np.asarray(value).tobytes() if is_plain else b""
+
+
+def _plain_options(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns what tells options apart that two traces of the same function have."""
+    return [(name, _plain(option)) for name, option in sorted(options.items())]
+
+
+def _plain(option: Any) -> Any:
+    if isinstance(option, tuple | list):
+        return [_plain(one) for one in option]
+    if isinstance(option, ClosedJaxpr):
+        return _plain(option.jaxpr), [_bytes_of(one) for one in option.consts]
+    if isinstance(option, Jaxpr):
+        return [
+            (
+                eqn.primitive.name,
+                _plain_options(eqn.params),
+                [_bytes_of(one.val) for one in eqn.invars if isinstance(one, JaxprLiteral)],
+            )
+            for eqn in option.eqns
+        ]
+    is_plain = option is None or isinstance(option, int | float | complex | str | np.dtype)
+    return option if is_plain else type(option).__name__
 
 
 def parent_of(paths: Sequence[str]) -> str:

@@ -716,6 +716,56 @@ def test_another_program_is_an_error():
         folded.apply(folded.params, doubled(case.x))
 
 
+def of_dense(function):
+    """A function of what a dense layer and a norm give, and of a vector, with the variables."""
+    model = nn.Sequential([nn.Dense(5), ours()])
+    x = standard_normal(1, (1, 6, 4))
+    variables = initialized(model, x)
+
+    def forward(variables, x):
+        vector = variables["params"]["layers_0"]["bias"][None, None]
+        return function(partial(model.apply, variables), variables, vector, x)
+
+    return forward, variables, x
+
+
+def test_constants_of_the_shapes_stay_in_the_program():
+    def function(apply, variables, vector, x):
+        return apply(x) / x.shape[1] + (1.0 + jnp.arange(x.shape[0]))[:, None, None]
+
+    forward, variables, x = of_dense(function)
+    folded = bn.fold(forward, variables, x)
+    assert folded.report[0].into == "layers_0/kernel"
+    x = standard_normal(2, (3, 7, 4))
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
+def divided_before_the_norm(apply, variables, vector, x):
+    y = (x @ variables["params"]["layers_0"]["kernel"]) / x.shape[1]
+    return ours().apply({name: one["layers_1"] for name, one in variables.items()}, y)
+
+
+DEPENDING_ON_SHAPES = {
+    "before the norm": divided_before_the_norm,
+    "after the norm": lambda apply, _, vector, x: apply(x) * jnp.tanh(vector / x.shape[1]),
+    "apart": lambda apply, _, vector, x: jnp.tanh(apply(x)) * jnp.tanh(vector / x.shape[1]),
+    "in a call": lambda apply, _, vector, x: (
+        jnp.tanh(apply(x)) * jax.nn.silu(jax.nn.relu6(vector * x.shape[1]))
+    ),
+    "in a power": lambda apply, _, vector, x: jnp.tanh(apply(x)) * vector ** x.shape[1],
+}
+
+
+@pytest.mark.parametrize("name", DEPENDING_ON_SHAPES)
+def test_parameters_that_depend_on_the_shapes_are_an_error(name):
+    forward, variables, x = of_dense(DEPENDING_ON_SHAPES[name])
+    folded = bn.fold(forward, variables, x)
+    more = doubled(x)
+    assert error_of(folded.apply(folded.params, more), forward(variables, more)) < 2e-6
+    with pytest.raises(ValueError, match=r"another program.*the parameters \['layers_0/[kb]"):
+        folded.apply(folded.params, x[:, :5])
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("leaves", [("scale", "bias"), ("scale",), ("bias",), ()])
 def test_as_affine_is_the_definition(leaves, offset):
