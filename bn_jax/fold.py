@@ -19,6 +19,7 @@ from bn_jax.batch_norm import BatchStats
 from bn_jax.moments import statistics_dtype
 from bn_jax.optim import path_of
 from bn_jax.programs import (
+    MARKS,
     Affine,
     Equation,
     Linear,
@@ -41,9 +42,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # Equations that move numbers without changing them. Those of variables stay in the folded program,
 # so that its parameters have the shapes and dtypes of the variables that they come from.
 _SHAPES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
-_MARKS = {"pvary", "pcast", "copy", "copy_p"}
 _ADDING = {"add", "sub", "from"}
-_LAYOUT = {*_SHAPES, *_MARKS, "rev", "convert_element_type"}
+_KEEPING_REALS = {"add", "sub", "mul", "div", "neg"}
+_LAYOUT = {*_SHAPES, *MARKS, "rev", "convert_element_type"}
 
 
 class FoldedNorm(NamedTuple):
@@ -414,6 +415,8 @@ def _decide_backward(program: Program, decided: _Decisions, number: int) -> None
         return
     decided.features[number] = features
     targets, obstacle = _targets(program, decided.linears, norm.output, features, ())
+    for one, passed in targets:
+        obstacle = obstacle or _why_not_across(program, norm, decided.linears[one], passed)
     if obstacle is not None:
         before = _why_not_before(program, decided.linears, norm)
         decided.reasons[number] = f"{before}, and {obstacle}."
@@ -447,10 +450,12 @@ def _follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> _Chain:
     features = _placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
     chain = best = _Chain((), (), value)
     norms = tuple(norms)
-    comes_from_variables = True
+    comes_from_variables, is_real = True, _is_stored_real(program, linear.kernel)
     while (following := program.only_consumer(chain.output)) is not None:
         extended = _extended(program, chain, features, following)
-        if extended is None or _loses_imaginary_part(program, linear, extended[0]):
+        if extended is None:
+            break
+        if is_real and _multiplies_by_complex(program, program.equations[following]):
             break
         chain, features = extended
         step = as_affine_step(program, program.equations[following])
@@ -499,18 +504,40 @@ def _fits(program: Program, equation: Equation, step: Affine, features: Array) -
     )
 
 
-def _loses_imaginary_part(program: Program, linear: Linear, chain: _Chain) -> bool:
-    def is_complex(value: int) -> bool:
-        return jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating)
+def _is_stored_real(program: Program, kernel: int) -> bool:
+    """Says whether an imaginary part of a kernel would be lost where it is stored or rearranged."""
+    root, layout = _root_of(program, kernel)
+    values = [root, *(equation.outputs[0] for equation in layout)]
+    return any(not _is_complex(program, value) for value in values)
 
-    return is_complex(chain.output) and not is_complex(linear.kernel)
+
+def _is_complex(program: Program, value: int) -> bool:
+    return bool(jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating))
+
+
+def _multiplies_by_complex(program: Program, equation: Equation) -> bool:
+    step = as_affine_step(program, equation)
+    is_product = step is not None and step.kind in ("mul", "div")
+    return is_product and step.operand is not None and _may_be_complex(program, step.operand)
+
+
+def _may_be_complex(program: Program, value: int) -> bool:
+    """Says whether a known value is complex, and not merely computed from reals as if it were."""
+    equation = program.producer(value)
+    if not _is_complex(program, value):
+        return False
+    if value in program.constants:
+        return bool(np.any(np.imag(program.constants[value])))
+    if equation is None or equation.name not in {*_LAYOUT, *_KEEPING_REALS}:
+        return True
+    return any(_may_be_complex(program, one) for one in equation.inputs)
 
 
 def _spread(program: Program, value: int) -> tuple[int, tuple[int, ...]]:
     """Returns what a known value is a broadcast of, and that one's shape at the rank of it."""
     shape = program.avals[value].shape
     equation = program.producer(value)
-    if equation is not None and equation.name in _MARKS:
+    if equation is not None and equation.name in MARKS:
         return _spread(program, equation.inputs[0])
     if equation is None or equation.name != "broadcast_in_dim":
         return value, shape
@@ -642,6 +669,28 @@ def _why_not_into(linear: Linear, values: Array) -> str | None:
     return None
 
 
+def _why_not_across(
+    program: Program, norm: Norm, linear: Linear, passed: Sequence[int]
+) -> str | None:
+    """Says why what a norm does cannot be left to the kernel of the layer after it."""
+    if _is_stored_real(program, linear.kernel) and any(
+        _multiplies_by_complex(program, program.equations[number]) for number in norm.steps
+    ):
+        return "the kernel after it is stored as real numbers, but its scale is complex"
+    changed = [program.equations[number].outputs[0] for number in passed]
+    after = [program.avals[value].dtype for value in (norm.output, *changed, linear.data)]
+    digits = [jnp.finfo(dtype).nmant for dtype in after]
+    narrow = min(range(len(after)), key=digits.__getitem__)
+    widest = max(digits[0], jnp.finfo(program.avals[norm.input].dtype).nmant)
+    is_half = digits[-1] < jnp.finfo(jnp.float32).nmant
+    if digits[narrow] < widest or is_half:
+        return (
+            f"the linear layer after it computes in {after[narrow].name}, where its input would be "
+            "rounded before its mean is taken off"
+        )
+    return None
+
+
 def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm) -> str:
     """Says why a norm is not folded into what is before it."""
     value, is_shared = norm.input, False
@@ -652,8 +701,12 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
         step = as_affine_step(program, equation)
         if number in linears:
             kernel = _path_of(program, linears[number].kernel, "kernel")
+            is_real = _is_stored_real(program, linears[number].kernel)
             if is_shared:
                 return f"What {kernel} gives is used elsewhere too"
+            steps = [program.equations[one] for one in norm.steps]
+            if is_real and any(_multiplies_by_complex(program, one) for one in steps):
+                return f"Its scale is complex, but {kernel} is stored as real numbers"
             return f"It, or what is before it, varies along more than the features of {kernel}"
         if step is None and equation.name not in _SHAPES:
             return f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
@@ -687,7 +740,8 @@ def _stays(program: Program, equation: Equation) -> bool:
 
     Constants are, since they may depend on the batch size; so are changes of layout.
     """
-    return equation.name in _LAYOUT or not program.origins[equation.outputs[0]]
+    is_constant = not equation.outputs or not program.origins[equation.outputs[0]]
+    return equation.name in _LAYOUT or is_constant
 
 
 def _replacements(program: Program, decided: _Decisions) -> dict[int, _Action | None]:
@@ -872,7 +926,17 @@ class _Collapsed(NamedTuple):
     position: int
 
     def __call__(self, known: _Known) -> Array:
-        return _compose(known, _steps_of(known.program, self.norm, self.features))[self.position]
+        steps = _steps_of(known.program, self.norm, self.features)
+        a, b = _compose(known, steps)
+        if self.position == 0:
+            return a
+        # What the rounding of `a` changes at the mean is put right in `b`.
+        first = next(at for at, step in enumerate(steps) if step.kind in ("mul", "div"))
+        sign, shift = _compose(known, steps[:first], a.size)
+        wide = _widest(known.program, self.norm.steps)
+        with np.errstate(over="ignore"):
+            rest = a - _exact(a.astype(wide))
+        return np.where(np.isfinite(rest), b - rest * shift / sign, b)
 
     def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
         return _recipe_of_steps(program, _steps_of(program, self.norm, self.features), seen)
@@ -1036,6 +1100,14 @@ def _compute_params(plan: _Plan, leaves: Sequence[Any]) -> dict[str, Any]:
 
 def _rounded(entry: _Entry, value: Array) -> Array:
     """Returns a computed parameter in its dtype, or raises where that cannot hold it."""
+    if np.iscomplexobj(value) and not jnp.issubdtype(entry.dtype, jnp.complexfloating):
+        if np.any(value.imag != 0):
+            raise ValueError(
+                f"{entry.path!r} with its norm is complex, which {jnp.dtype(entry.dtype).name} "
+                "cannot hold: fold the variables with a complex kernel, "
+                "kernel.astype(jnp.complex64)."
+            )
+        value = value.real
     with np.errstate(over="ignore"):
         rounded = value.astype(entry.dtype).reshape(entry.shape)
     overflows = np.isfinite(value) & ~np.isfinite(_exact(rounded)).reshape(value.shape)

@@ -1,6 +1,7 @@
 """Folded models compute what they did before, without a norm, with no more work than without."""
 
 import gc
+import importlib
 import re
 import weakref
 from collections import Counter
@@ -764,6 +765,132 @@ def test_parameters_that_depend_on_the_shapes_are_an_error(name):
     assert error_of(folded.apply(folded.params, more), forward(variables, more)) < 2e-6
     with pytest.raises(ValueError, match=r"another program.*the parameters \['layers_0/[kb]"):
         folded.apply(folded.params, x[:, :5])
+
+
+def far_from_zero(*layers, dtype=np.float32):
+    """Models of data whose mean is large beside their deviation."""
+    case = sequential(*layers, shape=(64, 4))
+    x = (100 + exact(case.x)).astype(dtype)
+    stats = jax.tree.leaves_with_path(case.variables["batch_stats"])
+    name = next(path[0].key for path, _ in stats)
+    norm = {"mean": exact(x).mean(0), "var": exact(x).var(0)}
+    norm = jax.tree.map(jnp.float32, norm)
+    variables = {**case.variables, "batch_stats": {name: norm}}
+    return case._replace(variables=variables, x=jnp.asarray(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype"),
+    [
+        ((ours(), nn.Dense(5, dtype=jnp.bfloat16)), np.float32),
+        ((ours(dtype=jnp.bfloat16), nn.Dense(5)), np.float32),
+        ((ours(dtype=jnp.float32), nn.Dense(5, dtype=jnp.bfloat16)), jnp.bfloat16),
+        ((ours(), nn.Dense(5, dtype=jnp.float16)), np.float16),
+    ],
+)
+def test_a_norm_before_a_layer_in_half_precision_is_left(layers, dtype):
+    forward, variables, x, _ = far_from_zero(*layers, dtype=dtype)
+    folded = bn.fold(forward, variables, x)
+    name = "float16" if dtype == np.float16 else "bfloat16"
+    reason = f"the linear layer after it computes in {name}, where its input would be rounded"
+    assert reason in folded.report[0].reason
+    half = error_of(folded.apply(folded.params, x), jax.jit(forward)(variables, x))
+    assert half < 2e-2
+    singles = CASES["before dense"]()
+    assert bn.fold(*singles[:3]).report[0].into == "layers_1/kernel"
+
+
+def test_the_offset_of_a_norm_that_is_left_is_that_of_its_rounded_scale():
+    mean = jnp.float32(4096.0) + jnp.arange(64, dtype=jnp.float32)
+    variables = {
+        "params": {"scale": jnp.ones(64), "bias": standard_normal(1, 64)},
+        "batch_stats": {"mean": mean, "var": jnp.full(64, 3e-4)},
+    }
+    folded = bn.fold(ours().apply, variables, mean[None])
+    a, b = (exact(folded.params[name]) for name in ("scale", "bias"))
+    expected = exact(variables["params"]["bias"])
+    assert np.all(np.abs(a * exact(mean) + b - expected) <= 2.0**-24 * np.abs(b))
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_complex_norm_beside_a_real_kernel_is_left(is_before):
+    norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
+    model = nn.Sequential([norm, dense] if is_before else [dense, norm])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = initialized(model, x)
+    path = f"layers_{int(not is_before)}"
+    scale = variables["params"][path]["scale"]
+    params = {**variables["params"]}
+    params[path] = {**params[path], "scale": scale + 1j}
+    variables = {**variables, "params": params}
+    folded = bn.fold(model.apply, variables, x)
+    assert "stored as real numbers" in folded.report[0].reason
+    assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
+
+
+def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
+    model = nn.Sequential([nn.Dense(5, dtype=jnp.complex64), ours()])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = initialized(model, x)
+    folded = bn.fold(model.apply, variables, x)
+    assert folded.report[0].into == "layers_0/kernel"
+    assert folded.params["layers_0"]["kernel"].dtype == jnp.float32
+    assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
+
+
+def test_an_imaginary_part_is_never_dropped(monkeypatch):
+    module = importlib.import_module("bn_jax.fold")
+    monkeypatch.setattr(module, "_may_be_complex", lambda program, value: False)
+    norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
+    model = nn.Sequential([dense, norm])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = jax.tree.map(
+        lambda leaf: leaf * 1j if leaf.dtype == x.dtype else leaf, initialized(model, x)
+    )
+    with pytest.raises(ValueError, match=r"'layers_0/kernel' with its norm is complex, which fl"):
+        bn.fold(model.apply, variables, x)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_printed_stays(ordered, capfd):
+    case = CASES["dense"]()
+
+    def forward(variables, x):
+        jax.debug.print("nothing known", ordered=ordered)
+        y = case.forward(variables, x)
+        jax.debug.print("at {}", y[0, 0] * 0 + 7, ordered=ordered)
+        return y
+
+    folded = bn.fold(forward, case.variables, case.x)
+    assert folded.report[0].into == "layers_0/kernel"
+    jax.block_until_ready(folded.apply(folded.params, case.x))
+    jax.effects_barrier()
+    printed = capfd.readouterr().out
+    assert "nothing known" in printed and "at 7.0" in printed
+
+
+@jax.custom_vjp
+def rounded_to(x, step):
+    return jnp.round(x / step) * step
+
+
+rounded_to.defvjp(
+    lambda x, step: (rounded_to(x, step), step), lambda step, g: (g, jnp.zeros_like(step))
+)
+
+
+def test_a_function_of_a_variable_keeps_its_derivative():
+    case = CASES["dense"]()
+    variables = {**case.variables, "step": jnp.float32(0.3)}
+
+    def forward(variables, x):
+        model = {name: variables[name] for name in case.variables}
+        return rounded_to(case.forward(model, x), variables["step"])
+
+    folded = bn.fold(forward, variables, case.x)
+    assert folded.report[0].into == "layers_0/kernel"
+    grad = jax.grad(lambda x: folded.apply(folded.params, x).sum())(case.x)
+    assert error_of(grad, jax.grad(lambda x: forward(variables, x).sum())(case.x)) < 2e-6
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
