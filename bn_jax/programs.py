@@ -636,7 +636,7 @@ def _leaf_path(keys: tuple[Any, ...]) -> str:
     names = path_of(keys).split("/")
     if len(names) > 1 and names[0] in _COLLECTIONS:
         names = names[1:]
-    if len(names) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey):
+    if len(names) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         names = names[:-1]
     return "/".join(names)
 

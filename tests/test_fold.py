@@ -869,6 +869,70 @@ def test_what_is_printed_stays(ordered, capfd):
     assert "nothing known" in printed and "at 7.0" in printed
 
 
+class Affine(NamedTuple):
+    """Variables at attributes."""
+
+    kernel: Any
+    bias: Any
+
+
+def test_variables_at_attributes_have_paths():
+    variables = {
+        "dense": Affine(standard_normal(1, (4, 5)), standard_normal(2, 5)),
+        "norm": {"mean": standard_normal(3, 5), "var": jnp.ones(5)},
+        "more": Affine(standard_normal(4, 5), standard_normal(5, 5)),
+    }
+
+    def forward(variables, x):
+        dense, norm = variables["dense"], variables["norm"]
+        y = x @ dense.kernel + dense.bias[None]
+        y = (y - norm["mean"][None]) * lax.rsqrt(norm["var"])[None]
+        return jnp.tanh(y) * variables["more"].kernel[None] + variables["more"].bias[None]
+
+    x = standard_normal(6, (3, 4))
+    folded = bn.fold(forward, variables, x)
+    both = {"kernel", "bias"}
+    assert {name: set(one) for name, one in folded.params.items()} == {"dense": both, "more": both}
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
+def test_a_path_inside_of_another_is_taken():
+    variables = {"a": {"sin": {"b": jnp.ones(3)}, "c": standard_normal(1, 3)}}
+
+    def forward(variables, x):
+        a = variables["a"]
+        return x * a["sin"]["b"] + jnp.sin(a["c"])
+
+    x = standard_normal(2, 3)
+    variables["a"]["c_sin"] = {"b": variables["a"].pop("sin")["b"]}
+
+    def renamed(variables, x):
+        a = variables["a"]
+        return forward({"a": {"sin": a["c_sin"], "c": a["c"]}}, x)
+
+    folded = bn.fold(renamed, variables, x)
+    assert set(folded.params["a"]) == {"c_sin", "c_sin_1"}
+    assert error_of(folded.apply(folded.params, x), renamed(variables, x)) < 2e-6
+
+
+def test_a_parameter_that_is_tiled_over_the_batch_stays():
+    case = CASES["dense"]()
+
+    def forward(variables, x):
+        tiled = jnp.tile(variables["params"]["layers_1"]["bias"][None], (x.shape[0], 1))
+        return jnp.tanh(case.forward(variables, x)) * tiled
+
+    folded = bn.fold(forward, case.variables, case.x)
+    more = doubled(case.x)
+    assert error_of(folded.apply(folded.params, more), forward(case.variables, more)) < 2e-6
+
+
+def test_a_switch_among_the_arguments_is_an_error():
+    case = CASES["dense"]()
+    with pytest.raises(TypeError, match=r"args\[1\]\['train'\] is False.*lambda variables, x: mo"):
+        bn.fold(case.forward, case.variables, case.x, {"train": False})
+
+
 @jax.custom_vjp
 def rounded_to(x, step):
     return jnp.round(x / step) * step
@@ -1001,7 +1065,24 @@ def test_absorbing_leaves_what_would_overflow_and_keeps_dtypes():
     assert new == {"scale": jnp.array([-1.0])}
 
 
-@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu])
+def clipped(x):
+    return jnp.clip(x, 0, 127)
+
+
+def above_a_threshold(x):
+    return jnp.where(jnp.abs(x) > 1e-3, x, 0)
+
+
+NOT_HOMOGENEOUS = [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu, clipped, above_a_threshold]
+
+
+def test_absorbing_under_jit():
+    params = {"scale": jnp.array([-2.0, 0.5])}
+    absorb = jax.jit(lambda params, kernel: bn.absorb_scale(params, kernel))
+    assert_close(absorb(params, jnp.ones((2, 1)))[1], jnp.array([[2.0], [0.5]]))
+
+
+@pytest.mark.parametrize("activation", NOT_HOMOGENEOUS)
 def test_absorbing_across_what_does_not_scale_is_an_error(activation):
     with pytest.raises(ValueError, match=r"does not scale with its input: activation\(.*relu"):
         bn.absorb_scale(bn.init_params(2), jnp.ones((2, 2)), activation=activation)
@@ -1013,6 +1094,8 @@ def test_absorbing_across_what_does_not_scale_is_an_error(activation):
         ({"bias": jnp.ones(2)}, (2, 2), -2, "params has no 'scale'"),
         (bn.init_params(2), (3, 2), -2, r"shape \(3, 2\) has 3 inputs on axis=-2, no multiple"),
         (bn.init_params(2), (2, 2), 2, r"axis=2 of a kernel of shape \(2, 2\)"),
+        (bn.init_params(4), (3, 3, 2, 8), -1, r"axis=-1 of a kernel.*other grouped convolutions"),
+        ({"scale": 1j * jnp.ones(2)}, (2, 2), -2, "scale is complex64.*kernel in float32 cannot"),
         (bn.init_params((2, 2)), (2, 2), 0, r"a scale of shape \(2, 2\): expected a scale \[F\]"),
     ],
 )
