@@ -862,17 +862,30 @@ def _name_entries(
 
 
 def _add_entries(entries: dict[Hashable, _Entry], new: Mapping[Hashable, _Entry]) -> None:
-    """Adds entries; where a path is taken, or inside of a taken one or around it, by a number."""
+    """Adds entries; where a path is taken, or around a taken one, all get the same number behind.
+
+    Where a path is inside of a taken one, its first name gets the number.
+    """
     taken = [f"{entry.path}/" for entry in entries.values()]
-    number, suffix = 0, ""
+    paths = [entry.path for entry in new.values()]
+    is_inside = any(path.startswith(one) for path in paths for one in taken)
+    renamed, number = paths, 0
     while any(
-        one.startswith(f"{entry.path}{suffix}/") or f"{entry.path}{suffix}/".startswith(one)
-        for entry in new.values()
+        f"{path}/".startswith(one) or one.startswith(f"{path}/")
+        for path in renamed
         for one in taken
     ):
         number += 1
-        suffix = f"_{number}"
-    entries.update({key: one._replace(path=f"{one.path}{suffix}") for key, one in new.items()})
+        renamed = [_numbered(path, number, first=is_inside) for path in paths]
+    for (key, entry), path in zip(new.items(), renamed, strict=True):
+        entries[key] = entry._replace(path=path)
+
+
+def _numbered(path: str, number: int, *, first: bool) -> str:
+    if not first:
+        return f"{path}_{number}"
+    name, *rest = path.split("/")
+    return "/".join([f"{name}_{number}", *rest])
 
 
 def _entries_of(program: Program, decided: _Decisions, action: _Action) -> dict[Hashable, _Entry]:

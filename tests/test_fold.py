@@ -811,15 +811,19 @@ def test_a_norm_by_hand_in_half_precision_is_left():
 
 
 def test_the_offset_of_a_norm_that_is_left_is_that_of_its_rounded_scale():
-    mean = jnp.float32(4096.0) + jnp.arange(64, dtype=jnp.float32)
-    variables = {
-        "params": {"scale": jnp.ones(64), "bias": standard_normal(1, 64)},
-        "batch_stats": {"mean": mean, "var": jnp.exp(standard_normal(2, 64))},
-    }
-    folded = bn.fold(ours().apply, variables, mean[None])
-    a, b = (exact(folded.params[name]) for name in ("scale", "bias"))
-    expected = exact(variables["params"]["bias"])
-    assert np.all(np.abs(a * exact(mean) + b - expected) <= 2.0**-24 * np.abs(b))
+    names = ("mean", "var", "scale", "bias")
+    norm = {name: standard_normal(seed, (1, 64)) for seed, name in enumerate(names)}
+    norm = {**norm, "mean": norm["mean"] + 4096, "var": jnp.exp(norm["var"])}
+
+    def forward(norm, x):
+        return (x - norm["mean"]) * lax.rsqrt(norm["var"]) * norm["scale"] + norm["bias"]
+
+    params = bn.fold(forward, norm, norm["mean"]).params
+    a, b = exact(params["scale"]), exact(params["bias"])
+    at_mean = a * exact(norm["mean"])[0] + b
+    assert np.all(
+        np.abs(at_mean - exact(norm["bias"])[0]) <= np.spacing(np.abs(params["bias"])) / 2
+    )
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -923,6 +927,21 @@ def test_a_path_inside_of_another_is_taken():
     folded = bn.fold(renamed, variables, x)
     assert set(folded.params["a"]) == {"c_sin", "c_sin_1"}
     assert error_of(folded.apply(folded.params, x), renamed(variables, x)) < 2e-6
+
+
+def test_a_norm_beside_an_array_of_its_path_gets_another():
+    norm = {"mean": standard_normal(1, (1, 5)), "var": jnp.ones((1, 5))}
+    variables = {"params": {"norm": standard_normal(2, (1, 5))}, "batch_stats": {"norm": norm}}
+
+    def forward(variables, x):
+        norm = variables["batch_stats"]["norm"]
+        y = (jnp.sin(x) - norm["mean"]) * lax.rsqrt(norm["var"])
+        return jnp.tanh(y) * variables["params"]["norm"]
+
+    x = standard_normal(3, (2, 5))
+    folded = bn.fold(forward, variables, x)
+    assert set(folded.params) == {"norm", "norm_1"}
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
 
 
 def test_a_parameter_that_is_tiled_over_the_batch_stays():
