@@ -19,6 +19,7 @@ from bn_jax.batch_norm import BatchStats
 from bn_jax.moments import statistics_dtype
 from bn_jax.optim import path_of
 from bn_jax.programs import (
+    MARKS,
     Affine,
     Equation,
     Linear,
@@ -30,6 +31,7 @@ from bn_jax.programs import (
     find_norms,
     name_of,
     parent_of,
+    recipe_of,
     state_of,
     trace,
 )
@@ -40,9 +42,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # Equations that move numbers without changing them. Those of variables stay in the folded program,
 # so that its parameters have the shapes and dtypes of the variables that they come from.
 _SHAPES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
-_MARKS = {"pvary", "pcast", "copy", "copy_p"}
 _ADDING = {"add", "sub", "from"}
-_LAYOUT = {*_SHAPES, *_MARKS, "rev", "convert_element_type"}
+_KEEPING_REALS = {"add", "sub", "mul", "div", "neg"}
+_LAYOUT = {*_SHAPES, *MARKS, "rev", "tile", "convert_element_type"}
 
 
 class FoldedNorm(NamedTuple):
@@ -119,9 +121,12 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
         `jax.grad`, `jax.shard_map` and `jax.export` take, on other batch sizes too (and image
         sizes, where the model takes them); it holds none of the arrays of `variables`. Kernels keep
         their dtypes: in half precision they are rounded anew, and the result differs by that.
+        What is folded takes the mean off last, so that the error grows with
+        ``|mean| / deviation`` of the features: by about 6e-8 times that in float32. Before a
+        layer that computes in half precision a norm is therefore left.
 
     Raises:
-        TypeError: a variable is traced: fold outside of `jax.jit`.
+        TypeError: a variable is traced: fold outside of `jax.jit`; or an argument is a bool.
         ValueError: a new kernel is too large for its dtype; or, from `apply`, `params` are not
             those of this model, or the model is another program for these arguments than for the
             examples.
@@ -144,6 +149,7 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
     call, variables = _as_function(forward, variables)
     leaves = jax.tree.leaves(variables)
     _check_concrete(leaves)
+    _check_no_switch(args)
     shapes = jax.tree.map(_abstract, variables)
     plan = _make_plan(trace(call, shapes, *jax.tree.map(_abstract, args)))
     params = _compute_params(plan, leaves)
@@ -223,7 +229,8 @@ def absorb_scale(
         The new `params` and `kernel`, in the dtypes of the old.
 
     Raises:
-        ValueError: `params` has no scale, `axis` does not fit, or `activation` does not scale.
+        ValueError: `params` has no scale, a complex one for a real kernel, `axis` does not fit (of
+            a grouped convolution that is not depthwise none does), or `activation` does not scale.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -238,6 +245,11 @@ def absorb_scale(
     if "scale" not in params:
         raise ValueError(
             "params has no 'scale', so that there is nothing to absorb: leave the kernel as it is."
+        )
+    if jnp.iscomplexobj(params["scale"]) and not jnp.iscomplexobj(kernel):
+        raise ValueError(
+            f"scale is {params['scale'].dtype.name}, which a kernel in {kernel.dtype.name} cannot "
+            "absorb: expected a complex kernel. Pass kernel.astype(jnp.complex64)."
         )
     if activation is not None:
         _check_homogeneous(activation)
@@ -372,7 +384,9 @@ class _Plan(NamedTuple):
 
     def signature(self) -> Any:
         """Returns what must be the same for all arguments that `apply` takes."""
-        return [entry[:3] for entry in self.entries.values()], self.report
+        seen: dict[int, str] = {}
+        own = [(*one[:3], one.compute.recipe(self.program, seen)) for one in self.entries.values()]
+        return own, self.report
 
 
 def _make_plan(program: Program) -> _Plan:
@@ -411,6 +425,8 @@ def _decide_backward(program: Program, decided: _Decisions, number: int) -> None
         return
     decided.features[number] = features
     targets, obstacle = _targets(program, decided.linears, norm.output, features, ())
+    for one, passed in targets:
+        obstacle = obstacle or _why_not_across(program, norm, decided.linears[one], passed)
     if obstacle is not None:
         before = _why_not_before(program, decided.linears, norm)
         decided.reasons[number] = f"{before}, and {obstacle}."
@@ -433,23 +449,34 @@ def _obstacle_of(norm: Norm) -> str:
 
 
 def _follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> _Chain:
-    """Returns the longest chain after a linear layer that cuts no norm in two."""
+    """Returns the longest chain after a linear layer that cuts no norm in two.
+
+    Behind its last norm it takes in steps by variables only.
+    """
     value = program.equations[linear.number].outputs[0]
     kernel_shape = program.avals[linear.kernel].shape
     sizes = [kernel_shape[dimension] for dimension in linear.kernel_outputs]
     rank = len(program.avals[value].shape)
     features = _placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
     chain = best = _Chain((), (), value)
+    norms = tuple(norms)
+    comes_from_variables, is_real = True, _is_stored_real(program, linear.kernel)
     while (following := program.only_consumer(chain.output)) is not None:
         extended = _extended(program, chain, features, following)
-        if extended is None or _loses_imaginary_part(program, linear, extended[0]):
+        if extended is None:
+            break
+        if is_real and _multiplies_by_complex(program, program.equations[following]):
             break
         chain, features = extended
         step = as_affine_step(program, program.equations[following])
-        ends = step is not None and step.kind != "same"
-        if ends and not any(
-            0 < len({*norm.steps} - {*chain.passed}) < len(norm.steps) for norm in norms
-        ):
+        if step is None or step.kind == "same":
+            continue
+        # Past the last norm a constant stays in the program, for it may be one of the batch size.
+        is_constant = step.operand is not None and not program.origins[step.operand]
+        ends_norm = any(following == norm.steps[-1] for norm in norms if norm.steps)
+        comes_from_variables = ends_norm or (comes_from_variables and not is_constant)
+        cuts = (0 < len({*norm.steps} - {*chain.passed}) < len(norm.steps) for norm in norms)
+        if comes_from_variables and not any(cuts):
             best = chain
     return best
 
@@ -487,18 +514,41 @@ def _fits(program: Program, equation: Equation, step: Affine, features: Array) -
     )
 
 
-def _loses_imaginary_part(program: Program, linear: Linear, chain: _Chain) -> bool:
-    def is_complex(value: int) -> bool:
-        return jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating)
+def _is_stored_real(program: Program, kernel: int) -> bool:
+    """Says whether an imaginary part of a kernel would be lost where it is stored or rearranged."""
+    root, layout = _root_of(program, kernel)
+    values = [root, *(equation.outputs[0] for equation in layout)]
+    return any(not _is_complex(program, value) for value in values)
 
-    return is_complex(chain.output) and not is_complex(linear.kernel)
+
+def _is_complex(program: Program, value: int) -> bool:
+    return bool(jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating))
+
+
+def _multiplies_by_complex(program: Program, equation: Equation) -> bool:
+    step = as_affine_step(program, equation)
+    if step is None or step.operand is None or step.kind not in ("mul", "div"):
+        return False
+    return _may_be_complex(program, step.operand)
+
+
+def _may_be_complex(program: Program, value: int) -> bool:
+    """Says whether a known value is complex, and not merely computed from reals as if it were."""
+    equation = program.producer(value)
+    if not _is_complex(program, value):
+        return False
+    if value in program.constants:
+        return bool(np.any(np.imag(program.constants[value])))
+    if equation is None or equation.name not in {*_LAYOUT, *_KEEPING_REALS}:
+        return True
+    return any(_may_be_complex(program, one) for one in equation.inputs)
 
 
 def _spread(program: Program, value: int) -> tuple[int, tuple[int, ...]]:
     """Returns what a known value is a broadcast of, and that one's shape at the rank of it."""
     shape = program.avals[value].shape
     equation = program.producer(value)
-    if equation is not None and equation.name in _MARKS:
+    if equation is not None and equation.name in MARKS:
         return _spread(program, equation.inputs[0])
     if equation is None or equation.name != "broadcast_in_dim":
         return value, shape
@@ -630,6 +680,28 @@ def _why_not_into(linear: Linear, values: Array) -> str | None:
     return None
 
 
+def _why_not_across(
+    program: Program, norm: Norm, linear: Linear, passed: Sequence[int]
+) -> str | None:
+    """Says why what a norm does cannot be left to the kernel of the layer after it."""
+    if _is_stored_real(program, linear.kernel) and any(
+        _multiplies_by_complex(program, program.equations[number]) for number in norm.steps
+    ):
+        return "the kernel after it is stored as real numbers, but its scale is complex"
+    changed = [program.equations[number].outputs[0] for number in passed]
+    after = [program.avals[value].dtype for value in (norm.output, *changed, linear.data)]
+    digits = [jnp.finfo(dtype).nmant for dtype in after]
+    narrow = min(range(len(after)), key=digits.__getitem__)
+    widest = max(digits[0], jnp.finfo(program.avals[norm.input].dtype).nmant)
+    is_half = digits[-1] < jnp.finfo(jnp.float32).nmant
+    if digits[narrow] < widest or is_half:
+        return (
+            f"the linear layer after it computes in {after[narrow].name}, where its input would be "
+            "rounded before its mean is taken off"
+        )
+    return None
+
+
 def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm) -> str:
     """Says why a norm is not folded into what is before it."""
     value, is_shared = norm.input, False
@@ -640,8 +712,12 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
         step = as_affine_step(program, equation)
         if number in linears:
             kernel = _path_of(program, linears[number].kernel, "kernel")
+            is_real = _is_stored_real(program, linears[number].kernel)
             if is_shared:
                 return f"What {kernel} gives is used elsewhere too"
+            steps = [program.equations[one] for one in norm.steps]
+            if is_real and any(_multiplies_by_complex(program, one) for one in steps):
+                return f"Its scale is complex, but {kernel} is stored as real numbers"
             return f"It, or what is before it, varies along more than the features of {kernel}"
         if step is None and equation.name not in _SHAPES:
             return f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
@@ -675,7 +751,8 @@ def _stays(program: Program, equation: Equation) -> bool:
 
     Constants are, since they may depend on the batch size; so are changes of layout.
     """
-    return equation.name in _LAYOUT or not program.origins[equation.outputs[0]]
+    is_constant = not equation.outputs or not program.origins[equation.outputs[0]]
+    return equation.name in _LAYOUT or is_constant
 
 
 def _replacements(program: Program, decided: _Decisions) -> dict[int, _Action | None]:
@@ -785,13 +862,30 @@ def _name_entries(
 
 
 def _add_entries(entries: dict[Hashable, _Entry], new: Mapping[Hashable, _Entry]) -> None:
-    """Adds entries; where a path is taken, all of them get the same number behind."""
-    taken = {entry.path for entry in entries.values()}
-    number, suffix = 0, ""
-    while any(f"{entry.path}{suffix}" in taken for entry in new.values()):
+    """Adds entries; where a path is taken, or around a taken one, all get the same number behind.
+
+    Where a path is inside of a taken one, its first name gets the number.
+    """
+    taken = [f"{entry.path}/" for entry in entries.values()]
+    paths = [entry.path for entry in new.values()]
+    is_inside = any(path.startswith(one) for path in paths for one in taken)
+    renamed, number = paths, 0
+    while any(
+        f"{path}/".startswith(one) or one.startswith(f"{path}/")
+        for path in renamed
+        for one in taken
+    ):
         number += 1
-        suffix = f"_{number}"
-    entries.update({key: one._replace(path=f"{one.path}{suffix}") for key, one in new.items()})
+        renamed = [_numbered(path, number, first=is_inside) for path in paths]
+    for (key, entry), path in zip(new.items(), renamed, strict=True):
+        entries[key] = entry._replace(path=path)
+
+
+def _numbered(path: str, number: int, *, first: bool) -> str:
+    if not first:
+        return f"{path}_{number}"
+    name, *rest = path.split("/")
+    return "/".join([f"{name}_{number}", *rest])
 
 
 def _entries_of(program: Program, decided: _Decisions, action: _Action) -> dict[Hashable, _Entry]:
@@ -848,6 +942,9 @@ class _Stored(NamedTuple):
     def __call__(self, known: _Known) -> Any:
         return known[self.value]
 
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        return recipe_of(program, self.value, seen)
+
 
 class _Collapsed(NamedTuple):
     """Computes `a` (at position 0) or `b` of a norm that is left."""
@@ -857,7 +954,20 @@ class _Collapsed(NamedTuple):
     position: int
 
     def __call__(self, known: _Known) -> Array:
-        return _compose(known, _steps_of(known.program, self.norm, self.features))[self.position]
+        steps = _steps_of(known.program, self.norm, self.features)
+        a, b = _compose(known, steps)
+        if self.position == 0:
+            return a
+        # What the rounding of `a` changes at the mean is put right in `b`.
+        first = next(at for at, step in enumerate(steps) if step.kind in ("mul", "div"))
+        sign, shift = _compose(known, steps[:first], a.size)
+        wide = _widest(known.program, self.norm.steps)
+        with np.errstate(over="ignore"):
+            rest = a - _exact(a.astype(wide))
+        return np.where(np.isfinite(rest), b - rest * shift / sign, b)
+
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        return _recipe_of_steps(program, _steps_of(program, self.norm, self.features), seen)
 
 
 class _Multiplied(NamedTuple):
@@ -872,6 +982,15 @@ class _Multiplied(NamedTuple):
         if self.linear.number not in known.folded:
             known.folded[self.linear.number] = self._multiplied(known)
         return known.folded[self.linear.number][self.position]
+
+    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
+        before: Hashable = None
+        if self.before is not None:
+            steps = _steps_of(program, self.before.norm, self.before.features)
+            before = _recipe_of_steps(program, steps, seen)
+        after = _recipe_of_steps(program, self.chain.steps, seen)
+        kernel = recipe_of(program, self.linear.kernel, seen)
+        return kernel, self.linear.kernel_outputs, before, after
 
     def _multiplied(self, known: _Known) -> tuple[Array, Array]:
         linear = self.linear
@@ -888,6 +1007,16 @@ class _Multiplied(NamedTuple):
         stored = np.empty(values.size, kernel.dtype)
         stored[positions.reshape(-1)] = kernel.reshape(-1)
         return stored.reshape(values.shape), (a * bias + b).reshape(sizes)
+
+
+def _recipe_of_steps(program: Program, steps: Iterable[_Step], seen: dict[int, str]) -> Hashable:
+    def operand(step: _Step) -> Hashable:
+        if step.operand is None:
+            return None
+        root, shape = _spread(program, step.operand)
+        return recipe_of(program, root, seen), shape
+
+    return tuple((one.kind, operand(one), one.features.tobytes()) for one in steps)
 
 
 def _rearranged(positions: Array, layout: Sequence[Equation]) -> Array:
@@ -999,6 +1128,14 @@ def _compute_params(plan: _Plan, leaves: Sequence[Any]) -> dict[str, Any]:
 
 def _rounded(entry: _Entry, value: Array) -> Array:
     """Returns a computed parameter in its dtype, or raises where that cannot hold it."""
+    if np.iscomplexobj(value) and not jnp.issubdtype(entry.dtype, jnp.complexfloating):
+        if np.any(value.imag != 0):
+            raise ValueError(
+                f"{entry.path!r} with its norm is complex, which {jnp.dtype(entry.dtype).name} "
+                "cannot hold: fold the variables with a complex kernel, "
+                "kernel.astype(jnp.complex64)."
+            )
+        value = value.real
     with np.errstate(over="ignore"):
         rounded = value.astype(entry.dtype).reshape(entry.shape)
     overflows = np.isfinite(value) & ~np.isfinite(_exact(rounded)).reshape(value.shape)
@@ -1025,12 +1162,16 @@ def _make_apply(call: Callable[..., Any], shapes: Any, plan: _Plan) -> Callable[
 
 
 def _describe_difference(expected: Any, found: Any, args: Any) -> str:
-    entries, report = ({repr(one) for part in parts for one in part} for parts in (expected, found))
+    entries = {one[0] for one in {*expected[0]} ^ {*found[0]}}
+    norms = {one.path or "the top-level norm" for one in {*expected[1]} ^ {*found[1]}}
+    parameters = f"computes the parameters {sorted(entries)} otherwise"
+    elsewhere = f"folds the norms {sorted(norms)} elsewhere"
     return (
         f"The model is another program for arguments of the shapes "
         f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(args)]} than for those it was folded with: "
-        f"expected {sorted(entries - report)}, found {sorted(report - entries)}. Fold it with "
-        "arguments of these shapes: bn_jax.fold(forward, variables, *args)."
+        f"it {' and '.join([parameters] * bool(entries) + [elsewhere] * bool(norms))}. Expected "
+        "the same program. Fold it with arguments of these shapes: "
+        "bn_jax.fold(forward, variables, *args)."
     )
 
 
@@ -1068,6 +1209,16 @@ def _check_concrete(leaves: Sequence[Any]) -> None:
         )
 
 
+def _check_no_switch(args: Any) -> None:
+    for keys, leaf in jax.tree.leaves_with_path(args):
+        if isinstance(leaf, bool):
+            raise TypeError(
+                f"args{jax.tree_util.keystr(keys)} is {leaf}, but expected "
+                "are arrays, which the program depends on by shape and dtype only. Pass a switch "
+                "inside: forward = lambda variables, x: model.apply(variables, x, train=False)."
+            )
+
+
 def _check_same_shape(**trees: Mapping[str, Any]) -> None:
     shapes = {tree: {name: leaf.shape for name, leaf in one.items()} for tree, one in trees.items()}
     if len({shape for leaves in shapes.values() for shape in leaves.values()}) > 1:
@@ -1103,18 +1254,20 @@ def _halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _check_homogeneous(activation: Activation) -> None:
     """Raises the ValueError that shows where an activation does not scale with its input."""
-    z = jnp.array([-8.0, -1.5, -0.25, 0.0, 0.25, 1.5, 8.0])
-    for c in (0.25, 2.0, 8.0):
-        scaled, expected = activation(c * z), c * activation(z)
-        wrong = ~jnp.isclose(scaled, expected, rtol=1e-5, atol=1e-6)
-        if wrong.any():
-            at = int(jnp.argmax(wrong))
-            raise ValueError(
-                f"activation={getattr(activation, '__name__', activation)} does not scale with its "
-                f"input: activation({c} * {z[at]}) is {scaled[at]}, but {c} * activation({z[at]}) "
-                f"is {expected[at]}, so that scale cannot move across it. jax.nn.relu, "
-                "jax.nn.leaky_relu and None do; with others, leave the scale in the norm."
-            )
+    with jax.ensure_compile_time_eval():
+        z = jnp.array([-8.0, -1.5, -0.25, 0.0, 0.25, 1.5, 8.0])
+        for c in (0.25, 2.0, 8.0, 2.0**-30, 2.0**30):
+            scaled, expected = (np.asarray(one) for one in (activation(c * z), c * activation(z)))
+            wrong = ~(np.abs(scaled - expected) <= 1e-5 * np.abs(c * np.asarray(z)))
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise ValueError(
+                    f"activation={getattr(activation, '__name__', activation)} does not scale with "
+                    f"its input: activation({c} * {z[at]}) is {scaled[at]}, but {c} * "
+                    f"activation({z[at]}) is {expected[at]}, so that scale cannot move across it. "
+                    "jax.nn.relu, jax.nn.leaky_relu and None do; with others, leave the scale in "
+                    "the norm."
+                )
 
 
 def _along(kernel: jax.Array, axis: int, factor: jax.Array) -> jax.Array:
@@ -1131,6 +1284,12 @@ def _along(kernel: jax.Array, axis: int, factor: jax.Array) -> jax.Array:
             f"kernel of shape {shape} has {shape[axis]} inputs on axis={axis - len(shape)}, no "
             f"multiple of the {features} features of scale. Pass the axis of its input dimension: "
             "-2 for Flax's layers, -1 for a depthwise convolution."
+        )
+    if len(shape) > 2 and axis == len(shape) - 1 and shape[-2] != 1:
+        raise ValueError(
+            f"axis=-1 of a kernel of shape {shape} holds its outputs, but scale is of inputs: "
+            "expected axis=-2, or the kernel of a depthwise convolution [..., 1, F * multiplier]. "
+            "The inputs of other grouped convolutions are on no axis: leave the scale in the norm."
         )
     times = shape[axis] // features
     is_depthwise = len(shape) > 2 and axis == len(shape) - 1 and shape[-2] == 1

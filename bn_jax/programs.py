@@ -16,10 +16,12 @@ Example:
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxprLiteral
@@ -29,10 +31,11 @@ from bn_jax.optim import path_of
 Origins = frozenset[int] | None
 
 # What a call equation hides is read in its place. Functions with a derivative of their own are
-# opened only where they are given something known: an activation keeps its derivative at zero.
+# opened only where a norm by known statistics is inside: what else they do keeps its derivative.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _COLLECTIONS = ("params", "batch_stats")
+MARKS = {"pvary", "pcast", "copy", "copy_p"}  # equations that change no number and no shape
 _KEPT_VALUE = {"copy", "copy_p", "name"}
 
 
@@ -185,7 +188,7 @@ def trace(forward: Callable[..., Any], variables: Any, *args: Any) -> Program:
     origins: list[Origins] = [
         frozenset({index}) if index < known else None for index in range(len(closed.jaxpr.invars))
     ]
-    return _read(closed, origins, paths, jax.tree.structure(shapes))
+    return _read(closed, origins, paths, jax.tree.structure(shapes), known)
 
 
 def evaluate(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
@@ -280,6 +283,62 @@ def _found_at(equation: Equation, path: str, obstacle: str) -> Norm:
     return Norm(path, (), equation.inputs[0], equation.outputs[0], obstacle)
 
 
+def recipe_of(program: Program, value: int, seen: dict[int, str]) -> str:
+    """Returns a digest of how a known value is computed: from which leaves, by what.
+
+    Args:
+        program: of `trace`.
+        value: one that is known.
+        seen: the digests of values of this program, which is added to.
+    """
+    if value not in seen:
+        recipe: tuple[Any, ...]
+        equation = program.producer(value)
+        if equation is not None and equation.name in MARKS:
+            return recipe_of(program, equation.inputs[0], seen)
+        if value in program.leaves:
+            recipe = ("leaf", program.leaves.index(value))
+        elif equation is None:
+            recipe = ("constant", _bytes_of(program.constants[value]))
+        else:
+            inputs = [recipe_of(program, one, seen) for one in equation.inputs]
+            position = equation.outputs.index(value)
+            recipe = (equation.name, position, _plain_options(equation.options), inputs)
+        seen[value] = sha256(repr(recipe).encode()).hexdigest()
+    return seen[value]
+
+
+def _bytes_of(value: Any) -> tuple[str, bytes]:
+    dtype = jnp.result_type(value)
+    is_plain = not jnp.issubdtype(dtype, jax.dtypes.extended)
+    return str(dtype), np.asarray(value).tobytes() if is_plain else b""
+
+
+def _plain_options(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns what tells options apart that two traces of the same function have."""
+    return [
+        (name, _plain(option)) for name, option in sorted(options.items()) if "sharding" not in name
+    ]
+
+
+def _plain(option: Any) -> Any:
+    if isinstance(option, tuple | list):
+        return [_plain(one) for one in option]
+    if isinstance(option, ClosedJaxpr):
+        return _plain(option.jaxpr), [_bytes_of(one) for one in option.consts]
+    if isinstance(option, Jaxpr):
+        return [
+            (
+                eqn.primitive.name,
+                _plain_options(eqn.params),
+                [_bytes_of(one.val) for one in eqn.invars if isinstance(one, JaxprLiteral)],
+            )
+            for eqn in option.eqns
+        ]
+    is_plain = option is None or isinstance(option, int | float | complex | str | np.dtype)
+    return option if is_plain else type(option).__name__
+
+
 def parent_of(paths: Sequence[str]) -> str:
     """Returns what the paths of the parents of these leaves have in common."""
     parents = [path.split("/")[:-1] for path in paths]
@@ -338,9 +397,14 @@ def _as_product(program: Program, index: int, equation: Equation) -> Linear | No
 
 
 def _read(
-    closed: ClosedJaxpr, origins: list[Origins], paths: tuple[str, ...], tree: Any
+    closed: ClosedJaxpr,
+    origins: list[Origins],
+    paths: tuple[str, ...],
+    tree: Any,
+    leaves: int = 0,
 ) -> Program:
-    reader = _Reader(closed.jaxpr.debug_info)
+    """Reads a jaxpr, the first inputs of which are so many leaves of the variables."""
+    reader = _Reader(closed.jaxpr.debug_info, paths)
     inputs = [
         reader.new(variable.aval, own)
         for variable, own in zip(closed.jaxpr.invars, origins, strict=True)
@@ -357,9 +421,9 @@ def _read(
         equations=equations,
         avals=tuple(reader.avals),
         constants=reader.constants,
-        leaves=tuple(inputs[: len(paths)]),
+        leaves=tuple(inputs[:leaves]),
         paths=paths,
-        arguments=tuple(inputs[len(paths) :]),
+        arguments=tuple(inputs[leaves:]),
         outputs=tuple(outputs),
         tree=tree,
         origins=tuple(reader.origins),
@@ -372,7 +436,8 @@ def _read(
 class _Reader:
     """Collects equations while nested jaxprs are read; the same one read twice gives new values."""
 
-    def __init__(self, debug_info: Any) -> None:
+    def __init__(self, debug_info: Any, paths: tuple[str, ...]) -> None:
+        self.paths = paths
         self.debug_info = debug_info._replace(arg_names=None, result_paths=None)
         self.equations: list[Equation] = []
         self.avals: list[Any] = []
@@ -401,7 +466,7 @@ class _Reader:
 
         for eqn in jaxpr.eqns:
             operands = tuple(number(atom) for atom in eqn.invars)
-            if self._is_opened(eqn.primitive.name, operands):
+            if self._is_opened(eqn, operands):
                 inner, inner_consts = next(_jaxprs(eqn.params))
                 outputs = self.read(inner, inner_consts, operands)
             else:
@@ -409,11 +474,16 @@ class _Reader:
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [number(atom) for atom in jaxpr.outvars]
 
-    def _is_opened(self, name: str, operands: tuple[int, ...]) -> bool:
+    def _is_opened(self, eqn: JaxprEqn, operands: tuple[int, ...]) -> bool:
+        name = eqn.primitive.name
         if name in _CALLS:
             return True
         own = [self.origins[value] for value in operands]
-        return name in _WITH_DERIVATIVE and None in own and any(own)
+        if name not in _WITH_DERIVATIVE or None not in own or not any(own):
+            return False
+        jaxpr, consts = next(_jaxprs(eqn.params))
+        inner = _read(ClosedJaxpr(jaxpr, consts), own, self.paths, None)
+        return any(norm.obstacle is None for norm in find_norms(inner))
 
     def _keep(self, eqn: JaxprEqn, operands: tuple[int, ...]) -> list[int]:
         own = [self.origins[value] for value in operands]
@@ -441,7 +511,7 @@ def _inner_programs(program: Program, equation: Equation) -> Iterator[Program]:
     """Reads the bodies of an equation that is left whole, with what is known of their inputs."""
     for jaxpr, consts in _jaxprs(equation.options):
         origins = _origins_inside(program, equation, len(jaxpr.invars))
-        yield _read(ClosedJaxpr(jaxpr, consts), origins, (), None)._replace(paths=program.paths)
+        yield _read(ClosedJaxpr(jaxpr, consts), origins, program.paths, None)
 
 
 def _origins_inside(program: Program, equation: Equation, count: int) -> list[Origins]:
@@ -566,7 +636,7 @@ def _leaf_path(keys: tuple[Any, ...]) -> str:
     names = path_of(keys).split("/")
     if len(names) > 1 and names[0] in _COLLECTIONS:
         names = names[1:]
-    if len(names) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey):
+    if len(names) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         names = names[:-1]
     return "/".join(names)
 

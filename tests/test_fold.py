@@ -1,6 +1,7 @@
 """Folded models compute what they did before, without a norm, with no more work than without."""
 
 import gc
+import importlib
 import re
 import weakref
 from collections import Counter
@@ -716,6 +717,275 @@ def test_another_program_is_an_error():
         folded.apply(folded.params, doubled(case.x))
 
 
+def of_dense(function):
+    """A function of what a dense layer and a norm give, and of a vector, with the variables."""
+    model = nn.Sequential([nn.Dense(5), ours()])
+    x = standard_normal(1, (1, 6, 4))
+    variables = initialized(model, x)
+
+    def forward(variables, x):
+        vector = variables["params"]["layers_0"]["bias"][None, None]
+        return function(partial(model.apply, variables), variables, vector, x)
+
+    return forward, variables, x
+
+
+def test_constants_of_the_shapes_stay_in_the_program():
+    def function(apply, variables, vector, x):
+        return apply(x) / x.shape[1] + (1.0 + jnp.arange(x.shape[0]))[:, None, None]
+
+    forward, variables, x = of_dense(function)
+    folded = bn.fold(forward, variables, x)
+    assert folded.report[0].into == "layers_0/kernel"
+    x = standard_normal(2, (3, 7, 4))
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
+def divided_before_the_norm(apply, variables, vector, x):
+    y = (x @ variables["params"]["layers_0"]["kernel"]) / x.shape[1]
+    return ours().apply({name: one["layers_1"] for name, one in variables.items()}, y)
+
+
+DEPENDING_ON_SHAPES = {
+    "before the norm": divided_before_the_norm,
+    "after the norm": lambda apply, _, vector, x: apply(x) * jnp.tanh(vector / x.shape[1]),
+    "apart": lambda apply, _, vector, x: jnp.tanh(apply(x)) * jnp.tanh(vector / x.shape[1]),
+    "in a call": lambda apply, _, vector, x: (
+        jnp.tanh(apply(x)) * jax.nn.silu(jax.nn.relu6(vector * x.shape[1]))
+    ),
+    "in a power": lambda apply, _, vector, x: jnp.tanh(apply(x)) * vector ** x.shape[1],
+}
+
+
+@pytest.mark.parametrize("name", DEPENDING_ON_SHAPES)
+def test_parameters_that_depend_on_the_shapes_are_an_error(name):
+    forward, variables, x = of_dense(DEPENDING_ON_SHAPES[name])
+    folded = bn.fold(forward, variables, x)
+    more = doubled(x)
+    assert error_of(folded.apply(folded.params, more), forward(variables, more)) < 2e-6
+    with pytest.raises(ValueError, match=r"another program.*the parameters \['layers_0/[kb]"):
+        folded.apply(folded.params, x[:, :5])
+
+
+def far_from_zero(*layers, dtype=np.float32):
+    """Models of data whose mean is large beside their deviation."""
+    case = sequential(*layers, shape=(64, 4))
+    x = (100 + exact(case.x)).astype(dtype)
+    stats = jax.tree.leaves_with_path(case.variables["batch_stats"])
+    name = next(path[0].key for path, _ in stats)
+    norm = {"mean": exact(x).mean(0), "var": exact(x).var(0)}
+    norm = jax.tree.map(jnp.float32, norm)
+    variables = {**case.variables, "batch_stats": {name: norm}}
+    return case._replace(variables=variables, x=jnp.asarray(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype"),
+    [
+        ((ours(), nn.Dense(5, dtype=jnp.bfloat16)), np.float32),
+        ((ours(dtype=jnp.bfloat16), nn.Dense(5)), np.float32),
+        ((ours(dtype=jnp.float32), nn.Dense(5, dtype=jnp.bfloat16)), jnp.bfloat16),
+        ((ours(), nn.Dense(5, dtype=jnp.float16)), np.float16),
+    ],
+)
+def test_a_norm_before_a_layer_in_half_precision_is_left(layers, dtype):
+    forward, variables, x, _ = far_from_zero(*layers, dtype=dtype)
+    folded = bn.fold(forward, variables, x)
+    name = "float16" if dtype == np.float16 else "bfloat16"
+    reason = f"the linear layer after it computes in {name}, where its input would be rounded"
+    assert reason in folded.report[0].reason
+    half = error_of(folded.apply(folded.params, x), jax.jit(forward)(variables, x))
+    assert half < 2e-2
+
+
+def test_a_norm_by_hand_in_half_precision_is_left():
+    def forward(variables, x):
+        norm = variables["norm"]
+        return ((x - norm["mean"]) * lax.rsqrt(norm["var"])) @ variables["kernel"]
+
+    variables = {"norm": {"mean": jnp.ones((1, 4)), "var": jnp.ones((1, 4))}}
+    variables = {**variables, "kernel": jnp.ones((4, 5))}
+    for dtype, into in ((jnp.bfloat16, None), (jnp.float32, "kernel")):
+        halves = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), variables)
+        assert bn.fold(forward, halves, jnp.ones((3, 4), dtype)).report[0].into == into
+
+
+def test_the_offset_of_a_norm_that_is_left_is_that_of_its_rounded_scale():
+    names = ("mean", "var", "scale", "bias")
+    norm = {name: standard_normal(seed, (1, 64)) for seed, name in enumerate(names)}
+    norm = {**norm, "mean": norm["mean"] + 4096, "var": jnp.exp(norm["var"])}
+
+    def forward(norm, x):
+        return (x - norm["mean"]) * lax.rsqrt(norm["var"]) * norm["scale"] + norm["bias"]
+
+    params = bn.fold(forward, norm, norm["mean"]).params
+    a, b = exact(params["scale"]), exact(params["bias"])
+    at_mean = a * exact(norm["mean"])[0] + b
+    assert np.all(
+        np.abs(at_mean - exact(norm["bias"])[0]) <= np.spacing(np.abs(params["bias"])) / 2
+    )
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_complex_norm_beside_a_real_kernel_is_left(is_before):
+    norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
+    model = nn.Sequential([norm, dense] if is_before else [dense, norm])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = initialized(model, x)
+    path = f"layers_{int(not is_before)}"
+    scale = variables["params"][path]["scale"]
+    params = {**variables["params"]}
+    params[path] = {**params[path], "scale": scale + 1j}
+    variables = {**variables, "params": params}
+    folded = bn.fold(model.apply, variables, x)
+    assert "stored as real numbers" in folded.report[0].reason
+    assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
+
+
+def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
+    model = nn.Sequential([nn.Dense(5, dtype=jnp.complex64), ours()])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = initialized(model, x)
+    folded = bn.fold(model.apply, variables, x)
+    assert folded.report[0].into == "layers_0/kernel"
+    assert folded.params["layers_0"]["kernel"].dtype == jnp.float32
+    assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
+
+
+def test_an_imaginary_part_is_never_dropped(monkeypatch):
+    module = importlib.import_module("bn_jax.fold")
+    monkeypatch.setattr(module, "_may_be_complex", lambda program, value: False)
+    norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
+    model = nn.Sequential([dense, norm])
+    x = standard_normal(1, (3, 4), np.complex64)
+    variables = jax.tree.map(
+        lambda leaf: leaf * 1j if leaf.dtype == x.dtype else leaf, initialized(model, x)
+    )
+    with pytest.raises(ValueError, match=r"'layers_0/kernel' with its norm is complex, which fl"):
+        bn.fold(model.apply, variables, x)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_printed_stays(ordered, capfd):
+    case = CASES["dense"]()
+
+    def forward(variables, x):
+        jax.debug.print("nothing known", ordered=ordered)
+        y = case.forward(variables, x)
+        jax.debug.print("at {}", y[0, 0] * 0 + 7, ordered=ordered)
+        return y
+
+    folded = bn.fold(forward, case.variables, case.x)
+    assert folded.report[0].into == "layers_0/kernel"
+    jax.block_until_ready(folded.apply(folded.params, case.x))
+    jax.effects_barrier()
+    printed = capfd.readouterr().out
+    assert "nothing known" in printed and "at 7.0" in printed
+
+
+class Affine(NamedTuple):
+    """Variables at attributes."""
+
+    kernel: Any
+    bias: Any
+
+
+def test_variables_at_attributes_have_paths():
+    variables = {
+        "dense": Affine(standard_normal(1, (4, 5)), standard_normal(2, 5)),
+        "norm": {"mean": standard_normal(3, 5), "var": jnp.ones(5)},
+        "more": Affine(standard_normal(4, 5), standard_normal(5, 5)),
+    }
+
+    def forward(variables, x):
+        dense, norm = variables["dense"], variables["norm"]
+        y = x @ dense.kernel + dense.bias[None]
+        y = (y - norm["mean"][None]) * lax.rsqrt(norm["var"])[None]
+        return jnp.tanh(y) * variables["more"].kernel[None] + variables["more"].bias[None]
+
+    x = standard_normal(6, (3, 4))
+    folded = bn.fold(forward, variables, x)
+    both = {"kernel", "bias"}
+    assert {name: set(one) for name, one in folded.params.items()} == {"dense": both, "more": both}
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
+def test_a_path_inside_of_another_is_taken():
+    variables = {"a": {"sin": {"b": jnp.ones(3)}, "c": standard_normal(1, 3)}}
+
+    def forward(variables, x):
+        a = variables["a"]
+        return x * a["sin"]["b"] + jnp.sin(a["c"])
+
+    x = standard_normal(2, 3)
+    variables["a"]["c_sin"] = {"b": variables["a"].pop("sin")["b"]}
+
+    def renamed(variables, x):
+        a = variables["a"]
+        return forward({"a": {"sin": a["c_sin"], "c": a["c"]}}, x)
+
+    folded = bn.fold(renamed, variables, x)
+    assert set(folded.params["a"]) == {"c_sin", "c_sin_1"}
+    assert error_of(folded.apply(folded.params, x), renamed(variables, x)) < 2e-6
+
+
+def test_a_norm_beside_an_array_of_its_path_gets_another():
+    norm = {"mean": standard_normal(1, (1, 5)), "var": jnp.ones((1, 5))}
+    variables = {"params": {"norm": standard_normal(2, (1, 5))}, "batch_stats": {"norm": norm}}
+
+    def forward(variables, x):
+        norm = variables["batch_stats"]["norm"]
+        y = (jnp.sin(x) - norm["mean"]) * lax.rsqrt(norm["var"])
+        return jnp.tanh(y) * variables["params"]["norm"]
+
+    x = standard_normal(3, (2, 5))
+    folded = bn.fold(forward, variables, x)
+    assert set(folded.params) == {"norm", "norm_1"}
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
+def test_a_parameter_that_is_tiled_over_the_batch_stays():
+    case = CASES["dense"]()
+
+    def forward(variables, x):
+        tiled = jnp.tile(variables["params"]["layers_1"]["bias"][None], (x.shape[0], 1))
+        return jnp.tanh(case.forward(variables, x)) * tiled
+
+    folded = bn.fold(forward, case.variables, case.x)
+    more = doubled(case.x)
+    assert error_of(folded.apply(folded.params, more), forward(case.variables, more)) < 2e-6
+
+
+def test_a_switch_among_the_arguments_is_an_error():
+    case = CASES["dense"]()
+    with pytest.raises(TypeError, match=r"args\[1\]\['train'\] is False.*lambda variables, x: mo"):
+        bn.fold(case.forward, case.variables, case.x, {"train": False})
+
+
+@jax.custom_vjp
+def rounded_to(x, step):
+    return jnp.round(x / step) * step
+
+
+rounded_to.defvjp(
+    lambda x, step: (rounded_to(x, step), step), lambda step, g: (g, jnp.zeros_like(step))
+)
+
+
+def test_a_function_of_a_variable_keeps_its_derivative():
+    case = CASES["dense"]()
+    variables = {**case.variables, "step": jnp.float32(0.3)}
+
+    def forward(variables, x):
+        model = {name: variables[name] for name in case.variables}
+        return rounded_to(case.forward(model, x), variables["step"])
+
+    folded = bn.fold(forward, variables, case.x)
+    assert folded.report[0].into == "layers_0/kernel"
+    grad = jax.grad(lambda x: folded.apply(folded.params, x).sum())(case.x)
+    assert error_of(grad, jax.grad(lambda x: forward(variables, x).sum())(case.x)) < 2e-6
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("leaves", [("scale", "bias"), ("scale",), ("bias",), ()])
 def test_as_affine_is_the_definition(leaves, offset):
@@ -824,7 +1094,24 @@ def test_absorbing_leaves_what_would_overflow_and_keeps_dtypes():
     assert new == {"scale": jnp.array([-1.0])}
 
 
-@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu])
+def clipped(x):
+    return jnp.clip(x, 0, 127)
+
+
+def above_a_threshold(x):
+    return jnp.where(jnp.abs(x) > 1e-3, x, 0)
+
+
+NOT_HOMOGENEOUS = [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu, clipped, above_a_threshold]
+
+
+def test_absorbing_under_jit():
+    params = {"scale": jnp.array([-2.0, 0.5])}
+    absorb = jax.jit(lambda params, kernel: bn.absorb_scale(params, kernel))
+    assert_close(absorb(params, jnp.ones((2, 1)))[1], jnp.array([[2.0], [0.5]]))
+
+
+@pytest.mark.parametrize("activation", NOT_HOMOGENEOUS)
 def test_absorbing_across_what_does_not_scale_is_an_error(activation):
     with pytest.raises(ValueError, match=r"does not scale with its input: activation\(.*relu"):
         bn.absorb_scale(bn.init_params(2), jnp.ones((2, 2)), activation=activation)
@@ -836,6 +1123,8 @@ def test_absorbing_across_what_does_not_scale_is_an_error(activation):
         ({"bias": jnp.ones(2)}, (2, 2), -2, "params has no 'scale'"),
         (bn.init_params(2), (3, 2), -2, r"shape \(3, 2\) has 3 inputs on axis=-2, no multiple"),
         (bn.init_params(2), (2, 2), 2, r"axis=2 of a kernel of shape \(2, 2\)"),
+        (bn.init_params(4), (3, 3, 2, 8), -1, r"axis=-1 of a kernel.*other grouped convolutions"),
+        ({"scale": 1j * jnp.ones(2)}, (2, 2), -2, "scale is complex64.*kernel in float32 cannot"),
         (bn.init_params((2, 2)), (2, 2), 0, r"a scale of shape \(2, 2\): expected a scale \[F\]"),
     ],
 )
