@@ -26,6 +26,7 @@ from bn_jax.observations import (
     value_of,
 )
 from bn_jax.optim import norm_params_mask, path_of
+from bn_jax.programs import exact
 
 Kind: TypeAlias = Literal[
     "never updated",
@@ -477,7 +478,7 @@ def _not_finite_leaves(model: Model) -> Iterator[Finding]:
         leaf = value_of(leaf)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        wrong = ~np.isfinite(np.asarray(leaf, _host_dtype(leaf)))
+        wrong = ~np.isfinite(exact(leaf))
         if wrong.any():
             path = path_of(keys)
             shown = path.removeprefix("params/").removeprefix("batch_stats/")
@@ -489,10 +490,6 @@ def _not_finite_leaves(model: Model) -> Iterator[Finding]:
                 "Go back to a checkpoint before that. bn.batch_norm keeps what is not finite out "
                 "of the running statistics; that of other libraries may have let it in.",
             )
-
-
-def _host_dtype(leaf: Any) -> Any:
-    return np.complex128 if jnp.iscomplexobj(leaf) else np.float64
 
 
 def _not_finite_values(layers: Sequence[_Examined]) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ def save_variables(path: Path, state: TrainState) -> None:
         path: a folder that does not exist yet.
         state: the model's state, replicated over its devices.
     """
-    _save(path, _variables(state))
+    _save(path, variables_of(state))
 
 
 def restore_variables(path: Path, state: TrainState) -> TrainState:
@@ -49,7 +49,7 @@ def restore_variables(path: Path, state: TrainState) -> TrainState:
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    return state.replace(**_restore(path, _variables(state)))
+    return state.replace(**_restore(path, variables_of(state)))
 
 
 def save_position(folder: Path, position: Position) -> None:
@@ -153,12 +153,20 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _variables(state: TrainState) -> dict[str, Any]:
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """Returns what a model is applied to, and what `save_variables` saves.
+
+    Args:
+        state: the model's state.
+
+    Returns:
+        ``{"params": ..., "batch_stats": ...}``.
+    """
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def _training_variables(state: TrainState) -> dict[str, Any]:
-    return _variables(state) | {"opt_state": state.opt_state, "step": state.step}
+    return variables_of(state) | {"opt_state": state.opt_state, "step": state.step}
 
 
 def _save(path: Path, tree: Any) -> None:

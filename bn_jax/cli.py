@@ -45,6 +45,7 @@ FOR_SAVED_RUNS = ("orbax.checkpoint", "safetensors", "flatbuffers")
 LOST = "another process was lost, or JAX's runtime failed as it says above"
 
 Show = Callable[[str, training.Report], None]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")]
 
 app = typer.Typer(
     help="Batch normalization for JAX and Flax, tried on real handwritten digits.",
@@ -343,7 +344,7 @@ def _finish(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    run: RunFolder,
     data_file: Annotated[
         Path | None,
         typer.Option(
@@ -365,7 +366,7 @@ def evaluate(
 
 @app.command()
 def recalibrate(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    run: RunFolder,
     data_file: Annotated[
         Path | None,
         typer.Option(
@@ -391,7 +392,7 @@ def recalibrate(
 
 @app.command()
 def fold(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    run: RunFolder,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the result. Default: DIR-folded.")
     ] = None,
@@ -406,7 +407,7 @@ def fold(
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")],
+    run: RunFolder,
     data_file: Annotated[
         Path | None,
         typer.Option(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from bn_jax.batch_norm import BatchStats
 from bn_jax.moments import statistics_dtype
@@ -28,6 +29,7 @@ from bn_jax.programs import (
     as_affine_step,
     as_linear,
     evaluate,
+    exact,
     find_norms,
     name_of,
     parent_of,
@@ -305,12 +307,7 @@ class _Known:
 
     def exact(self, value: int) -> Array:
         """Returns a value in double precision."""
-        return _exact(self[value])
-
-
-def _exact(value: Any) -> Array:
-    array = np.asarray(value)
-    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+        return exact(self[value])
 
 
 def _as_function(forward: Callable[..., Any], variables: Any) -> tuple[Callable[..., Any], Any]:
@@ -963,7 +960,7 @@ class _Collapsed(NamedTuple):
         sign, shift = _compose(known, steps[:first], a.size)
         wide = _widest(known.program, self.norm.steps)
         with np.errstate(over="ignore"):
-            rest = a - _exact(a.astype(wide))
+            rest = a - exact(a.astype(wide))
         return np.where(np.isfinite(rest), b - rest * shift / sign, b)
 
     def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
@@ -1113,17 +1110,13 @@ def _report(decided: _Decisions, entries: Mapping[Hashable, _Entry]) -> FoldRepo
 
 def _compute_params(plan: _Plan, leaves: Sequence[Any]) -> dict[str, Any]:
     known = _Known(plan.program, leaves)
-    params: dict[str, Any] = {}
+    params = {}
     for entry in plan.entries.values():
         value = entry.compute(known)
         if isinstance(value, np.ndarray):
             value = _rounded(entry, value)
-        *parents, name = entry.path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = jnp.asarray(value)
-    return params
+        params[entry.path] = jnp.asarray(value)
+    return unflatten_dict(params, sep="/")
 
 
 def _rounded(entry: _Entry, value: Array) -> Array:
@@ -1138,7 +1131,7 @@ def _rounded(entry: _Entry, value: Array) -> Array:
         value = value.real
     with np.errstate(over="ignore"):
         rounded = value.astype(entry.dtype).reshape(entry.shape)
-    overflows = np.isfinite(value) & ~np.isfinite(_exact(rounded)).reshape(value.shape)
+    overflows = np.isfinite(value) & ~np.isfinite(exact(rounded)).reshape(value.shape)
     if overflows.any():
         raise ValueError(
             f"{entry.path!r} with its norm is as large as {np.abs(value[overflows]).max():.3g}, "

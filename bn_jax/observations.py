@@ -19,14 +19,16 @@ from flax import nnx
 from bn_jax import linen as bn_linen
 from bn_jax import nnx as bn_nnx
 from bn_jax.batch_norm import BatchStats, Measured
-from bn_jax.optim import is_running, path_of
+from bn_jax.optim import norms_of, path_of
 from bn_jax.programs import (
+    WITH_DERIVATIVE,
     Equation,
     Norm,
     Program,
     as_affine_step,
     as_linear,
     evaluate,
+    exact,
     find_norms,
     trace,
 )
@@ -211,9 +213,8 @@ def is_variable(node: Any) -> bool:
 def _running(batch_stats: Any) -> dict[str, BatchStats]:
     """Returns the statistics of every norm by path, as arrays."""
     return {
-        path_of(keys): cast(BatchStats, {name: value_of(node[name]) for name in node})
-        for keys, node in jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
-        if is_running(node)
+        path: cast(BatchStats, {name: value_of(node[name]) for name in node})
+        for path, node in norms_of(batch_stats).items()
     }
 
 
@@ -394,11 +395,7 @@ def _with_bias_checked(
 
 def flat(values: Any) -> np.ndarray:
     """Returns an array of features as a vector in double precision."""
-    return _exact(np.asarray(values).reshape(-1))
-
-
-def _exact(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
+    return exact(values).reshape(-1)
 
 
 def _captured(
@@ -407,8 +404,8 @@ def _captured(
     calls: dict[str, list[Captured]] = {}
     for site, summary in zip(sites, summaries, strict=True):
         values = math.prod(program.avals[site.input].shape) // summary["means"].shape[1]
-        exact: dict[str, Any] = {name: _exact(summary[name]) for name in ("means", "squares")}
-        calls.setdefault(site.path, []).append(Captured(values, **{**summary, **exact}))
+        doubled: dict[str, Any] = {name: exact(summary[name]) for name in ("means", "squares")}
+        calls.setdefault(site.path, []).append(Captured(values, **{**summary, **doubled}))
     return {path: _together(own) for path, own in calls.items()}
 
 
@@ -525,7 +522,6 @@ def _flatness(program: Program, site: Site, values: dict[int, Any]) -> dict[str,
 
 # --- where the norms are in the program ---------------------------------------------------------
 
-_WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _COPIES = {"convert_element_type", "copy"}
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "asinh", "atan", "cbrt", "ceil", "clamp", "copy", "cos"),
@@ -745,7 +741,7 @@ def _is_elementwise(equation: Equation) -> bool:
 def _maps_elements(name: str, options: Mapping[str, Any]) -> bool:
     if name in _ELEMENTWISE:
         return True
-    if name not in _WITH_DERIVATIVE | {"jit", "pjit", "closed_call"}:
+    if name not in WITH_DERIVATIVE | {"jit", "pjit", "closed_call"}:
         return False
     inner = [options[key] for key in ("call_jaxpr", "fun_jaxpr", "jaxpr") if key in options]
     return bool(inner) and all(

@@ -87,8 +87,7 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
         >>> bn.optim.norm_params_mask({"dense": dense, "norm": {"scale": jnp.ones(3)}})
         {'dense': {'bias': False, 'kernel': False}, 'norm': {'scale': True}}
     """
-    kept = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
-    running = {path_of(path) for path, node in kept if is_running(node)}
+    running = norms_of(batch_stats)
 
     def is_norm(path: tuple[Any, ...], affine: Mapping[str, Any]) -> bool:
         return "scale" in affine or path_of(path) in running or "norm" in _name(path).lower()
@@ -125,6 +124,12 @@ def _is_affine(node: Any) -> bool:
 def is_running(node: Any) -> bool:
     """Says whether a node of a tree of statistics holds those of one norm."""
     return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
+
+
+def norms_of(batch_stats: Any) -> dict[str, Any]:
+    """Returns the nodes of a tree of statistics that hold those of one norm, by their paths."""
+    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
+    return {path_of(path): node for path, node in nodes if is_running(node)}
 
 
 def path_of(path: tuple[Any, ...]) -> str:

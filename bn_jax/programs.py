@@ -33,7 +33,7 @@ Origins = frozenset[int] | None
 # What a call equation hides is read in its place. Functions with a derivative of their own are
 # opened only where a norm by known statistics is inside: what else they do keeps its derivative.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-_WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _COLLECTIONS = ("params", "batch_stats")
 MARKS = {"pvary", "pcast", "copy", "copy_p"}  # equations that change no number and no shape
 _KEPT_VALUE = {"copy", "copy_p", "name"}
@@ -205,7 +205,7 @@ def evaluate(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
 
 def name_of(equation: Equation) -> str:
     """Returns the name of the function that an equation calls, or of its primitive."""
-    if equation.name in _WITH_DERIVATIVE:
+    if equation.name in WITH_DERIVATIVE:
         for jaxpr, _ in _jaxprs(equation.options):
             return jaxpr.debug_info.func_name
     return equation.name
@@ -479,7 +479,7 @@ class _Reader:
         if name in _CALLS:
             return True
         own = [self.origins[value] for value in operands]
-        if name not in _WITH_DERIVATIVE or None not in own or not any(own):
+        if name not in WITH_DERIVATIVE or None not in own or not any(own):
             return False
         jaxpr, consts = next(_jaxprs(eqn.params))
         inner = _read(ClosedJaxpr(jaxpr, consts), own, self.paths, None)
@@ -639,6 +639,12 @@ def _leaf_path(keys: tuple[Any, ...]) -> str:
     if len(names) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         names = names[:-1]
     return "/".join(names)
+
+
+def exact(value: Any) -> np.ndarray[Any, Any]:
+    """Returns an array on the host, in double precision."""
+    array = np.asarray(value)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def state_of(model: nnx.Module) -> tuple[Any, Any]:

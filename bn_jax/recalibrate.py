@@ -25,7 +25,8 @@ from bn_jax.batch_norm import BatchStats, Measured, start_measuring
 from bn_jax.linen import replace_norms as replacing_norms
 from bn_jax.moments import statistics_dtype
 from bn_jax.nnx import BatchNorm, replace_norms
-from bn_jax.optim import is_running, path_of
+from bn_jax.optim import is_running, norms_of, path_of
+from bn_jax.programs import exact
 
 Forward: TypeAlias = Callable[[Any, Any], Any]
 Array: TypeAlias = npt.NDArray[Any]
@@ -209,7 +210,7 @@ def _prepare(forward: Forward, variables: Any) -> tuple[Measure, Any]:
             f"variables is a {type(variables).__name__}; expected an nnx.Module or "
             "{'params': ..., 'batch_stats': ...}, as model.init returns it."
         )
-    if not _norms(batch_stats):
+    if not norms_of(batch_stats):
         raise ValueError(
             "variables holds no batch norm: expected a mean and a var of each in "
             "variables['batch_stats'], or in the nnx.BatchStat variables of a module. Pass "
@@ -328,14 +329,8 @@ def updated(returned: Any, line: str) -> Any:
 
 def _found(batch_stats: Any) -> dict[str, Measured]:
     return {
-        path: node["measured"] for path, node in _norms(batch_stats).items() if "measured" in node
+        path: node["measured"] for path, node in norms_of(batch_stats).items() if "measured" in node
     }
-
-
-def _norms(batch_stats: Any) -> dict[str, Any]:
-    """Returns the nodes of a collection that are a norm's, by their paths."""
-    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
-    return {path_of(path): node for path, node in nodes if is_running(node)}
 
 
 def _arrays(node: Any) -> Any:
@@ -372,7 +367,7 @@ def _pooled(pools: dict[str, Measured], found: dict[str, Measured]) -> dict[str,
 
 
 def _read(measured: Measured) -> Measured:
-    doubled: Measured = jax.tree.map(_doubled, measured)
+    doubled: Measured = jax.tree.map(exact, measured)
     return doubled._replace(mean=doubled.mean + doubled.residue, residue=0 * doubled.residue)
 
 
@@ -446,24 +441,21 @@ def _placed(values: Array, old: Any) -> jax.Array:
 
 def _agree(before: Any, after: Any) -> bool:
     """Says whether two collections are the same but for rounding."""
-    new = _norms(after)
+    new = norms_of(after)
     return all(
-        _agree_in_layer(_arrays(node), _arrays(new[path])) for path, node in _norms(before).items()
+        _agree_in_layer(_arrays(node), _arrays(new[path]))
+        for path, node in norms_of(before).items()
     )
 
 
 def _agree_in_layer(before: Arrays, after: Arrays) -> bool:
     tolerance = ROUNDINGS * jnp.finfo(statistics_dtype(after["var"].dtype)).eps
-    old, new = ({name: _doubled(leaf) for name, leaf in one.items()} for one in (before, after))
+    old, new = ({name: exact(leaf) for name, leaf in one.items()} for one in (before, after))
     with np.errstate(invalid="ignore"):
         scale = np.abs(new["mean"]) + np.sqrt(new["var"])
         of_mean = np.abs(new["mean"] - old["mean"]) <= tolerance * scale
         of_var = np.abs(new["var"] - old["var"]) <= tolerance * new["var"]
     return bool(of_mean.all() and of_var.all())
-
-
-def _doubled(leaf: Any) -> Array:
-    return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
 
 
 # --- the batches --------------------------------------------------------------------------------
@@ -554,8 +546,8 @@ def _progress_bar(shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterab
 
 
 def _changes(before: Any, after: Any, pools: dict[str, Measured]) -> Iterator[LayerChange]:
-    new = _norms(after)
-    for path, node in _norms(before).items():
+    new = norms_of(after)
+    for path, node in norms_of(before).items():
         pool = pools.get(path)
         enters = np.zeros(()) if pool is None else _enters(pool)
         entered = np.broadcast_to(enters, np.shape(_arrays(node)["var"])).astype(bool)
@@ -571,7 +563,7 @@ def _changes(before: Any, after: Any, pools: dict[str, Measured]) -> Iterator[La
 
 def _moved(before: Arrays, after: Arrays) -> tuple[Array, Array]:
     """Returns how far the means moved in old standard deviations, and the variances' factors."""
-    old, new = ({name: _doubled(leaf) for name, leaf in one.items()} for one in (before, after))
+    old, new = ({name: exact(leaf) for name, leaf in one.items()} for one in (before, after))
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.abs(new["mean"] - old["mean"])
         mean = np.where(distance == 0, 0, distance / np.sqrt(old["var"]))

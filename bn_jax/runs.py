@@ -218,7 +218,8 @@ def recalibrate_run(
         BadRunError: the model has no batch norm, or the data are not there or not as they were.
     """
     state = _restore_with_norms(saved, mesh)
-    images = _training_part(saved) if data_file is None else load_like(saved, data_file)
+    judged = load_like(saved, data_file)
+    images = _training_part(saved, judged) if data_file is None else judged
     model = _model_of(saved)
 
     def evaluate(variables: Any, batch: data.Batch) -> Any:
@@ -227,12 +228,11 @@ def recalibrate_run(
 
     found = recalibrate(
         evaluate,
-        _variables(state),
+        checkpoints.variables_of(state),
         training.shard_dataset(images, saved.batch_size, mesh),
         progress=progress,
     )
     recalibrated = state.replace(batch_stats=found.batch_stats)
-    judged = load_like(saved, data_file)
     change = _compare(state, recalibrated, training.shard_dataset(judged, saved.batch_size, mesh))
     facts = {
         "data": str(data_file or saved.data_file or "scikit-learn's digits"),
@@ -265,7 +265,7 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]
     model = _model_of(saved)
     folded = fold(
         lambda variables, x: model.apply(variables, x, train=False),
-        _variables(state),
+        checkpoints.variables_of(state),
         jnp.zeros((saved.batch_size, *saved.image_shape)),
     )
     test_batches = training.shard_dataset(load_like(saved, None), saved.batch_size, mesh)
@@ -301,7 +301,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     batch = training.shard_dataset(images, examples, mesh)[0]
     # Without the mask, which hides nothing here, but the activations from the audit.
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
-    found = audit(forward, _variables(state), batch.x)
+    found = audit(forward, checkpoints.variables_of(state), batch.x)
     with staged(folder) as staging:
         _write_json(
             staging / "audit.json",
@@ -324,10 +324,6 @@ def _audited_examples(saved: SavedRun, present: int, argument: str) -> int:
             "norm's statistics need; give more with --data"
         )
     return examples
-
-
-def _variables(state: training.TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def _model_of(saved: SavedRun) -> models.ResNet:
@@ -369,7 +365,8 @@ def _export(folded: Folded, image_shape: tuple[int, ...]) -> bytes:
     return bytes(export(shapes, images).serialize())
 
 
-def _training_part(saved: SavedRun) -> data.Dataset:
+def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
+    """Loads what the run was trained on, which is known by its test part."""
     fix = "give images to measure the statistics of with --data"
     try:
         if saved.data_file is None:
@@ -381,8 +378,7 @@ def _training_part(saved: SavedRun) -> data.Dataset:
         raise BadRunError(
             f"DIR: what {saved.folder} was trained on cannot be loaded ({error}); {fix}"
         ) from error
-    test = data.standardize(splits.test, saved.mean, saved.std)
-    if not np.array_equal(test.x, load_like(saved, None).x):
+    if not np.array_equal(data.standardize(splits.test, saved.mean, saved.std).x, test.x):
         raise BadRunError(
             f"DIR: {saved.data_file or 'scikit-learn'} no longer holds what {saved.folder} was "
             f"trained on (its test part is another); restore it, or {fix}"
@@ -412,7 +408,7 @@ def _compare(
 
 
 def _parameters(state: training.TrainState) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(_variables(state)))
+    return sum(leaf.size for leaf in jax.tree.leaves(checkpoints.variables_of(state)))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bn_jax.audit import is_initial
 from bn_jax.data import Batch, Dataset, batches
 from bn_jax.moments import Moments, merge_moments
-from bn_jax.optim import is_running, path_of
+from bn_jax.optim import is_running, norms_of, path_of
 
 DATA_AXIS = "data"
 # What a model updates in every part of a batch.
@@ -137,7 +137,8 @@ class TrainState(_SettlesUpdates, train_state.TrainState):
         dropped = self._dropped
         if dropped is None or dropped.settled:
             call = traceback.extract_stack(limit=2)[0]
-            layers = [_path(path) for path, _ in _norms_and_others(self.batch_stats)]
+            nodes = jax.tree.leaves_with_path(self.batch_stats, is_leaf=is_running)
+            layers = [_named(path_of(path)) for path, _ in nodes]
             dropped = _DroppedUpdates(call.filename, call.lineno or 0, _first_of(layers))
         return dataclasses.replace(state, _dropped=dropped)
 
@@ -153,8 +154,8 @@ def _is_readable(tree: Any) -> bool:
     return all(is_readable(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    return path_of(path) or "the top-level norm"
+def _named(path: str) -> str:
+    return path or "the top-level norm"
 
 
 def _first_of(layers: Sequence[str]) -> str:
@@ -466,8 +467,8 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 
 
 def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
-    norms = {_path(path): node for path, node in _norms_and_others(batch_stats) if is_running(node)}
-    values = jax.device_get({path: dict(node) for path, node in norms.items()})
+    norms = norms_of(batch_stats)
+    values = jax.device_get({_named(path): dict(node) for path, node in norms.items()})
     if initial := [path for path, norm in values.items() if is_initial(norm)]:
         warnings.warn(
             f"batch_stats of {_first_of(initial)} are still the initial ones (mean 0, var 1): no "
@@ -478,10 +479,6 @@ def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
             UserWarning,
             stacklevel,
         )
-
-
-def _norms_and_others(batch_stats: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    return jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
