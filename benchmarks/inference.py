@@ -6,16 +6,9 @@ turns, and reads the compiled programs; it prints both and writes
 made, the one without norms on the same ones: by its definition it computes the same.
 """
 
-import json
-import os
-import platform
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from statistics import quantiles
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
+from benchmarks import report
+from benchmarks.timing import Timing, in_turns
 from bn_jax.models import Norm, ResNet, ResNet18
 
-RESULTS = Path(__file__).parent / "results" / "inference.json"
 ROUNDS = 50
 WITHOUT, FOLDED, UNFOLDED, FLAX = "no norm", "folded", "bn_jax", "flax.linen"
 
@@ -46,9 +39,7 @@ class Measured(NamedTuple):
     """An arm of a network.
 
     Attributes:
-        quartiles: of the seconds that an evaluation takes.
-        cpu_quartiles: of the seconds that it occupies processors, all cores together, which other
-            programs on the machine disturb less.
+        timing: of an evaluation.
         operations: in the compiled program.
         roots: among them.
         flops: that it needs.
@@ -57,8 +48,7 @@ class Measured(NamedTuple):
             of its outputs.
     """
 
-    quartiles: tuple[float, float, float]
-    cpu_quartiles: tuple[float, float, float]
+    timing: Timing
     operations: int
     roots: int
     flops: int
@@ -119,40 +109,28 @@ def measure(network: Network, rounds: int, advance: Callable[[], None]) -> dict[
         for arm, function in functions.items()
     }
     outputs = {arm: np.asarray(one(variables[arm], images)) for arm, one in compiled.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in compiled}
-    for _ in range(rounds):
-        for arm, one in compiled.items():
-            start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(one(variables[arm], images))
-            end = time.perf_counter(), time.process_time()
-            seconds[arm].append((end[0] - start[0], end[1] - start[1]))
-        advance()
+    timings = in_turns(
+        {arm: partial(one, variables[arm], images) for arm, one in compiled.items()},
+        rounds,
+        advance,
+    )
     return {
-        arm: _read(one, seconds[arm], outputs[arm], outputs[UNFOLDED])
+        arm: _read(one, timings[arm], outputs[arm], outputs[UNFOLDED])
         for arm, one in compiled.items()
     }
 
 
-def _read(
-    compiled: Any, seconds: list[tuple[float, float]], output: Any, expected: Any
-) -> Measured:
+def _read(compiled: Any, timing: Timing, output: Any, expected: Any) -> Measured:
     operations = re.findall(r" ([a-z][\w-]*)\(", compiled.as_text())
     cost = compiled.cost_analysis()
-    by_clock, by_processor = (_quartiles(one) for one in zip(*seconds, strict=True))
     return Measured(
-        quartiles=by_clock,
-        cpu_quartiles=by_processor,
+        timing=timing,
         operations=len(operations),
         roots=sum("sqrt" in one for one in operations),
         flops=int(cost["flops"]),
         accessed=int(cost["bytes accessed"]),
         error=float(np.abs(output - expected).max() / np.abs(expected).max()),
     )
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = quantiles(values, n=4)
-    return low, median, high
 
 
 def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
@@ -170,12 +148,12 @@ def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for arm, one in measured.items():
-        low, median, high = (1e3 * second for second in one.quartiles)
+        low, median, high = (1e3 * second for second in one.timing.quartiles)
         table.add_row(
             arm,
             f"{median:.2f} ({low:.2f} to {high:.2f})",
-            f"{one.quartiles[1] / measured[WITHOUT].quartiles[1]:.2f}",
-            f"{1e3 * one.cpu_quartiles[1]:.2f}",
+            f"{one.timing.median / measured[WITHOUT].timing.median:.2f}",
+            f"{1e3 * one.timing.cpu_quartiles[1]:.2f}",
             str(one.operations),
             str(one.roots),
             f"{one.flops / 1e6:.1f}",
@@ -184,33 +162,20 @@ def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
     return table
 
 
-def report(found: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
-    """Returns what the JSON holds: the figures, and how they came about."""
+def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+    """Reads the figures of the JSON."""
     return {
-        "command": "python -m benchmarks.inference",
-        "versions": {name: version(name) for name in ("bn-jax", "jax", "flax")},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "rounds": ROUNDS,
-        "networks": {
-            name: {arm: one._asdict() for arm, one in by_arm.items()}
-            for name, by_arm in found.items()
-        },
+        name: {
+            arm: Measured(**{**one, "timing": Timing(*map(tuple, one["timing"].values()))})
+            for arm, one in by_arm.items()
+        }
+        for name, by_arm in figures["networks"].items()
     }
 
 
-def load(path: Path = RESULTS) -> dict[str, dict[str, Measured]]:
-    """Reads the figures of a JSON that `report` made."""
-
-    def measured(figures: dict[str, Any]) -> Measured:
-        spread = {name: tuple(one) for name, one in figures.items() if isinstance(one, list)}
-        fields: dict[str, Any] = {**figures, **spread}
-        return Measured(**fields)
-
-    known = json.loads(path.read_text())["networks"]
-    return {
-        name: {arm: measured(figures) for arm, figures in by_arm.items()}
-        for name, by_arm in known.items()
-    }
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures as tables, one for every network."""
+    return [make_table(name, measured) for name, measured in load(figures).items()]
 
 
 def main() -> None:
@@ -222,9 +187,14 @@ def main() -> None:
         for name, network in NETWORKS.items():
             progress.update(task, description=name)
             found[name] = measure(network, ROUNDS, partial(progress.advance, task))
-    RESULTS.write_text(json.dumps(report(found), indent=2) + "\n")
-    for name, measured in found.items():
-        Console(width=120).print(make_table(name, measured))
+    networks = {
+        name: {
+            arm: {**one._asdict(), "timing": one.timing._asdict()} for arm, one in by_arm.items()
+        }
+        for name, by_arm in found.items()
+    }
+    report.write("inference", ("flax",), {"rounds": ROUNDS, "networks": networks})
+    report.show(tables(report.read("inference")))
 
 
 if __name__ == "__main__":

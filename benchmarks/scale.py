@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
-from benchmarks.collectives import Collective, collectives
+from benchmarks.hlo import Collective, collectives
 from bn_jax import training
 from bn_jax.data import Batch
 from bn_jax.models import Norm, ResNet

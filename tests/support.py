@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.collectives import collectives
+from benchmarks.hlo import collectives
 
 TOLERANCE = {
     "float64": 1e-10,

@@ -22,7 +22,7 @@ from support import (
 )
 
 import bn_jax as bn
-from benchmarks.collectives import collectives
+from benchmarks.hlo import collectives
 
 TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)

@@ -7,7 +7,7 @@ import pytest
 from support import all_reduces
 
 from benchmarks import scale
-from benchmarks.collectives import Collective, collectives
+from benchmarks.hlo import Collective, collectives
 from benchmarks.scale import NO_NORM, SLICES, Program, Sizes, Traffic, load, measure_all
 from bn_jax.training import make_mesh
 

@@ -1,0 +1,229 @@
+"""Reads from the text of a compiled program what it moves, in memory and between devices."""
+
+import re
+from math import prod
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\([1-9]\d*\)")
+# What names, groups or ends something, and so moves nothing itself.
+_FREE = {
+    "after-all",
+    "async-done",
+    "async-update",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "optimization-barrier",
+    "parameter",
+    "tuple",
+    "while",
+}
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        elements: how many numbers each device puts in.
+        bytes: how many bytes they take.
+        guarded: whether it is in a branch of a conditional, and so runs only with that.
+    """
+
+    kind: str
+    elements: int
+    bytes: int
+    guarded: bool
+
+
+def collectives(compiled_text: str) -> list[Collective]:
+    """Lists the collectives of a program, each once, whether asynchronous or not.
+
+    Args:
+        compiled_text: optimized HLO, ``compiled.as_text()``.
+
+    Returns:
+        The collectives in the order of the text; one in a loop counts once.
+    """
+    computations = _computations(compiled_text)
+    guarded = _guarded(computations)
+    found = []
+    for computation, lines in computations.items():
+        instructions = _instructions(lines)
+        for instruction in instructions.values():
+            # Of an asynchronous pair, `-start` has the operands and `-done` only ends it. The other
+            # asynchronous form, async-start, calls a computation that holds the plain operation.
+            kind = instruction.kind.removesuffix("-start")
+            if kind in KINDS:
+                arrays = [
+                    array
+                    for name in instruction.operands
+                    for array in _arrays(instructions[name].type)
+                ]
+                elements, size = (sum(each) for each in zip(*arrays, strict=True))
+                found.append(Collective(kind, elements, size, computation in guarded))
+    return found
+
+
+class Kernel(NamedTuple):
+    """What a device runs as one piece.
+
+    Attributes:
+        kind: the operation, ``fusion`` for several.
+        read: the bytes of main memory that it reads.
+        written: those that it writes.
+        types: the arrays that it reads and writes, wherever they are.
+    """
+
+    kind: str
+    read: int
+    written: int
+    types: tuple[str, ...]
+
+
+def kernels(compiled_text: str) -> list[Kernel]:
+    """Lists the kernels that run unless a guard strikes: none of a conditional's branches.
+
+    Args:
+        compiled_text: optimized HLO, ``compiled.as_text()``.
+
+    Returns:
+        The kernels in the order of the text; one in a loop counts once. An operand counts whole,
+        but that of a slice, which counts as what is taken of it.
+    """
+    computations = _computations(compiled_text)
+    inside = _guarded(computations) | _fused(computations)
+    found = []
+    for computation, lines in computations.items():
+        if computation in inside:
+            continue
+        instructions = _instructions(lines)
+        for instruction in instructions.values():
+            kind = instruction.kind
+            if kind in _FREE or kind.endswith("-done"):
+                continue
+            operands = [instructions[name].type for name in instruction.operands]
+            written = instruction.type
+            if kind.endswith("-start"):
+                # The result of a start names its operand beside what is written.
+                written = _split_tuple(written)[0 if kind == "copy-start" else 1]
+            read = sum(map(_main_memory, operands))
+            if kind in ("slice", "slice-start", "dynamic-slice"):
+                read = min(read, sum(size for _, size in _arrays(written)))
+            types = tuple(one for text in (*operands, written) for one in _types(text))
+            found.append(Kernel(kind, read, _main_memory(written), types))
+    return found
+
+
+def traffic(compiled_text: str) -> int:
+    """Returns the bytes that all `kernels` read from main memory and write to it."""
+    return sum(kernel.read + kernel.written for kernel in kernels(compiled_text))
+
+
+class _Instruction(NamedTuple):
+    type: str
+    kind: str
+    operands: tuple[str, ...]
+
+
+def _instructions(lines: list[str]) -> dict[str, _Instruction]:
+    """Returns the instructions of a computation by their names."""
+    matches = [match for line in lines if (match := _INSTRUCTION.match(line))]
+    return {
+        match[1]: _Instruction(
+            match[2], match[3], tuple(_NAME.findall(re.split(r"\), \w+=", match[4])[0]))
+        )
+        for match in matches
+    }
+
+
+def _split_tuple(text: str) -> list[str]:
+    """Returns the types of a tuple's elements, tuples among them flattened."""
+    return [match[0] for match in _ARRAY.finditer(text)]
+
+
+def _types(text: str) -> list[str]:
+    return [f"{dtype}[{shape}]" for dtype, shape, _ in _ARRAY.findall(text)]
+
+
+def _arrays(text: str) -> list[tuple[int, int]]:
+    """Returns elements and bytes of every array in a type."""
+    return [
+        (_elements(shape), _elements(shape) * _itemsize(dtype))
+        for dtype, shape, _ in _ARRAY.findall(text)
+    ]
+
+
+def _main_memory(text: str) -> int:
+    """Returns the bytes of those arrays in a type that are in main memory."""
+    return sum(
+        _elements(shape) * _itemsize(dtype)
+        for dtype, shape, layout in _ARRAY.findall(text)
+        if not _ON_CHIP.search(layout)
+    )
+
+
+def _fused(computations: dict[str, list[str]]) -> set[str]:
+    """Returns the computations that are part of a kernel: bodies of fusions, and reducers."""
+    pattern = re.compile(r"(?:to_apply|calls|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+    return {
+        name
+        for lines in computations.values()
+        for line in lines
+        if (match := _INSTRUCTION.match(line)) and match[3] not in ("call", "async-start")
+        for called in pattern.findall(line)
+        for name in _NAME.findall(called)
+    }
+
+
+def _computations(compiled_text: str) -> dict[str, list[str]]:
+    """Returns the lines of every computation."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in compiled_text.splitlines():
+        if header := _COMPUTATION.match(line):
+            lines = computations.setdefault(header[1], [])
+        else:
+            lines.append(line)
+    return computations
+
+
+def _guarded(computations: dict[str, list[str]]) -> set[str]:
+    """Returns the computations that a conditional's branch is, or calls."""
+
+    def called(lines: list[str]) -> set[str]:
+        return {name for line in lines for name in _NAME.findall(line)} & set(computations)
+
+    everything = [line for lines in computations.values() for line in lines]
+    pending = called([line for line in everything if " conditional(" in line])
+    guarded: set[str] = set()
+    while pending:
+        branch = pending.pop()
+        guarded.add(branch)
+        pending |= called(computations[branch]) - guarded
+    return guarded
+
+
+def _elements(shape: str) -> int:
+    return prod(int(size) for size in shape.split(",") if size)
+
+
+def _itemsize(dtype: str) -> int:
+    """Returns the bytes of an element of ``f32``, ``bf16``, ``f8e4m3fn`` or ``pred``."""
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1

@@ -1,0 +1,72 @@
+"""Writes and reads the JSON of a benchmark, and shows its tables."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+TABLE_WIDTH = 160
+
+
+def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> Path:
+    """Writes the figures of a benchmark, and how they came about.
+
+    Args:
+        benchmark: its module's name.
+        packages: those whose versions matter; one that is not installed is left out.
+        figures: what else the JSON holds.
+
+    Returns:
+        Where they are.
+    """
+    path = RESULTS / f"{benchmark}.json"
+    known = {
+        "command": f"python -m benchmarks.{benchmark}",
+        "versions": _versions(("bn-jax", "jax", *packages)),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        **figures,
+    }
+    path.write_text(json.dumps(known, indent=2) + "\n")
+    return path
+
+
+def read(benchmark: str) -> dict[str, Any]:
+    """Reads what `write` wrote."""
+    return json.loads((RESULTS / f"{benchmark}.json").read_text())
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Prints tables as wide as they are."""
+    for table in tables:
+        Console(width=TABLE_WIDTH).print(table)
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as Markdown: the first column to the left, the others to the right."""
+    rows = [[str(column.header) for column in table.columns]]
+    rows.append([":---", *["---:"] * (len(table.columns) - 1)])
+    rows.extend(
+        [list(map(str, row)) for row in zip(*(c.cells for c in table.columns), strict=True)]
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

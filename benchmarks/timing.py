@@ -1,0 +1,62 @@
+"""Times functions in turns, in one process: what disturbs the machine disturbs all of them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import jax
+
+Quartiles = tuple[float, float, float]
+
+
+class Timing(NamedTuple):
+    """How long a function takes.
+
+    Attributes:
+        quartiles: of the seconds by the clock.
+        cpu_quartiles: of the seconds that it occupies processors, all cores together, which other
+            programs on the machine disturb less.
+    """
+
+    quartiles: Quartiles
+    cpu_quartiles: Quartiles
+
+    @property
+    def median(self) -> float:
+        """The median of the seconds by the clock."""
+        return self.quartiles[1]
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Calls every function once a round, and waits for what it returns.
+
+    Args:
+        functions: by name; compiled and called once before, unless that is to be measured.
+        rounds: how often, at least 2.
+        advance: is called after every round.
+
+    Returns:
+        The `Timing` of each.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(function())
+            end = time.perf_counter(), time.process_time()
+            seconds[name].append((end[0] - start[0], end[1] - start[1]))
+        advance()
+    return {
+        name: Timing(*(_quartiles(one) for one in zip(*both, strict=True)))
+        for name, both in seconds.items()
+    }
+
+
+def _quartiles(values: Sequence[float]) -> Quartiles:
+    low, median, high = quantiles(values, n=4)
+    return low, median, high
