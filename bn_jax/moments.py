@@ -238,21 +238,22 @@ def centred_moments(
     total, square = _local_sums(reduction, x, mask, start)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
-        (var,) = _divide((square,), count)
+        var = _divide(square, _divisor(reduction, x, mask, count))
         return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
     count, total, square = _counted(reduction, x, mask, (total, square))
+    divisor = _divisor(reduction, x, mask, count)
     if reduction.of_groups:
         return _measure_groups(reduction, x, mask, shift, count, total, square)
-    delta, var = _delta_and_var((total, square), count)
+    delta, var = _delta_and_var((total, square), divisor)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         unit = jnp.where(jnp.isfinite(var), jnp.ones_like(var), OVERFLOW_UNIT)
         total, _ = _local_sums(reduction, x, mask, shift)
-        shift = shift + _divide(_all_reduce(reduction, total), count)[0]
+        shift = shift + _divide(*_all_reduce(reduction, total), divisor)
         sums = _all_reduce(reduction, *_local_sums(reduction, x, mask, shift, unit))
-        delta, scaled_var = _delta_and_var(sums, count)
-        return shift, delta / unit.astype(delta.dtype), scaled_var / jnp.square(unit)
+        delta, scaled_var = _delta_and_var(sums, divisor)
+        return shift, delta / unit.astype(delta.dtype), scaled_var / lax.square(unit)
 
     def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         return shift, delta, var
@@ -289,13 +290,14 @@ def _measure_groups(
     The guard is one predicate for all groups, and so a collective where they lie on several
     devices.
     """
-    shift = jnp.where(count > 0, _divide((total,), count)[0], shift)
+    divisor = _divisor(reduction, x, mask, count)
+    shift = jnp.where(count > 0, _divide(total, divisor), shift)
     unit = jnp.where(jnp.isfinite(square), jnp.ones_like(square), OVERFLOW_UNIT)
-    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
+    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), divisor)
     # The mean is off by its own rounding, e * |mean|. Of a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
     constant = var <= CONSTANT_THRESHOLD * absolute_square(delta)
-    delta, var = delta / unit.astype(delta.dtype), var / jnp.square(unit)
+    delta, var = delta / unit.astype(delta.dtype), var / lax.square(unit)
     shift = shift + jnp.where(constant, delta, 0)
     return CentredMoments(count, shift, *(jnp.where(constant, 0, one) for one in (delta, var)))
 
@@ -311,7 +313,8 @@ def _centred_moments_jvp(
     changes = jax.checkpoint(partial(_local_changes, reduction), prevent_cse=False)
     totals = _all_reduce(reduction, *changes(x, mask, found, dx, d_mask))
     d_count = jnp.zeros_like(found.count) if d_mask is None else totals[2]
-    d_mean, d_var = _divide(totals[:2], found.count)
+    divisor = _divisor(reduction, x, mask, found.count)
+    d_mean, d_var = (_divide(total, divisor) for total in totals[:2])
     if reduction.about_zero:
         d_mean = jnp.zeros_like(found.delta)
     return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
@@ -365,8 +368,8 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
 def absolute_square(values: jax.Array) -> jax.Array:
     """Returns ``|values|**2``, real."""
     if jnp.iscomplexobj(values):
-        return jnp.square(values.real) + jnp.square(values.imag)
-    return jnp.square(values)
+        return lax.square(values.real) + lax.square(values.imag)
+    return lax.square(values)
 
 
 def statistics_dtype(*dtypes: Any) -> jnp.dtype:
@@ -382,14 +385,22 @@ def mean_dtype(dtype: jnp.dtype, *dtypes: Any) -> jnp.dtype:
     return dtype
 
 
-def _delta_and_var(sums: Sums, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    delta, mean_square = _divide(sums, count)
+def _delta_and_var(sums: Sums, divisor: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    delta, mean_square = (_divide(total, divisor) for total in sums)
     return delta, jnp.maximum(mean_square - absolute_square(delta), 0)
 
 
-def _divide(sums: Sums, count: jax.Array) -> Sums:
-    divisor = jnp.where(count > 0, count, 1)
-    return tuple(total / divisor.astype(total.dtype) for total in sums)
+def _divisor(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
+) -> jax.Array | float:
+    """Returns the count, or 1 where nothing entered; a known number where there is no mask."""
+    if mask is None:
+        return float(max(1, static_count(reduction, x.shape)))
+    return jnp.where(count > 0, count, 1)
+
+
+def _divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
 
 
 def _local_sums(
