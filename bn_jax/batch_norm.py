@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.moments import (
+    INPUT_NAME,
     AxisName,
     CentredMoments,
     Moments,
@@ -23,6 +24,7 @@ from bn_jax.moments import (
     mean_dtype,
     merge_centred,
     moments,
+    named,
     split_axis,
     static_count,
     statistics_dtype,
@@ -499,7 +501,7 @@ def _prepare(
     residual: jax.Array | None,
     dtype: Any,
 ) -> _Prepared:
-    x = as_floating("x", x)
+    x = named(INPUT_NAME, as_floating("x", x))
     params = as_params(params)
     known = _known(batch_stats)
     feature_axes = canonical_axes("axis", axis, x.ndim)

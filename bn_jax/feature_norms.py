@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.moments import (
+    INPUT_NAME,
     AxisName,
     as_floating,
     broadcastable_mask,
@@ -20,6 +21,7 @@ from bn_jax.moments import (
     centred_moments,
     make_reduction,
     mean_dtype,
+    named,
     split_axis,
     statistics_dtype,
 )
@@ -215,7 +217,7 @@ def _normalize(
     dtype: Any,
     about_zero: bool = False,
 ) -> jax.Array:
-    x, params = as_floating("x", x), as_params(params)
+    x, params = named(INPUT_NAME, as_floating("x", x)), as_params(params)
     check_epsilon(epsilon)
     reduced = canonical_axes("reduction_axes", reduction_axes, x.ndim)
     features = canonical_axes("feature_axes", feature_axes, x.ndim)
