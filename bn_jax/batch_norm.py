@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from bn_jax.moments import (
     INPUT_NAME,
+    MOMENTS_NAME,
     AxisName,
     CentredMoments,
     Moments,
@@ -628,7 +629,7 @@ def _batch_moments(
     """
     running_mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
     return found, jnp.where(found.count > 0, found.var, running_var)
 

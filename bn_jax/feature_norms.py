@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bn_jax.moments import (
     INPUT_NAME,
+    MOMENTS_NAME,
     AxisName,
     as_floating,
     broadcastable_mask,
@@ -228,7 +229,7 @@ def _normalize(
     reduction = make_reduction(x, reduced, axis_name, axis_index_groups)
     reduction = reduction._replace(of_groups=not reduction.axis_names, about_zero=about_zero)
     start = jnp.zeros((1,) * x.ndim, mean_dtype(real_dtype, x.dtype))
-    found = centred_moments(reduction, x, mask, start)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, start))
     var = jnp.where(found.count > 0, found.var, 1)
     shape = tuple(size if axis in features else 1 for axis, size in enumerate(x.shape))
     transform = make_transform(params, shape, found.shift, found.delta, var, epsilon)
