@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.moments import (
+    INPUT_NAME,
+    MOMENTS_NAME,
     AxisName,
     CentredMoments,
     Moments,
@@ -24,6 +26,7 @@ from bn_jax.moments import (
     mean_dtype,
     merge_centred,
     moments,
+    named,
     split_axis,
     static_count,
     statistics_dtype,
@@ -502,7 +505,7 @@ def _prepare(
     residual: jax.Array | None,
     dtype: Any,
 ) -> _Prepared:
-    x = as_floating("x", x)
+    x = named(INPUT_NAME, as_floating("x", x))
     params = as_params(params)
     known = _known(batch_stats)
     feature_axes = canonical_axes("axis", axis, x.ndim)
@@ -629,7 +632,7 @@ def _batch_moments(
     """
     running_mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     if mask is None and static_count(reduction, x.shape) > 0:
         return found, found.var
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))

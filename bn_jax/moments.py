@@ -33,11 +33,12 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as extend_core
 from jax.flatten_util import ravel_pytree
@@ -45,11 +46,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName: TypeAlias = str | Sequence[str]
 Sums: TypeAlias = tuple[jax.Array, ...]
+Values = TypeVar("Values")
 
 CANCELLATION_THRESHOLD = 10.0
 CONSTANT_THRESHOLD = 2.0**-20
 # A power of two, so that multiplying by it rounds nothing.
 OVERFLOW_UNIT = 2.0**-40
+# By these names policies of `jax.checkpoint` know what a norm is given and what it measures.
+INPUT_NAME = "bn_jax.input"
+MOMENTS_NAME = "bn_jax.moments"
+_USE_NAME = "bn_jax.use"
 
 
 class Moments(NamedTuple):
@@ -308,7 +314,7 @@ def _centred_moments_jvp(
 ) -> tuple[CentredMoments, CentredMoments]:
     x, mask, shift = primals
     dx, d_mask = map(_unless_zero, tangents[:2])
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     changes = jax.checkpoint(partial(_local_changes, reduction), prevent_cse=False)
     totals = _all_reduce(reduction, *changes(x, mask, found, dx, d_mask))
@@ -318,6 +324,22 @@ def _centred_moments_jvp(
     if reduction.about_zero:
         d_mean = jnp.zeros_like(found.delta)
     return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
+
+
+def named(name: str, values: Values) -> Values:
+    """Gives arrays the name by which a policy of `jax.checkpoint` keeps them.
+
+    The second name is one that no policy keeps, so that what uses the arrays in the backward pass
+    does not lie under the first: every nested `jax.checkpoint` would keep them once more.
+
+    Args:
+        name: `INPUT_NAME` or `MOMENTS_NAME`.
+        values: a tree of arrays.
+
+    Returns:
+        The same values.
+    """
+    return checkpoint_name(checkpoint_name(values, name), _USE_NAME)
 
 
 def _unless_zero(tangent: Any) -> jax.Array | None:
