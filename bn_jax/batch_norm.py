@@ -451,23 +451,36 @@ def update_batch_stats(
     if "measured" in batch_stats:
         found = CentredMoments(count, mean, jnp.zeros_like(mean), var)
         return _measure_too(batch_stats, found, running_var_ddof, by_running)
+    weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
+    by_step = weight < 0.5 if isinstance(weight, Real) else None
+    new = _averaged(running_var_ddof, by_step, weight, old, Moments(count, mean, var))
+    return cast(BatchStats, {**batch_stats, **new})
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _averaged(
+    running_var_ddof: int,
+    by_step: bool | None,
+    weight: jax.Array,
+    old: dict[str, jax.Array],
+    moments: Moments,
+) -> dict[str, jax.Array]:
+    """Averages the running statistics and a batch's moments, feature by feature."""
+    count, mean, var = moments
     freedom = count - running_var_ddof
     if running_var_ddof:
         var = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
-    weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
     new = {
-        "mean": _average(weight, old["mean"], mean),
-        "var": _average(weight, old["var"], var),
+        "mean": _average(by_step, weight, old["mean"], mean),
+        "var": _average(by_step, weight, old["var"], var),
     }
     if "count" in old:
         new["count"] = _placed_like(var, old["count"]) + 1
     enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
-
-    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.select(enters, new, _placed_like(new, old.astype(new.dtype)))
-
-    chosen = {name: choose(old[name], values) for name, values in new.items()}
-    return cast(BatchStats, {**batch_stats, **chosen})
+    return {
+        name: lax.select(enters, values, _placed_like(values, old[name].astype(values.dtype)))
+        for name, values in new.items()
+    }
 
 
 class _Layout(NamedTuple):
@@ -684,21 +697,20 @@ def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
     return total, (first - (total - of_second)) + (second - of_second)
 
 
-def _average(weight: float | jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+def _average(by_step: bool | None, weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the new running value, in the dtype it is stored in."""
     dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
     new = new.astype(dtype)
     old_value = _placed_like(new, old.astype(dtype))
+    share = weight.astype(dtype)
     # A step from the old value stays where it is once it has arrived, for any rounding of a small
     # weight; a sum of shares leaves nothing of the old value where the weight is 1.
-    if isinstance(weight, Real):
-        average = _step(weight, old_value, new) if weight < 0.5 else _mix(weight, old_value, new)
+    if by_step is None:
+        share = _placed_like(new, share)
+        small = _placed_like(new, weight) < 0.5
+        average = jnp.where(small, _step(share, old_value, new), _mix(share, old_value, new))
     else:
-        weight = _placed_like(new, jnp.asarray(weight).astype(statistics_dtype(dtype)))
-        share = weight.astype(dtype)
-        average = jnp.where(
-            weight < 0.5, _step(share, old_value, new), _mix(share, old_value, new)
-        )
+        average = (_step if by_step else _mix)(share, old_value, new)
     becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
     return average if becomes_complex else average.astype(old.dtype)
 

@@ -218,7 +218,7 @@ def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
     return CentredMoments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate, error, var)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def centred_moments(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
@@ -239,6 +239,13 @@ def centred_moments(
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
+    return _centred_moments(reduction, x, mask, shift)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _centred_moments(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> CentredMoments:
     shift = _common(reduction, shift)
     start = jnp.zeros_like(shift) if reduction.of_groups else shift
     total, square = _local_sums(reduction, x, mask, start)
@@ -256,7 +263,8 @@ def centred_moments(
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         unit = jnp.where(jnp.isfinite(var), jnp.ones_like(var), OVERFLOW_UNIT)
         total, _ = _local_sums(reduction, x, mask, shift)
-        shift = shift + _divide(*_all_reduce(reduction, total), divisor)
+        (total,) = _all_reduce(reduction, total)
+        shift = shift + _divide(total, divisor)
         sums = _all_reduce(reduction, *_local_sums(reduction, x, mask, shift, unit))
         delta, scaled_var = _delta_and_var(sums, divisor)
         return shift, delta / unit.astype(delta.dtype), scaled_var / lax.square(unit)
@@ -308,7 +316,7 @@ def _measure_groups(
     return CentredMoments(count, shift, *(jnp.where(constant, 0, one) for one in (delta, var)))
 
 
-@partial(centred_moments.defjvp, symbolic_zeros=True)
+@partial(_centred_moments.defjvp, symbolic_zeros=True)
 def _centred_moments_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
