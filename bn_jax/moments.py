@@ -248,7 +248,7 @@ def _centred_moments(
 ) -> CentredMoments:
     shift = _common(reduction, shift)
     start = jnp.zeros_like(shift) if reduction.of_groups else shift
-    total, square = _local_sums(reduction, x, mask, start)
+    total, square = _local_sums_apart(reduction, x, mask, start)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
         var = _divide(square, _divisor(reduction, x, mask, count))
@@ -445,6 +445,30 @@ def _local_sums(
         deviation = deviation * unit.astype(deviation.dtype)
     square = _weigh(absolute_square(deviation), mask)
     return _sum(reduction, _weigh(deviation, mask)), _sum(reduction, square)
+
+
+def _local_sums_apart(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `_local_sums`, each of a computation of its own where the platform is a CPU.
+
+    XLA fuses what enters one reduction there, but writes out what enters two: the deviation, in
+    float32. Branches of a conditional share nothing.
+    """
+    together = partial(_local_sums, reduction)
+
+    def apart(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Known to nobody before it runs, or XLA would inline the branch.
+        always = lax.optimization_barrier(jnp.array(True))
+        total, square = (
+            lax.cond(always, sum_of, sum_of, x, mask, shift)
+            for sum_of in (lambda *given: together(*given)[0], lambda *given: together(*given)[1])
+        )
+        return total, square
+
+    return lax.platform_dependent(x, mask, shift, cpu=apart, default=together)
 
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
