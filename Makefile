@@ -7,7 +7,7 @@ CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_n
 	tests/test_optim.py tests/test_programs.py tests/test_fold.py tests/test_recalibrate.py \
 	tests/test_audit.py
 
-.PHONY: demo test lint format bench oldest clean
+.PHONY: demo test lint format bench oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -33,6 +33,8 @@ bench: $(READY)
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m "not exhaustive" $(CORE_TESTS)
+
+environments: $(READY) $(OLDEST)/ready
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'bn_jax needs Python 3.11 or newer: make PYTHON=python3.12')"
