@@ -129,7 +129,7 @@ def _nnx(library: Any, case: Case) -> Layer:
     definition, own, state = nnx.split(module, nnx.Param, ...)
 
     def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-        module = nnx.merge(definition, _filled(own, params), state)
+        module = nnx.merge(definition, _filled(own, params), state, copy=True)
         return module(x), nnx.state(module, nnx.Not(nnx.Param))
 
     return Layer(apply, state)
