@@ -5,9 +5,9 @@ layer and RMS norm in float32 and bfloat16, all libraries in turns in one proces
 in which a copy moves as many bytes; it prints the tables and writes
 ``benchmarks/results/layer.json``. `measure_all` measures less, as its arguments say:
 
-    python -c "from benchmarks import layer, report
-    figures = layer.measure_all(['BatchNorm'], ['float32'], [(4096, 512)], ['flax.linen'], rounds=9)
-    report.show(layer.tables(figures))"
+    >>> from benchmarks import layer, report
+    >>> found = layer.measure_all(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
+    >>> report.show(layer.tables(found))
 
 A forward pass takes scale, bias, state and x to the output and the new state. The backward pass
 takes the cotangent of the output to the gradients of x, scale and bias, and JAX compiles it
@@ -15,6 +15,7 @@ together with the forward pass. Before anything is timed, all libraries must agr
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -51,7 +52,9 @@ FORWARD, BOTH = "forward", "forward + backward"
 # the cotangent is known: 2 reads and 1 write, and backward 4 reads and 1 write.
 UNITS = {FORWARD: 3, BOTH: 8}
 OURS, FLAX = "bn_jax.linen", "flax.linen"
-COPY, COPY_UNITS = "x + 1", 2
+COPY, COPY_UNITS = "copy", 2
+# PyTorch's threads occupy the cores for some milliseconds after a call; it is the last in a round.
+PAUSE = 1e-2
 MOMENTUM, EPSILON = 0.99, 1e-5
 
 Shape = tuple[int, ...]
@@ -99,13 +102,15 @@ class Arm(NamedTuple):
 
     Attributes:
         package: the module that must be importable.
-        install: what installs it.
         programs: makes the programs of a case, by direction.
+        norms: those that are measured.
+        install: what installs it.
     """
 
     package: str
-    install: str
     programs: Callable[[Case, Batch], Programs]
+    norms: tuple[str, ...] = NORMS
+    install: str = "--editable '.[bench]'"
 
 
 def _linen(library: Any, case: Case) -> Layer:
@@ -126,7 +131,8 @@ def _nnx(library: Any, case: Case) -> Layer:
     modes = {"momentum": MOMENTUM} if case.norm == "BatchNorm" else {}
     kind = getattr(library, case.norm)
     module = kind(case.shape[-1], dtype=case.dtype, epsilon=EPSILON, rngs=nnx.Rngs(0), **modes)
-    definition, own, state = nnx.split(module, nnx.Param, ...)
+    split: Any = nnx.split(module, nnx.Param, ...)
+    definition, own, state = split
 
     def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
         module = nnx.merge(definition, _filled(own, params), state, copy=True)
@@ -278,14 +284,14 @@ def _torch(case: Case, batch: Batch) -> Programs:
 
 
 ARMS = {
-    OURS: Arm("bn_jax", "", partial(_compiled, partial(_linen, bn.linen))),
-    "bn_jax.nnx": Arm("bn_jax", "", partial(_compiled, partial(_nnx, bn.nnx))),
-    FLAX: Arm("flax", "", partial(_compiled, partial(_linen, nn))),
-    "flax.nnx": Arm("flax", "", partial(_compiled, partial(_nnx, nnx))),
-    "haiku": Arm("haiku", "--editable '.[bench]'", partial(_compiled, _haiku)),
-    "equinox": Arm("equinox", "--editable '.[bench]'", partial(_compiled, _equinox)),
-    "keras": Arm("keras", "--editable '.[bench]'", partial(_compiled, _keras)),
-    "torch": Arm("torch", "torch", _torch),
+    OURS: Arm("bn_jax", partial(_compiled, partial(_linen, bn.linen))),
+    "bn_jax.nnx": Arm("bn_jax", partial(_compiled, partial(_nnx, bn.nnx)), NORMS[:1]),
+    FLAX: Arm("flax", partial(_compiled, partial(_linen, nn))),
+    "flax.nnx": Arm("flax", partial(_compiled, partial(_nnx, nnx)), NORMS[:1]),
+    "haiku": Arm("haiku", partial(_compiled, _haiku)),
+    "equinox": Arm("equinox", partial(_compiled, _equinox)),
+    "keras": Arm("keras", partial(_compiled, _keras), NORMS[:1]),
+    "torch": Arm("torch", _torch, install="torch"),
 }
 
 
@@ -335,10 +341,17 @@ def measure(
         The timings by direction and arm, `COPY` among these.
     """
     batch = draw(case)
-    programs = {arm: ARMS[arm].programs(case, batch) for arm in arms}
+    programs = {
+        arm: ARMS[arm].programs(case, batch) for arm in arms if case.norm in ARMS[arm].norms
+    }
     require_agreement(case, programs)
-    copy = partial(jax.jit(lambda x: x + 1), jax.device_put(batch.x))
-    copy()
+    # Integers, for a copy of half precision would be one of converted values.
+    copy = partial(jax.jit(lambda x: x + 1), jnp.zeros(batch.x.nbytes // 4, jnp.int32))
+
+    def end_round() -> None:
+        time.sleep(PAUSE)
+        advance()
+
     return {
         direction: in_turns(
             {
@@ -346,7 +359,9 @@ def measure(
                 **{arm: by_direction[direction] for arm, by_direction in programs.items()},
             },
             rounds,
-            advance,
+            end_round,
+            # So that each follows itself, and finds its own arrays in the caches.
+            prepare=lambda program: jax.block_until_ready(program()),
         )
         for direction in UNITS
     }
@@ -375,14 +390,14 @@ def measure_all(
         norms: some of `NORMS`.
         dtypes: some of `TOLERANCES`.
         shapes: of x, the features last.
-        arms: some of `ARMS`; one that is not installed is left out, and `OURS` is not.
+        arms: some of `ARMS`; one that is not installed is left out, `OURS` and `FLAX` never are.
         rounds: how often each is timed.
 
     Returns:
         The timings by norm, dtype, shape, direction and arm.
     """
     missing = installed()
-    arms = [arm for arm in ARMS if arm == OURS or (arm in arms and not missing[arm])]
+    arms = [arm for arm in ARMS if arm in (OURS, FLAX) or (arm in arms and not missing[arm])]
     found: Figures = {norm: {dtype: {} for dtype in dtypes} for norm in norms}
     keep_freed_memory()
     with Progress(transient=True) as progress:
@@ -442,8 +457,8 @@ def norm_table(figures: Figures, norm: str) -> Table:
     table = Table(
         title=f"{norm}: ms of {OURS}; time of the others over it (above 1: {OURS} is faster)",
         caption=(
-            f"limit: the time in which a copy of x ({COPY}, measured beside) moves the bytes of "
-            f"{UNITS[FORWARD]} arrays like x forward, of {UNITS[BOTH]} forward + backward"
+            "limit: the time in which a copy, measured beside, moves as many bytes as are in "
+            f"{UNITS[FORWARD]} arrays like x forward, {UNITS[BOTH]} forward + backward"
         ),
         box=SIMPLE_HEAD,
     )

@@ -36,6 +36,7 @@ def in_turns(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int,
     advance: Callable[[], object] = lambda: None,
+    prepare: Callable[[Callable[[], Any]], object] = lambda function: None,
 ) -> dict[str, Timing]:
     """Calls every function once a round, and waits for what it returns.
 
@@ -43,6 +44,7 @@ def in_turns(
         functions: by name; compiled and called once before, unless that is to be measured.
         rounds: how often, at least 2.
         advance: is called after every round.
+        prepare: is given each function before that is timed.
 
     Returns:
         The `Timing` of each.
@@ -50,6 +52,7 @@ def in_turns(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            prepare(function)
             start = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             end = time.perf_counter(), time.process_time()
