@@ -1,5 +1,7 @@
 """Times functions in turns, in one process: what disturbs the machine disturbs all of them."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
@@ -7,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+# By glibc's numbers: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its largest value), M_ARENA_MAX.
+_MALLOC_OPTIONS = {-1: 2**30, -3: 2**25, -8: 1}
 Quartiles = tuple[float, float, float]
 
 
@@ -32,6 +36,7 @@ def in_turns(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int,
     advance: Callable[[], object] = lambda: None,
+    prepare: Callable[[Callable[[], Any]], object] = lambda function: None,
 ) -> dict[str, Timing]:
     """Calls every function once a round, and waits for what it returns.
 
@@ -39,6 +44,7 @@ def in_turns(
         functions: by name; compiled and called once before, unless that is to be measured.
         rounds: how often, at least 2.
         advance: is called after every round.
+        prepare: is given each function before that is timed.
 
     Returns:
         The `Timing` of each.
@@ -46,6 +52,7 @@ def in_turns(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            prepare(function)
             start = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             end = time.perf_counter(), time.process_time()
@@ -55,6 +62,17 @@ def in_turns(
         name: Timing(*(_quartiles(one) for one in zip(*both, strict=True)))
         for name, both in seconds.items()
     }
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next allocation; no other C library is asked.
+
+    It returns large arrays to the system otherwise, and the next call has every page of its outputs
+    made anew, which takes longer than many a function that is to be timed.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option, value in _MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def _quartiles(values: Sequence[float]) -> Quartiles:

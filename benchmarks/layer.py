@@ -1,0 +1,525 @@
+"""How long one norm takes on this machine's CPU, in training: ours beside every peer.
+
+``python -m benchmarks.layer`` measures the forward pass, and forward and backward pass, of batch,
+layer and RMS norm in float32 and bfloat16, all libraries in turns in one process, beside the time
+in which a copy moves as many bytes; it prints the tables and writes
+``benchmarks/results/layer.json``. `measure_all` measures less, as its arguments say:
+
+    >>> from benchmarks import layer, report
+    >>> found = layer.measure_all(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
+    >>> report.show(layer.tables(found))
+
+A forward pass takes scale, bias, state and x to the output and the new state. The backward pass
+takes the cotangent of the output to the gradients of x, scale and bias, and JAX compiles it
+together with the forward pass. Before anything is timed, all libraries must agree.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+import bn_jax as bn
+from benchmarks import report
+from benchmarks.timing import Timing, in_turns, keep_freed_memory
+
+ROUNDS = 20
+NORMS = ("BatchNorm", "LayerNorm", "RMSNorm")
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (32, 28, 28, 128),
+    (32, 14, 14, 256),
+    (16, 56, 56, 64),
+    (8, 7, 7, 512),
+    (4096, 512),
+)
+# The largest difference that rounding explains, relative to the largest of the values.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
+FORWARD, BOTH = "forward", "forward + backward"
+# Arrays of the size of x that are read and written at least, by a forward pass that ends before
+# the cotangent is known: 2 reads and 1 write, and backward 4 reads and 1 write.
+UNITS = {FORWARD: 3, BOTH: 8}
+OURS, FLAX = "bn_jax.linen", "flax.linen"
+COPY, COPY_UNITS = "copy", 2
+# PyTorch's threads occupy the cores for some milliseconds after a call; it is the last in a round.
+PAUSE = 1e-2
+MOMENTUM, EPSILON = 0.99, 1e-5
+
+Shape = tuple[int, ...]
+Timings = dict[str, dict[str, Timing]]
+Figures = dict[str, dict[str, dict[str, Timings]]]
+
+
+class Case(NamedTuple):
+    """What is measured: a norm of the last axis, trained on x of a dtype and a shape."""
+
+    norm: str
+    dtype: str
+    shape: Shape
+
+
+class Batch(NamedTuple):
+    """The arrays that every library is given; scale and bias are float32, RMS norm has no bias."""
+
+    params: dict[str, np.ndarray]
+    x: np.ndarray
+    cotangent: np.ndarray
+
+
+class Outputs(NamedTuple):
+    """What a program returns, of whatever library; the gradients are None of a forward pass."""
+
+    y: Any
+    state: Any
+    d_params: Any = None
+    d_x: Any = None
+
+
+class Layer(NamedTuple):
+    """A layer of a JAX library as a pure function: params, state and x to y and new state."""
+
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]]
+    state: Any
+
+
+Programs = dict[str, Callable[[], Outputs]]
+
+
+class Arm(NamedTuple):
+    """A library.
+
+    Attributes:
+        package: the module that must be importable.
+        programs: makes the programs of a case, by direction.
+        norms: those that are measured.
+        install: what installs it.
+    """
+
+    package: str
+    programs: Callable[[Case, Batch], Programs]
+    norms: tuple[str, ...] = NORMS
+    install: str = "--editable '.[bench]'"
+
+
+def _linen(library: Any, case: Case) -> Layer:
+    modes = {"use_running_average": False, "momentum": MOMENTUM}
+    module = getattr(library, case.norm)(
+        dtype=case.dtype, epsilon=EPSILON, **modes if case.norm == "BatchNorm" else {}
+    )
+    state = dict(module.init(jax.random.key(0), jnp.zeros(case.shape)))
+    state.pop("params")
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        return module.apply({"params": params, **state}, x, mutable=["batch_stats"])
+
+    return Layer(apply, state)
+
+
+def _nnx(library: Any, case: Case) -> Layer:
+    modes = {"momentum": MOMENTUM} if case.norm == "BatchNorm" else {}
+    kind = getattr(library, case.norm)
+    module = kind(case.shape[-1], dtype=case.dtype, epsilon=EPSILON, rngs=nnx.Rngs(0), **modes)
+    split: Any = nnx.split(module, nnx.Param, ...)
+    definition, own, state = split
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        module = nnx.merge(definition, _filled(own, params), state, copy=True)
+        return module(x), nnx.state(module, nnx.Not(nnx.Param))
+
+    return Layer(apply, state)
+
+
+def _filled(own: Any, params: Any) -> Any:
+    """Puts bias and scale, which come in the same order under any name, into a library's tree."""
+    values = zip(jax.tree.leaves(own), jax.tree.leaves(params), strict=True)
+    return jax.tree.unflatten(
+        jax.tree.structure(own), [value.reshape(like.shape) for like, value in values]
+    )
+
+
+def _in_float32(layer: Layer) -> Layer:
+    """Serves a library that would return, or compute statistics in, another dtype than ours."""
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        y, state = layer.apply(params, state, x.astype(jnp.float32))
+        return y.astype(x.dtype), state
+
+    return layer._replace(apply=apply)
+
+
+def _haiku(case: Case) -> Layer:
+    import haiku
+
+    def call(x: jax.Array) -> jax.Array:
+        match case.norm:
+            case "BatchNorm":
+                return haiku.BatchNorm(True, True, MOMENTUM, EPSILON)(x, is_training=True)
+            case "LayerNorm":
+                return haiku.LayerNorm(-1, True, True, EPSILON, param_axis=-1)(x)
+        return haiku.RMSNorm(-1, EPSILON, param_axis=-1)(x)
+
+    transformed: Any = haiku.transform_with_state(call)
+    own, state = transformed.init(None, jnp.zeros(case.shape))
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        return transformed.apply(_filled(own, params), state, None, x)
+
+    return _in_float32(Layer(apply, state))
+
+
+def _equinox(case: Case) -> Layer:
+    import equinox
+
+    features = case.shape[-1]
+    if case.norm == "BatchNorm":
+        make = equinox.nn.make_with_state(equinox.nn.BatchNorm)
+        layer, state = make(features, "batch", EPSILON, momentum=MOMENTUM, mode="batch")
+    else:
+        kind = getattr(equinox.nn, case.norm)
+        layer, state = kind(features, EPSILON, use_bias=case.norm == "LayerNorm"), ()
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        own = equinox.tree_at(
+            lambda one: [one.weight, one.bias][: len(params)],
+            layer,
+            [params[name] for name in ("scale", "bias") if name in params],
+        )
+        if case.norm == "BatchNorm":
+            over_batch = jax.vmap(own, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+            y, state = over_batch(jnp.moveaxis(x, -1, 1), state)
+            return jnp.moveaxis(y, 1, -1), state
+        return jax.vmap(own)(x.reshape(-1, features)).reshape(x.shape), state
+
+    return _in_float32(Layer(apply, state))
+
+
+def _keras(case: Case) -> Layer:
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    policy = "mixed_bfloat16" if case.dtype == "bfloat16" else case.dtype
+    modes = {"momentum": MOMENTUM} if case.norm == "BatchNorm" else {}
+    layer = getattr(keras.layers, f"{case.norm}alization")(epsilon=EPSILON, dtype=policy, **modes)
+    layer.build(case.shape)
+    call = {"training": True} if case.norm == "BatchNorm" else {}
+
+    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        own = [params[name] for name in ("scale", "bias") if name in params]
+        return layer.stateless_call(own, state, x, **call)
+
+    return Layer(apply, [one.value for one in layer.non_trainable_variables])
+
+
+def _compiled(make: Callable[[Case], Layer], case: Case, batch: Batch) -> Programs:
+    """Compiles a layer of a JAX library."""
+    layer = make(case)
+
+    def forward(params: Any, state: Any, x: Any) -> Outputs:
+        return Outputs(*layer.apply(params, state, x))
+
+    def both(params: Any, state: Any, x: Any, cotangent: Any) -> Outputs:
+        y, pullback, state = jax.vjp(
+            lambda params, x: layer.apply(params, state, x), params, x, has_aux=True
+        )
+        return Outputs(y, state, *pullback(cotangent))
+
+    arguments = jax.device_put((batch.params, layer.state, batch.x))
+    cotangent = jax.device_put(batch.cotangent)
+    return {
+        FORWARD: partial(jax.jit(forward), *arguments),
+        BOTH: partial(jax.jit(both), *arguments, cotangent),
+    }
+
+
+def _torch(case: Case, batch: Batch) -> Programs:
+    """Makes the programs of PyTorch, on as many threads as XLA uses, channels last in memory."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    dtype = getattr(torch, case.dtype)
+    is_image = case.norm == "BatchNorm" and len(case.shape) == 4
+    name = case.norm + ("2d" if is_image else "1d") * (case.norm == "BatchNorm")
+    modes = {"momentum": 1 - MOMENTUM} if case.norm == "BatchNorm" else {}
+    module = getattr(torch.nn, name)(case.shape[-1], eps=EPSILON, **modes)
+
+    def tensor(values: np.ndarray) -> Any:
+        converted = torch.tensor(values.astype(np.float32), dtype=dtype)
+        return converted.permute(0, 3, 1, 2) if is_image else converted
+
+    def features_last(values: Any) -> Any:
+        return values.permute(0, 2, 3, 1) if is_image else values
+
+    learned = list(module.parameters())
+    with torch.no_grad():
+        for own, value in zip(learned, batch.params.values(), strict=True):
+            own.copy_(torch.from_numpy(value))
+    if case.norm == "RMSNorm":
+        module.to(dtype)  # It promotes, where the others take a scale in float32.
+    x, cotangent = tensor(batch.x), tensor(batch.cotangent)
+    x_with_gradient = x.clone().requires_grad_()
+
+    def forward() -> Outputs:
+        with torch.no_grad():
+            return Outputs(features_last(module(x)), list(module.buffers()))
+
+    def both() -> Outputs:
+        y = module(x_with_gradient)
+        d_x, *d_params = torch.autograd.grad(y, (x_with_gradient, *learned), cotangent)
+        gradients = dict(zip(batch.params, d_params, strict=True))
+        return Outputs(features_last(y), list(module.buffers()), gradients, features_last(d_x))
+
+    return {FORWARD: forward, BOTH: both}
+
+
+ARMS = {
+    OURS: Arm("bn_jax", partial(_compiled, partial(_linen, bn.linen))),
+    "bn_jax.nnx": Arm("bn_jax", partial(_compiled, partial(_nnx, bn.nnx)), NORMS[:1]),
+    FLAX: Arm("flax", partial(_compiled, partial(_linen, nn))),
+    "flax.nnx": Arm("flax", partial(_compiled, partial(_nnx, nnx)), NORMS[:1]),
+    "haiku": Arm("haiku", partial(_compiled, _haiku)),
+    "equinox": Arm("equinox", partial(_compiled, _equinox)),
+    "keras": Arm("keras", partial(_compiled, _keras), NORMS[:1]),
+    "torch": Arm("torch", _torch, install="torch"),
+}
+
+
+def draw(case: Case) -> Batch:
+    """Returns arrays for a case; the mean of x is near enough to the running mean, 0."""
+    rng = np.random.default_rng(0)
+    features = case.shape[-1]
+    params = {
+        "scale": rng.uniform(0.5, 1.5, features).astype(np.float32),
+        "bias": rng.standard_normal(features).astype(np.float32),
+    }
+    if case.norm == "RMSNorm":
+        del params["bias"]
+    x, cotangent = rng.standard_normal((2, *case.shape), np.float32)
+    return Batch(
+        params, *(np.asarray(one, jnp.dtype(case.dtype)) for one in (1 + 2 * x, cotangent))
+    )
+
+
+def require_agreement(case: Case, programs: Mapping[str, Programs]) -> None:
+    """Runs every program once; raises where a library's results are not those of the first."""
+    expected: dict[str, Any] = {}
+    for arm, by_direction in programs.items():
+        for direction, program in by_direction.items():
+            found = program()._replace(state=None)
+            leaves = [np.asarray(_readable(leaf), np.float64) for leaf in jax.tree.leaves(found)]
+            for one, other in zip(leaves, expected.setdefault(direction, leaves), strict=True):
+                error = np.abs(one - other).max() / np.abs(other).max()
+                if not error <= TOLERANCES[case.dtype]:
+                    raise AssertionError(
+                        f"{arm} and {next(iter(programs))} differ by {error:.1e} in {direction} "
+                        f"of {case}: they do not compute the same, and are not to be compared."
+                    )
+
+
+def _readable(leaf: Any) -> Any:
+    """Returns what NumPy can read: it knows no bfloat16 of PyTorch's, nor gradients."""
+    return leaf.detach().float() if hasattr(leaf, "detach") else leaf
+
+
+def measure(
+    case: Case, arms: Iterable[str], rounds: int, advance: Callable[[], object] = lambda: None
+) -> Timings:
+    """Compiles the arms of a case, has them agree, and times each direction in turns.
+
+    Returns:
+        The timings by direction and arm, `COPY` among these.
+    """
+    batch = draw(case)
+    programs = {
+        arm: ARMS[arm].programs(case, batch) for arm in arms if case.norm in ARMS[arm].norms
+    }
+    require_agreement(case, programs)
+    # Integers, for a copy of half precision would be one of converted values.
+    copy = partial(jax.jit(lambda x: x + 1), jnp.zeros(batch.x.nbytes // 4, jnp.int32))
+
+    def end_round() -> None:
+        time.sleep(PAUSE)
+        advance()
+
+    return {
+        direction: in_turns(
+            {
+                COPY: copy,
+                **{arm: by_direction[direction] for arm, by_direction in programs.items()},
+            },
+            rounds,
+            end_round,
+            # So that each follows itself, and finds its own arrays in the caches.
+            prepare=lambda program: jax.block_until_ready(program()),
+        )
+        for direction in UNITS
+    }
+
+
+def installed() -> dict[str, str]:
+    """Returns the arms, each with what there is to say if it cannot be measured, else nothing."""
+    return {
+        name: ""
+        if find_spec(arm.package)
+        else f"{name} is not installed: python -m pip install {arm.install}"
+        for name, arm in ARMS.items()
+    }
+
+
+def measure_all(
+    norms: Sequence[str] = NORMS,
+    dtypes: Sequence[str] = tuple(TOLERANCES),
+    shapes: Sequence[Shape] = SHAPES,
+    arms: Sequence[str] = tuple(ARMS),
+    rounds: int = ROUNDS,
+) -> Figures:
+    """Measures all cases of some norms, dtypes and shapes, showing how far it is.
+
+    Args:
+        norms: some of `NORMS`.
+        dtypes: some of `TOLERANCES`.
+        shapes: of x, the features last.
+        arms: some of `ARMS`; one that is not installed is left out, `OURS` and `FLAX` never are.
+        rounds: how often each is timed.
+
+    Returns:
+        The timings by norm, dtype, shape, direction and arm.
+    """
+    missing = installed()
+    arms = [arm for arm in ARMS if arm in (OURS, FLAX) or (arm in arms and not missing[arm])]
+    found: Figures = {norm: {dtype: {} for dtype in dtypes} for norm in norms}
+    keep_freed_memory()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(norms) * len(dtypes) * len(shapes) * 2 * rounds)
+        for case in map(Case._make, product(norms, dtypes, shapes)):
+            progress.update(task, description=f"{case.norm}, {case.dtype}, {named(case.shape)}")
+            timings = measure(case, arms, rounds, partial(progress.advance, task))
+            found[case.norm][case.dtype][named(case.shape)] = timings
+    return found
+
+
+def as_json(figures: Figures) -> dict[str, Any]:
+    """Returns figures as JSON has them."""
+    return _map_timings(Timing._asdict, figures)
+
+
+def load(known: Mapping[str, Any]) -> Figures:
+    """Reads the figures of the JSON."""
+    return _map_timings(lambda one: Timing(*map(tuple, one.values())), known["norms"])
+
+
+def _map_timings(function: Callable[[Any], Any], tree: Any, depth: int = 5) -> Any:
+    """Applies a function at a depth: norm, dtype, shape, direction, arm."""
+    if depth == 0:
+        return function(tree)
+    return {name: _map_timings(function, branch, depth - 1) for name, branch in tree.items()}
+
+
+def named(shape: Shape) -> str:
+    """Returns the name of a shape."""
+    return "x".join(map(str, shape))
+
+
+def limit(direction: str, timings: Mapping[str, Timing]) -> float:
+    """Returns the seconds in which a copy moves the bytes that the direction must move."""
+    return timings[COPY].median * UNITS[direction] / COPY_UNITS
+
+
+def fastest_peer(timings: Mapping[str, Timing]) -> str:
+    """Returns the fastest arm that is not ours."""
+    peers = [arm for arm in timings if arm != COPY and not arm.startswith("bn_jax")]
+    return min(peers, key=lambda arm: timings[arm].median)
+
+
+def rows(figures: Figures, norm: str) -> Iterator[tuple[str, str, str, dict[str, Timing]]]:
+    """Yields dtype, shape, direction and the timings of the arms."""
+    for dtype, by_shape in figures[norm].items():
+        for shape, by_direction in by_shape.items():
+            for direction, timings in by_direction.items():
+                yield dtype, shape, direction, timings
+
+
+def norm_table(figures: Figures, norm: str) -> Table:
+    """Returns the figures of a norm: milliseconds of ours, and those of the others over them."""
+    *_, timings = next(rows(figures, norm))
+    peers = [arm for arm in timings if arm not in (COPY, OURS)]
+    table = Table(
+        title=f"{norm}: ms of {OURS}; time of the others over it (above 1: {OURS} is faster)",
+        caption=(
+            "limit: the time in which a copy, measured beside, moves as many bytes as are in "
+            f"{UNITS[FORWARD]} arrays like x forward, {UNITS[BOTH]} forward + backward"
+        ),
+        box=SIMPLE_HEAD,
+    )
+    for column in ("dtype", "shape", "direction", f"{OURS} ms", *peers, "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for dtype, shape, direction, timings in rows(figures, norm):
+        ours = timings[OURS].median
+        others = [*(timings[arm].median for arm in peers), limit(direction, timings)]
+        ratios = [f"{other / ours:.2f}" for other in others]
+        table.add_row(dtype, shape, direction, f"{1e3 * ours:.3f}", *ratios)
+    return table
+
+
+def headline(figures: Figures) -> Table:
+    """Returns our time over that of the fastest peer, of Flax and of the limit, over all shapes."""
+    table = Table(
+        title=f"Time of {OURS} over that of others: geometric mean over the shapes (the worst)",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("norm", "dtype", "direction", "fastest peer", FLAX, "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for norm, direction in product(figures, UNITS):
+        for dtype, by_shape in figures[norm].items():
+            of_shapes = [timings[direction] for timings in by_shape.values()]
+            table.add_row(
+                norm,
+                dtype,
+                direction,
+                *map(
+                    _summary,
+                    zip(*(_over_others(direction, timings) for timings in of_shapes), strict=True),
+                ),
+            )
+    return table
+
+
+def _over_others(direction: str, timings: Mapping[str, Timing]) -> list[float]:
+    ours = timings[OURS].median
+    others = (timings[fastest_peer(timings)].median, timings[FLAX].median)
+    return [ours / other for other in (*others, limit(direction, timings))]
+
+
+def _summary(ratios: Sequence[float]) -> str:
+    return f"{geometric_mean(ratios):.2f} ({max(ratios):.2f})"
+
+
+def tables(figures: Figures) -> list[Table]:
+    """Returns the headline and a table for every norm."""
+    return [headline(figures), *(norm_table(figures, norm) for norm in figures)]
+
+
+def main() -> None:
+    """Measures, writes the JSON and prints the tables."""
+    jax.config.update("jax_platforms", "cpu")
+    found = measure_all()
+    packages = ("jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
+    report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
+    report.show(tables(load(report.read("layer"))))
+    for line in filter(None, installed().values()):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
