@@ -76,11 +76,10 @@ class Built(NamedTuple):
     phases: dict[str, Timing]
 
 
-def layer(norm: Norm, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Program:
-    """Returns output, new statistics and gradients of a Linen layer in training."""
-    module = norm(use_running_average=False, dtype=dtype)
+def forward_and_backward(module: nn.Module, shape: tuple[int, ...], dtype: Any) -> Program:
+    """Returns output, new statistics and gradients of a module that has no argument but x."""
 
-    def forward_and_backward(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+    def run(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
         def forward(params: Any, x: jax.Array) -> Any:
             return module.apply({**variables, "params": params}, x, mutable="batch_stats")
 
@@ -91,7 +90,12 @@ def layer(norm: Norm, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Progr
         x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
         return module.init(jax.random.key(1), x), x, cotangent
 
-    return Program(forward_and_backward, make_arguments)
+    return Program(run, make_arguments)
+
+
+def layer(norm: Norm, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Program:
+    """Returns a norm in training, forward and backward."""
+    return forward_and_backward(norm(use_running_average=False, dtype=dtype), shape, dtype)
 
 
 def training_step(network: Network, norm: Norm | None) -> Program:

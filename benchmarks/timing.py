@@ -27,6 +27,10 @@ class Timing(NamedTuple):
         """The median of the seconds by the clock."""
         return self.quartiles[1]
 
+    def scaled(self, factor: float) -> "Timing":
+        """Returns the timing of so many times as much work."""
+        return Timing(*((factor * low, factor * mid, factor * high) for low, mid, high in self))
+
 
 def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
     """Calls a function, waits for what it returns, and returns the seconds: clock, processors."""
