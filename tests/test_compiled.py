@@ -3,7 +3,6 @@
 import os
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import bn_jax as bn
 from benchmarks import compiled, compilers, report
 from benchmarks.compiled import FLAX, NORMS, OURS, ROWS, Network, Row, floor, load, make_program
-from benchmarks.compilers import H200, V5E, V6E, Compiled, compile_for, mesh_of, missing, read
+from benchmarks.compilers import H200, V5E, compile_for, mesh_of, missing, read
 from benchmarks.hlo import Kernel, collectives, kernels, traffic
 from bn_jax.training import DATA_AXIS
 
