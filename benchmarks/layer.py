@@ -34,7 +34,7 @@ from rich.table import Table
 
 import bn_jax as bn
 from benchmarks import report
-from benchmarks.timing import Timing, in_turns, seconds_of
+from benchmarks.timing import Timing, in_turns, keep_freed_memory, seconds_of
 
 ROUNDS = 20
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm")
