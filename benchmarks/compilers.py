@@ -19,7 +19,7 @@ from benchmarks.hlo import kernels
 from bn_jax.training import make_mesh
 
 V5E, V6E, H200 = "v5e", "v6e", "H200"
-INSTALL = "python -m pip install --editable '.[compilers]'"
+INSTALL = "python -m pip install --editable '.[bench]'"
 # libtpu asks the machine which chip it has, unless it is told, and wants to be alone.
 _WITHOUT_A_CHIP = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

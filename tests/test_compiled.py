@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import bn_jax as bn
-from benchmarks import compiled, compilers, report
+from benchmarks import compiled, compilers, report, scale
 from benchmarks.compiled import FLAX, NORMS, OURS, ROWS, Network, Row, floor, load, make_program
 from benchmarks.compilers import H200, V5E, compile_for, mesh_of, missing, read
 from benchmarks.hlo import Kernel, collectives, kernels, traffic
@@ -104,10 +104,11 @@ def test_the_names_of_rows():
 def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):
     monkeypatch.setattr(compilers, "find_spec", lambda name: None)
     for chip, module in ((V5E, "libtpu"), (H200, "cuda")):
-        with pytest.raises(SystemExit, match=rf"{module}.* not installed.*'\.\[compilers\]'"):
+        with pytest.raises(SystemExit, match=rf"{module}.* not installed.*'\.\[bench\]'"):
             mesh_of(chip)
-    with pytest.raises(SystemExit, match="libtpu"):
-        compiled.main()
+    for benchmark in (compiled, scale):
+        with pytest.raises(SystemExit, match="libtpu"):
+            benchmark.main()
 
 
 def test_the_committed_figures_are_complete():
