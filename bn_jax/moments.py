@@ -453,9 +453,12 @@ def _local_sums_apart(
     """Returns `_local_sums`, each of a computation of its own where the platform is a CPU.
 
     XLA fuses what enters one reduction there, but writes out what enters two: the deviation, in
-    float32. Branches of a conditional share nothing.
+    float32. Branches of a conditional share nothing. Sharded `jit` would have a collective in each
+    of them, and so several CPUs are left alone.
     """
     together = partial(_local_sums, reduction)
+    if not _has_one_cpu():
+        return together(x, mask, shift)
 
     def apart(
         x: jax.Array, mask: jax.Array | None, shift: jax.Array
@@ -469,6 +472,13 @@ def _local_sums_apart(
         return total, square
 
     return lax.platform_dependent(x, mask, shift, cpu=apart, default=together)
+
+
+def _has_one_cpu() -> bool:
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:
+        return False
 
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

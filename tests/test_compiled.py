@@ -121,7 +121,8 @@ def test_the_committed_figures_are_complete():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.chip} {row.dtype} {row}")
 def test_ours_moves_no_more_than_flax(row):
     flax, ours = (COMMITTED[row][name] for name in (FLAX, OURS))
-    assert (ours.moved <= flax.moved) == (row not in OVER_FLAX)
+    # Weights of some percent of a unit are sometimes fetched once more.
+    assert (ours.moved <= 1.001 * flax.moved) == (row not in OVER_FLAX)
     assert ours.moved <= flax.moved + (1 + SMALL) * row.unit
     assert ours.temporary <= 1.01 * flax.temporary + SMALL * row.unit
 
@@ -159,7 +160,7 @@ def test_blocks_on_the_v5e_move_no_more_than_with_flax():
     row = Row(V5E, compiled.BLOCK_SHAPE, "bfloat16", "relu", convolutions=1)
     found = {name: on(mesh, row, norm) for name, norm in NORMS.items()}
     flax, ours = (read(found[name]) for name in (FLAX, OURS))
-    assert ours.moved <= flax.moved
+    assert ours.moved <= 1.001 * flax.moved
     assert ours.temporary <= 1.01 * flax.temporary + SMALL * row.unit
     shape = ",".join(map(str, row.shape))
     types = {one for kernel in kernels(found[OURS].as_text()) for one in kernel.types}
