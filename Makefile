@@ -34,7 +34,7 @@ bench: $(LAB)/ready
 
 # What the compilers of accelerators say; elsewhere these tests skip.
 floors: $(LAB)/ready
-	BN_JAX_COMPILERS=1 $(LAB)/bin/python -m pytest tests/test_compiled.py
+	BN_JAX_COMPILERS=1 JAX_PLATFORMS=cpu $(LAB)/bin/python -m pytest tests/test_compiled.py
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready
