@@ -372,13 +372,12 @@ def after_itself(program: Callable[[], Any]) -> tuple[float, float]:
     return seconds_of(program)
 
 
-def installed() -> dict[str, str]:
-    """Returns the arms, each with what there is to say if it cannot be measured, else nothing."""
+def missing() -> dict[str, str]:
+    """Returns of each arm that is not installed the command that installs it."""
     return {
-        name: ""
-        if find_spec(arm.package)
-        else f"{name} is not installed: python -m pip install {arm.install}"
+        name: f"python -m pip install {arm.install}"
         for name, arm in ARMS.items()
+        if find_spec(arm.package) is None
     }
 
 
@@ -401,8 +400,8 @@ def measure_all(
     Returns:
         The timings by norm, dtype, shape, direction and arm.
     """
-    missing = installed()
-    arms = [arm for arm in ARMS if arm in (OURS, FLAX) or (arm in arms and not missing[arm])]
+    measured = {OURS, FLAX, *arms}.difference(missing())
+    arms = [arm for arm in ARMS if arm in measured]
     found: Figures = {norm: {dtype: {} for dtype in dtypes} for norm in norms}
     keep_freed_memory()
     with Progress(transient=True) as progress:
@@ -522,8 +521,8 @@ def main() -> None:
     packages = ("jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
     report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
     report.show(tables(load(report.read("layer"))))
-    for line in filter(None, installed().values()):
-        print(line)
+    for arm, command in missing().items():
+        print(f"Without {arm}, which is not installed: {command}")
 
 
 if __name__ == "__main__":
