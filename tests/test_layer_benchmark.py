@@ -152,7 +152,7 @@ print([faults() for _ in range(3)][-1])
     returned, kept = (
         int(subprocess.check_output([sys.executable, "-c", script, mode])) for mode in ("", "keep")
     )
-    assert kept < 100 < 4 * 2**24 / 2**12 / 4 < returned
+    assert kept < 100 < returned
 
 
 def test_a_program_is_timed_after_itself():
