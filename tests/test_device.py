@@ -9,12 +9,12 @@ import pytest
 from benchmarks import device, report
 from benchmarks.device import FLAX, NORMS, OURS, STRUCK, Sizes
 from benchmarks.inference import Network
-from bn_jax.models import ResNet
+from benchmarks.sweep import Net
 
 SMALL = Sizes(
-    layers=((4, 2, 3), (6, 5)),
+    layers=((6, 5),),
     block=(2, 4, 4, 3),
-    network=Network(partial(ResNet, 3, (1,), (4,)), (2, 8, 8, 3)),
+    network=Network(partial(Net, width=4), (4, 5)),
     copied=16,
 )
 
