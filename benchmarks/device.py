@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
     Attributes:
         layers: shapes of the layers' input.
         block: shape of the block's input.
+        dtypes: of both.
         network: that of the training step.
         copied: how many numbers are copied.
     """
@@ -61,6 +62,7 @@ class Sizes(NamedTuple):
         (32, 128),
     )
     block: tuple[int, int, int, int] = (256, 56, 56, 64)
+    dtypes: tuple[Any, ...] = (jnp.bfloat16, jnp.float32)
     network: Network = Network(partial(ResNet50, 1000, dtype=jnp.bfloat16), (128, 224, 224, 3))
     copied: int = 2**28
 
@@ -107,7 +109,7 @@ def block(norm: Norm, shape: tuple[int, int, int, int], dtype: Any) -> Program:
 def cases(sizes: Sizes) -> dict[str, Case]:
     """Returns all that runs, by what it is."""
     found = {}
-    for dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+    for dtype in map(jnp.dtype, sizes.dtypes):
         for shape in sizes.layers:
             arms = {arm: layer(norm, shape, dtype) for arm, norm in NORMS.items()}
             arms[STRUCK] = struck(arms[OURS])

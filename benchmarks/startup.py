@@ -32,9 +32,9 @@ from benchmarks.timing import Timing, in_turns
 from bn_jax import training
 from bn_jax.models import Norm, ResNet50
 
-IMPORT_ROUNDS = 7
+IMPORT_ROUNDS = 5
 STEP_ROUNDS = 3
-CALL_ROUNDS = 200
+CALL_ROUNDS = 50
 OURS, FLAX = "bn_jax", "Flax"
 NORMS: dict[str, Norm] = {OURS: bn.linen.BatchNorm, FLAX: nn.BatchNorm}
 IMPORTS = {"jax": "jax", FLAX: "flax.linen, flax.nnx", OURS: "bn_jax"}

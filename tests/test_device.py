@@ -9,12 +9,13 @@ import pytest
 from benchmarks import device, report
 from benchmarks.device import FLAX, NORMS, OURS, STRUCK, Sizes
 from benchmarks.inference import Network
-from bn_jax.models import ResNet
+from benchmarks.sweep import Net
 
 SMALL = Sizes(
-    layers=((4, 2, 3), (6, 5)),
+    layers=((6, 5),),
     block=(2, 4, 4, 3),
-    network=Network(partial(ResNet, 3, (1,), (4,)), (2, 8, 8, 3)),
+    dtypes=(np.float32,),
+    network=Network(partial(Net, width=4), (4, 5)),
     copied=16,
 )
 
@@ -29,11 +30,12 @@ def test_every_case_is_measured_in_every_arm(measured):
     copied, found = measured
     assert copied > 0
     assert list(found) == list(device.cases(SMALL))
-    assert len(found) == 2 * (len(SMALL.layers) + 1) + 1
+    assert len(found) == len(SMALL.layers) + 2
+    assert len(device.cases(Sizes())) == 2 * (len(Sizes().layers) + 1) + 1
     for name, one in found.items():
         assert list(one.arms) == [*NORMS, *([STRUCK] if "layer" in name else [])]
         assert all(arm.timing.median > 0 for arm in one.arms.values())
-    assert found["layer [6, 5], bfloat16"].moved == 8 * 30 * 2
+    assert device.cases(Sizes())["layer [32, 128], bfloat16"].moved == 8 * 32 * 128 * 2
     assert found["layer [6, 5], float32"].moved == 8 * 30 * 4
 
 

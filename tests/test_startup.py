@@ -12,9 +12,9 @@ import pytest
 from benchmarks import report, startup
 from benchmarks.inference import Network
 from benchmarks.startup import FLAX, IMPORTS, NORMS, OURS, PHASES
-from bn_jax.models import ResNet
+from benchmarks.sweep import Net
 
-SMALL = Network(partial(ResNet, 3, (1,), (4,)), (2, 8, 8, 3))
+SMALL = Network(partial(Net, width=4), (4, 5))
 COMMITTED = report.read("startup")
 
 
@@ -61,6 +61,7 @@ def test_the_training_step_trains(arm):
         state, loss = step(state, batch)
         losses.append(float(loss))
     assert losses[-1] < 0.1 * losses[0]
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(state.batch_stats))
 
 
 def test_both_layers_compute_the_same():
