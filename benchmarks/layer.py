@@ -3,10 +3,10 @@
 ``python -m benchmarks.layer`` measures the forward pass, and forward and backward pass, of batch,
 layer and RMS norm in float32 and bfloat16, all libraries in turns in one process, beside the time
 in which a copy moves as many bytes; it prints the tables and writes
-``benchmarks/results/layer.json``. `measure_all` measures less, as its arguments say:
+``benchmarks/results/layer.json``. `measure` measures less, as its arguments say:
 
     >>> from benchmarks import layer, report
-    >>> found = layer.measure_all(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
+    >>> found = layer.measure(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
     >>> report.show(layer.tables(found))
 
 A forward pass takes scale, bias, state and x to the output and the new state. The backward pass
@@ -53,13 +53,12 @@ FORWARD, BOTH = "forward", "forward + backward"
 UNITS = {FORWARD: 3, BOTH: 8}
 OURS, FLAX = "bn_jax.linen", "flax.linen"
 COPY, COPY_UNITS = "copy", 2
-# PyTorch's threads occupy the cores for some milliseconds after a call; it is the last in a round.
+# PyTorch's threads occupy the cores for some milliseconds after a call; they end a round.
 PAUSE = 1e-2
 MOMENTUM, EPSILON = 0.99, 1e-5
 
 Shape = tuple[int, ...]
-Timings = dict[str, dict[str, Timing]]
-Figures = dict[str, dict[str, dict[str, Timings]]]
+Figures = dict[str, dict[str, dict[str, dict[str, dict[str, Timing]]]]]
 
 
 class Case(NamedTuple):
@@ -94,7 +93,9 @@ class Layer(NamedTuple):
     state: Any
 
 
-Programs = dict[str, Callable[[], Outputs]]
+Program = Callable[[], Any]
+Programs = dict[str, Program]
+Name = tuple[Case, str, str]
 
 
 class Arm(NamedTuple):
@@ -332,38 +333,16 @@ def _readable(leaf: Any) -> Any:
     return leaf.detach().float() if hasattr(leaf, "detach") else leaf
 
 
-def measure(
-    case: Case, arms: Iterable[str], rounds: int, advance: Callable[[], object] = lambda: None
-) -> Timings:
-    """Compiles the arms of a case, has them agree, and times each direction in turns.
-
-    Returns:
-        The timings by direction and arm, `COPY` among these.
-    """
+def programs_of(case: Case, arms: Iterable[str]) -> dict[str, Programs]:
+    """Returns the programs of a case by arm once they agree, and `COPY` before them."""
     batch = draw(case)
     programs = {
         arm: ARMS[arm].programs(case, batch) for arm in arms if case.norm in ARMS[arm].norms
     }
     require_agreement(case, programs)
     # Integers, for a copy of half precision would be one of converted values.
-    copy = partial(jax.jit(lambda x: x + 1), jnp.zeros(batch.x.nbytes // 4, jnp.int32))
-
-    def end_round() -> None:
-        time.sleep(PAUSE)
-        advance()
-
-    return {
-        direction: in_turns(
-            {
-                COPY: copy,
-                **{arm: by_direction[direction] for arm, by_direction in programs.items()},
-            },
-            rounds,
-            end_round,
-            after_itself,
-        )
-        for direction in UNITS
-    }
+    integers = jnp.zeros(batch.x.nbytes // 4, jnp.int32)
+    return {COPY: dict.fromkeys(UNITS, partial(jax.jit(lambda x: x + 1), integers)), **programs}
 
 
 def after_itself(program: Callable[[], Any]) -> tuple[float, float]:
@@ -381,14 +360,17 @@ def missing() -> dict[str, str]:
     }
 
 
-def measure_all(
+def measure(
     norms: Sequence[str] = NORMS,
     dtypes: Sequence[str] = tuple(TOLERANCES),
     shapes: Sequence[Shape] = SHAPES,
     arms: Sequence[str] = tuple(ARMS),
     rounds: int = ROUNDS,
 ) -> Figures:
-    """Measures all cases of some norms, dtypes and shapes, showing how far it is.
+    """Compiles and times everything, showing how far it is.
+
+    A round is one call of every arm in every case: what disturbs the machine for some seconds
+    disturbs a few rounds of all, and no median.
 
     Args:
         norms: some of `NORMS`.
@@ -398,19 +380,41 @@ def measure_all(
         rounds: how often each is timed.
 
     Returns:
-        The timings by norm, dtype, shape, direction and arm.
+        The timings by norm, dtype, shape, direction and arm, `COPY` among the arms.
     """
-    measured = {OURS, FLAX, *arms}.difference(missing())
-    arms = [arm for arm in ARMS if arm in measured]
-    found: Figures = {norm: {dtype: {} for dtype in dtypes} for norm in norms}
+    wanted = {OURS, FLAX, *arms}.difference(missing())
+    cases = list(map(Case._make, product(norms, dtypes, shapes)))
+    by_arm: dict[str, dict[Name, Program]] = {arm: {} for arm in (COPY, *ARMS)}
     keep_freed_memory()
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(norms) * len(dtypes) * len(shapes) * 2 * rounds)
-        for case in map(Case._make, product(norms, dtypes, shapes)):
+        task = progress.add_task("", total=len(cases) + rounds)
+        for case in cases:
             progress.update(task, description=f"{case.norm}, {case.dtype}, {named(case.shape)}")
-            timings = measure(case, arms, rounds, partial(progress.advance, task))
-            found[case.norm][case.dtype][named(case.shape)] = timings
-    return found
+            for arm, programs in programs_of(case, filter(wanted.__contains__, ARMS)).items():
+                for direction, program in programs.items():
+                    by_arm[arm][case, direction, arm] = program
+            progress.advance(task)
+        progress.update(task, description=f"{rounds} rounds")
+        return _nested(_time(by_arm, rounds, partial(progress.advance, task)))
+
+
+def _time(
+    by_arm: Mapping[str, Mapping[Name, Program]], rounds: int, advance: Callable[[], object]
+) -> dict[Name, Timing]:
+    def end_round() -> None:
+        time.sleep(PAUSE)
+        advance()
+
+    in_order = {name: program for own in by_arm.values() for name, program in own.items()}
+    return in_turns(in_order, rounds, end_round, after_itself)
+
+
+def _nested(timings: Mapping[Name, Timing]) -> Figures:
+    figures: Figures = {}
+    for (case, direction, arm), timing in timings.items():
+        by_shape = figures.setdefault(case.norm, {}).setdefault(case.dtype, {})
+        by_shape.setdefault(named(case.shape), {}).setdefault(direction, {})[arm] = timing
+    return figures
 
 
 def as_json(figures: Figures) -> dict[str, Any]:
@@ -517,7 +521,7 @@ def tables(figures: Figures) -> list[Table]:
 def main() -> None:
     """Measures, writes the JSON and prints the tables."""
     jax.config.update("jax_platforms", "cpu")
-    found = measure_all()
+    found = measure()
     packages = ("jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
     report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
     report.show(tables(load(report.read("layer"))))

@@ -3,14 +3,15 @@
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 # By glibc's numbers: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its largest value), M_ARENA_MAX.
 _MALLOC_OPTIONS = {-1: 2**30, -3: 2**25, -8: 1}
+Name = TypeVar("Name", bound=Hashable)
 Quartiles = tuple[float, float, float]
 
 
@@ -45,11 +46,11 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def in_turns(
-    functions: Mapping[str, Callable[[], Any]],
+    functions: Mapping[Name, Callable[[], Any]],
     rounds: int,
     advance: Callable[[], object] = lambda: None,
     measure: Callable[[Callable[[], Any]], tuple[float, float]] = seconds_of,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Calls every function once a round, and waits for what it returns.
 
     Args:
@@ -61,7 +62,7 @@ def in_turns(
     Returns:
         The `Timing` of each.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             seconds[name].append(measure(function))

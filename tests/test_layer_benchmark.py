@@ -18,7 +18,6 @@ SHAPE = (4, 3, 3, 6)
 INSTALLED = [arm for arm in ARMS if arm not in layer.missing()]
 CASES = [
     Case("BatchNorm", "bfloat16", SHAPE),
-    Case("BatchNorm", "float32", (6, 4)),
     Case("LayerNorm", "float32", SHAPE),
     Case("RMSNorm", "bfloat16", SHAPE),
 ]
@@ -37,16 +36,14 @@ def test_what_is_timed_is_the_definition():
     assert_close(programs[FORWARD](), expected._replace(d_params=None, d_x=None), dtype=np.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.norm} {case.dtype} {case.shape}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.norm)
 def test_every_library_agrees_and_is_timed(case):
-    advanced = []
-    found = layer.measure(case, INSTALLED, 2, lambda: advanced.append(1))
+    figures = layer.measure([case.norm], [case.dtype], [case.shape], rounds=2)
     arms = [arm for arm in INSTALLED if case.norm in ARMS[arm].norms]
+    found = figures[case.norm][case.dtype][layer.named(case.shape)]
     assert {direction: list(timings) for direction, timings in found.items()} == {
         direction: [COPY, *arms] for direction in (FORWARD, BOTH)
     }
-    assert len(advanced) == 2 * 2
-    figures = {case.norm: {case.dtype: {layer.named(case.shape): found}}}
     assert layer.load({"norms": layer.as_json(figures)}) == figures
 
 
@@ -82,7 +79,7 @@ def test_what_is_not_installed_is_left_out(monkeypatch):
         "keras": "python -m pip install --editable '.[bench]'",
         "torch": "python -m pip install torch",
     }
-    found = layer.measure_all(["RMSNorm"], ["float32"], [(4, 3)], ["haiku"], rounds=2)
+    found = layer.measure(["RMSNorm"], ["float32"], [(4, 3)], ["haiku"], rounds=2)
     assert list(found["RMSNorm"]["float32"]["4x3"][BOTH]) == [COPY, OURS, FLAX]
 
 
@@ -136,23 +133,30 @@ def test_no_output_is_too_large_to_keep():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
 def test_freed_memory_is_kept():
     script = """
-import resource, sys
-import numpy as np
+import ctypes, resource
 from benchmarks.timing import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+malloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", libc))
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    arrays = [np.ones(2**21) for _ in range(4)]
+    arrays = [malloc(2**24) for _ in range(4)]
+    for array in arrays:
+        libc.memset(array, 1, 2**24)
+    for array in reversed(arrays):
+        libc.free(array)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-if "keep" in sys.argv:
-    keep_freed_memory()
+print([faults() for _ in range(3)][-1])
+keep_freed_memory()
 print([faults() for _ in range(3)][-1])
 """
-    returned, kept = (
-        int(subprocess.check_output([sys.executable, "-c", script, mode])) for mode in ("", "keep")
-    )
-    assert kept < 100 < returned
+    returned, kept = map(int, subprocess.check_output([sys.executable, "-c", script]).split())
+    pages = 4 * 2**24 / 2**12
+    assert kept < 0.01 * pages < 0.5 * pages < returned
 
 
 def test_a_program_is_timed_after_itself():
