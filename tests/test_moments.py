@@ -284,6 +284,10 @@ def test_sums_of_their_own_are_the_same_sums(dtype, masked):
     found = jax.jit(jax.vmap(partial(bn.moments, axes=0)))(x, mask=mask)
     assert_close(jnp.broadcast_to(found.count[:, None], mean.shape), count)
     assert_close((found.mean, found.var), (mean, var))
+    # The guard would mend a wrong sum: it must find nothing to do.
+    zeros = jnp.zeros((1, 5))
+    kept = centred_moments(Reduction((0,)), x[0], None if mask is None else mask[0], zeros)
+    assert (kept.shift == 0).all()
 
     def total(x):
         found = jax.vmap(partial(bn.moments, axes=0))(x, mask=mask)
