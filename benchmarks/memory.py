@@ -1,4 +1,4 @@
-"""What a step of ResNet-50 keeps for its backward pass, under the policies of `bn_jax.remat_policy`.
+"""What a step of ResNet-50 keeps for its backward pass under each `bn_jax.remat_policy`.
 
 ``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
 every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
@@ -25,9 +25,16 @@ from benchmarks import report
 from benchmarks.hlo import traffic
 from benchmarks.scale import CHIP, WITHOUT_A_CHIP, slice_mesh
 from bn_jax.models import Bottleneck, Norm, ResNet
+from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
-Policy = Callable[..., Any]
+# What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
+WHERE: dict[Keep, str] = {
+    "inputs": "loss",
+    "offload": "loss",
+    "narrow": "blocks",
+    "moments": "blocks",
+}
 
 
 class Sizes(NamedTuple):
@@ -84,20 +91,16 @@ def arms() -> dict[str, Arm]:
     """Returns the arms, Flax's norms first."""
     flax = partial(nn.BatchNorm, momentum=0.9)
     ours = partial(bn.linen.BatchNorm, momentum=0.9)
-    nothing, products = (
-        jax.checkpoint_policies.nothing_saveable,
-        jax.checkpoint_policies.dots_saveable,
-    )
+    policies = jax.checkpoint_policies
     return {
         FLAX: Arm(flax),
-        f"{FLAX}, loss: dots_saveable": Arm(flax, loss=products),
-        f"{FLAX}, blocks": Arm(flax, blocks=nothing),
+        f"{FLAX}, blocks": Arm(flax, blocks=policies.nothing_saveable),
         OURS: Arm(ours),
-        f"{OURS}, loss: inputs": Arm(ours, loss=bn.remat_policy("inputs")),
-        f"{OURS}, loss: offload": Arm(ours, loss=bn.remat_policy("offload")),
-        f"{OURS}, blocks: narrow": Arm(ours, blocks=bn.remat_policy("narrow")),
-        f"{OURS}, blocks: moments": Arm(ours, blocks=bn.remat_policy("moments")),
-        f"{OURS}, blocks": Arm(ours, blocks=nothing),
+        f"{OURS}, blocks": Arm(ours, blocks=policies.nothing_saveable),
+        **{
+            f"{OURS}, {where}: {keep}": Arm(ours, **{where: bn.remat_policy(keep)})
+            for keep, where in WHERE.items()
+        },
     }
 
 
@@ -165,7 +168,7 @@ def load(figures: Mapping[str, Any]) -> dict[str, Measured]:
 
 
 def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
-    """Shows an arm: memory, bytes and operations relative to Flax's norms, which keep what XLA likes."""
+    """Shows memory, bytes and operations of an arm, relative to those of Flax's norms."""
     one, other = measured[arm], measured[FLAX]
     return [
         f"{one.temporary / other.temporary:.2f}",
