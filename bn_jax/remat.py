@@ -30,7 +30,7 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     `memory` is the device's beside variables, images and results, `bytes` what its kernels read and
     write there. To be put around the whole loss, which repeats no convolution:
 
-    - ``"inputs"`` keeps the input of every norm, and what windows are pooled to.
+    - ``"inputs"`` keeps the input of every norm.
     - ``"offload"`` keeps the inputs in the host's memory, `HOST` MB of it. What that takes of time
       depends on the way to the host; of memory, on how long before their use the compiler fetches
       them.
@@ -77,29 +77,16 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
         )
     policies = jax.checkpoint_policies
     if keep == "offload":
-        offload = policies.save_and_offload_only_these_names(
+        return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[MOMENTS_NAME],
             names_which_can_be_offloaded=[INPUT_NAME],
             offload_src="device",
             offload_dst="pinned_host",
         )
-        return _or(_is_pooling, offload)
     if keep == "inputs":
-        return _or(_is_pooling, policies.save_only_these_names(INPUT_NAME, MOMENTS_NAME))
+        return policies.save_only_these_names(INPUT_NAME, MOMENTS_NAME)
     moments: Policy = policies.save_only_these_names(MOMENTS_NAME)
-    return moments if keep == "moments" else _or(_is_narrow, moments)
-
-
-def _or(first: Callable[..., bool], second: Policy) -> Policy:
-    def policy(primitive: Any, *operands: Any, **options: Any) -> Any:
-        return first(primitive, *operands, **options) or second(primitive, *operands, **options)
-
-    return policy
-
-
-def _is_pooling(primitive: Any, *operands: Any, **options: Any) -> bool:
-    """Says whether windows are reduced: what follows needs the result, and it is small."""
-    return primitive.name.startswith("reduce_window")
+    return moments if keep == "moments" else policies.save_from_both_policies(moments, _is_narrow)
 
 
 def _is_narrow(primitive: Any, *operands: Any, **options: Any) -> bool:
