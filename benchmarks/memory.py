@@ -31,7 +31,6 @@ FLAX, OURS = "flax.linen", "bn_jax"
 # What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
 WHERE: dict[Keep, str] = {
     "inputs": "loss",
-    "offload": "loss",
     "narrow": "blocks",
     "moments": "blocks",
 }
@@ -74,14 +73,12 @@ class Measured(NamedTuple):
 
     Attributes:
         temporary: bytes of main memory beside arguments and results.
-        host: bytes of the host's memory.
         moved: bytes that the kernels read from main memory and write to it, guards left alone.
         flops: floating-point operations, the guards' branches included.
         guards: conditionals: one for every measuring of a batch.
     """
 
     temporary: int
-    host: int
     moved: int
     flops: int
     guards: int
@@ -91,12 +88,10 @@ def arms() -> dict[str, Arm]:
     """Returns the arms, Flax's norms first."""
     flax = partial(nn.BatchNorm, momentum=0.9)
     ours = partial(bn.linen.BatchNorm, momentum=0.9)
-    policies = jax.checkpoint_policies
     return {
         FLAX: Arm(flax),
-        f"{FLAX}, blocks": Arm(flax, blocks=policies.nothing_saveable),
+        f"{FLAX}, blocks": Arm(flax, blocks=jax.checkpoint_policies.nothing_saveable),
         OURS: Arm(ours),
-        f"{OURS}, blocks": Arm(ours, blocks=policies.nothing_saveable),
         **{
             f"{OURS}, {where}: {keep}": Arm(ours, **{where: bn.remat_policy(keep)})
             for keep, where in WHERE.items()
@@ -155,7 +150,6 @@ def measure(arm: Arm, mesh: Mesh, sizes: Sizes) -> Measured:
     text = compiled.as_text() or ""
     return Measured(
         temporary=memory.temp_size_in_bytes,
-        host=memory.host_temp_size_in_bytes,
         moved=traffic(text),
         flops=int(cost["flops"]),
         guards=len(re.findall(r" conditional\(", text)),
@@ -181,7 +175,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Returns the figures as a table."""
     measured = load(figures)
     table = Table(title="A step of ResNet-50, relative to flax.linen", box=SIMPLE_HEAD)
-    for column in ("", "memory MB", "host MB", "moved GB", "GFLOP", "guards"):
+    for column in ("", "memory MB", "moved GB", "GFLOP", "guards"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("memory", "bytes", "operations"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -189,7 +183,6 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         table.add_row(
             arm,
             f"{one.temporary / 1e6:.0f}",
-            f"{one.host / 1e6:.0f}",
             f"{one.moved / 1e9:.2f}",
             f"{one.flops / 1e9:.0f}",
             str(one.guards),

@@ -8,7 +8,7 @@ import jax
 
 from bn_jax.moments import INPUT_NAME, MOMENTS_NAME
 
-Keep: TypeAlias = Literal["inputs", "offload", "narrow", "moments"]
+Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
 Policy: TypeAlias = Callable[..., Any]
 
 
@@ -23,20 +23,17 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     | keep | around | memory | bytes | operations |
     |---|---|---|---|---|
     | "inputs" | the loss | 0 | 0 | 0 |
-    | "offload" | the loss | 0 | 0 | 0 |
     | "narrow" | every block | 0 | 0 | 0 |
     | "moments" | every block | 0 | 0 | 0 |
 
-    `memory` is the device's beside variables, images and results, `bytes` what its kernels read and
-    write there. To be put around the whole loss, which repeats no convolution:
+    `memory` is what is needed beside variables, images and results, `bytes` what the kernels read
+    and write in the main memory.
 
-    - ``"inputs"`` keeps the input of every norm.
-    - ``"offload"`` keeps the inputs in the host's memory, `HOST` MB of it. What that takes of time
-      depends on the way to the host; of memory, on how long before their use the compiler fetches
-      them.
+    - ``"inputs"`` keeps the input of every norm, and is to be put around the whole loss: it repeats
+      no convolution.
 
-    To be put around every block, ``nn.remat(Block, policy=...)``, whose own inputs are kept anyway
-    (around the whole loss they would save nothing):
+    The others are to be put around every block, ``nn.remat(Block, policy=...)``, whose inputs are
+    kept anyway; around the whole loss they would save nothing.
 
     - ``"narrow"`` keeps the results of those convolutions and products that are no larger than what
       they are made from. Those that widen are computed again.
@@ -46,7 +43,7 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     no moments that a policy knows: they are computed again.
 
     Args:
-        keep: what is kept beside the moments: "inputs", "offload", "narrow" or "moments".
+        keep: what is kept beside the moments: "inputs", "narrow" or "moments".
 
     Returns:
         What `jax.checkpoint` takes as `policy`.
@@ -76,13 +73,6 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
             'function returns, policy=bn_jax.remat_policy("inputs").'
         )
     policies = jax.checkpoint_policies
-    if keep == "offload":
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[MOMENTS_NAME],
-            names_which_can_be_offloaded=[INPUT_NAME],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
     if keep == "inputs":
         return policies.save_only_these_names(INPUT_NAME, MOMENTS_NAME)
     moments: Policy = policies.save_only_these_names(MOMENTS_NAME)
