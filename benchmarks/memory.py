@@ -1,4 +1,4 @@
-"""What a step of ResNet-50 keeps for its backward pass, under the policies of `bn_jax.remat_policy`.
+"""What a step of ResNet-50 keeps for its backward pass under each `bn_jax.remat_policy`.
 
 ``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
 every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
@@ -23,9 +23,15 @@ from benchmarks import report
 from benchmarks.compilers import V5E, mesh_of
 from benchmarks.hlo import traffic
 from bn_jax.models import Bottleneck, Norm, ResNet
+from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
-Policy = Callable[..., Any]
+# What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
+WHERE: dict[Keep, str] = {
+    "inputs": "loss",
+    "narrow": "blocks",
+    "moments": "blocks",
+}
 
 
 class Sizes(NamedTuple):
@@ -65,14 +71,12 @@ class Measured(NamedTuple):
 
     Attributes:
         temporary: bytes of main memory beside arguments and results.
-        host: bytes of the host's memory.
         moved: bytes that the kernels read from main memory and write to it, guards left alone.
         flops: floating-point operations, the guards' branches included.
         guards: conditionals: one for every measuring of a batch.
     """
 
     temporary: int
-    host: int
     moved: int
     flops: int
     guards: int
@@ -82,20 +86,14 @@ def arms() -> dict[str, Arm]:
     """Returns the arms, Flax's norms first."""
     flax = partial(nn.BatchNorm, momentum=0.9)
     ours = partial(bn.linen.BatchNorm, momentum=0.9)
-    nothing, products = (
-        jax.checkpoint_policies.nothing_saveable,
-        jax.checkpoint_policies.dots_saveable,
-    )
     return {
         FLAX: Arm(flax),
-        f"{FLAX}, loss: dots_saveable": Arm(flax, loss=products),
-        f"{FLAX}, blocks": Arm(flax, blocks=nothing),
+        f"{FLAX}, blocks": Arm(flax, blocks=jax.checkpoint_policies.nothing_saveable),
         OURS: Arm(ours),
-        f"{OURS}, loss: inputs": Arm(ours, loss=bn.remat_policy("inputs")),
-        f"{OURS}, loss: offload": Arm(ours, loss=bn.remat_policy("offload")),
-        f"{OURS}, blocks: narrow": Arm(ours, blocks=bn.remat_policy("narrow")),
-        f"{OURS}, blocks: moments": Arm(ours, blocks=bn.remat_policy("moments")),
-        f"{OURS}, blocks": Arm(ours, blocks=nothing),
+        **{
+            f"{OURS}, {where}: {keep}": Arm(ours, **{where: bn.remat_policy(keep)})
+            for keep, where in WHERE.items()
+        },
     }
 
 
@@ -150,7 +148,6 @@ def measure(arm: Arm, mesh: Mesh, sizes: Sizes) -> Measured:
     text = compiled.as_text() or ""
     return Measured(
         temporary=memory.temp_size_in_bytes,
-        host=memory.host_temp_size_in_bytes,
         moved=traffic(text),
         flops=int(cost["flops"]),
         guards=len(re.findall(r" conditional\(", text)),
@@ -163,7 +160,7 @@ def load(figures: Mapping[str, Any]) -> dict[str, Measured]:
 
 
 def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
-    """Shows an arm: memory, bytes and operations relative to Flax's norms, which keep what XLA likes."""
+    """Shows memory, bytes and operations of an arm, relative to those of Flax's norms."""
     one, other = measured[arm], measured[FLAX]
     return [
         f"{one.temporary / other.temporary:.2f}",
@@ -176,7 +173,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Returns the figures as a table."""
     measured = load(figures)
     table = Table(title="A step of ResNet-50, relative to flax.linen", box=SIMPLE_HEAD)
-    for column in ("", "memory MB", "host MB", "moved GB", "GFLOP", "guards"):
+    for column in ("", "memory MB", "moved GB", "GFLOP", "guards"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("memory", "bytes", "operations"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -184,7 +181,6 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         table.add_row(
             arm,
             f"{one.temporary / 1e6:.0f}",
-            f"{one.host / 1e6:.0f}",
             f"{one.moved / 1e9:.2f}",
             f"{one.flops / 1e9:.0f}",
             str(one.guards),
