@@ -1,4 +1,4 @@
-"""Writes the tables of `BENCHMARKS.md` anew from the JSON of every benchmark.
+"""Writes the tables of `BENCHMARKS.md` and `NOTES.md` anew from the JSON of every benchmark.
 
 ``python -m benchmarks.document`` replaces what stands between ``<!-- NAME -->`` and
 ``<!-- end -->`` by the tables of ``benchmarks/results/NAME.json``. The prose is written by hand.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import report
 
-PAGE = Path(__file__).parent / "BENCHMARKS.md"
+PAGES = [Path(__file__).parent / name for name in ("BENCHMARKS.md", "NOTES.md")]
 _PART = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -29,8 +29,9 @@ def _tables(benchmark: str) -> str:
 
 
 def main() -> None:
-    """Writes the page."""
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    """Writes the pages."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the compilers of accelerators say of the norms; without these compilers the tests skip."""
 
 import os
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import bn_jax as bn
-from benchmarks import compiled, compilers, report, scale
+from benchmarks import compiled, compilers, document, memory, report, scale
 from benchmarks.compiled import FLAX, NORMS, OURS, ROWS, Network, Row, floor, load, make_program
 from benchmarks.compilers import H200, V5E, compile_for, mesh_of, missing, read
 from benchmarks.hlo import Kernel, collectives, kernels, traffic
@@ -106,7 +107,7 @@ def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):
     for chip, module in ((V5E, "libtpu"), (H200, "cuda")):
         with pytest.raises(SystemExit, match=rf"{module}.* not installed.*'\.\[bench\]'"):
             mesh_of(chip)
-    for benchmark in (compiled, scale):
+    for benchmark in (compiled, memory, scale):
         with pytest.raises(SystemExit, match="libtpu"):
             benchmark.main()
 
@@ -125,6 +126,14 @@ def test_ours_moves_no_more_than_flax(row):
     assert (ours.moved <= 1.001 * flax.moved) == (row not in OVER_FLAX)
     assert ours.moved <= flax.moved + (1 + SMALL) * row.unit
     assert ours.temporary <= 1.01 * flax.temporary + SMALL * row.unit
+
+
+@pytest.mark.parametrize("page", document.PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_committed_figures(page):
+    text = page.read_text()
+    assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?!end)\w+ -->", text)) > 0
+    assert document.with_tables(text) == text
+    assert document.with_tables(text.replace("| H200 |", "| other |")) == text
 
 
 def chip(name):
