@@ -7,7 +7,7 @@ in which a copy moves as many bytes; it prints the tables and writes
 
     >>> from benchmarks import layer, report
     >>> found = layer.measure(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
-    >>> report.show(layer.tables(found))
+    >>> report.show(layer.tables({"norms": layer.as_json(found)}))
 
 A forward pass takes scale, bias, state and x to the output and the new state. The backward pass
 takes the cotangent of the output to the gradients of x, scale and bias, and JAX compiles it
@@ -516,8 +516,9 @@ def _summary(ratios: Sequence[float]) -> str:
     return f"{geometric_mean(ratios):.2f} ({max(ratios):.2f})"
 
 
-def tables(figures: Figures) -> list[Table]:
-    """Returns the headline and a table for every norm."""
+def tables(known: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures of the JSON as tables: the headline, and one for every norm."""
+    figures = load(known)
     return [headline(figures), *(norm_table(figures, norm) for norm in figures)]
 
 
@@ -527,7 +528,7 @@ def main() -> None:
     found = measure()
     packages = ("jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
     report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
-    report.show(tables(load(report.read("layer"))))
+    report.show(tables(report.read("layer")))
     for arm, command in missing().items():
         print(f"Without {arm}, which is not installed: {command}")
 

@@ -453,8 +453,8 @@ def update_batch_stats(
         return _measure_too(batch_stats, found, running_var_ddof, by_running)
     weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
     by_step = weight < 0.5 if isinstance(weight, Real) else None
-    found = Moments(count, mean, var)
-    new = _averaged(running_var_ddof, by_step, jnp.asarray(weight), old, found)
+    batch = Moments(count, mean, var)
+    new = _averaged(running_var_ddof, by_step, jnp.asarray(weight), old, batch)
     return cast(BatchStats, {**batch_stats, **new})
 
 

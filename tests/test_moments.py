@@ -1,4 +1,3 @@
-import sys
 from functools import partial
 
 import jax
@@ -263,15 +262,6 @@ def test_index_groups_have_moments_of_their_own():
         expected = bn.moments(x[jnp.array(members)].reshape(10, 3), 0)
         for member in members:
             assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], grouped), expected)
-
-
-@pytest.fixture
-def one_cpu(monkeypatch):
-    """As where there is one CPU, with nothing traced before or left behind."""
-    jax.clear_caches()
-    monkeypatch.setattr(sys.modules["bn_jax.moments"], "_has_one_cpu", lambda: True)
-    yield
-    jax.clear_caches()
 
 
 @pytest.mark.usefixtures("one_cpu")

@@ -118,6 +118,7 @@ def test_the_committed_figures_are_complete():
         assert 0 < timing["quartiles"][0] <= timing["quartiles"][1] <= timing["quartiles"][2]
 
 
+@pytest.mark.usefixtures("one_cpu")
 @pytest.mark.parametrize("arm", NORMS)
 def test_the_committed_sizes_are_those_of_the_layers_now(arm):
     versions = {name: version(name) for name in ("jax", "flax")}

@@ -23,7 +23,7 @@ def task():
 def test_the_runs_are_a_grid():
     runs = sweep.grid(SMALL)
     assert len(set(runs)) == SMALL.runs == 6
-    np.testing.assert_allclose([rate for rate, _ in runs[::2]], [1e-3, 10**-1.5, 1], rtol=1e-6)
+    np.testing.assert_allclose([rate for rate, _ in runs[::2]], [1e-3, 3e-4**0.5, 0.3], rtol=1e-6)
     assert set(sweep.torch_runs(SMALL)) < set(runs)
     assert len(set(sweep.torch_runs(Sizes()))) == Sizes().torch_runs
 
