@@ -34,15 +34,21 @@ from bn_jax.models import Norm, ResNet50
 
 IMPORT_ROUNDS = 5
 STEP_ROUNDS = 3
-CALL_ROUNDS = 50
+CALL_ROUNDS = 30
 OURS, FLAX = "bn_jax", "Flax"
 NORMS: dict[str, Norm] = {OURS: bn.linen.BatchNorm, FLAX: nn.BatchNorm}
-IMPORTS = {"jax": "jax", FLAX: "flax.linen, flax.nnx", OURS: "bn_jax"}
+# What each arm imports, and what has been imported before.
+IMPORTS = {
+    "jax": ("jax", "sys"),
+    FLAX: ("flax.linen, flax.nnx", "jax"),
+    OURS: ("bn_jax", "flax.linen, flax.nnx"),
+}
 PHASES = ("trace", "lower", "compile")
 TIMED_IMPORT = """
 import time
+import {before}
 start = time.perf_counter(), time.process_time()
-import {}
+import {modules}
 print(time.perf_counter() - start[0], time.process_time() - start[1])
 """
 NETWORK = Network(partial(ResNet50, 1000), (8, 64, 64, 3))
@@ -119,9 +125,10 @@ def training_step(network: Network, norm: Norm | None) -> Program:
     return Program(training.make_train_step(loss), make_arguments)
 
 
-def import_seconds(modules: str) -> tuple[float, float]:
-    """Imports modules in a fresh process and returns the seconds: by the clock, of processors."""
-    command = [sys.executable, "-c", TIMED_IMPORT.format(modules)]
+def import_seconds(modules: str, before: str) -> tuple[float, float]:
+    """Imports modules in a fresh process after others; returns seconds by the clock, of the CPU."""
+    program = TIMED_IMPORT.format(modules=modules, before=before)
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, cpu_seconds = map(float, done.stdout.split())
     return seconds, cpu_seconds
@@ -129,7 +136,7 @@ def import_seconds(modules: str) -> tuple[float, float]:
 
 def measure_imports(rounds: int, advance: Callable[[], object]) -> dict[str, Timing]:
     """Times the imports in turns."""
-    functions = {arm: partial(import_seconds, modules) for arm, modules in IMPORTS.items()}
+    functions = {arm: partial(import_seconds, *modules) for arm, modules in IMPORTS.items()}
     return in_turns(functions, rounds, advance, measure=lambda function: function())
 
 
@@ -144,13 +151,6 @@ def count_equations(jaxpr: Jaxpr) -> int:
         return count_equations(option) if isinstance(option, Jaxpr) else 0
 
     return sum(1 + sum(map(inside, equation.params.values())) for equation in jaxpr.eqns)
-
-
-def measure_size(program: Program) -> Size:
-    """Traces and lowers a program, and counts."""
-    traced = jax.jit(program.function).trace(*jax.eval_shape(program.make_arguments))
-    operations = re.findall(r"\bstablehlo\.\w+", traced.lower().as_text())
-    return Size(count_equations(traced.jaxpr.jaxpr), len(operations))
 
 
 class _Build:
@@ -173,11 +173,22 @@ class _Build:
     def compile(self) -> None:
         self.compiled = self.lowered.compile()
 
+    def size(self) -> Size:
+        operations = re.findall(r"\bstablehlo\.\w+", self.lowered.as_text())
+        return Size(count_equations(self.traced.jaxpr.jaxpr), len(operations))
+
+
+def measure_size(program: Program) -> Size:
+    """Traces and lowers a program, and counts."""
+    build = _Build(program)
+    build.trace()
+    build.lower()
+    return build.size()
+
 
 def measure_steps(network: Network, rounds: int, advance: Callable[[], object]) -> dict[str, Built]:
     """Builds the training step of a network in turns."""
-    programs = {arm: training_step(network, norm) for arm, norm in NORMS.items()}
-    builds = {arm: _Build(program) for arm, program in programs.items()}
+    builds = {arm: _Build(training_step(network, norm)) for arm, norm in NORMS.items()}
     functions = {
         f"{arm} {phase}": getattr(build, phase)
         for arm, build in builds.items()
@@ -185,8 +196,8 @@ def measure_steps(network: Network, rounds: int, advance: Callable[[], object]) 
     }
     timings = in_turns(functions, rounds, advance)
     return {
-        arm: Built(measure_size(program), {phase: timings[f"{arm} {phase}"] for phase in PHASES})
-        for arm, program in programs.items()
+        arm: Built(build.size(), {phase: timings[f"{arm} {phase}"] for phase in PHASES})
+        for arm, build in builds.items()
     }
 
 
@@ -231,17 +242,14 @@ def comparison(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def import_table(imports: Mapping[str, Any]) -> Table:
-    """Returns the imports, and what each takes beyond that of JAX and Flax."""
+    """Returns the imports, each after what it needs."""
     table = Table(title="Imports in fresh processes", box=SIMPLE_HEAD)
-    for column in ("", "ms (quartiles)", f"beyond {FLAX}, ms"):
+    for column in ("", "ms (quartiles)", "CPU ms (quartiles)"):
         table.add_column(column, justify="right", no_wrap=True)
     for arm, timing in imports.items():
-        beyond = timing["quartiles"][1] - imports[FLAX]["quartiles"][1]
-        table.add_row(
-            f"import {IMPORTS[arm]}",
-            report.milliseconds(timing["quartiles"]),
-            f"{1e3 * beyond:.0f}",
-        )
+        modules, before = IMPORTS[arm]
+        cells = map(report.milliseconds, (timing["quartiles"], timing["cpu_quartiles"]))
+        table.add_row(f"import {modules}, after {before}", *cells)
     return table
 
 

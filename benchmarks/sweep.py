@@ -209,10 +209,8 @@ def torch_train(sizes: Sizes, task: Task, variables: Any, rate: float, seed: int
 
 def make_torch(sizes: Sizes, task: Task) -> Callable[[], list[float]]:
     """Returns what makes PyTorch's runs."""
-    variables = [
-        jax.tree.map(np.asarray, initial(NORMS[OURS], sizes, task, seed))
-        for seed in range(sizes.seeds)
-    ]
+    make = jax.jit(partial(initial, NORMS[OURS], sizes, task))
+    variables = [jax.tree.map(np.asarray, make(seed)) for seed in range(sizes.seeds)]
     return lambda: [
         torch_train(sizes, task, variables[seed], rate, seed) for rate, seed in torch_runs(sizes)
     ]

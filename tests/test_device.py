@@ -83,6 +83,7 @@ def test_a_block_is_a_convolution_a_norm_and_a_relu():
 def test_without_an_accelerator_nothing_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(device, "Sizes", lambda: SMALL)
     device.main()
     assert capsys.readouterr().out.startswith("skipped: ")
     assert not list(tmp_path.iterdir())

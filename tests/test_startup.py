@@ -73,6 +73,9 @@ def test_both_layers_compute_the_same():
     assert len(found[OURS]) == 6  # y, mean, var, and the gradients of scale, bias and x
     for ours, flax in zip(found[OURS], found[FLAX], strict=True):
         np.testing.assert_allclose(ours, flax, atol=1e-5)
+    y, mean, _, _, _, dx = found[OURS]
+    assert np.all(mean != 0)
+    np.testing.assert_allclose(np.sum([y, dx], axis=(1, 2)), 0, atol=1e-5)
 
 
 def test_every_call_trains():
@@ -94,12 +97,12 @@ def test_calls_are_timed_when_compiled(monkeypatch):
 
 
 def test_imports_are_timed_in_processes_of_their_own(monkeypatch):
-    monkeypatch.setattr(startup, "IMPORTS", {"json": "json", "both": "json, csv"})
+    monkeypatch.setattr(startup, "IMPORTS", {"json": ("json", "sys"), "csv": ("csv", "json")})
     found = startup.measure_imports(2, lambda: None)
-    assert list(found) == ["json", "both"]
+    assert list(found) == ["json", "csv"]
     assert all(timing.cpu_quartiles[1] > 0 for timing in found.values())
     with pytest.raises(subprocess.CalledProcessError):
-        startup.import_seconds("pytest_is_here_but_this_is_not")
+        startup.import_seconds("json", "nothing_of_this_name")
 
 
 def test_the_committed_figures_are_complete():
@@ -119,12 +122,13 @@ def test_the_committed_figures_are_complete():
 
 
 @pytest.mark.usefixtures("one_cpu")
-@pytest.mark.parametrize("arm", NORMS)
-def test_the_committed_sizes_are_those_of_the_layers_now(arm):
+def test_our_layer_is_no_larger_than_the_committed_one():
     versions = {name: version(name) for name in ("jax", "flax")}
     if versions.items() <= COMMITTED["versions"].items():
-        found = startup.measure_size(startup.layer(NORMS[arm], startup.LAYER_SHAPE))
-        assert found._asdict() == COMMITTED["layers"][arm]
+        found = startup.measure_size(startup.layer(NORMS[OURS], startup.LAYER_SHAPE))
+        committed = startup.Size(**COMMITTED["layers"][OURS])
+        assert found.equations <= committed.equations
+        assert found.operations <= committed.operations
 
 
 def test_the_tables_have_every_figure():
@@ -134,4 +138,4 @@ def test_the_tables_have_every_figure():
     assert phases.row_count == len(PHASES)
     assert calls.row_count == len(COMMITTED["calls"])
     assert f"{COMMITTED['layers'][OURS]['equations']} / " in report.markdown(sizes)
-    assert f"| import {IMPORTS[FLAX]} |" in report.markdown(imports)
+    assert "| import bn_jax, after flax.linen, flax.nnx |" in report.markdown(imports)
