@@ -148,10 +148,9 @@ def make_table(title: str, measured: Mapping[str, Measured]) -> Table:
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for arm, one in measured.items():
-        low, median, high = (1e3 * second for second in one.timing.quartiles)
         table.add_row(
             arm,
-            f"{median:.2f} ({low:.2f} to {high:.2f})",
+            report.milliseconds(one.timing.quartiles),
             f"{one.timing.median / measured[WITHOUT].timing.median:.2f}",
             f"{1e3 * one.timing.cpu_quartiles[1]:.2f}",
             str(one.operations),
@@ -187,13 +186,7 @@ def main() -> None:
         for name, network in NETWORKS.items():
             progress.update(task, description=name)
             found[name] = measure(network, ROUNDS, partial(progress.advance, task))
-    networks = {
-        name: {
-            arm: {**one._asdict(), "timing": one.timing._asdict()} for arm, one in by_arm.items()
-        }
-        for name, by_arm in found.items()
-    }
-    report.write("inference", ("flax",), {"rounds": ROUNDS, "networks": networks})
+    report.write("inference", ("flax",), {"rounds": ROUNDS, "networks": found})
     report.show(tables(report.read("inference")))
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> P
     Args:
         benchmark: its module's name.
         packages: those whose versions matter; one that is not installed is left out.
-        figures: what else the JSON holds.
+        figures: what else the JSON holds; a named tuple becomes an object.
 
     Returns:
         Where they are.
@@ -35,7 +35,7 @@ def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> P
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
-        **figures,
+        **_as_json(figures),
     }
     path.write_text(json.dumps(known, indent=2) + "\n")
     return path
@@ -52,6 +52,12 @@ def show(tables: Iterable[Table]) -> None:
         Console(width=TABLE_WIDTH).print(table)
 
 
+def milliseconds(quartiles: Sequence[float]) -> str:
+    """Returns the median of seconds as milliseconds, and the other quartiles in parentheses."""
+    low, median, high = (f"{1e3 * second:,.2f}" for second in quartiles)
+    return f"{median} ({low} to {high})"
+
+
 def markdown(table: Table) -> str:
     """Returns a table as Markdown: the first column to the left, the others to the right."""
     rows = [[str(column.header) for column in table.columns]]
@@ -60,6 +66,14 @@ def markdown(table: Table) -> str:
         [list(map(str, row)) for row in zip(*(c.cells for c in table.columns), strict=True)]
     )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _as_json(one) for name, one in value.items()}
+    return value
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -6,19 +6,16 @@ step and single layers for slices of TPU v5e, prints what the compiled programs 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,22 +23,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
+from benchmarks.compilers import V5E, mesh_of
 from benchmarks.hlo import Collective, collectives
 from bn_jax import training
 from bn_jax.data import Batch
 from bn_jax.models import Norm, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
-CHIP = "v5e"
 SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 NO_NORM = "no norm"
 TABLE_WIDTH = 160
-# libtpu asks the machine which chip it has, unless it is told.
-WITHOUT_A_CHIP = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 class Sizes(NamedTuple):
@@ -249,15 +240,6 @@ def _normalized(mesh: Mesh, sizes: Sizes) -> tuple[int, int]:
     return len(stats) // 2, sum(leaf.size for leaf in stats) // 2
 
 
-def slice_mesh(layout: str) -> Mesh:
-    """Returns a mesh over a slice of chips that need not exist."""
-    host = [1, 1, 1] if layout == "1x1" else [2, 2, 1]
-    slice_of_chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{CHIP}:{layout}", chips_per_host_bounds=host
-    )
-    return training.make_mesh(slice_of_chips.devices)
-
-
 def per_layer(findings: Findings, arm: str, devices: int) -> tuple[float, float]:
     """Returns how many collectives and how many bytes in them a norm layer adds to a step."""
     one, other = (findings.steps[name][devices].always for name in (arm, NO_NORM))
@@ -323,7 +305,7 @@ def report(findings: Findings, sizes: Sizes) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.scale",
         "versions": {name: version(name) for name in ("bn-jax", "jax", "flax", "libtpu")},
-        "chip": CHIP,
+        "chip": V5E,
         "sizes": sizes._asdict(),
         "norm_layers": findings.norm_layers,
         "norm_features": findings.norm_features,
@@ -361,15 +343,9 @@ def load(path: Path = RESULTS) -> Findings:
 
 def main() -> None:
     """Compiles, writes the JSON and prints the tables."""
-    if find_spec("libtpu") is None:
-        raise SystemExit(
-            "libtpu, the compiler for TPUs, is not installed (Linux has it; no TPU is needed). "
-            "Install it with: python -m pip install --editable '.[bench]'"
-        )
-    os.environ.update(WITHOUT_A_CHIP)
     jax.config.update("jax_platforms", "cpu")
     sizes = Sizes()
-    findings = measure_all([slice_mesh(layout) for layout in SLICES.values()], sizes)
+    findings = measure_all([mesh_of(V5E, layout) for layout in SLICES.values()], sizes)
     RESULTS.write_text(json.dumps(report(findings, sizes), indent=2) + "\n")
     for table in make_tables(findings):
         Console(width=TABLE_WIDTH).print(table)

@@ -32,12 +32,24 @@ class Timing(NamedTuple):
         """The median of the seconds by the clock."""
         return self.quartiles[1]
 
+    def scaled(self, factor: float) -> "Timing":
+        """Returns the timing of so many times as much work."""
+        return Timing(*((factor * low, factor * mid, factor * high) for low, mid, high in self))
+
+
+def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
+    """Calls a function, waits for what it returns, and returns the seconds: clock, processors."""
+    start = time.perf_counter(), time.process_time()
+    jax.block_until_ready(function())
+    end = time.perf_counter(), time.process_time()
+    return end[0] - start[0], end[1] - start[1]
+
 
 def in_turns(
     functions: Mapping[Name, Callable[[], Any]],
     rounds: int,
     advance: Callable[[], object] = lambda: None,
-    prepare: Callable[[Callable[[], Any]], object] = lambda function: None,
+    measure: Callable[[Callable[[], Any]], tuple[float, float]] = seconds_of,
 ) -> dict[Name, Timing]:
     """Calls every function once a round, and waits for what it returns.
 
@@ -45,7 +57,7 @@ def in_turns(
         functions: by name; compiled and called once before, unless that is to be measured.
         rounds: how often, at least 2.
         advance: is called after every round.
-        prepare: is given each function before that is timed.
+        measure: calls a function and returns the seconds as `seconds_of` does.
 
     Returns:
         The `Timing` of each.
@@ -53,11 +65,7 @@ def in_turns(
     seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            prepare(function)
-            start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(function())
-            end = time.perf_counter(), time.process_time()
-            seconds[name].append((end[0] - start[0], end[1] - start[1]))
+            seconds[name].append(measure(function))
         advance()
     return {
         name: Timing(*(_quartiles(one) for one in zip(*both, strict=True)))

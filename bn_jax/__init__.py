@@ -16,6 +16,7 @@ from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
+from bn_jax.remat import remat_policy
 from bn_jax.standardize import Params
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "normalize_by_batch",
     "optim",
     "recalibrate",
+    "remat_policy",
     "rms_norm",
     "update_batch_stats",
 ]

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bn_jax.moments import (
+    INPUT_NAME,
+    MOMENTS_NAME,
     AxisName,
     CentredMoments,
     Moments,
@@ -23,9 +26,11 @@ from bn_jax.moments import (
     mean_dtype,
     merge_centred,
     moments,
+    named,
     split_axis,
     static_count,
     statistics_dtype,
+    varying_axes,
 )
 from bn_jax.standardize import (
     Activation,
@@ -446,22 +451,37 @@ def update_batch_stats(
     if "measured" in batch_stats:
         found = CentredMoments(count, mean, jnp.zeros_like(mean), var)
         return _measure_too(batch_stats, found, running_var_ddof, by_running)
+    weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
+    by_step = weight < 0.5 if isinstance(weight, Real) else None
+    batch = Moments(count, mean, var)
+    new = _averaged(running_var_ddof, by_step, jnp.asarray(weight), old, batch)
+    return cast(BatchStats, {**batch_stats, **new})
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _averaged(
+    running_var_ddof: int,
+    by_step: bool | None,
+    weight: jax.Array,
+    old: dict[str, jax.Array],
+    moments: Moments,
+) -> dict[str, jax.Array]:
+    """Averages the running statistics and a batch's moments, feature by feature."""
+    count, mean, var = moments
     freedom = count - running_var_ddof
-    unbiased = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
-    weight = jnp.asarray(1 / (old["count"] + 1) if momentum is None else 1 - momentum)
+    if running_var_ddof:
+        var = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
     new = {
-        "mean": _average(weight, old["mean"], mean),
-        "var": _average(weight, old["var"], unbiased),
+        "mean": _average(by_step, weight, old["mean"], mean),
+        "var": _average(by_step, weight, old["var"], var),
     }
     if "count" in old:
         new["count"] = _placed_like(var, old["count"]) + 1
     enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
-
-    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(enters, new, _placed_like(new, old.astype(new.dtype)))
-
-    chosen = {name: choose(old[name], values) for name, values in new.items()}
-    return cast(BatchStats, {**batch_stats, **chosen})
+    return {
+        name: lax.select(enters, values, _placed_like(values, old[name].astype(values.dtype)))
+        for name, values in new.items()
+    }
 
 
 class _Layout(NamedTuple):
@@ -499,7 +519,7 @@ def _prepare(
     residual: jax.Array | None,
     dtype: Any,
 ) -> _Prepared:
-    x = as_floating("x", x)
+    x = named(INPUT_NAME, as_floating("x", x))
     params = as_params(params)
     known = _known(batch_stats)
     feature_axes = canonical_axes("axis", axis, x.ndim)
@@ -626,7 +646,9 @@ def _batch_moments(
     """
     running_mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
+    if mask is None and static_count(reduction, x.shape) > 0:
+        return found, found.var
     running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
     return found, jnp.where(found.count > 0, found.var, running_var)
 
@@ -676,23 +698,39 @@ def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
     return total, (first - (total - of_second)) + (second - of_second)
 
 
-def _average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+def _average(by_step: bool | None, weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the new running value, in the dtype it is stored in."""
     dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
     new = new.astype(dtype)
     old_value = _placed_like(new, old.astype(dtype))
-    weight = _placed_like(new, weight.astype(statistics_dtype(dtype)))
     share = weight.astype(dtype)
     # A step from the old value stays where it is once it has arrived, for any rounding of a small
     # weight; a sum of shares leaves nothing of the old value where the weight is 1.
-    by_step = old_value + share * (new - old_value)
-    average = jnp.where(weight < 0.5, by_step, (1 - share) * old_value + share * new)
+    if by_step is None:
+        share = _placed_like(new, share)
+        small = _placed_like(new, weight) < 0.5
+        average = jnp.where(small, _step(share, old_value, new), _mix(share, old_value, new))
+    else:
+        average = (_step if by_step else _mix)(share, old_value, new)
     becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
     return average if becomes_complex else average.astype(old.dtype)
 
 
+def _step(share: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    return old + share * (new - old)
+
+
+def _mix(share: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    return (1 - share) * old + share * new
+
+
 def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `values` with shape and sharding type of `reference`, which a selection needs."""
+    kind, wanted = jax.typeof(values), jax.typeof(reference)
+    if (kind.shape, kind.sharding) == (wanted.shape, wanted.sharding) and varying_axes(
+        values
+    ) >= varying_axes(reference):
+        return values
     return values + jnp.zeros_like(reference, dtype=values.dtype)
 
 

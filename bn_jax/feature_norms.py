@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.moments import (
+    INPUT_NAME,
+    MOMENTS_NAME,
     AxisName,
     as_floating,
     broadcastable_mask,
@@ -20,6 +22,7 @@ from bn_jax.moments import (
     centred_moments,
     make_reduction,
     mean_dtype,
+    named,
     split_axis,
     statistics_dtype,
 )
@@ -215,7 +218,7 @@ def _normalize(
     dtype: Any,
     about_zero: bool = False,
 ) -> jax.Array:
-    x, params = as_floating("x", x), as_params(params)
+    x, params = named(INPUT_NAME, as_floating("x", x)), as_params(params)
     check_epsilon(epsilon)
     reduced = canonical_axes("reduction_axes", reduction_axes, x.ndim)
     features = canonical_axes("feature_axes", feature_axes, x.ndim)
@@ -226,7 +229,7 @@ def _normalize(
     reduction = make_reduction(x, reduced, axis_name, axis_index_groups)
     reduction = reduction._replace(of_groups=not reduction.axis_names, about_zero=about_zero)
     start = jnp.zeros((1,) * x.ndim, mean_dtype(real_dtype, x.dtype))
-    found = centred_moments(reduction, x, mask, start)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, start))
     var = jnp.where(found.count > 0, found.var, 1)
     shape = tuple(size if axis in features else 1 for axis, size in enumerate(x.shape))
     transform = make_transform(params, shape, found.shift, found.delta, var, epsilon)

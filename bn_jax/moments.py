@@ -33,11 +33,12 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as extend_core
 from jax.flatten_util import ravel_pytree
@@ -45,11 +46,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName: TypeAlias = str | Sequence[str]
 Sums: TypeAlias = tuple[jax.Array, ...]
+Values = TypeVar("Values")
 
 CANCELLATION_THRESHOLD = 10.0
 CONSTANT_THRESHOLD = 2.0**-20
 # A power of two, so that multiplying by it rounds nothing.
 OVERFLOW_UNIT = 2.0**-40
+# By these names policies of `jax.checkpoint` know what a norm is given and what it measures.
+INPUT_NAME = "bn_jax.input"
+MOMENTS_NAME = "bn_jax.moments"
+_USE_NAME = "bn_jax.use"
 
 
 class Moments(NamedTuple):
@@ -212,7 +218,7 @@ def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
     return CentredMoments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate, error, var)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def centred_moments(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
@@ -233,26 +239,35 @@ def centred_moments(
     Returns:
         `CentredMoments`; where nothing entered, `delta` and `var` are 0.
     """
+    return _centred_moments(reduction, x, mask, shift)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _centred_moments(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> CentredMoments:
     shift = _common(reduction, shift)
     start = jnp.zeros_like(shift) if reduction.of_groups else shift
-    total, square = _local_sums(reduction, x, mask, start)
+    total, square = _local_sums_apart(reduction, x, mask, start)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
-        (var,) = _divide((square,), count)
+        var = _divide(square, _divisor(reduction, x, mask, count))
         return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
     count, total, square = _counted(reduction, x, mask, (total, square))
+    divisor = _divisor(reduction, x, mask, count)
     if reduction.of_groups:
         return _measure_groups(reduction, x, mask, shift, count, total, square)
-    delta, var = _delta_and_var((total, square), count)
+    delta, var = _delta_and_var((total, square), divisor)
     refine = _agree(reduction, jnp.any(cancels(delta, var)))
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         unit = jnp.where(jnp.isfinite(var), jnp.ones_like(var), OVERFLOW_UNIT)
         total, _ = _local_sums(reduction, x, mask, shift)
-        shift = shift + _divide(_all_reduce(reduction, total), count)[0]
+        (total,) = _all_reduce(reduction, total)
+        shift = shift + _divide(total, divisor)
         sums = _all_reduce(reduction, *_local_sums(reduction, x, mask, shift, unit))
-        delta, scaled_var = _delta_and_var(sums, count)
-        return shift, delta / unit.astype(delta.dtype), scaled_var / jnp.square(unit)
+        delta, scaled_var = _delta_and_var(sums, divisor)
+        return shift, delta / unit.astype(delta.dtype), scaled_var / lax.square(unit)
 
     def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         return shift, delta, var
@@ -289,32 +304,50 @@ def _measure_groups(
     The guard is one predicate for all groups, and so a collective where they lie on several
     devices.
     """
-    shift = jnp.where(count > 0, _divide((total,), count)[0], shift)
+    divisor = _divisor(reduction, x, mask, count)
+    shift = jnp.where(count > 0, _divide(total, divisor), shift)
     unit = jnp.where(jnp.isfinite(square), jnp.ones_like(square), OVERFLOW_UNIT)
-    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), count)
+    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), divisor)
     # The mean is off by its own rounding, e * |mean|. Of a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
     constant = var <= CONSTANT_THRESHOLD * absolute_square(delta)
-    delta, var = delta / unit.astype(delta.dtype), var / jnp.square(unit)
+    delta, var = delta / unit.astype(delta.dtype), var / lax.square(unit)
     shift = shift + jnp.where(constant, delta, 0)
     return CentredMoments(count, shift, *(jnp.where(constant, 0, one) for one in (delta, var)))
 
 
-@partial(centred_moments.defjvp, symbolic_zeros=True)
+@partial(_centred_moments.defjvp, symbolic_zeros=True)
 def _centred_moments_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
     x, mask, shift = primals
     dx, d_mask = map(_unless_zero, tangents[:2])
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     changes = jax.checkpoint(partial(_local_changes, reduction), prevent_cse=False)
     totals = _all_reduce(reduction, *changes(x, mask, found, dx, d_mask))
     d_count = jnp.zeros_like(found.count) if d_mask is None else totals[2]
-    d_mean, d_var = _divide(totals[:2], found.count)
+    divisor = _divisor(reduction, x, mask, found.count)
+    d_mean, d_var = (_divide(total, divisor) for total in totals[:2])
     if reduction.about_zero:
         d_mean = jnp.zeros_like(found.delta)
     return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
+
+
+def named(name: str, values: Values) -> Values:
+    """Gives arrays the name by which a policy of `jax.checkpoint` keeps them.
+
+    The second name is one that no policy keeps, so that what uses the arrays in the backward pass
+    does not lie under the first: every nested `jax.checkpoint` would keep them once more.
+
+    Args:
+        name: `INPUT_NAME` or `MOMENTS_NAME`.
+        values: a tree of arrays.
+
+    Returns:
+        The same values.
+    """
+    return checkpoint_name(checkpoint_name(values, name), _USE_NAME)
 
 
 def _unless_zero(tangent: Any) -> jax.Array | None:
@@ -365,8 +398,8 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
 def absolute_square(values: jax.Array) -> jax.Array:
     """Returns ``|values|**2``, real."""
     if jnp.iscomplexobj(values):
-        return jnp.square(values.real) + jnp.square(values.imag)
-    return jnp.square(values)
+        return lax.square(values.real) + lax.square(values.imag)
+    return lax.square(values)
 
 
 def statistics_dtype(*dtypes: Any) -> jnp.dtype:
@@ -382,14 +415,22 @@ def mean_dtype(dtype: jnp.dtype, *dtypes: Any) -> jnp.dtype:
     return dtype
 
 
-def _delta_and_var(sums: Sums, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    delta, mean_square = _divide(sums, count)
+def _delta_and_var(sums: Sums, divisor: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    delta, mean_square = (_divide(total, divisor) for total in sums)
     return delta, jnp.maximum(mean_square - absolute_square(delta), 0)
 
 
-def _divide(sums: Sums, count: jax.Array) -> Sums:
-    divisor = jnp.where(count > 0, count, 1)
-    return tuple(total / divisor.astype(total.dtype) for total in sums)
+def _divisor(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
+) -> jax.Array | float:
+    """Returns the count, or 1 where nothing entered; a known number where there is no mask."""
+    if mask is None:
+        return float(max(1, static_count(reduction, x.shape)))
+    return jnp.where(count > 0, count, 1)
+
+
+def _divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
 
 
 def _local_sums(
@@ -404,6 +445,40 @@ def _local_sums(
         deviation = deviation * unit.astype(deviation.dtype)
     square = _weigh(absolute_square(deviation), mask)
     return _sum(reduction, _weigh(deviation, mask)), _sum(reduction, square)
+
+
+def _local_sums_apart(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `_local_sums`, each of a computation of its own where the platform is a CPU.
+
+    XLA fuses what enters one reduction there, but writes out what enters two: the deviation, in
+    float32. Branches of a conditional share nothing. Sharded `jit` would have a collective in each
+    of them, and so several CPUs are left alone.
+    """
+    together = partial(_local_sums, reduction)
+    if not _has_one_cpu():
+        return together(x, mask, shift)
+
+    def apart(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Known to nobody before it runs, or XLA would inline the branch.
+        always = lax.optimization_barrier(jnp.array(True))
+        total, square = (
+            lax.cond(always, sum_of, sum_of, x, mask, shift)
+            for sum_of in (lambda *given: together(*given)[0], lambda *given: together(*given)[1])
+        )
+        return total, square
+
+    return lax.platform_dependent(x, mask, shift, cpu=apart, default=together)
+
+
+def _has_one_cpu() -> bool:
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:
+        return False
 
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

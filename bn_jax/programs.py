@@ -36,7 +36,7 @@ _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpo
 WITH_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _COLLECTIONS = ("params", "batch_stats")
 MARKS = {"pvary", "pcast", "copy", "copy_p"}  # equations that change no number and no shape
-_KEPT_VALUE = {"copy", "copy_p", "name"}
+_KEPT_VALUE = {"copy", "copy_p"}
 
 
 class Equation(NamedTuple):
@@ -179,7 +179,8 @@ def trace(forward: Callable[..., Any], variables: Any, *args: Any) -> Program:
         *args: further trees of these.
 
     Returns:
-        The program, with the calls of `jax.jit`, `jax.checkpoint` and the like read in place.
+        The program, with the calls of `jax.jit`, `jax.checkpoint` and the like read in place, and
+        without the names for policies of the latter.
         `jax.lax.scan`, `while_loop`, `cond` and `jax.shard_map` stay one equation each.
     """
     closed, shapes = jax.make_jaxpr(forward, return_shape=True)(variables, *args)
@@ -466,7 +467,10 @@ class _Reader:
 
         for eqn in jaxpr.eqns:
             operands = tuple(number(atom) for atom in eqn.invars)
-            if self._is_opened(eqn, operands):
+            if eqn.primitive.name == "name":
+                # What `jax.ad_checkpoint.checkpoint_name` returns is what it is given.
+                outputs = list(operands)
+            elif self._is_opened(eqn, operands):
                 inner, inner_consts = next(_jaxprs(eqn.params))
                 outputs = self.read(inner, inner_consts, operands)
             else:

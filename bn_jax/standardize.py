@@ -41,7 +41,7 @@ class Transform(NamedTuple):
     bias: jax.Array | None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def standardize(
     dtype: Any, x: jax.Array, mask: jax.Array | None, transform: Transform
 ) -> jax.Array:
@@ -63,11 +63,18 @@ def standardize(
     Returns:
         The array `y`, of the shape of `x`.
     """
+    return _standardize(dtype, x, mask, transform)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _standardize(
+    dtype: Any, x: jax.Array, mask: jax.Array | None, transform: Transform
+) -> jax.Array:
     y = centre(x, transform.shift, transform.delta) * _multiplier(transform)
     return (y if transform.bias is None else y + transform.bias).astype(dtype)
 
 
-@standardize.defjvp
+@_standardize.defjvp
 def _standardize_jvp(
     dtype: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:

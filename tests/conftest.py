@@ -1,10 +1,35 @@
+import os
 import sys
+import tempfile
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Compiles what is the same program once, whichever test or process of a test asks for it.
+
+    Each worker of pytest-xdist has a cache of its own: JAX does not write to it atomically.
+    """
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    for name, value in {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For tests in which compiling takes the time, and nothing depends on how well it is done."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -29,3 +54,12 @@ def command(monkeypatch, capsys, tmp_path):
         return caught.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    """As where there is one CPU, with nothing traced before or left behind."""
+    jax.clear_caches()
+    monkeypatch.setattr(sys.modules["bn_jax.moments"], "_has_one_cpu", lambda: True)
+    yield
+    jax.clear_caches()

@@ -17,11 +17,7 @@ from bn_jax.audit import is_initial
 EXAMPLES = 64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 Norm = partial(bn.linen.BatchNorm, momentum=0.0)

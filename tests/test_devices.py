@@ -1,5 +1,6 @@
 """Every way of running on several devices gives the numbers of one, at a counted cost."""
 
+import functools
 import re
 from functools import partial
 
@@ -69,7 +70,11 @@ def synchronized(devices, subgroups, names=("data",)):
     return dict(axis_name=name, axis_index_groups=groups)
 
 
-def by_shard_map(make_mesh, check_vma, state, batch, subgroups, *, features=None, **options):
+# Each takes the layer's options and returns a function of state and batch, which compiles once for
+# the shapes and dtypes that it gets.
+
+
+def by_shard_map(make_mesh, check_vma, subgroups, *, features=None, **options):
     """Over a mesh whose axes but the one called `features` share the examples."""
     mesh = make_mesh()
     names = tuple(name for name in mesh.axis_names if name != features)
@@ -81,69 +86,93 @@ def by_shard_map(make_mesh, check_vma, state, batch, subgroups, *, features=None
         if not check_vma:
             of_params = jax.lax.psum(of_params, names)
         if subgroups:
-            updated = jax.tree.map(lambda leaf: leaf[None], updated)
+            updated = stacked(updated)
         return (of_params, of_x), (y, updated)
 
     def spec_of(leaf):
         return P(names, *(None,) * (leaf.ndim - 2), features if leaf.shape[-1] > 1 else None)
 
-    of_state, of_x = P(features), spec_of(batch[0])
-    updated_spec = P(names, features) if subgroups else of_state
-    in_specs = of_state, jax.tree.map(spec_of, batch)
-    mapped = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=((of_state, of_x), (of_x, updated_spec)),
-        check_vma=check_vma,
-    )
-    of_state, of_batch = jax.tree.map(partial(NamedSharding, mesh), in_specs)
-    placed = jax.device_put(state, of_state), jax.device_put(batch, of_batch)
-    gradients, (y, updated) = jax.jit(mapped)(*placed)
-    return gradients, y, updated if subgroups else jax.tree.map(lambda leaf: leaf[None], updated)
+    def specs_of(batch):
+        return P(features), jax.tree.map(spec_of, batch)
+
+    @jax.jit
+    def mapped(state, batch):
+        of_state, of_batch = in_specs = specs_of(batch)
+        updated_spec = P(names, features) if subgroups else of_state
+        return jax.shard_map(
+            shard,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=((of_state, of_batch[0]), (of_batch[0], updated_spec)),
+            check_vma=check_vma,
+        )(state, batch)
+
+    def run(state, batch):
+        shardings = jax.tree.map(partial(NamedSharding, mesh), specs_of(batch))
+        gradients, (y, updated) = mapped(*map(jax.device_put, (state, batch), shardings))
+        return gradients, y, updated if subgroups else stacked(updated)
+
+    return run
 
 
-def by_jit(make_mesh, options_of, state, batch, subgroups, **options):
-    options |= options_of(subgroups, len(batch[0]))
+def stacked(updated):
+    """With an axis for the copies of the state, of which there is one."""
+    return jax.tree.map(lambda leaf: leaf[None], updated)
+
+
+def by_jit(make_mesh, options_of, subgroups, **options):
+    options |= options_of(subgroups)
     mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
-        state = jax.device_put(state, NamedSharding(mesh, P()))
-        train = jax.jit(lambda state, batch: differentiated(*state, *batch, **options))
-        gradients, (y, updated) = train(state, placed)
-    return gradients, y, jax.tree.map(lambda leaf: leaf[None], updated)
+    train = jax.jit(lambda state, batch: differentiated(*state, *batch, **options))
+
+    def run(state, batch):
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
+            state = jax.device_put(state, NamedSharding(mesh, P()))
+            gradients, (y, updated) = train(state, placed)
+        return gradients, y, stacked(jax.tree.map(np.asarray, updated))
+
+    return run
 
 
-def with_the_axis(subgroups, rows):
+def with_the_axis(subgroups):
     return synchronized(DEVICES, subgroups)
 
 
-def without_the_axis(subgroups, rows):
-    return dict(virtual_batch_size=rows // GROUPS if subgroups else None)
+def without_the_axis(subgroups):
+    return dict(virtual_batch_size=ROWS // GROUPS if subgroups else None)
 
 
-def on_one_device(state, batch, subgroups, **options):
-    options |= with_the_axis(subgroups, len(batch[0]))
-    gradients, (y, updated) = jax.jit(partial(differentiated, **options))(*state, *batch)
-    return gradients, y, jax.tree.map(lambda leaf: leaf[None], updated)
+def on_one_device(subgroups, **options):
+    train = jax.jit(partial(differentiated, **options, **with_the_axis(subgroups)))
+
+    def run(state, batch):
+        gradients, (y, updated) = train(*state, *batch)
+        return gradients, y, stacked(updated)
+
+    return run
 
 
-def by_named_map(transform, state, batch, subgroups, **options):
+def by_named_map(transform, subgroups, **options):
     options |= synchronized(DEVICES, subgroups)
-    split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
     mapped = transform(
         lambda state, batch: differentiated(*state, *batch, **options),
         axis_name="data",
         in_axes=(None, 0),
     )
-    (of_params, of_x), (y, updated) = mapped(state, split)
-    join = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
-    return (jax.tree.map(lambda leaf: leaf.sum(0), of_params), join(of_x)), join(y), updated
+
+    def run(state, batch):
+        split = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch)
+        (of_params, of_x), (y, updated) = jax.tree.map(np.asarray, mapped(state, split))
+        join = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+        return (jax.tree.map(lambda leaf: leaf.sum(0), of_params), join(of_x)), join(y), updated
+
+    return run
 
 
 REGIMES = {
     "pmap": partial(by_named_map, jax.pmap),
-    "vmap": partial(by_named_map, jax.vmap),
+    "vmap": partial(by_named_map, lambda *how, **named: jax.jit(jax.vmap(*how, **named))),
     "shard_map": partial(by_shard_map, automatic_mesh, True),
     "shard_map unchecked": partial(by_shard_map, automatic_mesh, False),
     "shard_map explicit": partial(by_shard_map, explicit_mesh, True),
@@ -157,6 +186,13 @@ REGIMES = {
     "jit explicit without axis_name": partial(by_jit, explicit_mesh, without_the_axis),
     "one device": on_one_device,
 }
+
+
+@functools.cache
+def in_regime(regime, subgroups, **options):
+    return REGIMES[regime](subgroups, **options)
+
+
 ROWS = 4 * DEVICES
 DISTRIBUTIONS = {
     "even": None,
@@ -186,12 +222,13 @@ def test_n_devices_give_the_numbers_of_one(regime, distribution, offset, subgrou
     assert len(jax.devices()) >= DEVICES
     x, state = standard_normal(27, (ROWS, 2, 4)) + np.float32(offset), make_state((4,))
     weights, mask = standard_normal(28, x.shape), DISTRIBUTIONS[distribution]
+    run = in_regime(regime, subgroups)
     if mask is None:
-        found = REGIMES[regime](state, (x, weights, jnp.ones((ROWS, 1, 1), bool)), subgroups)
+        found = run(state, (x, weights, jnp.ones((ROWS, 1, 1), bool)))
     else:
         mask = mask.reshape(mask.shape + (1,) * (3 - mask.ndim))
         x = jnp.where(mask > 0, x, jnp.nan)
-        found = REGIMES[regime](state, (x, weights, jnp.asarray(mask)), subgroups)
+        found = run(state, (x, weights, jnp.asarray(mask)))
     (of_params, of_x), y, updated = jax.tree.map(np.asarray, found)
     valid = np.broadcast_to(True if mask is None else mask > 0, x.shape)
     expected = expect(state, np.asarray(x), np.asarray(weights), mask, GROUPS if subgroups else 1)
@@ -234,14 +271,22 @@ def pull_by(weights):
     return lambda y: np.cos(y) * weights
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize(
+    ("momentum", "poison"),
+    [
+        (0.9, np.nan),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in ((0.9, np.inf), (None, np.nan), (None, np.inf))
+        ),
+    ],
+)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_poison_on_one_device_does_not_poison_the_state(regime, momentum, poison):
     x, (params, stats) = standard_normal(49, (ROWS, 4)), make_state((4,))
     stats["count"] = jnp.full(4, 2.0)
     batch = x.at[5, 1].set(poison), standard_normal(50, x.shape), jnp.ones((len(x), 1), bool)
-    found = REGIMES[regime]((params, stats), batch, False, momentum=momentum)
+    found = in_regime(regime, False, momentum=momentum)((params, stats), batch)
     _, y, updated = jax.tree.map(np.asarray, found)
     updated = jax.tree.map(lambda leaf: leaf[-1], updated)
     expected_y, expected = define_batch_norm(params, stats, x, momentum=momentum)
@@ -335,6 +380,7 @@ STATELESS = {
 }
 
 
+@functools.cache
 def stateless_case(name):
     layer, ours, spec = STATELESS[name]
     x, weights = standard_normal(60, (4, 6, 8)), standard_normal(61, (4, 6, 8))
@@ -348,7 +394,8 @@ def stateless_case(name):
 
     flax = lambda params, x: layer.apply({"params": params}, x)  # noqa: E731
     with jax.numpy_dtype_promotion("standard"):
-        expected = jax.grad(partial(loss, flax), (0, 1), has_aux=True)(params, x, weights)
+        differentiate = jax.jit(jax.grad(partial(loss, flax), (0, 1), has_aux=True))
+        expected = differentiate(params, x, weights)
     return partial(loss, ours), (params, x, weights), spec, expected
 
 
@@ -458,7 +505,7 @@ def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
 
 
 @pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
-@pytest.mark.parametrize("groups_per_device", [1, 2])
+@pytest.mark.parametrize("groups_per_device", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_groups_that_line_up_with_the_shards_need_no_collective(
     make_mesh, groups_per_device, masked

@@ -31,11 +31,7 @@ FLAX = {"linen": nn, "nnx": nnx}
 OURS = {"linen": bn.linen, "nnx": bn.nnx}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_for_one_run():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -834,7 +830,12 @@ def dtype_of_statistics(norm):
 
 @pytest.mark.parametrize(
     "title,name",
-    [(title, name) for title, change in CHANGES.items() for name in change.norms],
+    [
+        pytest.param(title, name, marks=() if name in first else pytest.mark.exhaustive)
+        for title, change in CHANGES.items()
+        for first in [{name.split(".")[0]: name for name in reversed(change.norms)}.values()]
+        for name in change.norms
+    ],
 )
 def test_a_deliberate_change(title, name):
     CHANGES[title].show(NORMS[name])

@@ -57,13 +57,18 @@ def test_the_new_running_statistics_are_returned(arm):
     assert any(leaf.shape == update.shape and np.allclose(leaf, update) for leaf in leaves)
 
 
-@pytest.mark.parametrize("found", [1.05, np.nan])
-@pytest.mark.parametrize("place", ["y", "d_x", "d_params"])
+@pytest.mark.parametrize(
+    "place, found",
+    [("y", 1.05), ("y", np.nan), ("d_x", 1.05), ("d_params", 1.6), ("d_params", np.nan)],
+)
 def test_what_computes_something_else_is_not_compared(found, place):
     case = Case("RMSNorm", "bfloat16", SHAPE)
-    right = Outputs(*(np.ones(3, np.float32) for _ in Outputs._fields))
-    wrong = right._replace(**{place: np.array([1, 1, found], np.float32)})
-    near = right._replace(y=np.array([1, 1, 1.005], np.float32))
+    right = Outputs(*(np.ones((1, 3), np.float32) for _ in Outputs._fields))
+    right = right._replace(d_params=np.ones(3, np.float32))
+    other = getattr(right, place).copy()
+    other[..., -1] = found
+    wrong = right._replace(**{place: other})
+    near = right._replace(y=np.array([[1, 1, 1.005]], np.float32))
     layer.require_agreement(case, {"one": {BOTH: lambda: right}, "other": {BOTH: lambda: near}})
     with pytest.raises(AssertionError, match=r"other and one differ by .* in forward \+ backward"):
         layer.require_agreement(
@@ -96,7 +101,7 @@ def test_the_tables_are_what_was_measured():
         "4x3": {FORWARD: timings(2, 4, 3), BOTH: timings(8, 2, 16)},
         "5x3": {FORWARD: timings(8, 4, 16), BOTH: timings(8, 2, 16)},
     }
-    headline, table = layer.tables({"BatchNorm": {"float32": by_shape}})
+    headline, table = layer.tables({"norms": layer.as_json({"BatchNorm": {"float32": by_shape}})})
     assert report.markdown(headline).splitlines()[2:] == [
         "| BatchNorm | float32 | forward | 1.15 (2.00) | 1.00 (2.00) | 2.67 (5.33) |",
         "| BatchNorm | float32 | forward + backward | 4.00 (4.00) | 4.00 (4.00) | 2.00 (2.00) |",
@@ -122,7 +127,7 @@ def test_the_committed_figures_are_complete():
             assert list(timings) == arms
             for one in timings.values():
                 assert 0 < one.quartiles[0] <= one.median <= one.quartiles[2]
-    shown = [table.row_count for table in layer.tables(figures)]
+    shown = [table.row_count for table in layer.tables(known)]
     assert shown == [len(NORMS) * 2 * 2, *[2 * len(layer.SHAPES) * 2] * len(NORMS)]
 
 
@@ -159,15 +164,9 @@ print([faults() for _ in range(3)][-1])
     assert kept < 0.01 * pages < 0.5 * pages < returned
 
 
-def test_each_function_is_prepared_before_it_is_timed():
+def test_a_program_is_timed_after_itself():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    found = in_turns(
-        functions,
-        2,
-        advance=lambda: calls.append("round"),
-        prepare=lambda function: calls.append(function),
-    )
-    a, b = functions.values()
-    assert calls == [a, "a", b, "b", "round"] * 2
+    found = in_turns(functions, 2, lambda: calls.append("round"), layer.after_itself)
+    assert calls == ["a", "a", "b", "b", "round"] * 2
     assert list(found) == ["a", "b"]

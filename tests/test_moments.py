@@ -264,6 +264,62 @@ def test_index_groups_have_moments_of_their_own():
             assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], grouped), expected)
 
 
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_of_their_own_are_the_same_sums(dtype, masked):
+    x = (standard_normal(40, (3, 64, 5)) * 2 + 1).astype(dtype)
+    mask = standard_normal(41, (3, 64, 1)) > 0 if masked else None
+    count, mean, var = define_moments(x, (0, 2), mask)
+    found = jax.jit(jax.vmap(partial(bn.moments, axes=0)))(x, mask=mask)
+    assert_close(jnp.broadcast_to(found.count[:, None], mean.shape), count)
+    assert_close((found.mean, found.var), (mean, var))
+    # The guard would mend a wrong sum: it must find nothing to do.
+    zeros = jnp.zeros((1, 5))
+    kept = centred_moments(Reduction((0,)), x[0], None if mask is None else mask[0], zeros)
+    assert (kept.shift == 0).all()
+
+    def total(x):
+        found = jax.vmap(partial(bn.moments, axes=0))(x, mask=mask)
+        return jnp.sum(found.mean) + jnp.sum(jnp.sin(found.var))
+
+    weights = np.ones(x.shape) if mask is None else np.broadcast_to(mask, x.shape)
+    mean, var, count = mean[:, None], var[:, None], weights.sum(1, keepdims=True)
+    deviation = np.asarray(x, np.float64) - mean
+    expected = weights / count * (1 + 2 * np.cos(var) * deviation)
+    assert_close(jax.grad(total)(x), expected, dtype=dtype)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_one_cpu_writes_out_no_float32_copy_of_the_batch():
+    def fusions(apart):
+        x = jax.ShapeDtypeStruct((512, 48), jnp.bfloat16)
+        program = jax.jit(partial(bn.moments, axes=0)).lower(x)
+        assert ("stablehlo.case" in program.as_text()) or not apart
+        main = program.compile().as_text().split("\nENTRY ")[1]
+        return main.count("f32[512,48]")
+
+    assert fusions(apart=True) == 0
+
+
+def test_an_eager_call_compiles_nothing_the_second_time():
+    compiled = []
+    x, other, shorter = (standard_normal(42 + rows, (rows, 3)) for rows in (6, 6, 5))
+    bn.moments(x, 0)
+
+    def note(event, duration, **names):
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        bn.moments(other, 0)
+        assert not [event for event in compiled if "backend_compile" in event]
+        bn.moments(shorter, 0)
+        assert [event for event in compiled if "backend_compile" in event]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
 def test_errors_of_input():
     x = jnp.ones((4, 3))
     with pytest.raises(TypeError, match=r"x has dtype int32; expected a floating-point dtype"):

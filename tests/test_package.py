@@ -29,6 +29,7 @@ FLOORS = {
     "observations": 5,
     "optim": 5,
     "recalibrate": 5,
+    "remat": 5,
     "programs": 5,
     "fold": 5,
     "data": 6,

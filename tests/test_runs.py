@@ -21,13 +21,10 @@ def make_small(arm, num_classes, per_device):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
-    # Compiling is most of the time that these small runs take.
-    jax.config.update("jax_disable_most_optimizations", True)
+def small(compile_quickly):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_model", make_small)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def save_run(folder, data_file):

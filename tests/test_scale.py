@@ -146,12 +146,6 @@ def test_what_is_written_is_read_again(live, tmp_path, monkeypatch):
     assert load(path) == live
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(scale, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"libtpu.* not installed.*'\.\[bench\]'"):
-        scale.main()
-
-
 def test_the_committed_figures_are_complete():
     assert list(COMMITTED.steps) == list(scale.arms(1))
     assert list(COMMITTED.layers) == list(scale.single_layers(1))

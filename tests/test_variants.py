@@ -3,6 +3,7 @@
 The reference is the definition in two passes, differentiated by JAX itself, in double precision.
 """
 
+import functools
 from functools import partial
 
 import chex
@@ -16,6 +17,8 @@ from support import assert_close, standard_normal
 import bn_jax as bn
 
 TOLERANCE = 1e-8
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def define(
@@ -343,36 +346,54 @@ def double_precision():
         yield
 
 
+@functools.cache
+def derivatives(name, of_ours):
+    """What every transform gives, by one program."""
+    function = VARIANTS[name].ours if of_ours else VARIANTS[name].reference
+
+    def derive(*arguments):
+        return {key: transform(function, *arguments) for key, transform in DERIVATIVES.items()}
+
+    return jax.jit(derive)(*VARIANTS[name].arguments(0))
+
+
 @pytest.mark.parametrize("transform", DERIVATIVES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_derivatives_agree(name, transform):
-    variant = VARIANTS[name]
-    arguments = variant.arguments(0)
-    found, expected = (
-        jax.jit(partial(DERIVATIVES[transform], function))(*arguments)
-        for function in (variant.ours, variant.reference)
-    )
+    found, expected = (derivatives(name, of_ours)[transform] for of_ours in (True, False))
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
     assert_close(found, expected, tolerance=TOLERANCE)
 
 
+def derive(names, function, *arguments):
+    """What several transforms give, for one program of them."""
+    return {name: DERIVATIVES[name](function, *arguments) for name in names}
+
+
+@functools.cache
+def reference_of(name, *transforms):
+    return jax.jit(partial(derive, transforms, VARIANTS[name].reference))
+
+
+ONCE = ("value", "grad", "jvp")
+
+
 @pytest.mark.parametrize("lead", [(3,), (2, 3)])
-@pytest.mark.parametrize("transform", ["value", "grad", "jvp"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_vmap_is_a_loop(name, transform, lead):
+def test_vmap_is_a_loop(name, lead):
     """Nested as well: google/flax#4760 and #3319 fail there."""
     variant = VARIANTS[name]
     arguments = variant.arguments(10, lead)
-    mapped = partial(DERIVATIVES[transform], variant.ours)
+    mapped = partial(derive, ONCE, variant.ours)
     for _ in lead:
         mapped = jax.vmap(mapped)
-    found = jax.jit(mapped)(*arguments)
-    reference = jax.jit(partial(DERIVATIVES[transform], variant.reference))
+    found = jax.tree.map(np.asarray, jax.jit(mapped)(*arguments))
+    arguments = jax.tree.map(np.asarray, arguments)
     for index in np.ndindex(lead):
         own, picked = (
             jax.tree.map(lambda leaf, index=index: leaf[index], tree) for tree in (arguments, found)
         )
-        assert_close(picked, reference(*own), tolerance=TOLERANCE)
+        assert_close(picked, reference_of(name, *ONCE)(*own), tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.mapped])
@@ -387,19 +408,17 @@ def test_vmap_with_an_axis_name_is_the_whole_batch(name):
         )(params, stats, x.reshape(parts.shape))
         return y.reshape(x.shape), updated
 
-    for transform in ("grad", "jvp", "hessian"):
-        found, expected = (
-            jax.jit(partial(DERIVATIVES[transform], function))(params, stats, x)
-            for function in (ours, variant.reference)
-        )
-        assert_close(found, expected, tolerance=TOLERANCE)
+    transforms = ("grad", "jvp", "hessian")
+    found = jax.jit(partial(derive, transforms, ours))(params, stats, x)
+    expected = reference_of(name, *transforms)(params, stats, x)
+    assert_close(found, expected, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.updates])
 def test_scan_is_a_loop(name):
     variant = VARIANTS[name]
     params, stats, _ = variant.arguments(30)
-    xs = variant.arguments(40, (4,))[2]
+    xs = variant.arguments(40, (3,))[2]
 
     def by_scan(function, params, stats, xs):
         def step(stats, x):
@@ -416,12 +435,11 @@ def test_scan_is_a_loop(name):
             ys.append(y)
         return jnp.stack(ys), stats
 
-    for transform in ("value", "grad", "jvp"):
-        found, expected = (
-            jax.jit(partial(DERIVATIVES[transform], function))(params, stats, xs)
-            for function in (partial(by_scan, variant.ours), partial(by_loop, variant.reference))
-        )
-        assert_close(found, expected, tolerance=TOLERANCE)
+    found, expected = (
+        jax.jit(partial(derive, ONCE, function))(params, stats, xs)
+        for function in (partial(by_scan, variant.ours), partial(by_loop, variant.reference))
+    )
+    assert_close(found, expected, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -430,7 +448,8 @@ def test_shapes_are_known_without_computing(name):
     arguments = variant.arguments(50)
     abstract = jax.eval_shape(lambda: arguments)
     found = jax.eval_shape(variant.ours, *abstract)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, variant.ours(*arguments))
+    computed = derivatives(name, True)["value"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, computed)
     chex.assert_trees_all_equal_shapes_and_dtypes(found[1], arguments[1])
 
 
@@ -438,7 +457,9 @@ def test_shapes_are_known_without_computing(name):
 def test_the_second_step_compiles_nothing_and_reuses_the_donated_state(name):
     variant = VARIANTS[name]
     params, stats, x = variant.arguments(60)
-    expected = variant.reference(params, variant.reference(params, stats, x)[1], x)
+    define = reference_of(name, "value")
+    _, expected_stats = define(params, stats, x)["value"]
+    expected = define(params, expected_stats, x)["value"]
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(lambda *state: variant.ours(*state), n=1)
     step = jax.jit(counted, donate_argnums=1)

@@ -1,0 +1,145 @@
+"""What was tried to bring a norm with an activation to its floor on a GPU, and what came of it.
+
+``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
+of time, and writes ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The
+ways are written out here, without the package: they differ in what XLA's heuristics see.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.compiled import AFTER_THE_NORM, LAYER_SHAPE, Row
+from benchmarks.compilers import H200, compile_for, mesh_of, read
+
+ROWS = [
+    Row(H200, LAYER_SHAPE, dtype, *after)
+    for dtype in ("float32", "bfloat16")
+    for after in AFTER_THE_NORM[1:]
+]
+
+
+class Way(NamedTuple):
+    """A way to write the backward pass.
+
+    Attributes:
+        sums: how the sums of the gradient g and of g * (x - mean) are taken: "two" reductions,
+            "one" of two results, two, the first "behind" a barrier, or "three", the gradient of the
+            bias apart from that of the mean.
+        again: whether the gradient of x computes g anew behind a barrier, rather than share it.
+        wide: whether the activation and its derivative are taken in float32.
+    """
+
+    sums: str = "two"
+    again: bool = False
+    wide: bool = False
+
+
+WAYS = {
+    "two sums": Way(),
+    "one reduction of two results": Way("one"),
+    "the first sum behind a barrier": Way("behind"),
+    "bias and mean apart": Way("three"),
+    "g computed again": Way(again=True),
+    "g computed again, one reduction": Way("one", again=True),
+    "activation in float32": Way(wide=True),
+}
+
+
+def make_program(row: Row, way: Way) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns forward and backward pass of a row, and the shapes of its arguments."""
+    activation = getattr(nn, row.activation)
+
+    def sums(g: jax.Array, deviation: jax.Array, slope: jax.Array) -> tuple[jax.Array, ...]:
+        wide = g.astype(jnp.float32)
+        if way.sums == "one":
+            zero = jnp.float32(0)
+            return lax.reduce(
+                (wide, wide * deviation),
+                (zero, zero),
+                lambda a, b: (a[0] + b[0], a[1] + b[1]),
+                (0,),
+            )
+        first = lax.optimization_barrier(g).astype(jnp.float32) if way.sums == "behind" else wide
+        total = first.sum(0)
+        scaled = (wide * slope).sum(0) / slope if way.sums == "three" else total
+        return total, (wide * deviation).sum(0), scaled
+
+    def forward_and_backward(
+        x: Any, residual: Any, cotangent: Any, scale: Any, bias: Any
+    ) -> tuple[Any, ...]:
+        mean = x.astype(jnp.float32).mean(0)
+        var = lax.square(x.astype(jnp.float32)).mean(0) - lax.square(mean)
+        inverse = lax.rsqrt(var + 1e-5)
+
+        def before(x: jax.Array, residual: jax.Array) -> jax.Array:
+            y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+            y = y if way.wide else y.astype(x.dtype)
+            return y + residual.astype(y.dtype) if row.residual else y
+
+        def gradient(x: jax.Array, residual: jax.Array, cotangent: jax.Array) -> jax.Array:
+            y = before(x, residual)
+            return jax.vjp(activation, y)[1](cotangent.astype(y.dtype))[0]
+
+        y = activation(before(x, residual)).astype(x.dtype)
+        y, cotangent = lax.optimization_barrier((y, cotangent))
+        g = gradient(x, residual, cotangent)
+        deviation = x.astype(jnp.float32) - mean
+        found = sums(g, deviation, inverse * scale)
+        if way.again:
+            x, residual, cotangent, *found = lax.optimization_barrier(
+                (x, residual, cotangent, *found)
+            )
+            g, deviation = gradient(x, residual, cotangent), x.astype(jnp.float32) - mean
+        of_mean, of_var = found[-1] if len(found) == 3 else found[0], found[1]
+        d_x = g.astype(jnp.float32) - of_mean / len(x) - deviation * of_var * inverse**2 / len(x)
+        d_x = (d_x * inverse * scale).astype(x.dtype)
+        return y, d_x, found[0], found[1], *((g,) if row.residual else ())
+
+    x = jax.ShapeDtypeStruct(row.shape, row.dtype)
+    feature = jax.ShapeDtypeStruct(row.shape[-1:], jnp.float32)
+    return forward_and_backward, (x, x, x, feature, feature)
+
+
+def measure(row: Row, way: Way) -> float:
+    """Returns the bytes that a way moves, in units of the input."""
+    return read(compile_for(mesh_of(row.chip), *make_program(row, way))).moved / row.unit
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures as a table: a row for every way, a column for every program."""
+    table = Table(title="Bytes moved on the H200, in units of the input", box=SIMPLE_HEAD)
+    table.add_column("way", no_wrap=True)
+    for program in next(iter(figures["ways"].values())):
+        table.add_column(program, justify="right")
+    for way, moved in figures["ways"].items():
+        table.add_row(way, *(f"{one:.2f}" for one in moved.values()))
+    return [table]
+
+
+def main() -> None:
+    """Compiles, writes the JSON and prints the table."""
+    jax.config.update("jax_platforms", "cpu")
+    found: dict[str, dict[str, float]] = {}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(WAYS) * len(ROWS))
+        for name, way in WAYS.items():
+            progress.update(task, description=name)
+            found[name] = {}
+            for row in ROWS:
+                found[name][f"{row.dtype}, {row}"] = measure(row, way)
+                progress.advance(task)
+    report.write("attempts", ("flax", "jax-cuda13-plugin"), {"ways": found})
+    report.show(tables(report.read("attempts")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What accelerators' compilers make of a norm: bytes, memory and kernels, ours against Flax's.
+
+``python -m benchmarks.compiled`` compiles, ahead of time and without an accelerator, single layers
+and blocks of convolutions, forward and backward, for the TPUs v5e and v6e and for an H200; it
+prints what the compiled programs hold and writes ``benchmarks/results/compiled.json``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+import bn_jax as bn
+from benchmarks import report
+from benchmarks.compilers import H200, V5E, V6E, Compiled, compile_for, mesh_of, missing, read
+from bn_jax.models import Norm
+
+FLAX, OURS = "flax.linen", "bn_jax"
+NORMS: dict[str, Norm] = {FLAX: nn.BatchNorm, OURS: bn.linen.BatchNorm}
+
+
+class Row(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        chip: for which accelerator.
+        shape: of the input.
+        dtype: of the input and of the output.
+        activation: the name of a function of `flax.linen` after the norm, or "".
+        residual: whether the input of a block, or of the layer another array, is added before that.
+        convolutions: how many blocks there are, each of a 3x3 convolution and a norm; 0 for the
+            norm alone.
+    """
+
+    chip: str
+    shape: tuple[int, ...]
+    dtype: str
+    activation: str = ""
+    residual: bool = False
+    convolutions: int = 0
+
+    @property
+    def unit(self) -> int:
+        """The bytes of the input."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size * jnp.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        """Names the row."""
+        parts = [f"{self.convolutions} x conv" * bool(self.convolutions), "norm"]
+        parts += ["residual" * self.residual, self.activation]
+        return " + ".join(filter(None, parts))
+
+
+AFTER_THE_NORM = (("", False), ("relu", False), ("silu", False), ("relu", True))
+LAYER_SHAPE = (65536, 256)
+# More than the on-chip memory of a TPU holds, so that nothing stays there from kernel to kernel.
+BLOCK_SHAPE = (256, 32, 32, 256)
+ROWS = [
+    *(
+        Row(H200, LAYER_SHAPE, dtype, *after)
+        for dtype in ("float32", "bfloat16")
+        for after in AFTER_THE_NORM
+    ),
+    *(
+        Row(chip, BLOCK_SHAPE, "bfloat16", *after, convolutions=2)
+        for chip in (V5E, V6E)
+        for after in AFTER_THE_NORM[1:]
+    ),
+]
+
+
+class Network(nn.Module):
+    """The layer or the blocks of a row."""
+
+    row: Row
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+        """Computes the output of the last norm, or of what is after it."""
+        after = getattr(nn, self.row.activation) if self.row.activation else lambda y: y
+        for _ in range(self.row.convolutions):
+            y = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=x.dtype)(x)
+            y = self._normalize(y)
+            x = after(y + x if self.row.residual else y)
+        if self.row.convolutions:
+            return x
+        y = self._normalize(x)
+        return after(y + residual if self.row.residual else y)
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        return self.norm(use_running_average=False, dtype=x.dtype)(x)
+
+
+def make_program(row: Row, norm: Norm) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns forward and backward pass of a row, and the shapes of its arguments.
+
+    The backward pass begins when the output is there, as it does within a network.
+    """
+    network = Network(row, norm)
+    x = jax.ShapeDtypeStruct(row.shape, row.dtype)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x, x)
+    adds_another = row.residual and not row.convolutions
+
+    def forward_and_backward(variables: Any, x: Any, residual: Any, cotangent: Any) -> Any:
+        def forward(params: Any, x: Any, residual: Any) -> Any:
+            return network.apply(
+                {**variables, "params": params}, x, residual, mutable="batch_stats"
+            )
+
+        y, pullback, updated = jax.vjp(forward, variables["params"], x, residual, has_aux=True)
+        y, cotangent = jax.lax.optimization_barrier((y, cotangent))
+        gradients = pullback(cotangent)
+        return y, updated, gradients if adds_another else gradients[:2]
+
+    return forward_and_backward, (variables, x, x, x)
+
+
+def measure(row: Row, norm: Norm) -> Compiled:
+    """Compiles a row with a norm, and reads it."""
+    return read(compile_for(mesh_of(row.chip), *make_program(row, norm)))
+
+
+def measure_all(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Measures rows with every norm, showing how far it is."""
+    rows, found = list(rows), []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(rows) * len(NORMS))
+        for row in rows:
+            arms = {}
+            for name, norm in NORMS.items():
+                progress.update(task, description=f"{row.chip}: {row}, {name}")
+                arms[name] = measure(row, norm)._asdict()
+                progress.advance(task)
+            found.append({"row": row._asdict(), "arms": arms})
+    return found
+
+
+def load(figures: Mapping[str, Any]) -> dict[Row, dict[str, Compiled]]:
+    """Reads the figures of the JSON."""
+    return {
+        Row(**{**one["row"], "shape": tuple(one["row"]["shape"])}): {
+            name: Compiled(**arm) for name, arm in one["arms"].items()
+        }
+        for one in figures["rows"]
+    }
+
+
+def floor(row: Row) -> int:
+    """Returns how often arrays like the input must at least be read and written by a layer alone.
+
+    Forward two reads and a write, backward two reads for the sums, two for the gradient and a
+    write; a residual is read in each of these but the first, and its gradient is written. Keeping
+    the gradient before the activation instead saves nothing, but with a residual, where it is
+    written anyway.
+    """
+    return 11 if row.residual else 8
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures as tables: of each, Flax's and ours."""
+    return [
+        _table("A layer, forward and backward: bytes in units of the input", figures, 0),
+        _table("Blocks of convolution and norm: bytes in units of the input", figures, 1),
+    ]
+
+
+def _table(title: str, figures: Mapping[str, Any], least: int) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("chip", "dtype", "program", "floor", "moved", "temporary", "counted", "kernels"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, arms in load(figures).items():
+        if bool(row.convolutions) != bool(least):
+            continue
+        flax, ours = arms[FLAX], arms[OURS]
+
+        def both(quantity: str, flax: Any = flax, ours: Any = ours, unit: int = row.unit) -> str:
+            one, other = (getattr(arm, quantity) / unit for arm in (ours, flax))
+            return f"{one:.2f} / {other:.2f}" if other else "-"
+
+        table.add_row(
+            row.chip,
+            row.dtype,
+            str(row),
+            "-" if row.convolutions else str(floor(row)),
+            both("moved"),
+            both("temporary"),
+            both("counted"),
+            f"{ours.kernels} / {flax.kernels}",
+        )
+    return table
+
+
+def main() -> None:
+    """Compiles, writes the JSON and prints the tables."""
+    jax.config.update("jax_platforms", "cpu")
+    for message in filter(None, map(missing, (V5E, H200))):
+        raise SystemExit(message)
+    figures = {"rows": measure_all(ROWS)}
+    report.write("compiled", ("flax", "libtpu", "jax-cuda13-plugin"), figures)
+    report.show(tables(report.read("compiled")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a step of ResNet-50 keeps for its backward pass under each `bn_jax.remat_policy`.
+
+``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
+every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
+and writes ``benchmarks/results/memory.json``.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+import bn_jax as bn
+from benchmarks import report
+from benchmarks.compilers import V5E, mesh_of
+from benchmarks.hlo import traffic
+from bn_jax.models import Bottleneck, Norm, ResNet
+from bn_jax.remat import Keep, Policy
+
+FLAX, OURS = "flax.linen", "bn_jax"
+# What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
+WHERE: dict[Keep, str] = {
+    "inputs": "loss",
+    "narrow": "blocks",
+    "moments": "blocks",
+}
+
+
+class Sizes(NamedTuple):
+    """The network, on images of three colours, and its batch.
+
+    Attributes:
+        examples: images of a batch.
+        side: of a square image.
+        stage_sizes: blocks of each stage.
+        widths: channels of each stage.
+        classes: number of logits.
+    """
+
+    examples: int = 128
+    side: int = 224
+    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    classes: int = 1000
+
+
+class Arm(NamedTuple):
+    """A norm, and where the step is rematerialized.
+
+    Attributes:
+        norm: constructor of the norms.
+        loss: policy of the `jax.checkpoint` around the loss, or None where there is none.
+        blocks: policy of the `nn.remat` around every block, or None where there is none.
+    """
+
+    norm: Norm
+    loss: Policy | None = None
+    blocks: Policy | None = None
+
+
+class Measured(NamedTuple):
+    """What a compiled step says of itself.
+
+    Attributes:
+        temporary: bytes of main memory beside arguments and results.
+        moved: bytes that the kernels read from main memory and write to it, guards left alone.
+        flops: floating-point operations, the guards' branches included.
+        guards: conditionals: one for every measuring of a batch.
+    """
+
+    temporary: int
+    moved: int
+    flops: int
+    guards: int
+
+
+def arms() -> dict[str, Arm]:
+    """Returns the arms, Flax's norms first."""
+    flax = partial(nn.BatchNorm, momentum=0.9)
+    ours = partial(bn.linen.BatchNorm, momentum=0.9)
+    return {
+        FLAX: Arm(flax),
+        f"{FLAX}, blocks": Arm(flax, blocks=jax.checkpoint_policies.nothing_saveable),
+        OURS: Arm(ours),
+        **{
+            f"{OURS}, {where}: {keep}": Arm(ours, **{where: bn.remat_policy(keep)})
+            for keep, where in WHERE.items()
+        },
+    }
+
+
+def make_step(arm: Arm, sizes: Sizes) -> tuple[Callable[..., Any], tuple[Any, Any, Any]]:
+    """Returns a step of gradient descent and the shapes of its arguments: variables and a batch."""
+    block: Any = Bottleneck
+    if arm.blocks is not None:
+        block = nn.remat(block, static_argnums=(2,), policy=arm.blocks)
+    model = ResNet(
+        sizes.classes,
+        sizes.stage_sizes,
+        sizes.widths,
+        block,
+        arm.norm,
+        stem="7x7",
+        dtype=jnp.bfloat16,
+    )
+
+    def loss(params: Any, batch_stats: Any, images: Any, labels: Any) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updates = model.apply(variables, images, True, mutable=["batch_stats"])
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+        return -jnp.mean(chosen), updates
+
+    if arm.loss is not None:
+        loss = jax.checkpoint(loss, policy=arm.loss)
+
+    def step(variables: Any, images: Any, labels: Any) -> Any:
+        params = variables["params"]
+        (value, updates), gradients = jax.value_and_grad(loss, has_aux=True)(
+            params, variables["batch_stats"], images, labels
+        )
+        params = jax.tree.map(lambda one, gradient: one - 0.1 * gradient, params, gradients)
+        return {"params": params, **updates}, value
+
+    images = jax.ShapeDtypeStruct((sizes.examples, sizes.side, sizes.side, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((sizes.examples,), jnp.int32)
+    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, False), images)
+    return step, (variables, images, labels)
+
+
+def measure(arm: Arm, mesh: Mesh, sizes: Sizes) -> Measured:
+    """Compiles the step of an arm and reads it."""
+    step, shapes = make_step(arm, sizes)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+    compiled = jax.jit(step, out_shardings=sharding).lower(*arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    text = compiled.as_text() or ""
+    return Measured(
+        temporary=memory.temp_size_in_bytes,
+        moved=traffic(text),
+        flops=int(cost["flops"]),
+        guards=len(re.findall(r" conditional\(", text)),
+    )
+
+
+def load(figures: Mapping[str, Any]) -> dict[str, Measured]:
+    """Reads the figures of the JSON."""
+    return {arm: Measured(**one) for arm, one in figures["arms"].items()}
+
+
+def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
+    """Shows memory, bytes and operations of an arm, relative to those of Flax's norms."""
+    one, other = measured[arm], measured[FLAX]
+    return [
+        f"{one.temporary / other.temporary:.2f}",
+        f"{one.moved / other.moved:.2f}",
+        f"{one.flops / other.flops:.2f}",
+    ]
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures as a table."""
+    measured = load(figures)
+    table = Table(title="A step of ResNet-50, relative to flax.linen", box=SIMPLE_HEAD)
+    for column in ("", "memory MB", "moved GB", "GFLOP", "guards"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("memory", "bytes", "operations"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for arm, one in measured.items():
+        table.add_row(
+            arm,
+            f"{one.temporary / 1e6:.0f}",
+            f"{one.moved / 1e9:.2f}",
+            f"{one.flops / 1e9:.0f}",
+            str(one.guards),
+            *cells(measured, arm),
+        )
+    return [table]
+
+
+def main() -> None:
+    """Measures, writes the JSON and prints the table."""
+    jax.config.update("jax_platforms", "cpu")
+    sizes, found = Sizes(), {}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(arms()))
+        for name, arm in arms().items():
+            progress.update(task, description=name)
+            found[name] = measure(arm, mesh_of(V5E), sizes)._asdict()
+            progress.advance(task)
+    report.write(
+        "memory", ("flax", "libtpu"), {"chip": V5E, "sizes": sizes._asdict(), "arms": found}
+    )
+    report.show(tables(report.read("memory")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Policies for `jax.checkpoint`: what a network with norms keeps for its backward pass."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+
+from bn_jax.moments import INPUT_NAME, MOMENTS_NAME
+
+Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
+Policy: TypeAlias = Callable[..., Any]
+
+
+def remat_policy(keep: Keep = "inputs") -> Policy:
+    """Returns a policy by which a network with norms keeps less for its backward pass.
+
+    For `jax.checkpoint`, `flax.linen.remat` and `flax.nnx.remat`. What is not kept is computed
+    again, but for the moments of this package's norms: no policy repeats the reductions, the
+    collective or the guard of a norm, and none changes a number.
+
+    - ``"inputs"`` keeps the input of every norm, and is to be put around the whole loss: it repeats
+      no convolution.
+
+    The others are to be put around every block, ``nn.remat(Block, policy=...)``, whose inputs are
+    kept anyway; around the whole loss they would save nothing.
+
+    - ``"narrow"`` keeps the results of those convolutions and products that are no larger than what
+      they are made from. Those that widen are computed again.
+    - ``"moments"`` keeps nothing but the moments.
+
+    Without a policy, rematerialized blocks measure every batch twice. Norms of other packages have
+    no moments that a policy knows: they are computed again.
+
+    Args:
+        keep: what is kept beside the moments: "inputs", "narrow" or "moments".
+
+    Returns:
+        What `jax.checkpoint` takes as `policy`.
+
+    Raises:
+        ValueError: there is no such policy.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> def loss(params, x):
+        ...     y, _ = bn.batch_norm(
+        ...         params, bn.init_batch_stats(1), jnp.sin(x), use_running_average=False
+        ...     )
+        ...     return jnp.sum(y**3)
+        >>> params, x = bn.init_params(1), jnp.array([[1.0], [2.0], [4.0]])
+        >>> lean = jax.checkpoint(loss, policy=bn.remat_policy("inputs"))
+        >>> scale, again = (jax.grad(one)(params, x)["scale"] for one in (loss, lean))
+        >>> bool(jnp.allclose(scale, again))
+        True
+
+    Reference: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
+    https://arxiv.org/abs/1604.06174.
+    """
+    if keep not in get_args(Keep):
+        raise ValueError(
+            f"keep={keep!r} is no policy, expected one of {get_args(Keep)}: pass what this "
+            'function returns, policy=bn_jax.remat_policy("inputs").'
+        )
+    policies = jax.checkpoint_policies
+    if keep == "inputs":
+        return policies.save_only_these_names(INPUT_NAME, MOMENTS_NAME)
+    moments: Policy = policies.save_only_these_names(MOMENTS_NAME)
+    return moments if keep == "moments" else policies.save_from_both_policies(moments, _is_narrow)
+
+
+def _is_narrow(primitive: Any, *operands: Any, **options: Any) -> bool:
+    """Says whether a convolution or a product gives no more values than it takes."""
+    if primitive.name not in ("conv_general_dilated", "dot_general"):
+        return False
+    output, _ = primitive.abstract_eval(*operands, **options)
+    return prod(output.shape) <= max(prod(operand.shape) for operand in operands)
