@@ -1,7 +1,8 @@
-"""Writes the tables of `BENCHMARKS.md` and `NOTES.md` anew from the JSON of every benchmark.
+"""Writes the tables of `BENCHMARKS.md` and its like anew from the JSON of every benchmark.
 
 ``python -m benchmarks.document`` replaces what stands between ``<!-- NAME -->`` and
-``<!-- end -->`` by the tables of ``benchmarks/results/NAME.json``. The prose is written by hand.
+``<!-- end -->`` by the tables of ``benchmarks/results/NAME.json``, and what stands behind
+``<!-- NAME 0 -->`` by the first of them. The prose is written by hand.
 """
 
 import re
@@ -10,22 +11,22 @@ from pathlib import Path
 
 from benchmarks import report
 
-PAGES = [Path(__file__).parent / name for name in ("BENCHMARKS.md", "NOTES.md")]
-_PART = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+PAGES = [Path(__file__).parent / name for name in ("BENCHMARKS.md", "NOTES.md", "../README.md")]
+_PART = re.compile(r"<!-- (\w+)( \d)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_tables(page: str) -> str:
     """Returns the page with the tables of the committed figures."""
-    return _PART.sub(lambda part: _tables(part[1]), page)
+    return _PART.sub(lambda part: _tables(part[1], part[2] or ""), page)
 
 
-def _tables(benchmark: str) -> str:
+def _tables(benchmark: str, chosen: str) -> str:
     tables = import_module(f"benchmarks.{benchmark}").tables(report.read(benchmark))
     shown = "\n\n".join(
         f"{table.title}:\n\n{report.markdown(table)}" + f"\n\n{table.caption}" * bool(table.caption)
-        for table in tables
+        for table in (tables if not chosen else [tables[int(chosen)]])
     )
-    return f"<!-- {benchmark} -->\n{shown}\n<!-- end -->"
+    return f"<!-- {benchmark}{chosen} -->\n{shown}\n<!-- end -->"
 
 
 def main() -> None:
