@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-# By glibc's numbers: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its largest value), M_ARENA_MAX.
-_MALLOC_OPTIONS = {-1: 2**30, -3: 2**25, -8: 1}
+# By glibc's numbers: M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at its largest value.
+_MALLOC_OPTIONS = {-1: 2**30, -3: 2**25}
 Name = TypeVar("Name", bound=Hashable)
 Quartiles = tuple[float, float, float]
 
