@@ -60,7 +60,7 @@ for name in list(sys.modules):
 sys.meta_path.insert(0, Refuse())
 import bn_jax
 bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm, bn_jax.batch_norm
-print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} - {{"jax"}}))
 """
 
 
