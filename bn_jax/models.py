@@ -66,7 +66,7 @@ class ConvNorm(nn.Module):
             name="conv",
         )(x)
         of_scale = {} if self.norm_scale_init is None else {"scale_init": self.norm_scale_init}
-        return _normalize(self.norm, x, train, mask, self.dtype, **of_scale)
+        return apply_norm(self.norm, x, train, mask, self.dtype, **of_scale)
 
 
 def _conv_padding(padding: Padding, kernel_size: Sequence[int]) -> str | list[tuple[int, int]]:
@@ -77,7 +77,7 @@ def _conv_padding(padding: Padding, kernel_size: Sequence[int]) -> str | list[tu
     raise ValueError(f"padding={padding!r}, expected 'SAME' or 'symmetric'")
 
 
-def _normalize(
+def apply_norm(
     norm: Norm | None,
     x: jax.Array,
     train: bool,
@@ -85,12 +85,24 @@ def _normalize(
     dtype: Any,
     **attributes: Any,
 ) -> jax.Array:
-    """Applies the norm of the enclosing module; `ConvNorm` says how it is called."""
+    """Applies a norm, a child of the enclosing module; `ConvNorm` says how it is called.
+
+    Args:
+        norm: its constructor; None: `x` is returned as it is.
+        x: what is normalized.
+        train: see `ConvNorm`.
+        mask: see `ConvNorm`.
+        dtype: see `ConvNorm`.
+        **attributes: of the norm; its name is "norm" unless given.
+
+    Returns:
+        The normalized array.
+    """
     if norm is None:
         return x
     if dtype is not None:
         attributes["dtype"] = dtype
-    layer: Any = norm(name="norm", **attributes)
+    layer: Any = norm(**{"name": "norm", **attributes})
     options: dict[str, Any] = {}
     if hasattr(layer, "use_running_average"):
         options["mask"] = mask
@@ -219,7 +231,7 @@ class PreActivationBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
-        activated = nn.relu(_normalize(self.norm, x, train, mask, self.dtype))
+        activated = nn.relu(apply_norm(self.norm, x, train, mask, self.dtype))
         first = self.conv_norm(self.features, strides=self.strides)
         y = nn.relu(first(activated, train, mask))
         bare = partial(self.conv_norm, self.features, norm=None, use_bias=self.norm is None)
@@ -307,7 +319,7 @@ class ResNet(nn.Module):
                 common = {"norm": self.norm, "dtype": self.dtype, "padding": self.padding}
                 x = self.block(width, strides, **common, name=name)(x, train, mask)
         if self.pre_activation:
-            x = nn.relu(_normalize(self.norm, x, train, mask, self.dtype))
+            x = nn.relu(apply_norm(self.norm, x, train, mask, self.dtype))
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         return nn.Dense(self.num_classes, name="classifier")(features)
 
