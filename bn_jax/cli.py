@@ -24,6 +24,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import checkpoints, data, processes, runs, training
+from bn_jax.experiments import EXPERIMENTS, verdicts
+from bn_jax.experiments.reproduce import choose, reproduce
+from bn_jax.experiments.verdicts import Experiment, Interval, Setting
 from bn_jax.runs import ARMS
 
 try:
@@ -42,6 +45,8 @@ REPORT_EVERY = 5
 ANEW = "anew"
 WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
 FOR_SAVED_RUNS = ("orbax.checkpoint", "safetensors", "flatbuffers")
+MOST_SEEDS = 1000
+INTERRUPTED = 130
 LOST = "another process was lost, or JAX's runtime failed as it says above"
 
 Show = Callable[[str, training.Report], None]
@@ -136,7 +141,7 @@ def main() -> NoReturn:
             _stop_for_lost_process(error, "nothing was saved")
         traceback.print_exc()
         code = 1
-    if code == 130:
+    if code == INTERRUPTED:
         _print_error("interrupted; nothing was saved")
     _exit(code)
 
@@ -424,6 +429,148 @@ def audit(
     saved, folder = _read_for(run, out, "audit")
     print(runs.audit_run(saved, _one_device(), data_file, folder))
     print(f"Saved in {folder}")
+
+
+@app.command("reproduce")
+def reproduce_claims(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME ... | all]", help="Names or numbers of claims, see --list."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each kind. Default: 8; with --quick 3.")
+    ] = None,
+    first_seed: Annotated[
+        int, typer.Option(help="Of the runs; others repeat everything independently.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/<date-time>.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and smaller runs: much stays undecided.")
+    ] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
+) -> None:
+    """Test what is said about batch normalization, claim by claim."""
+    _require("rich", "matplotlib", "sklearn")
+    if show_list:
+        _print_claims()
+        return
+    try:
+        chosen = choose(names or [])
+    except ValueError as error:
+        _fail(f"NAME: {error}")
+    setting = _checked_setting(seeds, first_seed, quick)
+    folder = _checked_out(out)
+    _print_results(_reproduce(chosen, setting, folder))
+    print(f"Saved in {folder}")
+
+
+def _checked_setting(seeds: int | None, first_seed: int, quick: bool) -> Setting:
+    seeds = (3 if quick else 8) if seeds is None else seeds
+    if not 2 <= seeds <= MOST_SEEDS:
+        _fail(
+            f"--seeds: received {seeds}, expected 2 to {MOST_SEEDS}; an interval needs more than "
+            "one run"
+        )
+    if not 0 <= first_seed < 2**31 - MOST_SEEDS:
+        _fail(
+            f"--first-seed: received {first_seed}, expected 0 to {2**31 - MOST_SEEDS - 1}; choose "
+            "one of these"
+        )
+    return Setting(seeds, first_seed, quick)
+
+
+def _reproduce(
+    chosen: list[Experiment], setting: Setting, folder: Path
+) -> dict[Experiment, verdicts.Result]:
+    results: dict[Experiment, verdicts.Result] = {}
+    try:
+        with _claims_progress(chosen) as show:
+            for experiment in chosen:
+                advance = functools.partial(show, experiment)
+                results[experiment] = reproduce(
+                    experiment, setting._replace(advance=advance), folder
+                )
+                show(experiment, math.inf, results[experiment])
+    except KeyboardInterrupt:
+        _print_error(f"interrupted; {len(results)} of {len(chosen)} claims are in {folder}")
+        _exit(INTERRUPTED)
+    return results
+
+
+@contextlib.contextmanager
+def _claims_progress(chosen: list[Experiment]) -> Iterator[Callable[..., None]]:
+    """Gives what is called with an experiment, the share that was done, and in the end its result.
+
+    Without a terminal a line is printed for every result.
+    """
+    if not (sys.stderr.isatty() or sys.stdout.isatty()):
+        yield _print_verdict
+        return
+    from rich import console, progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description:24}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[verdict]}"),
+        progress.TimeElapsedColumn(),
+        console=console.Console(stderr=sys.stderr.isatty()),
+    )
+    tasks = {one: bar.add_task(one.name, start=False, total=1.0, verdict="") for one in chosen}
+
+    def show(experiment: Experiment, share: float, result: verdicts.Result | None = None) -> None:
+        bar.start_task(tasks[experiment])
+        bar.advance(tasks[experiment], share)
+        if result is not None:
+            bar.update(tasks[experiment], completed=1.0, verdict=result.verdict)
+            bar.stop_task(tasks[experiment])
+
+    with bar:
+        yield show
+
+
+def _print_verdict(
+    experiment: Experiment, share: float, result: verdicts.Result | None = None
+) -> None:
+    if result is not None:
+        print(f"{experiment.number} {experiment.name}: {result.verdict}", flush=True)
+
+
+def _print_claims() -> None:
+    from rich import console, table
+
+    columns = table.Table("", "name", "claim", "source")
+    for one in EXPERIMENTS.values():
+        columns.add_row(str(one.number), one.name, one.claim, one.source)
+    console.Console().print(columns)
+
+
+def _print_results(results: dict[Experiment, verdicts.Result]) -> None:
+    from rich import console, table
+
+    columns = table.Table("claim", "source", "published", "measured", "verdict", show_lines=True)
+    for experiment, result in results.items():
+        columns.add_row(
+            f"{experiment.number} {experiment.name}: {experiment.claim}",
+            experiment.source,
+            experiment.published,
+            "",
+            f"[bold]{result.verdict}[/bold]",
+        )
+        for one in result.criteria:
+            columns.add_row(one.name, "", one.published, _shown(one.measured), one.verdict)
+        for name, measured in result.reported.items():
+            columns.add_row(name, "", "", _shown(measured), "reported")
+    console.Console().print(columns)
+
+
+def _shown(measured: Interval) -> str:
+    estimate, low, high = measured
+    if low == estimate == high:
+        return f"{estimate:.3g}"
+    return f"{estimate:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _read_for(run: Path, out: Path | None, suffix: str) -> tuple[runs.SavedRun, Path]:

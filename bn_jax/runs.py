@@ -303,7 +303,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
     found = audit(forward, checkpoints.variables_of(state), batch.x)
     with staged(folder) as staging:
-        _write_json(
+        write_json(
             staging / "audit.json",
             {
                 "run": str(saved.folder),
@@ -430,7 +430,7 @@ def _written(
         shutil.copyfile(saved.folder / "test.npz", staging / "test.npz")
         metrics["checkpoint_sha256"] = checkpoints.sha256(staging / "checkpoint")
         metrics[how] = {"run": str(saved.folder), **facts, **figures}
-        _write_json(staging / "metrics.json", metrics)
+        write_json(staging / "metrics.json", metrics)
 
 
 @contextlib.contextmanager
@@ -460,7 +460,13 @@ def staged(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes numbers, texts, arrays and trees of them as JSON.
+
+    Args:
+        path: of the file.
+        value: what is not finite in it becomes null.
+    """
     path.write_text(json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n")
 
 

@@ -203,7 +203,7 @@ def test_refusals(home, command, tmp_path):
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):
     value = {"a": [np.array([1.0, np.nan])], "b": np.float32(np.inf), "c": None, "d": "text"}
-    runs._write_json(tmp_path / "a.json", value)
+    runs.write_json(tmp_path / "a.json", value)
     expected = {"a": [[1.0, None]], "b": None, "c": None, "d": "text"}
     assert json.loads((tmp_path / "a.json").read_text()) == expected
 

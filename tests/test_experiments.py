@@ -1,0 +1,191 @@
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bn_jax import cli
+from bn_jax.experiments import EXPERIMENTS, figures, reproduce, verdicts
+from bn_jax.experiments.verdicts import Criterion, Experiment, Interval, Result, Setting, Verdict
+
+CLAIMS = 18
+
+
+def test_every_claim_has_an_experiment():
+    assert [one.number for one in EXPERIMENTS.values()] == list(range(1, CLAIMS + 1))
+    folder = Path(cli.__file__).parent / "experiments"
+    shared = {"__init__", "figures", "nets", "reproduce", "sweeps", "verdicts"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
+    for name, one in EXPERIMENTS.items():
+        assert one.name == name and one.run.__module__ == f"bn_jax.experiments.{name}"
+        assert all((one.claim, one.source, one.published, one.protocol, one.limits))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.0, 2.0, Verdict.HOLDS),
+        (1.2, 1.8, Verdict.HOLDS),
+        (0.9, 1.8, Verdict.UNDECIDED),
+        (1.2, 2.1, Verdict.UNDECIDED),
+        (0.0, 3.0, Verdict.UNDECIDED),
+        (0.0, 0.9, Verdict.FAILS),
+        (2.1, 3.0, Verdict.FAILS),
+        (math.nan, math.nan, Verdict.FAILS),
+    ],
+)
+def test_the_interval_decides(low, high, verdict):
+    assert Criterion("c", "", Interval(1.5, low, high), 1.0, 2.0).verdict == verdict
+
+
+def criterion(verdict):
+    low, high = {"holds": (1, 1), "fails": (-1, -1), "undecided": (-1, 1)}[verdict]
+    return Criterion(verdict, "", Interval(0, low, high), at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (["holds", "holds"], "holds"),
+        (["holds", "undecided"], "undecided"),
+        (["undecided", "holds", "fails"], "fails"),
+    ],
+)
+def test_a_claim_is_as_good_as_its_worst_part(parts, whole):
+    assert Result(tuple(map(criterion, parts)), {}).verdict == whole
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    values = np.random.default_rng(0).normal(3, 2, (2000, 5))
+    found = [verdicts.mean_interval(one) for one in values]
+    covered = np.mean([one.low <= 3 <= one.high for one in found])
+    assert abs(covered - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+    expected = stats.t.interval(0.95, 4, values[0].mean(), stats.sem(values[0]))
+    np.testing.assert_allclose(found[0][1:], expected)
+    ratio = verdicts.ratio_interval(np.exp(values[0]))
+    np.testing.assert_allclose(np.log(ratio), found[0])
+
+
+def test_what_is_not_finite_fails():
+    assert math.isnan(verdicts.mean_interval([1.0, math.nan]).low)
+
+
+def run_tiny(setting):
+    setting.advance(0.5)
+    values = setting.chosen + (0.25 if setting.quick else 0.5)
+    bound = Criterion("mean", "1", verdicts.mean_interval(values), at_least=0)
+    return Result(
+        (bound,), {"values": values, "none": math.nan}, {"first": verdicts.exact(values[0])}
+    )
+
+
+def draw_tiny(figure, curves):
+    assert curves["none"] is None
+    figure.subplots().plot(curves["values"])
+
+
+TINY = Experiment(1, "tiny", "A claim", "Somebody 2026", "1", "p", "l", run_tiny, draw_tiny)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    other = TINY._replace(number=2, name="other")
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setitem(EXPERIMENTS, "other", other)
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0
+
+
+def test_reproduce_writes_json_and_a_figure_for_each_claim(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ("other", "1", "tiny", "--seeds", 4, "--first-seed", 10, "--out", "found")
+    assert run_command(monkeypatch, *arguments) == 0
+    names = {path.name for path in (tmp_path / "found").iterdir()}
+    assert names == {"tiny.json", "tiny.png", "other.json", "other.png"}
+    found = json.loads((tmp_path / "found/tiny.json").read_text())
+    assert found["seeds"] == [10, 11, 12, 13] and not found["quick"]
+    assert found["verdict"] == "holds" and found["criteria"][0]["verdict"] == "holds"
+    assert found["criteria"][0]["measured"]["estimate"] == 12.0
+    assert found["curves"] == {"values": [10.5, 11.5, 12.5, 13.5], "none": None}
+    assert found["reported"]["first"]["estimate"] == 10.5
+    assert (tmp_path / "found/tiny.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("1 tiny: holds\n2 other: holds\n")
+    for text in ("A claim", "Somebody 2026", "12 (9.95 to 14.1)", "10.5", "Saved in found"):
+        assert text in printed.out
+
+
+def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):
+    failing = TINY._replace(
+        run=lambda setting: Result((criterion("fails"),), {"none": None, "values": [1]})
+    )
+    monkeypatch.setitem(EXPERIMENTS, "tiny", failing)
+    assert run_command(monkeypatch, "all", "--quick", "--out", tmp_path / "found") == 0
+    assert json.loads((tmp_path / "found/tiny.json").read_text())["verdict"] == "fails"
+    assert json.loads((tmp_path / "found/other.json").read_text())["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), r"NAME: received no name, expected all, a number from 1 to 2, or names among tiny"),
+        (("tinny",), r"NAME: received tinny, expected all,.*see them with --list"),
+        (("all", "--seeds", 1), r"--seeds: received 1, expected 2 to 1000; an interval needs more"),
+        (("all", "--first-seed", -1), r"--first-seed: received -1, expected 0 to"),
+        (("all", "--out", "here"), r"--out: here exists and is not empty; choose another"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/file").touch()
+    assert run_command(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"bn-jax: error: {message}.*\n", printed.err)
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_list_names_every_claim(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_command(monkeypatch, "--list") == 0
+    printed = capsys.readouterr().out
+    for one in EXPERIMENTS.values():
+        assert re.search(rf"{one.number} .*{one.name}", printed)
+
+
+def test_what_was_found_before_an_interruption_is_kept(tiny, tmp_path, monkeypatch, capsys):
+    def interrupt(setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=interrupt))
+    assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 130
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"tiny.json", "tiny.png"}
+    assert "interrupted; 1 of 2 claims are in" in capsys.readouterr().err
+
+
+def test_bands_leave_out_what_is_not_finite():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    figures.band(axes, [1, 2, 3], [[1.0, 2.0], [None, 1.0], [3.0, 5.0]], "line")
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 1.5], [3, 4]])
+
+
+def test_names_and_numbers_choose_each_claim_once(tiny):
+    chosen = reproduce.choose(["2", "tiny", "other", "2"])
+    assert [one.name for one in chosen] == ["tiny", "other"]
+    assert reproduce.choose(["all"]) == list(EXPERIMENTS.values())
+    assert Setting(3, 5).chosen.tolist() == [5, 6, 7]
