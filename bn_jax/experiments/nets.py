@@ -67,4 +67,4 @@ class MLP(nn.Module):
         self, x: jax.Array, train: bool, mask: jax.Array | None, index: int
     ) -> jax.Array:
         types = {} if self.dtype is None else {"param_dtype": self.dtype}
-        return apply_norm(self.norm, x, train, mask, self.dtype, name=f"norm{index}", **types)
+        return apply_norm(self.norm, x, train, mask, self.dtype, f"norm{index}", **types)
