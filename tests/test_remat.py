@@ -88,7 +88,9 @@ def at_once(loss):
         return gradients_of(loss)(PARAMS, STATS, X)
 
 
-@pytest.mark.parametrize("name", ["weighted", "activation", "residual", "renorm", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["weighted", "activation", "residual", "renorm", "layer_norm", "rms_norm"]
+)
 def test_no_number_changes(name):
     loss = partial(chain, NORMS[name])
     expected = at_once(loss)
