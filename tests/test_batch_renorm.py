@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -22,7 +21,6 @@ from support import (
 )
 
 import bn_jax as bn
-from bn_jax import data, training
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -384,30 +382,33 @@ def test_audit_sees_its_norms():
     assert {one.path for one in found.findings} >= {"norm_0", "norm_1"}
 
 
-@pytest.mark.parametrize("whole_batch_statistics", [False, True])
-def test_micro_batches(whole_batch_statistics):
-    """Those of the whole batch make its step; those of their own that of ghost statistics."""
-    batch = data.Batch(X[:6].astype(np.float32), np.arange(6) % 3, np.arange(6) != 4)
-    bounds = (("r_max", 1.5), ("d_max", 0.5))
-    order = np.array([0, 2, 4, 1, 3, 5])
-    ghost = () if whole_batch_statistics else (("virtual_batch_size", 3),)
+def test_parts_of_a_batch():
+    """By their own moments they are ghost batches; by those of the whole, they are the whole."""
+    params, stats = make_state()
+    bounds, parts = dict(r_max=1.5, d_max=0.5), (X[:3], X[3:6])
+    layer = bn.linen.BatchRenorm(use_running_average=False, **bounds)
 
-    def state_of(options):
-        return training.create_state(
-            Net(options=options), optax.sgd(0.1), (4,), 0, jax.make_mesh((1,), ("data",))
-        )
+    @jax.jit
+    def apply(collections, x):
+        variables = {"params": params, "batch_stats": stats, **collections}
+        return layer.apply(variables, x, mutable=["batch_stats", "batch_moments"])
 
-    state = state_of(bounds)
-    accumulated, _ = jax.jit(
-        partial(
-            training.accumulated_train_step,
-            micro_batches=2,
-            whole_batch_statistics=whole_batch_statistics,
+    def over_parts(given):
+        outputs, reached = (
+            [],
+            {"batch_moments": {n: jnp.zeros(4) for n in ("count", "mean", "var")}},
         )
-    )(state, batch)
-    whole = jax.tree.map(lambda leaf: leaf[order], batch)
-    expected, _ = jax.jit(training.train_step)(
-        state.replace(apply_fn=state_of(bounds + ghost).apply_fn), whole
-    )
-    assert_close(accumulated.params, expected.params)
-    assert_close(accumulated.batch_stats, expected.batch_stats)
+        for part in parts:
+            collected = {"batch_moments": reached["batch_moments"]}
+            y, reached = apply({"given_moments": given, **collected}, part)
+            outputs.append(y)
+        return np.concatenate(outputs), reached
+
+    y, reached = over_parts({})
+    ghost, updated = compiled(virtual_batch_size=3, **bounds)(params, stats, X[:6])
+    assert_close(y, ghost)
+    assert_close(reached["batch_stats"], updated)
+    y, reached = over_parts(reached["batch_moments"])
+    whole, updated = compiled(**bounds)(params, stats, X[:6])
+    assert_close(y, whole)
+    assert_close(reached["batch_stats"], updated)
