@@ -12,6 +12,7 @@ from bn_jax.batch_norm import (
     normalize_by_batch,
     update_batch_stats,
 )
+from bn_jax.batch_renorm import batch_renorm
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax.moments import Moments, merge_moments, moments
@@ -33,6 +34,7 @@ __all__ = [
     "as_affine",
     "audit",
     "batch_norm",
+    "batch_renorm",
     "convert",
     "fold",
     "group_norm",

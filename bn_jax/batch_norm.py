@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ from bn_jax.standardize import (
     output_dtype,
 )
 
+Correction: TypeAlias = Callable[[Transform, Transform], Transform]
+"""Takes the transforms by the batch and by the running statistics to the one that is computed."""
+
 
 class Measured(NamedTuple):
     """What calls have measured since `start_measuring`.
@@ -56,8 +59,9 @@ class Measured(NamedTuple):
         mean: their mean, 0 where `count` is 0.
         var: their biased variance, 0 where `count` is 0.
         running_var_ddof: that of the layer, 0 where no call has measured.
-        by_running: how many of the calls that measured normalized by the running statistics. What
-            was measured behind such a call depends on them.
+        by_running: how many of the calls that measured normalized by the running statistics, alone
+            or, as batch renorm in training, in part. What was measured behind such a call depends
+            on them.
         residue: what rounding has left of the mean, which is ``mean + residue`` in higher
             precision: far from zero, variances cannot be merged without.
     """
@@ -326,6 +330,54 @@ def batch_norm(
     Reference: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", https://arxiv.org/abs/1502.03167.
     """
+    return normalize_and_update(
+        params,
+        batch_stats,
+        x,
+        None,
+        use_running_average=use_running_average,
+        update_running_average=update_running_average,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        running_var_ddof=running_var_ddof,
+        dtype=dtype,
+        initializing=initializing,
+    )
+
+
+def normalize_and_update(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    correction: Correction | None,
+    *,
+    use_running_average: bool,
+    update_running_average: bool | None,
+    axis: int | Sequence[int],
+    momentum: float | jax.Array | None,
+    epsilon: float | jax.Array,
+    mask: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    virtual_batch_size: int | None,
+    running_var_ddof: int,
+    dtype: Any,
+    initializing: bool,
+) -> tuple[jax.Array, BatchStats]:
+    """Computes `batch_norm`, in training with the correction of a relative of it.
+
+    `correction` makes the transform by the batch that of the relative; None makes none. The other
+    arguments, the result and the errors are those of `batch_norm`.
+    """
     measuring = "measured" in batch_stats
     if update_running_average is None:
         update_running_average = measuring or not use_running_average
@@ -335,18 +387,19 @@ def batch_norm(
         _check_count_kept(momentum, batch_stats)
     given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
     if use_running_average:
-        y = _normalize_by_running(given, batch_stats, epsilon)
+        y = given.normalize(given.x, given.mask, _by_running(given, batch_stats, epsilon))
     if update or not use_running_average:
         groups = axis_name, axis_index_groups, virtual_batch_size
         alone = measuring and use_running_average
         batch = _measure(given, batch_stats, axis, *groups, initializing, alone)
     if not use_running_average:
-        y = _normalize_by_batch(given, batch, epsilon)
+        y = _normalize_by_batch(given, batch, batch_stats, epsilon, correction)
     if not update:
         return y, batch_stats
     found = _merged(batch, jnp.shape(batch_stats["mean"]))
     if measuring:
-        return y, _measure_too(batch_stats, found, running_var_ddof, use_running_average)
+        by_running = use_running_average or correction is not None
+        return y, _measure_too(batch_stats, found, running_var_ddof, by_running)
     return y, update_batch_stats(
         batch_stats, _rounded(found), momentum=momentum, running_var_ddof=running_var_ddof
     )
@@ -391,10 +444,59 @@ def normalize_by_batch(
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 1.
     """
+    return normalize_by_moments(
+        params,
+        batch_stats,
+        x,
+        None,
+        None,
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype,
+        initializing=initializing,
+    )
+
+
+def normalize_by_moments(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    moments: Mapping[str, jax.Array] | None,
+    correction: Correction | None,
+    *,
+    axis: int | Sequence[int],
+    epsilon: float | jax.Array,
+    mask: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    virtual_batch_size: int | None,
+    dtype: Any,
+    initializing: bool = False,
+) -> tuple[jax.Array, Moments]:
+    """Computes `normalize_by_batch`, for a part of a batch and with the correction of a relative.
+
+    `moments` are the mean and the variance to normalize by, those of the whole batch; None for
+    those of `x`. `correction` is that of `normalize_and_update`. The other arguments, the result
+    and the errors are those of `normalize_by_batch`.
+    """
     given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
     groups = axis_name, axis_index_groups, virtual_batch_size
     batch = _measure(given, batch_stats, axis, *groups, initializing)
-    y = _normalize_by_batch(given, batch, epsilon)
+    if moments is None:
+        y = _normalize_by_batch(given, batch, batch_stats, epsilon, correction)
+    else:
+        transform = _by_running(given, moments, epsilon)
+        if correction is not None:
+            transform = correction(transform, _by_running(given, batch_stats, epsilon))
+        y = given.normalize(given.x, given.mask, transform)
     return y, _rounded(_merged(batch, jnp.shape(batch_stats["mean"])))
 
 
@@ -579,22 +681,30 @@ def _measure(
     return _Batch(layout, examples, mask, found, var)
 
 
-def _normalize_by_batch(given: _Prepared, batch: _Batch, epsilon: float | jax.Array) -> jax.Array:
+def _normalize_by_batch(
+    given: _Prepared,
+    batch: _Batch,
+    batch_stats: BatchStats,
+    epsilon: float | jax.Array,
+    correction: Correction | None,
+) -> jax.Array:
     layout, examples, mask, found, var = batch
     shape = layout.expanded_shape
     transform = make_transform(given.params, shape, found.shift, found.delta, var, epsilon)
+    if correction is not None:
+        in_groups = given._replace(layout=layout)
+        transform = correction(transform, _by_running(in_groups, batch_stats, epsilon))
     return given.normalize(examples, mask, transform)
 
 
-def _normalize_by_running(
-    given: _Prepared, batch_stats: BatchStats, epsilon: float | jax.Array
-) -> jax.Array:
-    layout, params, x, mask, normalize = given
+def _by_running(
+    given: _Prepared, batch_stats: Mapping[str, Any], epsilon: float | jax.Array
+) -> Transform:
+    layout = given.layout
     mean = layout.expand(batch_stats["mean"], layout.mean_dtype)
     var = layout.expand(batch_stats["var"], layout.dtype)
     shape = layout.expanded_shape
-    transform = make_transform(params, shape, mean, jnp.zeros_like(mean), var, epsilon)
-    return normalize(x, mask, transform)
+    return make_transform(given.params, shape, mean, jnp.zeros_like(mean), var, epsilon)
 
 
 def _make_layout(x: jax.Array, feature_axes: tuple[int, ...], dtype: Any) -> _Layout:
@@ -858,7 +968,7 @@ def _check_values_per_feature(
     if static_count(reduction, examples_shape) == 1:
         raise ValueError(
             f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "
-            "y would equal bias whatever x is, and the variance 0. Use a larger batch, synchronize "
-            "over devices with axis_name, or evaluate with use_running_average=True and no "
-            "update_running_average=True."
+            "y would have no derivative by x, and the variance be 0. Use a larger batch, "
+            "synchronize over devices with axis_name, or evaluate with use_running_average=True "
+            "and no update_running_average=True."
         )

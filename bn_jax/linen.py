@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from bn_jax.batch_norm import (
     BatchStats,
-    batch_norm,
+    Correction,
     init_batch_stats,
-    normalize_by_batch,
+    normalize_and_update,
+    normalize_by_moments,
     update_batch_stats,
 )
+from bn_jax.batch_renorm import make_correction
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import (
     Moments,
@@ -122,6 +124,19 @@ class BatchNorm(nn.BatchNorm):
         Returns:
             The normalized array, of the shape of `x`.
         """
+        return self._call(
+            x, use_running_average, mask, residual, update_running_average, correction=None
+        )
+
+    def _call(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        mask: jax.Array | None,
+        residual: jax.Array | None,
+        update_running_average: bool | None,
+        correction: Correction | None,
+    ) -> jax.Array:
         frozen, train_params = _switches(self)
         use_running_average, update = (
             (True, False) if frozen else self._modes(use_running_average, update_running_average)
@@ -146,14 +161,17 @@ class BatchNorm(nn.BatchNorm):
             "dtype": self.dtype,
         }
         if (update or not use_running_average) and self._spreads_a_batch():
-            y, updated = self._train_on_a_part(params, batch_stats, x, use_running_average, options)
+            y, updated = self._train_on_a_part(
+                params, batch_stats, x, correction, use_running_average, options
+            )
         else:
             if self.is_mutable_collection("batch_stats") and self._collects():
                 self.variable("batch_moments", "count", jnp.zeros, features)
-            y, updated = batch_norm(
+            y, updated = normalize_and_update(
                 params,
                 batch_stats,
                 x,
+                correction,
                 use_running_average=use_running_average,
                 update_running_average=update,
                 momentum=self.momentum,
@@ -212,22 +230,14 @@ class BatchNorm(nn.BatchNorm):
         params: Params,
         batch_stats: BatchStats,
         x: jax.Array,
+        correction: Correction | None,
         use_running_average: bool,
         options: dict[str, Any],
     ) -> tuple[jax.Array, BatchStats]:
-        y, found = normalize_by_batch(params, batch_stats, x, **options)
         given: Any = batch_stats if use_running_average else None
         if given is None and self.has_variable("given_moments", "mean"):
             given = {name: self.get_variable("given_moments", name) for name in ("mean", "var")}
-        if given is not None:
-            y, _ = batch_norm(
-                params,
-                given,
-                x,
-                use_running_average=True,
-                update_running_average=False,
-                **options,
-            )
+        y, found = normalize_by_moments(params, batch_stats, x, given, correction, **options)
         if self._collects():
             collected = {
                 name: self.variable("batch_moments", name, jnp.zeros_like, like)
@@ -280,6 +290,69 @@ class BatchNorm(nn.BatchNorm):
                 "in evaluation pass use_running_average=True; to normalize by the batch and leave "
                 "the statistics alone pass update_running_average=False."
             )
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization, which looks in training as it will in evaluation.
+
+    ``y = ((x - mean) * rsqrt(var + epsilon) * r + d) * scale + bias``, as `bn_jax.batch_renorm`
+    computes it, which says what `r` and `d` are. All attributes of `BatchNorm` are here, with their
+    defaults, and so are its variables, so that a checkpoint moves between both.
+
+    Attributes beyond `BatchNorm`'s:
+        r_max: the bound of `r`, at least 1.
+        d_max: the bound of `d`, at least 0.
+
+    Raises:
+        ValueError: as `BatchNorm` does, or `r_max` or `d_max` is too small.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer = bn.linen.BatchRenorm(use_running_average=False)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, _ = layer.apply(variables, x, r_max=1.5, mutable=["batch_stats"])
+        >>> y.round(2).tolist()
+        [[1.0], [3.0]]
+
+    Reference: Ioffe 2017, https://arxiv.org/abs/1702.03275.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+        update_running_average: bool | None = None,
+        r_max: float | jax.Array | None = None,
+        d_max: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: as of `BatchNorm`, and so are all that are not named here.
+            use_running_average: True for evaluation, False for training.
+            mask: what enters the statistics.
+            residual: an array of the shape of `x`, added before the activation.
+            update_running_average: whether the running statistics update.
+            r_max: in the place of the attribute, for one that follows a schedule.
+            d_max: in the place of the attribute.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        correction = make_correction(
+            self.r_max if r_max is None else r_max, self.d_max if d_max is None else d_max
+        )
+        return self._call(
+            x, use_running_average, mask, residual, update_running_average, correction
+        )
 
 
 class LayerNorm(nn.LayerNorm):

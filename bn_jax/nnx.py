@@ -15,7 +15,8 @@ from flax.errors import TraceContextError
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from bn_jax.batch_norm import BatchStats, batch_norm
+from bn_jax.batch_norm import BatchStats, Correction, normalize_and_update
+from bn_jax.batch_renorm import make_correction
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import canonical_axes
 from bn_jax.standardize import Activation, Params
@@ -165,6 +166,19 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
             The normalized array, of the shape of `x`.
         """
+        return self._call(
+            x, use_running_average, mask, residual, update_running_average, correction=None
+        )
+
+    def _call(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        mask: jax.Array | None,
+        residual: jax.Array | None,
+        update_running_average: bool | None,
+        correction: Correction | None,
+    ) -> jax.Array:
         use_running_average, update = self._modes(use_running_average, update_running_average)
         variables = {"mean": self.mean, "var": self.var}
         if hasattr(self, "count"):
@@ -177,10 +191,11 @@ class BatchNorm(nnx.BatchNorm):
         x, params, dtype = _promoted(self, x, *statistics, residual=residual)
         if not self.train_params:
             params = jax.lax.stop_gradient(params)
-        y, updated = batch_norm(
+        y, updated = normalize_and_update(
             params,
             batch_stats,
             x,
+            correction,
             use_running_average=use_running_average,
             update_running_average=update,
             axis=self.axis,
@@ -194,6 +209,7 @@ class BatchNorm(nnx.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             running_var_ddof=self.running_var_ddof,
             dtype=dtype,
+            initializing=False,
         )
         if update:
             self._store(variables, updated)
@@ -234,6 +250,72 @@ class BatchNorm(nnx.BatchNorm):
                 "model, x); or leave the statistics alone: "
                 "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
             ) from error
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization, which looks in training as it will in evaluation.
+
+    ``y = ((x - mean) * rsqrt(var + epsilon) * r + d) * scale + bias``, as `bn_jax.batch_renorm`
+    computes it, which says what `r` and `d` are. All arguments of `BatchNorm` are here, with their
+    defaults, and so are its variables.
+
+    Args:
+        num_features: the size of `axis`.
+        r_max: the bound of `r`, at least 1.
+        d_max: the bound of `d`, at least 0.
+        **options: all other arguments of `BatchNorm`; `rngs` is required.
+
+    Raises:
+        ValueError, TraceContextError: as `BatchNorm` does, or `r_max` or `d_max` is too small.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchRenorm(1, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0], [3.0]])).round(2).tolist()
+        [[1.0], [3.0]]
+
+    Reference: Ioffe 2017, https://arxiv.org/abs/1702.03275.
+    """
+
+    def __init__(
+        self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, **options: Any
+    ) -> None:
+        super().__init__(num_features, **options)
+        self.r_max = r_max
+        self.d_max = d_max
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+        update_running_average: bool | None = None,
+        r_max: float | jax.Array | None = None,
+        d_max: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: as of `BatchNorm`, and so are all that are not named here.
+            use_running_average: True for evaluation, False for training.
+            mask: what enters the statistics.
+            residual: an array of the shape of `x`, added before the activation.
+            update_running_average: whether the running statistics update.
+            r_max: in the place of the attribute, for one that follows a schedule.
+            d_max: in the place of the attribute.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        correction = make_correction(
+            self.r_max if r_max is None else r_max, self.d_max if d_max is None else d_max
+        )
+        return self._call(
+            x, use_running_average, mask, residual, update_running_average, correction
+        )
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -946,7 +946,7 @@ BAD_INPUT = {
     "one value": (
         dict(x=X[:1]), ValueError,
         r"x of shape \(1, 3\) with axis=-1 has one value per feature to train on, so that y would "
-        "equal bias",
+        "have no derivative by x",
     ),
     "momentum": (dict(momentum=1.1), ValueError, r"momentum=1.1 is outside \[0, 1\]"),
     "negative momentum": (dict(momentum=-0.1), ValueError, r"momentum=-0.1 is outside \[0, 1\]"),

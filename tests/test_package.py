@@ -21,6 +21,7 @@ FLOORS = {
     "moments": 1,
     "standardize": 2,
     "batch_norm": 3,
+    "batch_renorm": 3,
     "feature_norms": 3,
     "linen": 4,
     "nnx": 4,

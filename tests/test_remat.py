@@ -39,6 +39,7 @@ NORMS = {
     "ghost": partial(batch_normed, virtual_batch_size=4),
     "activation": partial(batch_normed, activation=jax.nn.silu),
     "residual": with_residual,
+    "renorm": partial(bn.batch_renorm, use_running_average=False, momentum=0.9),
     "layer_norm": stateless(bn.layer_norm),
     "rms_norm": stateless(bn.rms_norm),
     "group_norm": stateless(partial(bn.group_norm, num_groups=2)),
@@ -87,7 +88,9 @@ def at_once(loss):
         return gradients_of(loss)(PARAMS, STATS, X)
 
 
-@pytest.mark.parametrize("name", ["weighted", "activation", "residual", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["weighted", "activation", "residual", "renorm", "layer_norm", "rms_norm"]
+)
 def test_no_number_changes(name):
     loss = partial(chain, NORMS[name])
     expected = at_once(loss)
@@ -114,7 +117,7 @@ def residuals(capsys, loss, *args):
     return [f"{one[2]} {one[1]}" for one in found if one], len(lines)
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "masked", "activation", "ghost"])
+@pytest.mark.parametrize("name", ["batch_norm", "masked", "activation", "ghost", "renorm"])
 def test_the_input_is_kept_once_in_its_own_dtype_and_nothing_else_of_its_size(capsys, name):
     norm = partial(NORMS[name], dtype=jnp.bfloat16)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)

@@ -36,8 +36,12 @@ def define(
     running_var_ddof=0,
     activation=lambda y: y,
     residual=0.0,
+    renorm=None,
 ):
-    """Batch norm from its definition, in jax.numpy without any rule of its own."""
+    """Batch norm from its definition, in jax.numpy without any rule of its own.
+
+    `renorm` holds r_max and d_max, where it is batch renorm.
+    """
     features = tuple(sorted(a % x.ndim for a in np.atleast_1d(axis)))
     reduced = tuple(a for a in range(x.ndim) if a not in features)
     weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), x.shape)
@@ -51,8 +55,18 @@ def define(
         var = (weights * jnp.square(jnp.abs(x - mean))).sum(reduced, keepdims=True) / count
         return count, mean, var
 
+    def correct(y, mean, var):
+        if renorm is None or use_running_average:
+            return y
+        r_max, d_max = renorm
+        s = jnp.sqrt(expand(stats["var"]) + epsilon)
+        d = (mean - expand(stats["mean"])) / s
+        d = d * jnp.minimum(1, d_max / jnp.abs(d))
+        r = jnp.clip(jnp.sqrt(var + epsilon) / s, 1 / r_max, r_max)
+        return y * jax.lax.stop_gradient(r) + jax.lax.stop_gradient(d)
+
     def normalize(x, mean, var):
-        y = (x - mean) / jnp.sqrt(var + epsilon)
+        y = correct((x - mean) / jnp.sqrt(var + epsilon), mean, var)
         y = y * expand(params["scale"]) if "scale" in params else y
         return y + expand(params["bias"]) if "bias" in params else y
 
@@ -151,6 +165,13 @@ def without_gradient_of_updates(function):
     return stopped
 
 
+def renorm(params, stats, x, *, renorm, **options):
+    r_max, d_max = renorm
+    return bn.batch_renorm(
+        params, stats, x, use_running_average=False, r_max=r_max, d_max=d_max, **options
+    )
+
+
 TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)
 
@@ -241,6 +262,15 @@ VARIANTS = {
     ),
     "complex": Variant(
         from_pairs(partial(TRAIN, dtype=jnp.complex128)), from_pairs(define), pair=True
+    ),
+    "batch renorm": Variant(
+        renorm, renorm=(1.2, 0.5), mask=WEIGHTS, virtual_batch_size=3, activation=jax.nn.silu,
+        mapped=False,
+    ),
+    "batch renorm unbounded": Variant(renorm, renorm=(1e3, 1e3), present=(), offset=1e3),
+    "complex batch renorm": Variant(
+        from_pairs(partial(renorm, dtype=jnp.complex128)), from_pairs(define), pair=True,
+        renorm=(1.2, 0.5),
     ),
     "layer norm": Stateless(
         bn.layer_norm, shape=(6, 4), features=(4,),
