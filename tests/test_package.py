@@ -22,6 +22,7 @@ FLOORS = {
     "standardize": 2,
     "batch_norm": 3,
     "feature_norms": 3,
+    "whitening": 3,
     "linen": 4,
     "nnx": 4,
     "convert": 5,
