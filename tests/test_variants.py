@@ -115,6 +115,25 @@ def define_stateless(
     return y + params["bias"].reshape(features) if "bias" in params else y, stats
 
 
+def define_whitening(params, stats, x, *, mask=1.0, momentum=0.99, group_size=3, epsilon=1e-5):
+    """Whitening of the rows of x in training, by an eigendecomposition."""
+    weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), (len(x), 1))
+    mean = (weights * x).sum(0) / weights.sum()
+    parts = (x - mean[None]).reshape(len(x), -1, group_size)
+    cov = jnp.einsum("n,ngi,ngj->gij", weights[:, 0], parts, parts) / weights.sum()
+    values, vectors = jnp.linalg.eigh(cov + epsilon * jnp.eye(group_size)[None])
+    root = jnp.einsum("gik,gk,gjk->gij", vectors, values**-0.5, vectors)
+    y = jnp.einsum("ngi,gij->ngj", parts, root).reshape(x.shape)
+    y = y * params["scale"][None] + params["bias"][None]
+    updated = {}
+    if momentum is None:
+        updated["count"] = stats["count"] + 1
+        momentum = stats["count"][0] / (stats["count"][0] + 1)
+    for name, new in (("mean", mean), ("cov", cov)):
+        updated[name] = momentum * stats[name] + (1 - momentum) * new
+    return y, updated
+
+
 def from_pairs(function):
     """A function of complex x as one of its real and imaginary part, and so for its results."""
 
@@ -213,6 +232,25 @@ class Stateless(Variant):
         super().__init__(wrapped(ours), wrapped(reference), mapped=mapped, **rest)
 
 
+class Whitening(Variant):
+    """Whitening in groups, whose inverse roots have converged."""
+
+    def __init__(self, *, groups=1, **options):
+        ours = partial(bn.whitening_norm, use_running_average=False, iterations=30)
+        features = 3 * groups
+        shapes = {"shape": (8, features), "features": (features,)}
+        super().__init__(ours, define_whitening, group_size=3, **shapes, **options)
+        self.groups = groups
+
+    def arguments(self, seed, lead=()):
+        params, stats, x = super().arguments(seed, lead)
+        root = standard_normal(seed + 5, (*lead, self.groups, 3, 3), np.float64)
+        stats["cov"] = root @ jnp.swapaxes(root, -1, -2) + stats.pop("var").mean()
+        if "count" in stats:
+            stats["count"] = stats["count"][..., : self.groups]
+        return params, stats, x
+
+
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.uniform(0.1, 2, (6, 1)) * np.array([1, 1, 0, 1, 1, 1])[:, None]
 RESIDUAL = RNG.standard_normal((6, 3))
@@ -268,6 +306,11 @@ VARIANTS = {
     "instance norm": Stateless(
         bn.instance_norm, defined={"reduction_axes": 1}, shape=(3, 5, 2), features=(2,),
         epsilon=1e-3, present=("bias",),
+    ),
+    "whitening": Whitening(offset=1e3),
+    "whitening in groups": Whitening(
+        groups=2, momentum=None, mask=RNG.uniform(0.5, 2, (8, 1)) * (np.arange(8) != 3)[:, None],
+        mapped=False,
     ),
     "linen": Variant(by_linen),
     "nnx": Variant(by_nnx, without_gradient_of_updates(define)),

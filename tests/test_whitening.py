@@ -3,10 +3,14 @@
 from functools import partial
 from itertools import pairwise
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from support import assert_close, differentiate, exact, standard_normal
 
 import bn_jax as bn
@@ -281,3 +285,281 @@ def test_a_group_that_is_not_finite_keeps_its_statistics():
     assert_close(updated["mean"][3:], new["mean"])
     assert_close(updated["cov"][1:], new["cov"])
     assert updated["count"].tolist() == [0, 1]
+
+
+# --- several devices ----------------------------------------------------------------------------
+
+
+def differentiated(params, stats, x, mask, **options):
+    def loss(params, x):
+        y, updated = TRAIN(
+            params, stats, x, group_size=3, iterations=COMPLETE, mask=mask, **options
+        )
+        return jnp.sum(jnp.sin(jnp.where(mask, y, 0))), (y, updated)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+def by_shard_map(params, stats, x, mask):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        partial(differentiated, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=((P(), P("data")), (P("data"), P())),
+    )
+    return jax.jit(mapped)(params, stats, x, mask)
+
+
+def by_pmap(params, stats, x, mask):
+    split = [leaf.reshape(4, -1, *leaf.shape[1:]) for leaf in (x, mask)]
+    mapped = jax.pmap(
+        partial(differentiated, axis_name="data"), axis_name="data", in_axes=(None, None, 0, 0)
+    )
+    (of_params, of_x), (y, updated) = jax.tree.map(np.asarray, mapped(params, stats, *split))
+    for leaf in jax.tree.leaves(updated):
+        assert (leaf == leaf[:1]).all()
+    return (
+        (jax.tree.map(lambda leaf: leaf.sum(0), of_params), of_x.reshape(x.shape)),
+        (y.reshape(x.shape), jax.tree.map(lambda leaf: leaf[0], updated)),
+    )
+
+
+def by_sharded_jit(kind, params, stats, x, mask):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        x, mask = jax.device_put((x, mask), NamedSharding(mesh, P("data")))
+        params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
+        found = jax.jit(partial(differentiated, axis_name="data"))(params, stats, x, mask)
+        return jax.tree.map(np.asarray, found)
+
+
+REGIMES = {
+    "shard_map": by_shard_map,
+    "pmap": by_pmap,
+    "sharded jit": partial(by_sharded_jit, jax.sharding.AxisType.Auto),
+    "explicit jit": partial(by_sharded_jit, jax.sharding.AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_sharded_equals_flattened_with_uneven_counts(regime):
+    """One of the four devices has nothing valid, and the others have different counts."""
+    params, stats = make_state()
+    mask = (np.arange(20) % 5 < np.repeat([5, 0, 2, 4], 5))[:, None]
+    x = correlated(0, (20, 6), offset=np.repeat([0.0, 9.0, 2.0, 3.0], 5)[:, None])
+    x = jnp.where((np.arange(20) == 6)[:, None], jnp.nan, x)
+    found = REGIMES[regime](params, stats, x, jnp.asarray(mask))
+    expected = differentiated(params, stats, x, jnp.asarray(mask))
+    kept = mask[:, 0]
+
+    def valid(result):
+        gradients, (y, updated) = result
+        return gradients, np.asarray(y)[kept], updated
+
+    assert_close(valid(found), valid(expected))
+    y, updated = define(params, stats, x[kept])
+    assert_close(valid(found)[1:], (y[kept[kept]], updated), tolerance=3e-5)
+
+
+def test_index_groups_have_statistics_of_their_own():
+    params, stats = make_state()
+    x = correlated(0, (4, 10, 6))
+    mapped = jax.pmap(
+        partial(
+            TRAIN, group_size=3, iterations=COMPLETE, axis_name="data",
+            axis_index_groups=[[0, 1], [2, 3]],
+        ),
+        axis_name="data",
+        in_axes=(None, None, 0),
+    )  # fmt: skip
+    y, updated = jax.tree.map(np.asarray, mapped(params, stats, x))
+    for first in (0, 2):
+        both = x[first : first + 2].reshape(20, 6)
+        expected, expected_stats = define(params, stats, both)
+        assert_close(y[first : first + 2].reshape(20, 6), expected, tolerance=3e-5)
+        assert_close(jax.tree.map(lambda leaf, at=first: leaf[at], updated), expected_stats)
+
+
+# --- what bad input gets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(x=jnp.ones((4, 5))), ValueError, r"x of shape \(4, 5\) has 5 features on axis=-1"),
+        (dict(axis=0), ValueError, r"x of shape \(4, 6\) has 4 features on axis=0"),
+        (dict(group_size=2), ValueError, r"\['cov'\] do not fit.*group_size=2"),
+        (dict(group_size=4), ValueError, r"group_size=4 does not divide the 6 features"),
+        (dict(x=jnp.ones((4, 6), int)), TypeError, "x has dtype int32"),
+        (dict(x=jnp.ones((4, 6), complex)), TypeError, "x has dtype complex64; expected a real"),
+        (dict(mask=jnp.ones((3, 1))), ValueError, r"mask of shape \(3, 1\) does not broadcast"),
+        (dict(mask=jnp.ones((4, 6))), ValueError, r"mask of shape \(4, 6\) differs between"),
+        (dict(axis=2), ValueError, "axis=2 is out of range for x of rank 2"),
+        (dict(axis=(0, 1)), ValueError, r"axis=\(0, 1\) has 2 axes, expected one"),
+        (dict(momentum=1.5), ValueError, r"momentum=1.5 is outside \[0, 1\]"),
+        (dict(momentum=None), ValueError, r"momentum=None .* use_count=True"),
+        (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
+        (dict(iterations=0), ValueError, "iterations=0 must be at least 1"),
+        (dict(x=jnp.ones((1, 6))), ValueError, "has one value per feature to train on"),
+        (dict(axis_index_groups=[[0]]), ValueError, "without axis_name"),
+        (dict(batch_stats=bn.init_batch_stats(6)), ValueError, r"has \['mean', 'var'\]; expected"),
+        (dict(params={"gain": jnp.ones(6)}), ValueError, r"unknown entries \['gain'\]"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told(options, error, message):
+    params, stats = make_state()
+    given = dict(params=params, batch_stats=stats, x=jnp.ones((4, 6)), group_size=3) | options
+    with pytest.raises(error, match=message):
+        TRAIN(**given)
+
+
+def test_an_unbound_axis_name_is_told():
+    params, stats = make_state()
+    mapped = jax.vmap(
+        partial(TRAIN, params, stats, group_size=3, axis_name="dta"), axis_name="data"
+    )
+    with pytest.raises(NameError, match="axis_name='dta' is not bound"):
+        mapped(jnp.ones((2, 4, 6)))
+
+
+def test_initial_statistics_need_groups_that_fit():
+    with pytest.raises(ValueError, match="group_size=4 does not divide the 6 features"):
+        bn.init_whitening_stats(6, group_size=4)
+
+
+# --- modules ------------------------------------------------------------------------------------
+
+OPTIONS = dict(momentum=0.7, iterations=COMPLETE, group_size=3, epsilon=1e-3)
+
+
+def two_steps(options, **rest):
+    """What the function makes of two batches in training, and of the second in evaluation."""
+    params, stats = bn.init_params(6), bn.init_whitening_stats(6, group_size=3, **rest)
+    ys = []
+    for x in batches():
+        y, stats = TRAIN(params, stats, x, **options)
+        ys.append(y)
+    return ys, stats, EVALUATE(params, stats, x, **options)[0]
+
+
+def batches():
+    return [correlated(seed, (10, 6), offset=seed) for seed in range(2)]
+
+
+def run_linen(options):
+    layer = bn.linen.WhiteningNorm(**options)
+    variables = layer.init(jax.random.key(0), batches()[0][:1], use_running_average=False)
+    ys = []
+    for x in batches():
+        y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        variables |= updates
+        ys.append(y)
+    return ys, variables["batch_stats"], layer.apply(variables, x, use_running_average=True)
+
+
+def run_nnx(options):
+    layer = bn.nnx.WhiteningNorm(6, **options, rngs=nnx.Rngs(0))
+    ys = [layer(x) for x in batches()]
+    layer.eval()
+    y = layer(batches()[1])
+    return ys, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), y
+
+
+@pytest.mark.parametrize("run", [run_linen, run_nnx])
+@pytest.mark.parametrize("momentum", [0.7, None])
+def test_modules_compute_what_the_function_does(run, momentum):
+    options = OPTIONS | {"momentum": momentum}
+    assert_close(run(options), two_steps(options, use_count=momentum is None), tolerance=1e-12)
+
+
+def test_modules_take_masks_and_switches():
+    x, mask = batches()[1], np.arange(10)[:, None] < 7
+    layer = bn.linen.WhiteningNorm(**OPTIONS, use_running_average=False, use_bias=False)
+    variables = layer.init(jax.random.key(0), x)
+    assert set(variables["params"]) == {"scale"}
+    y, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    start = bn.init_whitening_stats(6, group_size=3)
+    expected, stats = TRAIN({}, start, x, mask=mask, **OPTIONS)
+    assert_close((y, updates["batch_stats"]), (expected, stats))
+    ours = bn.nnx.WhiteningNorm(6, **OPTIONS, use_scale=False, rngs=nnx.Rngs(0))
+    assert_close(ours(x, mask=mask, update_running_average=False), expected)
+    assert_close(nnx.to_pure_dict(nnx.state(ours, nnx.BatchStat)), start)
+
+
+def test_linen_says_what_is_missing():
+    layer, x = bn.linen.WhiteningNorm(), batches()[0]
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    with pytest.raises(ValueError, match=r"WhiteningNorm\(use_running_average=not train\)"):
+        layer.apply(variables, x)
+    with pytest.raises(ValueError, match="batch_stats is immutable, but the top-level Whitening"):
+        layer.apply(variables, x, use_running_average=False)
+    with pytest.raises(ValueError, match="batch_stats has nothing for the top-level WhiteningNorm"):
+        layer.apply({"params": variables["params"]}, x, use_running_average=True)
+
+
+def test_whitening_is_frozen_as_batch_norms_are():
+    x = batches()[1]
+    layer = bn.linen.WhiteningNorm(**OPTIONS, use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = bn.linen.freeze(layer.apply)(variables, x, mutable=["batch_stats"])
+    expected = layer.clone(use_running_average=True).apply(variables, x)
+    assert_close((y, updates["batch_stats"]), (expected, variables["batch_stats"]))
+    ours = bn.nnx.freeze(bn.nnx.WhiteningNorm(6, **OPTIONS, rngs=nnx.Rngs(0)))
+    ours.train()
+    assert_close(ours(x), expected)
+    assert_close(ours.mean[...], variables["batch_stats"]["mean"])
+
+
+# --- tools around it ----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = bn.linen.BatchNorm(use_running_average=not train)(nn.Dense(6)(x))
+        x = bn.linen.WhiteningNorm(use_running_average=not train, group_size=3)(nn.Dense(6)(x))
+        return bn.linen.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+
+def net(x):
+    """A model, with statistics that two batches have entered, as a function of `audit`'s form."""
+    variables = Net().init(jax.random.key(0), x, train=False)
+
+    def forward(variables, x, train):
+        return Net().apply(variables, x, train=train, mutable=["batch_stats"])
+
+    for _ in range(2):
+        variables |= forward(variables, x, True)[1]
+    return variables, forward
+
+
+def test_recalibrate_refuses_what_it_does_not_measure():
+    variables, forward = net(batches()[0])
+    with pytest.raises(ValueError, match=r"whitening norms, \['WhiteningNorm_0'\].*momentum=None"):
+        bn.recalibrate(partial(forward, train=False), variables, batches())
+    model = bn.nnx.WhiteningNorm(6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="whitening norms"):
+        bn.recalibrate(lambda model, x: model(x), model, batches())
+
+
+def test_fold_keeps_the_output():
+    x = batches()[0]
+    variables, forward = net(x)
+    folded = bn.fold(lambda variables, x: forward(variables, x, False)[0], variables, x)
+    expected = forward(variables, x, False)[0]
+    assert_close(folded.apply(folded.params, x), expected)
+    assert [one.path for one in folded.report if one.into] == ["BatchNorm_0", "BatchNorm_1"]
+
+
+def test_audit_says_what_it_did_not_examine():
+    variables, forward = net(batches()[0])
+    found = bn.audit(forward, variables, batches()[0])
+    assert [layer.path for layer in found.layers] == ["BatchNorm_0", "BatchNorm_1"]
+    assert found.unexamined == ("WhiteningNorm_0",)
+    assert "not examined: WhiteningNorm_0 (whitening)" in str(found)
+
+
+def test_as_affine_refuses_a_covariance():
+    with pytest.raises(ValueError, match=r"batch_stats lacks \['var'\]"):
+        bn.as_affine({}, bn.init_whitening_stats(6))
