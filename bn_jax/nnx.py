@@ -63,8 +63,8 @@ class _RunningNorm:
             raise TraceContextError(
                 f"{type(self).__name__} updates its running statistics inside of a transform "
                 "(nnx.jit, nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, "
-                "and did not come in as an argument. Pass the model: nnx.eval_shape(lambda model, x: model(x), "
-                "model, x); or leave the statistics alone: "
+                "and did not come in as an argument. Pass the model: nnx.eval_shape(lambda model, "
+                "x: model(x), model, x); or leave the statistics alone: "
                 "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
             ) from error
 

@@ -290,13 +290,8 @@ def _prepare(
     _check_shapes(axis, x.shape, x.shape[feature_axis], group_size, params, stats)
     check_epsilon(epsilon)
     mask = None if mask is None else _mask_of_examples(mask, x.shape, feature_axis)
+    _require_real(x, params, stats, dtype)
     dtype = output_dtype(dtype, x, params)
-    for name, leaf in [("x", x), *_leaves(params), *_leaves(stats)]:
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"{name} has dtype {leaf.dtype}; expected a real floating-point dtype. Whiten real "
-                "and imaginary parts as features of their own."
-            )
     _, size = _groups_of(x.shape[feature_axis], group_size)
     real = statistics_dtype(x.dtype, dtype)
     return _Given(params, cast(WhiteningStats, stats), x, mask, feature_axis, size, dtype, real)
@@ -332,8 +327,9 @@ def _whiten(
         moments.cov + jnp.asarray(epsilon, given.real) * identity, iterations
     )
     examples = split_axis(axis, given.size, centre(given.x, moments.shift, moments.delta))
+    usable = None
     if mask is not None:
-        # NaN times a cotangent of zero would reach the derivative of the root.
+        # NaN times a cotangent of zero would reach the derivatives of the root and of scale.
         finite = jnp.all(jnp.isfinite(examples), axis + 1, keepdims=True)
         usable = split_axis(axis, given.size, mask).astype(bool) | finite
         examples = jnp.where(usable, examples, 0)
@@ -341,14 +337,15 @@ def _whiten(
         examples, root, (((axis + 1,), (2,)), ((axis,), (0,))), precision=lax.Precision.HIGHEST
     )
     y = jnp.moveaxis(y, (0, -1), (axis, axis + 1))
-    if mask is not None:
+    own = {
+        name: split_axis(axis, given.size, given.expand(values))
+        for name, values in _leaves(given.params)
+    }
+    y = y * own["scale"] if "scale" in own else y
+    y = y + own["bias"] if "bias" in own else y
+    if usable is not None:
         y = jnp.where(usable, y, jnp.nan)
-    y = reshape_like(jax.typeof(given.x), y)
-    if "scale" in given.params:
-        y = y * given.expand(given.params["scale"])
-    if "bias" in given.params:
-        y = y + given.expand(given.params["bias"])
-    return y.astype(given.dtype)
+    return reshape_like(jax.typeof(given.x), y).astype(given.dtype)
 
 
 def _updated(
@@ -407,24 +404,37 @@ def _check_shapes(
     params: Params,
     batch_stats: dict[str, jax.Array],
 ) -> None:
-    groups, size = _groups_of(features, group_size)
-    expected = {"cov": (groups, size, size), "count": (groups,)}
+    given = [*_leaves(params), *_leaves(batch_stats)]
     wrong = [
-        name
-        for name, leaf in [*_leaves(params), *_leaves(batch_stats)]
-        if leaf.shape != expected.get(name, (features,))
+        name for name, leaf in given if name not in ("cov", "count") and leaf.shape != (features,)
     ]
+    if not wrong:
+        groups, size = _groups_of(features, group_size)
+        expected = {"cov": (groups, size, size), "count": (groups,)}
+        wrong = [name for name, leaf in given if leaf.shape != expected.get(name, leaf.shape)]
     if wrong:
         shapes = [
             {name: leaf.shape for name, leaf in _leaves(tree)} for tree in (params, batch_stats)
         ]
         raise ValueError(
-            f"x of shape {shape} has {features} features on axis={axis}, in groups of {size} "
-            f"(group_size={group_size}), but params has {shapes[0]} and batch_stats has "
+            f"x of shape {shape} has {features} features on axis={axis}, with "
+            f"group_size={group_size}, but params has {shapes[0]} and batch_stats has "
             f"{shapes[1]}; {wrong} do not fit. Pass the axis that holds the features, or make anew "
             f"with bn_jax.init_params({features}) and "
             f"bn_jax.init_whitening_stats({features}, group_size={group_size})."
         )
+
+
+def _require_real(
+    x: jax.Array, params: Params, batch_stats: dict[str, jax.Array], dtype: Any
+) -> None:
+    dtypes = {name: leaf.dtype for name, leaf in [*_leaves(params), *_leaves(batch_stats)]}
+    for name, own in {"x": x.dtype, "dtype": dtype, **dtypes}.items():
+        if own is not None and jnp.issubdtype(own, jnp.complexfloating):
+            raise TypeError(
+                f"{name} is {jnp.dtype(own).name}; expected a real floating-point dtype. Whiten "
+                "real and imaginary parts as features of their own."
+            )
 
 
 def _mask_of_examples(mask: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
