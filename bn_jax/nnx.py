@@ -24,7 +24,7 @@ from bn_jax.whitening import WhiteningStats, init_whitening_stats, whitening_nor
 M = TypeVar("M")
 
 
-class _RunningNorm:
+class _RunningNorm(nnx.Module):
     """The switches of the layers with running statistics, and how they keep these."""
 
     num_features: int
@@ -246,7 +246,7 @@ class BatchNorm(_RunningNorm, nnx.BatchNorm):
         return y
 
 
-class WhiteningNorm(_RunningNorm, nnx.Module):
+class WhiteningNorm(_RunningNorm):
     """Whitening, with the arguments of `BatchNorm` that apply.
 
     ``y = (cov + epsilon * I)**(-1/2) @ (x - mean) * scale + bias``, as `bn_jax.whitening_norm`

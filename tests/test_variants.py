@@ -115,23 +115,24 @@ def define_stateless(
     return y + params["bias"].reshape(features) if "bias" in params else y, stats
 
 
-def define_whitening(params, stats, x, *, mask=1.0, momentum=0.99, group_size=3, epsilon=1e-5):
-    """Whitening of the rows of x in training, by an eigendecomposition."""
-    weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), (len(x), 1))
-    mean = (weights * x).sum(0) / weights.sum()
+def define_whitening(params, stats, x, *, group_size, epsilon=1e-5):
+    """Whitening of pairs with the cumulative average: the root of a 2 x 2 matrix is a formula."""
+    mean = x.mean(0)
     parts = (x - mean[None]).reshape(len(x), -1, group_size)
-    cov = jnp.einsum("n,ngi,ngj->gij", weights[:, 0], parts, parts) / weights.sum()
-    values, vectors = jnp.linalg.eigh(cov + epsilon * jnp.eye(group_size)[None])
-    root = jnp.einsum("gik,gk,gjk->gij", vectors, values**-0.5, vectors)
+    cov = jnp.einsum("ngi,ngj->gij", parts, parts) / len(x)
+    matrix = cov + epsilon * jnp.eye(2)[None]
+    trace = (matrix[:, 0, 0] + matrix[:, 1, 1])[:, None, None]
+    volume = jnp.sqrt(matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] ** 2)[:, None, None]
+    root = ((trace + volume) * jnp.eye(2)[None] - matrix) / (volume * jnp.sqrt(trace + 2 * volume))
     y = jnp.einsum("ngi,gij->ngj", parts, root).reshape(x.shape)
     y = y * params["scale"][None] + params["bias"][None]
-    updated = {}
-    if momentum is None:
-        updated["count"] = stats["count"] + 1
-        momentum = stats["count"][0] / (stats["count"][0] + 1)
-    for name, new in (("mean", mean), ("cov", cov)):
-        updated[name] = momentum * stats[name] + (1 - momentum) * new
-    return y, updated
+    share = 1 / (stats["count"] + 1)
+    of_mean, of_cov = jnp.repeat(share, group_size), share[:, None, None]
+    return y, {
+        "count": stats["count"] + 1,
+        "mean": (1 - of_mean) * stats["mean"] + of_mean * mean,
+        "cov": (1 - of_cov) * stats["cov"] + of_cov * cov,
+    }
 
 
 def from_pairs(function):
@@ -233,22 +234,23 @@ class Stateless(Variant):
 
 
 class Whitening(Variant):
-    """Whitening in groups, whose inverse roots have converged."""
+    """Whitening in two groups of two features, whose inverse roots have converged."""
 
-    def __init__(self, *, groups=1, **options):
-        ours = partial(bn.whitening_norm, use_running_average=False, iterations=30)
-        features = 3 * groups
-        shapes = {"shape": (8, features), "features": (features,)}
-        super().__init__(ours, define_whitening, group_size=3, **shapes, **options)
-        self.groups = groups
+    def __init__(self, **options):
+        ours = partial(bn.whitening_norm, use_running_average=False, iterations=30, momentum=None)
+        super().__init__(
+            ours, define_whitening, shape=(6, 4), features=(4,), group_size=2, **options
+        )
 
     def arguments(self, seed, lead=()):
         params, stats, x = super().arguments(seed, lead)
-        root = standard_normal(seed + 5, (*lead, self.groups, 3, 3), np.float64)
-        stats["cov"] = root @ jnp.swapaxes(root, -1, -2) + stats.pop("var").mean()
-        if "count" in stats:
-            stats["count"] = stats["count"][..., : self.groups]
-        return params, stats, x
+        root = standard_normal(seed + 5, (*lead, 2, 2, 2), np.float64)
+        cov = root @ jnp.swapaxes(root, -1, -2)
+        return (
+            params,
+            {"mean": stats["mean"], "cov": cov, "count": jnp.full((*lead, 2), 2, jnp.float64)},
+            x,
+        )
 
 
 RNG = np.random.default_rng(0)
@@ -308,10 +310,6 @@ VARIANTS = {
         epsilon=1e-3, present=("bias",),
     ),
     "whitening": Whitening(offset=1e3),
-    "whitening in groups": Whitening(
-        groups=2, momentum=None, mask=RNG.uniform(0.5, 2, (8, 1)) * (np.arange(8) != 3)[:, None],
-        mapped=False,
-    ),
     "linen": Variant(by_linen),
     "nnx": Variant(by_nnx, without_gradient_of_updates(define)),
 }
