@@ -128,9 +128,9 @@ def whitening_norm(
     The root is that of so many coupled Newton iterations on the matrix divided by its Frobenius
     norm; `bn_jax.whitening` says why. Few of them leave the directions of small variance smaller
     than 1: one whose variance is `r` times that norm takes about
-    ``3 + log(1 / r) / log(9 / 4)``. More change nothing. Then, in float32, the covariance of the
-    output is the identity to about 1e-8 times the condition number: 1e-4 for one of 1e4. Groups of
-    one feature are batch norm after any number of iterations.
+    ``3 + log(1 / r) / log(9 / 4)``. More change nothing. In float32 the covariance of the output
+    is then the identity to about 1e-5 for a condition number of 1e3, and 1e-4 for one of 1e4.
+    Groups of one feature are batch norm after any number of iterations.
 
     Args:
         params: ``{"scale": [F], "bias": [F]}``, either may be absent.
