@@ -19,6 +19,7 @@ from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.remat import remat_policy
 from bn_jax.standardize import Params
+from bn_jax.whitening import WhiteningStats, init_whitening_stats, whitening_norm
 
 __all__ = [
     "Audit",
@@ -30,6 +31,7 @@ __all__ = [
     "Moments",
     "Params",
     "Recalibration",
+    "WhiteningStats",
     "absorb_scale",
     "as_affine",
     "audit",
@@ -41,6 +43,7 @@ __all__ = [
     "identity_params",
     "init_batch_stats",
     "init_params",
+    "init_whitening_stats",
     "instance_norm",
     "layer_norm",
     "linen",
@@ -53,4 +56,5 @@ __all__ = [
     "remat_policy",
     "rms_norm",
     "update_batch_stats",
+    "whitening_norm",
 ]

@@ -135,13 +135,16 @@ class Audit(NamedTuple):
     Attributes:
         layers: a row for each batch norm, in the order of the program where that is known.
         findings: what is wrong; empty for a healthy model.
+        unexamined: the paths of whitening norms, of which nothing is known.
     """
 
     layers: tuple[Layer, ...]
     findings: tuple[Finding, ...]
+    unexamined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.table()}\n\n{self._sentences()}"
+        whitened = "\n".join(f"not examined: {one} (whitening)" for one in self.unexamined)
+        return "\n\n".join(filter(None, (self.table(), self._sentences(), whitened)))
 
     def table(self) -> str:
         """Returns the layers as aligned text; `Layer` says what the columns are."""
@@ -246,7 +249,7 @@ def audit(
         *(finding for layer in layers for finding in _about_layer(layer)),
         *_decayed(seen.model, weight_decay_mask),
     ]
-    return Audit(tuple(map(_row, layers)), tuple(findings))
+    return Audit(tuple(map(_row, layers)), tuple(findings), seen.model.whitened)
 
 
 def is_initial(norm: Mapping[str, Any]) -> bool:

@@ -382,7 +382,7 @@ def normalize_and_update(
     if update_running_average is None:
         update_running_average = measuring or not use_running_average
     update = update_running_average and not initializing
-    _check_averaging(momentum, running_var_ddof)
+    check_averaging(momentum, running_var_ddof)
     if update:
         _check_count_kept(momentum, batch_stats)
     given = _prepare(params, batch_stats, x, axis, epsilon, mask, activation, residual, dtype)
@@ -541,7 +541,7 @@ def update_batch_stats(
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
     """
-    _check_averaging(momentum, running_var_ddof)
+    check_averaging(momentum, running_var_ddof)
     _check_count_kept(momentum, batch_stats)
     old = {name: jnp.asarray(values) for name, values in batch_stats.items() if name != "measured"}
     count, mean, var = map(jnp.asarray, moments)
@@ -574,14 +574,14 @@ def _averaged(
     if running_var_ddof:
         var = var * (count / jnp.where(freedom > 0, freedom, 1)).astype(var.dtype)
     new = {
-        "mean": _average(by_step, weight, old["mean"], mean),
-        "var": _average(by_step, weight, old["var"], var),
+        "mean": average(by_step, weight, old["mean"], mean),
+        "var": average(by_step, weight, old["var"], var),
     }
     if "count" in old:
-        new["count"] = _placed_like(var, old["count"]) + 1
+        new["count"] = placed_like(var, old["count"]) + 1
     enters = (freedom > 0) & jnp.isfinite(new["mean"]) & jnp.isfinite(new["var"])
     return {
-        name: lax.select(enters, values, _placed_like(values, old[name].astype(values.dtype)))
+        name: lax.select(enters, values, placed_like(values, old[name].astype(values.dtype)))
         for name, values in new.items()
     }
 
@@ -676,7 +676,7 @@ def _measure(
         layout, examples, mask = _split_groups(layout, x, mask, virtual_batch_size)
         reduction = Reduction(layout.reduction_axes, of_groups=True)
     if not (initializing or alone):
-        _check_values_per_feature(reduction, x.shape, examples.shape, axis)
+        check_values_per_feature(reduction, x.shape, examples.shape, axis)
     found, var = _batch_moments(layout, reduction, examples, mask, batch_stats)
     return _Batch(layout, examples, mask, found, var)
 
@@ -759,7 +759,7 @@ def _batch_moments(
     found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     if mask is None and static_count(reduction, x.shape) > 0:
         return found, found.var
-    running_var = _placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
+    running_var = placed_like(found.var, layout.expand(batch_stats["var"], layout.dtype))
     return found, jnp.where(found.count > 0, found.var, running_var)
 
 
@@ -784,7 +784,7 @@ def _measure_too(
     batch_stats: BatchStats, found: CentredMoments, running_var_ddof: int, by_running: bool
 ) -> BatchStats:
     """Merges the moments of a batch into what has been measured, in the dtypes that this has."""
-    measured = Measured(*(_placed_like(found.var, leaf) for leaf in batch_stats["measured"]))
+    measured = Measured(*(placed_like(found.var, leaf) for leaf in batch_stats["measured"]))
     real = measured.var.dtype
     dtype = mean_dtype(real, measured.mean.dtype, found.shift.dtype)
     sound = jnp.isfinite(found.shift + found.delta) & jnp.isfinite(found.var) & (found.count > 0)
@@ -808,17 +808,17 @@ def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
     return total, (first - (total - of_second)) + (second - of_second)
 
 
-def _average(by_step: bool | None, weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+def average(by_step: bool | None, weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the new running value, in the dtype it is stored in."""
     dtype = mean_dtype(statistics_dtype(old.dtype, new.dtype), old.dtype, new.dtype)
     new = new.astype(dtype)
-    old_value = _placed_like(new, old.astype(dtype))
+    old_value = placed_like(new, old.astype(dtype))
     share = weight.astype(dtype)
     # A step from the old value stays where it is once it has arrived, for any rounding of a small
     # weight; a sum of shares leaves nothing of the old value where the weight is 1.
     if by_step is None:
-        share = _placed_like(new, share)
-        small = _placed_like(new, weight) < 0.5
+        share = placed_like(new, share)
+        small = placed_like(new, weight) < 0.5
         average = jnp.where(small, _step(share, old_value, new), _mix(share, old_value, new))
     else:
         average = (_step if by_step else _mix)(share, old_value, new)
@@ -834,7 +834,7 @@ def _mix(share: Any, old: jax.Array, new: jax.Array) -> jax.Array:
     return (1 - share) * old + share * new
 
 
-def _placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
+def placed_like(reference: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `values` with shape and sharding type of `reference`, which a selection needs."""
     kind, wanted = jax.typeof(values), jax.typeof(reference)
     if (kind.shape, kind.sharding) == (wanted.shape, wanted.sharding) and varying_axes(
@@ -897,7 +897,7 @@ def _as_residual(residual: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return residual
 
 
-def _check_averaging(momentum: Any, running_var_ddof: int) -> None:
+def check_averaging(momentum: Any, running_var_ddof: int) -> None:
     """Checks what is known while tracing; a traced momentum is taken as it is."""
     if isinstance(momentum, Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
@@ -959,12 +959,13 @@ def _examples_of_a_group(
     return batch_size // len(groups)
 
 
-def _check_values_per_feature(
+def check_values_per_feature(
     reduction: Reduction,
     shape: tuple[int, ...],
     examples_shape: tuple[int, ...],
     axis: int | Sequence[int],
 ) -> None:
+    """Raises the ValueError that says what to do where there is one value per feature."""
     if static_count(reduction, examples_shape) == 1:
         raise ValueError(
             f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "

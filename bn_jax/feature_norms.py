@@ -159,7 +159,7 @@ def group_norm(
             "holds the groups of features: add -1."
         )
     check_features("feature_axes", -1, (last,), x.shape, params=params)
-    size = _size_of_groups(x.shape[last], num_groups, group_size)
+    size = size_of_groups(x.shape[last], num_groups, group_size)
     mask = None if mask is None else split_axis(last, size, broadcastable_mask(mask, x.shape))
     groups = jax.tree.map(partial(split_axis, 0, size), params)
     options = (epsilon, mask, axis_name, axis_index_groups, dtype)
@@ -236,7 +236,8 @@ def _normalize(
     return make_normalizer(dtype, jax.typeof(x), mask)(x, mask, transform)
 
 
-def _size_of_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
+def size_of_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
+    """Returns how many features make up a group, or raises the ValueError that says which can."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             f"num_groups={num_groups} and group_size={group_size}: give one of them, and None for "

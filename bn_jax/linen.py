@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from bn_jax.batch_norm import (
     BatchStats,
@@ -22,6 +23,7 @@ from bn_jax.batch_norm import (
 from bn_jax.batch_renorm import make_correction
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
 from bn_jax.moments import (
+    AxisName,
     Moments,
     as_floating,
     canonical_axes,
@@ -30,9 +32,71 @@ from bn_jax.moments import (
     statistics_dtype,
 )
 from bn_jax.standardize import Activation, Params
+from bn_jax.whitening import WhiteningStats, init_whitening_stats, whitening_norm
 
 
-class BatchNorm(nn.BatchNorm):
+class _RunningNorm(nn.Module):
+    """The switches of the layers with running statistics, and what their messages call them."""
+
+    def _modes(
+        self, use_running_average: bool | None, update_running_average: bool | None
+    ) -> tuple[bool, bool]:
+        """Returns whether the running statistics normalize, and whether they update."""
+        use = self._given_once("use_running_average", use_running_average)
+        update = self._given_once("update_running_average", update_running_average)
+        if use is None:
+            kind = type(self).__name__
+            raise ValueError(
+                f"use_running_average is None in attribute and call of {self._called()}. "
+                f"Write {kind}(use_running_average=not train)(x), or "
+                f"{kind}()(x, use_running_average=not train), or, where the model hands it on, "
+                "model.apply(variables, x, train=True, mutable=['batch_stats'])."
+            )
+        return use, (not use or self._measures()) if update is None else update
+
+    def _measures(self) -> bool:
+        """Says whether evaluation measures: the state asks for it, and can take it."""
+        asked = self.has_variable("batch_stats", "measured")
+        return asked and self.is_mutable_collection("batch_stats")
+
+    def _given_once(self, name: str, in_call: bool | None) -> bool | None:
+        in_attribute: bool | None = getattr(self, name)
+        if in_attribute is None or in_call is None:
+            return in_call if in_attribute is None else in_attribute
+        raise ValueError(
+            f"{name}={in_attribute} in the attribute and {name}={in_call} in the call of "
+            f"{self._called()}: give it once. What a call is to decide, leave out of the "
+            f"attributes: {type(self).__name__}()(x, {name}={in_call})."
+        )
+
+    def _called(self) -> str:
+        kind = type(self).__name__
+        return f"{kind} {'/'.join(self.path)!r}" if self.path else f"the top-level {kind}"
+
+    def _require_batch_stats(self, update: bool) -> None:
+        if self.is_mutable_collection("batch_stats"):
+            return
+        layer = self._called()
+        if not self.has_variable("batch_stats", "mean"):
+            raise ValueError(
+                f"batch_stats has nothing for {layer}. Pass what init returned: "
+                "model.apply({'params': params, 'batch_stats': batch_stats}, x). Name batch_stats "
+                "also where a lifted transform encloses the layer, for example "
+                "nn.scan(..., variable_carry='batch_stats') or "
+                "nn.vmap(..., variable_axes={'params': 0, 'batch_stats': 0}), and in "
+                "init(..., mutable=[...]) where that is given."
+            )
+        if update and not self.is_initializing():
+            raise ValueError(
+                f"batch_stats is immutable, but {layer} has use_running_average=False or "
+                "update_running_average=True, and updates it. In training write: "
+                "y, updates = model.apply(variables, x, mutable=['batch_stats']); "
+                "in evaluation pass use_running_average=True; to normalize by the batch and leave "
+                "the statistics alone pass update_running_average=False."
+            )
+
+
+class BatchNorm(_RunningNorm, nn.BatchNorm):
     """Batch normalization with every attribute, default and variable of `flax.linen.BatchNorm`.
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
@@ -184,39 +248,6 @@ class BatchNorm(nn.BatchNorm):
                 variable.value = cast(dict[str, jax.Array], updated)[name]
         return y
 
-    def _modes(
-        self, use_running_average: bool | None, update_running_average: bool | None
-    ) -> tuple[bool, bool]:
-        """Returns whether the running statistics normalize, and whether they update."""
-        use = self._given_once("use_running_average", use_running_average)
-        update = self._given_once("update_running_average", update_running_average)
-        if use is None:
-            raise ValueError(
-                f"use_running_average is None in attribute and call of {self._called()}. "
-                "Write BatchNorm(use_running_average=not train)(x), or "
-                "BatchNorm()(x, use_running_average=not train), or, where the model hands it on, "
-                "model.apply(variables, x, train=True, mutable=['batch_stats'])."
-            )
-        return use, (not use or self._measures()) if update is None else update
-
-    def _measures(self) -> bool:
-        """Says whether evaluation measures: the state asks for it, and can take it."""
-        asked = self.has_variable("batch_stats", "measured")
-        return asked and self.is_mutable_collection("batch_stats")
-
-    def _given_once(self, name: str, in_call: bool | None) -> bool | None:
-        in_attribute: bool | None = getattr(self, name)
-        if in_attribute is None or in_call is None:
-            return in_call if in_attribute is None else in_attribute
-        raise ValueError(
-            f"{name}={in_attribute} in the attribute and {name}={in_call} in the call of "
-            f"{self._called()}: give it once. What a call is to decide, leave out of the "
-            f"attributes: BatchNorm()(x, {name}={in_call})."
-        )
-
-    def _called(self) -> str:
-        return f"BatchNorm {'/'.join(self.path)!r}" if self.path else "the top-level BatchNorm"
-
     def _spreads_a_batch(self) -> bool:
         return self._collects() or self.has_variable("given_moments", "mean")
 
@@ -269,27 +300,135 @@ class BatchNorm(nn.BatchNorm):
         names += ["measured"] * self.has_variable("batch_stats", "measured")
         return {name: self.variable("batch_stats", name, initial, name) for name in names}
 
-    def _require_batch_stats(self, update: bool) -> None:
-        if self.is_mutable_collection("batch_stats"):
-            return
-        layer = self._called()
-        if not self.has_variable("batch_stats", "mean"):
-            raise ValueError(
-                f"batch_stats has nothing for {layer}. Pass what init returned: "
-                "model.apply({'params': params, 'batch_stats': batch_stats}, x). Name batch_stats "
-                "also where a lifted transform encloses the layer, for example "
-                "nn.scan(..., variable_carry='batch_stats') or "
-                "nn.vmap(..., variable_axes={'params': 0, 'batch_stats': 0}), and in "
-                "init(..., mutable=[...]) where that is given."
-            )
-        if update and not self.is_initializing():
-            raise ValueError(
-                f"batch_stats is immutable, but {layer} has use_running_average=False or "
-                "update_running_average=True, and updates it. In training write: "
-                "y, updates = model.apply(variables, x, mutable=['batch_stats']); "
-                "in evaluation pass use_running_average=True; to normalize by the batch and leave "
-                "the statistics alone pass update_running_average=False."
-            )
+
+class WhiteningNorm(_RunningNorm):
+    """Whitening, with the attributes of `BatchNorm` that apply.
+
+    ``y = (cov + epsilon * I)**(-1/2) @ (x - mean) * scale + bias``, as `bn_jax.whitening_norm`
+    computes it. Parameters are ``scale`` and ``bias``, of the size of `axis`, in `param_dtype`; the
+    collection ``batch_stats`` holds ``mean`` and ``cov``, [groups, size, size], in at least
+    float32. While initializing, nothing is updated and `axis_name` need not exist. `freeze` freezes
+    it as a batch norm.
+
+    Attributes:
+        use_running_average: True for evaluation, False for training, None: the call says it.
+        axis: the feature axis.
+        momentum: the weight of the old value in the running statistics; None for the cumulative
+            average over all batches, whose ``count`` is then kept beside them.
+        epsilon: added to the variances.
+        iterations: of Newton's method; 5 whiten incompletely.
+        group_size: so many consecutive features are whitened together; None for all.
+        dtype: the dtype of the result; by default that of input and parameters promoted.
+        param_dtype: the dtype of ``scale`` and ``bias``.
+        use_bias: whether to add ``bias``.
+        use_scale: whether to multiply by ``scale``.
+        bias_init: initializer of ``bias``.
+        scale_init: initializer of ``scale``.
+        axis_name: the named axis or axes to synchronize over.
+        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
+        update_running_average: whether the running statistics update; None: if and only if the
+            batch whitens.
+        train_params: False for ``scale`` and ``bias`` without a derivative.
+        frozen: True for running statistics that whiten and do not update, whatever the call or the
+            other attributes say.
+
+    Raises:
+        ValueError: ``batch_stats`` is missing or immutable, `use_running_average` is given nowhere
+            or twice, or `bn_jax.whitening_norm` objects.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> layer = bn.linen.WhiteningNorm(use_running_average=False, iterations=10)
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2)) @ jnp.array([[3.0, 1.0], [0.0, 1.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> (jnp.cov(y.T, bias=True).round(3) + 0.0).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Huang et al. 2019, https://arxiv.org/abs/1904.03441.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    iterations: int = 5
+    group_size: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
+    update_running_average: bool | None = None
+    train_params: bool = True
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_running_average: bool | None = None,
+    ) -> jax.Array:
+        """Whitens `x`.
+
+        Args:
+            x: floating-point array that holds the features on `axis`.
+            use_running_average: True for evaluation, False for training; overrides None in the
+                attribute of that name.
+            mask: boolean or weights, of size 1 on `axis` and broadcastable to `x`: what enters the
+                statistics.
+            update_running_average: overrides None in the attribute of that name.
+
+        Returns:
+            The whitened array, of the shape of `x`.
+        """
+        frozen, train_params = _switches(self)
+        use_running_average, update = (
+            (True, False) if frozen else self._modes(use_running_average, update_running_average)
+        )
+        self._require_batch_stats(update)
+        x = as_floating("x", x)
+        features = _features("axis", self.axis, x)
+        variables = self._variables(features[0], x.dtype)
+        params = _make_params(self, features)
+        y, updated = whitening_norm(
+            params if train_params else jax.lax.stop_gradient(params),
+            cast(WhiteningStats, {name: one.value for name, one in variables.items()}),
+            x,
+            use_running_average=use_running_average,
+            update_running_average=update,
+            axis=self.axis,
+            momentum=self.momentum,
+            iterations=self.iterations,
+            group_size=self.group_size,
+            initializing=self.is_initializing(),
+            **_options(self, mask),
+        )
+        if update:
+            for name, variable in variables.items():
+                variable.value = cast(dict[str, jax.Array], updated)[name]
+        return y
+
+    def _variables(self, features: int, x_dtype: Any) -> dict[str, nn.Variable[Any]]:
+        known = self.has_variable("batch_stats", "mean")
+        counted = self.has_variable("batch_stats", "count")
+        use_count = counted or (self.momentum is None and not known)
+        made = init_whitening_stats(
+            features,
+            group_size=self.group_size,
+            dtype=statistics_dtype(x_dtype),
+            use_count=use_count,
+        )
+        return {
+            name: self.variable("batch_stats", name, lambda value=value: value)
+            for name, value in cast(dict[str, jax.Array], made).items()
+        }
 
 
 class BatchRenorm(BatchNorm):
@@ -683,7 +822,7 @@ def _rule_for(module: nn.Module) -> _Rule | None:
     return covering[0] if covering else None
 
 
-def _switches(layer: BatchNorm) -> tuple[bool, bool]:
+def _switches(layer: "BatchNorm | WhiteningNorm") -> tuple[bool, bool]:
     """Returns whether a layer is frozen, and whether its parameters train."""
     rule = _rule_for(layer)
     if rule is None or not rule.frozen:

@@ -335,6 +335,54 @@ def _centred_moments_jvp(
     return found, CentredMoments(d_count, jnp.zeros_like(found.shift), d_mean, d_var)
 
 
+def covariance(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    found: CentredMoments,
+    axis: int,
+    size: int,
+) -> jax.Array:
+    """Computes the covariances between the features of each group, around the mean that was found.
+
+    ``cov = sum(w * outer(x - mean, x - mean)) / count``. In two passes over `x`, the mean's and
+    this: the product reads `x` anyhow, and what it sums is around the true mean, so that nothing
+    cancels at any offset. Differentiated by JAX itself.
+
+    Args:
+        reduction: what `found` was reduced over: all axes but one.
+        x: floating point.
+        mask: None, boolean or weights, of the rank of `x` and of size 1 on `axis`.
+        found: the moments of `x`.
+        axis: the axis of the features.
+        size: how many consecutive features make up a group.
+
+    Returns:
+        An array ``[groups, size, size]`` in the dtype of the mean, zeros where nothing entered.
+    """
+    deviation = _keep(centre(x, found.shift, found.delta), mask)
+    groups, weighted = (split_axis(axis, size, one) for one in (deviation, _weigh(deviation, mask)))
+    reduced = tuple(one for one in range(groups.ndim) if one not in (axis, axis + 1))
+    products = lax.dot_general(
+        weighted,
+        groups,
+        ((reduced, reduced), ((axis,), (axis,))),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=_sharding_of_groups(groups, axis),
+    )
+    (total,) = _all_reduce(reduction, products)
+    divisor = _divisor(reduction, x, mask, found.count)
+    return _divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
+
+
+def _sharding_of_groups(groups: jax.Array, axis: int) -> NamedSharding | None:
+    """Where explicitly sharded axes are summed over, JAX asks where the sums shall be."""
+    sharding = jax.typeof(groups).sharding
+    if all(names is None for names in sharding.spec):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[axis], None, None))
+
+
 def named(name: str, values: Values) -> Values:
     """Gives arrays the name by which a policy of `jax.checkpoint` keeps them.
 

@@ -18,13 +18,59 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from bn_jax.batch_norm import BatchStats, Correction, normalize_and_update
 from bn_jax.batch_renorm import make_correction
 from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
-from bn_jax.moments import canonical_axes
+from bn_jax.moments import AxisName, canonical_axes
 from bn_jax.standardize import Activation, Params
+from bn_jax.whitening import WhiteningStats, init_whitening_stats, whitening_norm
 
 M = TypeVar("M")
 
 
-class BatchNorm(nnx.BatchNorm):
+class _RunningNorm(nnx.Module):
+    """The switches of the layers with running statistics, and how they keep these."""
+
+    num_features: int
+    use_running_average: bool | None
+    update_running_average: bool | None
+    frozen: bool
+
+    def _modes(
+        self, use_running_average: bool | None, update_running_average: bool | None
+    ) -> tuple[bool, bool]:
+        """Returns whether the running statistics normalize, and whether they update."""
+        if self.frozen:
+            return True, False
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            kind = type(self).__name__
+            raise ValueError(
+                "use_running_average is None in the constructor and in the call of the "
+                f"{kind} of {self.num_features} features. "
+                f"Pass {kind}(..., use_running_average=False), or layer(x, "
+                "use_running_average=False), or call model.train() or model.eval()."
+            )
+        if update_running_average is None:
+            update_running_average = self.update_running_average
+        if update_running_average is None:
+            update_running_average = not use_running_average or hasattr(self, "measured")
+        return use_running_average, update_running_average
+
+    def _store(self, variables: dict[str, nnx.BatchStat[Any]], batch_stats: Any) -> None:
+        try:
+            for name, variable in variables.items():
+                # Assigning to an item would cast the mean of complex input to the old real dtype.
+                variable.set_value(jax.lax.stop_gradient(batch_stats[name]))
+        except TraceContextError as error:
+            raise TraceContextError(
+                f"{type(self).__name__} updates its running statistics inside of a transform "
+                "(nnx.jit, nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, "
+                "and did not come in as an argument. Pass the model: nnx.eval_shape(lambda model, "
+                "x: model(x), model, x); or leave the statistics alone: "
+                "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
+            ) from error
+
+
+class BatchNorm(_RunningNorm, nnx.BatchNorm):
     """Batch normalization with every argument, default and variable of `flax.nnx.BatchNorm`.
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
@@ -215,41 +261,148 @@ class BatchNorm(nnx.BatchNorm):
             self._store(variables, updated)
         return y
 
-    def _modes(
-        self, use_running_average: bool | None, update_running_average: bool | None
-    ) -> tuple[bool, bool]:
-        """Returns whether the running statistics normalize, and whether they update."""
-        if self.frozen:
-            return True, False
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average is None:
-            raise ValueError(
-                "use_running_average is None in the constructor and in the call of the "
-                f"BatchNorm of {self.num_features} features. "
-                "Pass nnx.BatchNorm(..., use_running_average=False), or layer(x, "
-                "use_running_average=False), or call model.train() or model.eval()."
-            )
-        if update_running_average is None:
-            update_running_average = self.update_running_average
-        if update_running_average is None:
-            update_running_average = not use_running_average or hasattr(self, "measured")
-        return use_running_average, update_running_average
 
-    def _store(self, variables: dict[str, nnx.BatchStat[Any]], batch_stats: BatchStats) -> None:
-        new = cast(dict[str, jax.Array], batch_stats)
-        try:
-            for name, variable in variables.items():
-                # Assigning to an item would cast the mean of complex input to the old real dtype.
-                variable.set_value(jax.lax.stop_gradient(new[name]))
-        except TraceContextError as error:
-            raise TraceContextError(
-                "BatchNorm updates its running statistics inside of a transform (nnx.jit, "
-                "nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, and did not "
-                "come in as an argument. Pass the model: nnx.eval_shape(lambda model, x: model(x), "
-                "model, x); or leave the statistics alone: "
-                "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
-            ) from error
+class WhiteningNorm(_RunningNorm):
+    """Whitening, with the arguments of `BatchNorm` that apply.
+
+    ``y = (cov + epsilon * I)**(-1/2) @ (x - mean) * scale + bias``, as `bn_jax.whitening_norm`
+    computes it. ``scale`` and ``bias`` are `nnx.Param` of shape ``[num_features]`` in
+    `param_dtype`, ``mean`` and ``cov``, ``[groups, size, size]``, are `nnx.BatchStat` in float32.
+    No derivative flows into the updated statistics. `freeze` freezes it as a batch norm.
+
+    Args:
+        num_features: the size of `axis`.
+        use_running_average: True for evaluation, False for training; `train()` and `eval()` of any
+            enclosing module set it.
+        axis: the feature axis of the input.
+        momentum: the weight of the old value in the running statistics; None for the cumulative
+            average over all batches, whose ``count`` is then kept beside them.
+        epsilon: added to the variances.
+        iterations: of Newton's method; 5 whiten incompletely.
+        group_size: so many consecutive features are whitened together; None for all.
+        dtype: the dtype of the result; by default that of input and parameters promoted.
+        param_dtype: the dtype of ``scale`` and ``bias``.
+        use_bias: whether to add ``bias``.
+        use_scale: whether to multiply by ``scale``.
+        bias_init: initializer of ``bias``.
+        scale_init: initializer of ``scale``.
+        axis_name: the named axis or axes to synchronize over.
+        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
+        update_running_average: whether the running statistics update, after `eval()` too; None: if
+            and only if the batch whitens.
+        train_params: False for ``scale`` and ``bias`` without a derivative.
+        frozen: True for running statistics that whiten and do not update, whatever the call,
+            the other arguments or `train()` say.
+        rngs: the random streams for the initializers.
+
+    Raises:
+        ValueError: `use_running_average` is given nowhere, `group_size` does not divide
+            `num_features`, or `bn_jax.whitening_norm` objects to the input.
+        TraceContextError: as `BatchNorm` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.WhiteningNorm(2, iterations=10, rngs=nnx.Rngs(0))
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2)) @ jnp.array([[3.0, 1.0], [0.0, 1.0]])
+        >>> (jnp.cov(layer(x).T, bias=True).round(3) + 0.0).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Huang et al. 2019, https://arxiv.org/abs/1904.03441.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        iterations: int = 5,
+        group_size: int | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Any = None,
+        update_running_average: bool | None = None,
+        train_params: bool = True,
+        frozen: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.iterations = iterations
+        self.group_size = group_size
+        self.dtype = dtype
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.update_running_average = update_running_average
+        self.train_params = train_params
+        self.frozen = frozen
+        use_count = momentum is None
+        made = init_whitening_stats(num_features, group_size=group_size, use_count=use_count)
+        self.mean = nnx.BatchStat(made["mean"])
+        self.cov = nnx.BatchStat(made["cov"])
+        if use_count:
+            self.count = nnx.BatchStat(made["count"])
+        if use_scale:
+            self.scale = nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype))
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_running_average: bool | None = None,
+    ) -> jax.Array:
+        """Whitens `x`.
+
+        Args:
+            x: floating-point array that holds `num_features` features on `axis`.
+            use_running_average: True for evaluation, False for training; overrides the attribute.
+            mask: boolean or weights, of size 1 on `axis` and broadcastable to `x`: what enters the
+                statistics.
+            update_running_average: overrides the attribute.
+
+        Returns:
+            The whitened array, of the shape of `x`.
+        """
+        use_running_average, update = self._modes(use_running_average, update_running_average)
+        names = [name for name in ("mean", "cov", "count") if hasattr(self, name)]
+        variables = {name: getattr(self, name) for name in names}
+        params = {
+            name: getattr(self, name)[...] for name in ("scale", "bias") if hasattr(self, name)
+        }
+        y, updated = whitening_norm(
+            cast(Params, params if self.train_params else jax.lax.stop_gradient(params)),
+            cast(WhiteningStats, {name: one[...] for name, one in variables.items()}),
+            x,
+            use_running_average=use_running_average,
+            update_running_average=update,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            group_size=self.group_size,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=self.dtype,
+        )
+        if update:
+            self._store(variables, updated)
+        return y
 
 
 class BatchRenorm(BatchNorm):
@@ -600,10 +753,11 @@ def _replacements() -> dict[type[nnx.Module], type[nnx.Module]]:
     }
 
 
-def _batch_norms(model: Any, patterns: tuple[str, ...]) -> list[BatchNorm]:
-    """Returns the batch norms of which a path, or one around it, matches one of the patterns."""
-    layers = [(path, layer) for path, layer in _nodes(model) if isinstance(layer, nnx.BatchNorm)]
-    found: list[BatchNorm] = []
+def _batch_norms(model: Any, patterns: tuple[str, ...]) -> list[BatchNorm | WhiteningNorm]:
+    """Returns the norms with statistics of which a path, or one around it, matches a pattern."""
+    kinds = (nnx.BatchNorm, WhiteningNorm)
+    layers = [(path, layer) for path, layer in _nodes(model) if isinstance(layer, kinds)]
+    found: list[BatchNorm | WhiteningNorm] = []
     for pattern in patterns or ("*",):
         matching = [
             (path, layer)
@@ -617,7 +771,7 @@ def _batch_norms(model: Any, patterns: tuple[str, ...]) -> list[BatchNorm]:
                 "or of modules around them."
             )
         for path, layer in matching:
-            if not isinstance(layer, BatchNorm):
+            if not isinstance(layer, _RunningNorm):
                 raise TypeError(
                     f"{'/'.join(path)!r} is a {type(layer).__module__}.{type(layer).__name__}, "
                     "which cannot be frozen: call bn_jax.nnx.replace_norms(model) first; derive a "

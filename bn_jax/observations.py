@@ -19,7 +19,7 @@ from flax import nnx
 from bn_jax import linen as bn_linen
 from bn_jax import nnx as bn_nnx
 from bn_jax.batch_norm import BatchStats, Measured
-from bn_jax.optim import norms_of, path_of
+from bn_jax.optim import norms_of, path_of, whitenings_of
 from bn_jax.programs import (
     WITH_DERIVATIVE,
     Equation,
@@ -116,6 +116,7 @@ class Model(NamedTuple):
         measure: ``measure(variables, batch, train)`` returns what is measured, by path.
         attributes: of the layers, as far as they are known without a call.
         advice: the line that recalibrates.
+        whitened: the paths of whitening norms.
     """
 
     variables: Any
@@ -126,6 +127,7 @@ class Model(NamedTuple):
     measure: Callable[[Any, Any, bool], dict[str, Measured]]
     attributes: dict[str, Attributes]
     advice: str
+    whitened: tuple[str, ...]
 
 
 def _adapt(forward: Callable[..., Any], variables: Any) -> Model:
@@ -165,6 +167,7 @@ def _adapt_functions(forward: Callable[..., Any], variables: dict[str, Any]) -> 
             "batch_stats = bn.recalibrate(lambda variables, x: model.apply(variables, x, "
             "train=False, mutable=['batch_stats']), variables, batches).batch_stats"
         ),
+        whitened=tuple(whitenings_of(variables.get("batch_stats", {}))),
     )
 
 
@@ -202,6 +205,7 @@ def _adapt_nnx(forward: Callable[..., Any], model: nnx.Module) -> Model:
             "nnx.update(model, bn.recalibrate(lambda model, x: model(x), model, "
             "batches).batch_stats), after model.eval()"
         ),
+        whitened=tuple(whitenings_of(nnx.state(copy, nnx.BatchStat))),
     )
 
 

@@ -132,6 +132,16 @@ def norms_of(batch_stats: Any) -> dict[str, Any]:
     return {path_of(path): node for path, node in nodes if is_running(node)}
 
 
+def whitenings_of(batch_stats: Any) -> list[str]:
+    """Returns the paths of the nodes of a tree of statistics that hold those of whitening."""
+
+    def holds(node: Any) -> bool:
+        return isinstance(node, Mapping) and {"mean", "cov"} <= set(node)
+
+    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=holds)
+    return [path_of(path) for path, node in nodes if holds(node)]
+
+
 def path_of(path: tuple[Any, ...]) -> str:
     """Returns the path of a node in a tree as text."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

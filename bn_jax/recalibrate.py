@@ -25,7 +25,7 @@ from bn_jax.batch_norm import BatchStats, Measured, start_measuring
 from bn_jax.linen import replace_norms as replacing_norms
 from bn_jax.moments import statistics_dtype
 from bn_jax.nnx import BatchNorm, replace_norms
-from bn_jax.optim import is_running, norms_of, path_of
+from bn_jax.optim import is_running, norms_of, path_of, whitenings_of
 from bn_jax.programs import exact
 
 Forward: TypeAlias = Callable[[Any, Any], Any]
@@ -162,7 +162,8 @@ def recalibrate(
         divided by ``1 - prior``: so it goes on weighing all batches the same.
 
     Raises:
-        ValueError: `prior` is not in [0, 1), there is no batch norm, there are no batches,
+        ValueError: `prior` is not in [0, 1), there is no batch norm, or there is a whitening norm;
+            there are no batches,
             `forward` returns no updated statistics, or a second pass is needed over an iterator
             that gives its batches once.
         TypeError: `variables` is neither a mapping nor a module, or `batches` is one batch.
@@ -237,6 +238,13 @@ def _prepare(forward: Forward, variables: Any) -> tuple[Measure, Any]:
         raise TypeError(
             f"variables is a {type(variables).__name__}; expected an nnx.Module or "
             "{'params': ..., 'batch_stats': ...}, as model.init returns it."
+        )
+    if whitened := whitenings_of(batch_stats):
+        raise ValueError(
+            f"variables holds whitening norms, {whitened}, whose covariances are not measured and "
+            "would be stale; expected batch norms alone. Average them over the data instead: in a "
+            "model with WhiteningNorm(momentum=None) and statistics made anew, in training mode "
+            "without steps of the optimizer."
         )
     if not norms_of(batch_stats):
         raise ValueError(

@@ -23,6 +23,7 @@ FLOORS = {
     "batch_norm": 3,
     "batch_renorm": 3,
     "feature_norms": 3,
+    "whitening": 3,
     "linen": 4,
     "nnx": 4,
     "convert": 5,

@@ -129,6 +129,26 @@ def define_stateless(
     return y + params["bias"].reshape(features) if "bias" in params else y, stats
 
 
+def define_whitening(params, stats, x, *, group_size, epsilon=1e-5):
+    """Whitening of pairs with the cumulative average: the root of a 2 x 2 matrix is a formula."""
+    mean = x.mean(0)
+    parts = (x - mean[None]).reshape(len(x), -1, group_size)
+    cov = jnp.einsum("ngi,ngj->gij", parts, parts) / len(x)
+    matrix = cov + epsilon * jnp.eye(2)[None]
+    trace = (matrix[:, 0, 0] + matrix[:, 1, 1])[:, None, None]
+    volume = jnp.sqrt(matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] ** 2)[:, None, None]
+    root = ((trace + volume) * jnp.eye(2)[None] - matrix) / (volume * jnp.sqrt(trace + 2 * volume))
+    y = jnp.einsum("ngi,gij->ngj", parts, root).reshape(x.shape)
+    y = y * params["scale"][None] + params["bias"][None]
+    share = 1 / (stats["count"] + 1)
+    of_mean, of_cov = jnp.repeat(share, group_size), share[:, None, None]
+    return y, {
+        "count": stats["count"] + 1,
+        "mean": (1 - of_mean) * stats["mean"] + of_mean * mean,
+        "cov": (1 - of_cov) * stats["cov"] + of_cov * cov,
+    }
+
+
 def from_pairs(function):
     """A function of complex x as one of its real and imaginary part, and so for its results."""
 
@@ -234,6 +254,26 @@ class Stateless(Variant):
         super().__init__(wrapped(ours), wrapped(reference), mapped=mapped, **rest)
 
 
+class Whitening(Variant):
+    """Whitening in two groups of two features, whose inverse roots have converged."""
+
+    def __init__(self, **options):
+        ours = partial(bn.whitening_norm, use_running_average=False, iterations=30, momentum=None)
+        super().__init__(
+            ours, define_whitening, shape=(6, 4), features=(4,), group_size=2, **options
+        )
+
+    def arguments(self, seed, lead=()):
+        params, stats, x = super().arguments(seed, lead)
+        root = standard_normal(seed + 5, (*lead, 2, 2, 2), np.float64)
+        cov = root @ jnp.swapaxes(root, -1, -2)
+        return (
+            params,
+            {"mean": stats["mean"], "cov": cov, "count": jnp.full((*lead, 2), 2, jnp.float64)},
+            x,
+        )
+
+
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.uniform(0.1, 2, (6, 1)) * np.array([1, 1, 0, 1, 1, 1])[:, None]
 RESIDUAL = RNG.standard_normal((6, 3))
@@ -299,6 +339,7 @@ VARIANTS = {
         bn.instance_norm, defined={"reduction_axes": 1}, shape=(3, 5, 2), features=(2,),
         epsilon=1e-3, present=("bias",),
     ),
+    "whitening": Whitening(offset=1e3),
     "linen": Variant(by_linen),
     "nnx": Variant(by_nnx, without_gradient_of_updates(define)),
 }
