@@ -311,9 +311,9 @@ def _measure(
         check_values_per_feature(reduction, x.shape, x.shape, given.axis)
     running_mean = given.expand(given.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    found = centred_moments(reduction, x, mask, shift)
+    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
     cov = covariance(reduction, x, mask, found, given.axis, given.size)
-    found, cov = named(MOMENTS_NAME, (found, cov))
+    cov = named(MOMENTS_NAME, cov)
     count = found.count.reshape(())
     return count, _Moments(found.shift, found.delta, jnp.where(count > 0, cov, given.running_cov()))
 

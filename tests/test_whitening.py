@@ -183,7 +183,7 @@ def with_condition(condition, size=32):
 
 @pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-5), (1e3, 2e-5), (1e4, 1e-4)])
 def test_the_root_is_exact_and_stays_so(condition, tolerance):
-    """The uncoupled iteration is off by 5e2 after 15 steps for the first of these."""
+    """The uncoupled iteration comes apart in float32 after some ten steps."""
     matrix = with_condition(condition)
     expected = define_root(exact(matrix))
     for iterations in (20, 50):
@@ -269,7 +269,9 @@ def test_a_masked_position_is_whitened_too():
 def test_a_batch_without_a_valid_value_leaves_the_statistics(examples):
     params, stats = make_state()
     x = correlated(0, (12, 6))[:examples]
-    y, updated = TRAIN(params, stats, x, group_size=3, mask=jnp.zeros((examples, 1), bool))
+    stats["count"] = jnp.ones(2)
+    nothing = jnp.zeros((examples, 1), bool)
+    y, updated = TRAIN(params, stats, x, group_size=3, mask=nothing, momentum=None)
     assert_close(updated, stats, tolerance=1e-12)
     assert_close(y, EVALUATE(params, stats, x, group_size=3)[0])
 
