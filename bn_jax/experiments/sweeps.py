@@ -95,13 +95,14 @@ def draw_batches(
     return np.stack([of_seed(int(seed)) for seed in seeds]).astype(np.int32)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean over the examples."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns the mean over the examples, those of the mask [n] if there is one."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses, where=mask)
 
 
 def loss_of(
-    model: nn.Module, variables: Any, x: jax.Array, y: jax.Array
+    model: nn.Module, variables: Any, x: jax.Array, y: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Computes the loss of a batch in training.
 
@@ -110,12 +111,14 @@ def loss_of(
         variables: its params and batch_stats.
         x: [n, ...].
         y: labels [n].
+        mask: booleans [n]: which examples there are. None: all.
 
     Returns:
         The loss, and the variables with new batch_stats.
     """
-    logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-    return cross_entropy(logits, y), {**variables, **updated}
+    masked = {} if mask is None else {"mask": mask}
+    logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], **masked)
+    return cross_entropy(logits, y, mask), {**variables, **updated}
 
 
 def accuracy(model: nn.Module, variables: Any, part: Part, train: bool = False) -> jax.Array:
@@ -141,7 +144,7 @@ def start(optimizer: optax.GradientTransformation, variables: Any) -> Any:
 
 
 def make_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, part: Part
+    model: nn.Module, optimizer: optax.GradientTransformation, part: Part, padded: bool = False
 ) -> Callable[[Any, jax.Array], tuple[Any, tuple[jax.Array, Any]]]:
     """Returns a training step for `jax.lax.scan`.
 
@@ -149,6 +152,7 @@ def make_step(
         model: called with `x` and `train`.
         optimizer: of the params.
         part: the examples.
+        padded: whether indices may be -1, for no example.
 
     Returns:
         A function of what `start` returns and the indices of a batch, which gives the same after
@@ -158,13 +162,15 @@ def make_step(
 
     def step(carry: Any, batch: jax.Array) -> tuple[Any, tuple[jax.Array, Any]]:
         variables, state = carry
-        (loss, updated), gradients = jax.value_and_grad(
-            lambda params: loss_of(model, {**variables, "params": params}, x[batch], y[batch]),
-            has_aux=True,
-        )(variables["params"])
+        mask = batch >= 0 if padded else None
+
+        def loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+            return loss_of(model, {**variables, "params": params}, x[batch], y[batch], mask)
+
+        (found, updated), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         updates, state = optimizer.update(gradients, state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        return ({**updated, "params": params}, state), (loss, gradients)
+        return ({**updated, "params": params}, state), (found, gradients)
 
     return step
 
@@ -177,6 +183,7 @@ def train(
     rows: Any,
     observe: Observe | None = None,
     every: int = 1,
+    padded: bool = False,
 ) -> Trained:
     """Trains once; under `jit` and `vmap` many times at once.
 
@@ -188,11 +195,12 @@ def train(
         rows: which of them enter each step, [steps, n].
         observe: called with the variables before the first step and after every `every` steps.
         every: divides steps.
+        padded: whether indices may be -1, for no example.
 
     Returns:
         The variables after the last step, the losses, and what was observed.
     """
-    step = make_step(model, optimizer, part)
+    step = make_step(model, optimizer, part, padded)
 
     def stretch(carry: Any, batches: jax.Array) -> tuple[Any, Any]:
         carry, (losses, _) = jax.lax.scan(step, carry, batches)
