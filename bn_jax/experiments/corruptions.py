@@ -16,7 +16,7 @@ import bn_jax as bn
 from bn_jax import data
 from bn_jax.experiments.figures import band
 from bn_jax.experiments.nets import MLP
-from bn_jax.experiments.sweeps import draw_batches, load_digits, train
+from bn_jax.experiments.sweeps import Part, draw_batches, load_digits, make_step, start
 from bn_jax.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -54,7 +54,7 @@ class Images(nn.Module):
 
 MODELS: dict[str, nn.Module] = {
     "MLP": MLP((64, 64), norm=NORM),
-    "CNN": Images(ResNet(10, stage_sizes=(1, 1), widths=(8, 16), block=PlainBlock, norm=NORM)),
+    "CNN": Images(ResNet(10, stage_sizes=(1,), widths=(8,), block=PlainBlock, norm=NORM)),
 }
 
 
@@ -132,25 +132,36 @@ def train_all(model: nn.Module, setting: Setting, steps: int) -> Any:
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
 
-    def run(given: Any) -> Any:
-        seed, part, rows = given
-        variables = model.init(jax.random.key(seed), part.x[:1], train=False)
-        return train(model, optax.sgd(RATE, momentum=0.9), variables, part, rows).variables
+    optimizer = optax.sgd(RATE, momentum=0.9)
 
-    # One after another: convolutions with other weights for every image of a batch are slow.
-    program = jax.jit(lambda *given: jax.lax.map(run, given))
-    return program(jnp.asarray(setting.chosen), digits.train, jnp.asarray(rows))
+    @jax.jit
+    def begin(seed: Any, part: Part) -> Any:
+        return start(optimizer, model.init(jax.random.key(seed), part.x[:1], train=False))
+
+    # Convolutions inside a loop that XLA compiles for a CPU are several times slower.
+    @jax.jit
+    def step(carry: Any, part: Part, batch: Any) -> Any:
+        return make_step(model, optimizer, part)(carry, batch)[0]
+
+    found = []
+    for index, seed in enumerate(setting.chosen):
+        part = Part(*(jnp.asarray(leaf[index]) for leaf in digits.train))
+        carry = begin(seed, part)
+        for batch in rows[index]:
+            carry = step(carry, part, batch)
+        found.append(jax.device_get(carry[0]))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 
 @lru_cache
 def _forward(name: str) -> Callable[[Any, Any], Any]:
-    """Returns the evaluation of one of `MODELS`, for parameters [seeds, ...] and sets of images."""
+    """Returns the evaluation of one of `MODELS`, for sets with statistics of their own."""
 
     def of_set(params: Any, batch_stats: Any, x: jax.Array) -> Any:
         given = {"params": params, "batch_stats": batch_stats}
         return MODELS[name].apply(given, x, train=False, mutable=["batch_stats"])
 
-    apply = jax.jit(jax.vmap(jax.vmap(of_set, (None, 0, 0))))
+    apply = jax.jit(jax.vmap(of_set, (None, 0, 0)))
     return lambda variables, x: apply(variables["params"], variables["batch_stats"], x)
 
 
@@ -170,14 +181,20 @@ def adapted_errors(
         The share of wrong answers, [seeds, sets].
     """
     forward = _forward(name)
-    of_sets = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf[:, None], x.shape[1], 1), variables["batch_stats"]
-    )
-    given = {"params": variables["params"], "batch_stats": of_sets}
-    if prior is not None:
-        given["batch_stats"] = bn.recalibrate(forward, given, [x], prior=prior).batch_stats
-    logits, _ = forward(given, x)
-    return np.mean(np.argmax(logits, -1) != y, -1)
+
+    def of_seed(variables: Any, x: Any, y: Any) -> Any:
+        of_sets = jax.tree.map(
+            lambda leaf: np.repeat(leaf[None], len(x), 0), variables["batch_stats"]
+        )
+        given = {**variables, "batch_stats": of_sets}
+        if prior is not None:
+            given["batch_stats"] = bn.recalibrate(forward, given, [x], prior=prior).batch_stats
+        logits, _ = forward(given, x)
+        return np.mean(np.argmax(logits, -1) != y, -1)
+
+    seeds = range(len(x))
+    each = [jax.tree.map(lambda leaf, seed=seed: leaf[seed], variables) for seed in seeds]
+    return np.stack([of_seed(each[seed], x[seed], y[seed]) for seed in seeds])
 
 
 def entropy_errors(model: nn.Module, variables: Any, x: Any, y: Any) -> npt.NDArray[np.float64]:
