@@ -1,4 +1,4 @@
-"""Claim 17: batch norm splits weights into length and direction, which gradient descent gains by."""
+"""Claim 17: behind batch norm, the length of weights and their direction decouple."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple

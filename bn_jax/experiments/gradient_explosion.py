@@ -22,6 +22,7 @@ DEPTH = 26
 BATCHES = {4: 40, 6: 16, 8: 10, 16: 4, 32: 2, 64: 1}
 # The batch size of the networks without norm, whose examples do not meet.
 NO_NORM = 1
+DRAWN = 4, 8, 64, NO_NORM
 EXAMPLES = 64
 # Layers after the input and before the output that are left out.
 TRANSIENT = 3
@@ -45,8 +46,8 @@ ACTIVATIONS = {
 def linear_growth(batch_size: Any) -> Any:
     """Returns by how much a layer and a batch norm enlarge the squared norm of a gradient.
 
-    ``(B - 2) / (B - 3)``. A feature comes as ``z = s u``, with `u` uniform on the unit sphere in the
-    `B - 1` dimensions without mean and ``s^2 = c chi^2(B - 1)`` with ``c = B / (B - 1)``, the
+    ``(B - 2) / (B - 3)``. A feature comes as ``z = s u``, with `u` uniform on the unit sphere of
+    the `B - 1` dimensions without mean and ``s^2 = c chi^2(B - 1)`` with ``c = B / (B - 1)``, the
     eigenvalue of the covariance ``B E[u u^T]`` of what the norm before has given. The norm's
     derivative is ``sqrt(B) / s (I - u u^T)``: on average its square multiplies the squared norm by
     ``B E[1 / s^2] (1 - 1 / (B - 1))``, where ``E[1 / chi^2(B - 1)] = 1 / (B - 3)``.
@@ -116,48 +117,47 @@ def squared_gradients(seed: jax.Array, depth: int) -> Any:
         depth: of the networks.
 
     Returns:
-        For every activation and batch size, squared norms [depth, batches], from the output back.
+        For every batch size, squared norms [depth, activations, batches] from the output back.
     """
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = {
-        (name, size): (count, size, WIDTH)
-        for name in ACTIVATIONS
+        size: (size, len(ACTIVATIONS), count, WIDTH)
         for size, count in {**BATCHES, NO_NORM: EXAMPLES}.items()
     }
 
-    def white(key: jax.Array) -> Any:
-        leaves = [
-            jax.random.normal(key, shape)
-            for key, shape in zip(jax.random.split(key, len(shapes)), shapes.values(), strict=True)
-        ]
-        return dict(zip(shapes, leaves, strict=True))
+    def white(key: jax.Array) -> dict[int, jax.Array]:
+        return {
+            size: jax.random.normal(jax.random.fold_in(key, size), shape)
+            for size, shape in shapes.items()
+        }
 
     def layer(x: Any, of_layer: Any) -> Any:
         key, probes = of_layer
         weights = jax.random.normal(key, (WIDTH, WIDTH)) / math.sqrt(WIDTH)
-        return {arm: _apply(arm, weights, x[arm]) + probes[arm] for arm in x}, None
+        return {size: _apply_layer(weights, x[size]) + probes[size] for size in x}, None
 
     def network(probes: Any) -> Any:
         x, _ = jax.lax.scan(layer, white(keys[0]), (jax.random.split(keys[1], depth), probes))
         return x
 
     # The gradient at a sum is that at either part: zeros that are added show it at every layer.
-    probes = {arm: jnp.zeros((depth, *shape)) for arm, shape in shapes.items()}
+    probes = {size: jnp.zeros((depth, *shape)) for size, shape in shapes.items()}
     (gradients,) = jax.vjp(network, probes)[1](white(keys[2]))
-    return {arm: jnp.sum(one**2, (2, 3))[::-1] for arm, one in gradients.items()}
+    return {size: jnp.sum(one**2, (1, 4))[::-1] for size, one in gradients.items()}
 
 
-def _apply(arm: tuple[str, int], weights: jax.Array, x: jax.Array) -> jax.Array:
-    activation, (name, size) = ACTIVATIONS[arm[0]], arm
+def _apply_layer(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Applies weights, norm and activations to [B, activations, batches, WIDTH]."""
     x = x @ weights
-    if size == NO_NORM:
-        return activation.function(x * activation.gain)
-    return activation.function(jax.vmap(_normalized)(x))
-
-
-def _normalized(x: jax.Array) -> jax.Array:
-    statistics = bn.init_batch_stats(x.shape[-1])
-    return bn.batch_norm({}, statistics, x, use_running_average=False, epsilon=1e-30)[0]
+    if len(x) == NO_NORM:
+        x *= jnp.array([one.gain for one in ACTIVATIONS.values()])[:, None, None]
+    else:
+        statistics = bn.init_batch_stats(x.shape[1:])
+        x, _ = bn.batch_norm(
+            {}, statistics, x, use_running_average=False, axis=(1, 2, 3), epsilon=1e-30
+        )
+    functions = (one.function for one in ACTIVATIONS.values())
+    return jnp.stack([function(x[:, i]) for i, function in enumerate(functions)], 1)
 
 
 def run(setting: Setting) -> Result:
@@ -167,7 +167,12 @@ def run(setting: Setting) -> Result:
     for seed in setting.chosen:
         runs.append(jax.tree.map(np.float64, measure(seed)))
         setting.advance(1 / len(setting.chosen))
-    found = {arm: np.stack([one[arm] for one in runs]) for arm in runs[0]}
+    # [seeds, depth, batches]
+    found = {
+        (name, size): np.stack([one[size][:, index] for one in runs])
+        for index, name in enumerate(ACTIVATIONS)
+        for size in (*BATCHES, NO_NORM)
+    }
     inner = {arm: one[:, TRANSIENT : DEPTH - TRANSIENT] for arm, one in found.items()}
     # The mean of the ratios is what theory gives; that of their logarithms is less.
     growth = {arm: (one[:, 1:] / one[:, :-1]).mean((1, 2)) for arm, one in inner.items()}
@@ -196,10 +201,11 @@ def run(setting: Setting) -> Result:
         ),
         curves={
             "squared norm": {
-                f"{name}, B = {size}" if size != NO_NORM else f"{name}, no norm": (
-                    one.mean(-1) / one.mean(-1)[:, :1]
+                f"{name}, {'no norm' if size == NO_NORM else f'B = {size}'}": np.log10(
+                    found[name, size].mean(-1) / found[name, size].mean(-1)[:, :1]
                 ).T
-                for (name, size), one in found.items()
+                for name in ACTIVATIONS
+                for size in DRAWN
             },
             "growth": {name: [growth[name, size] for size in BATCHES] for name in ACTIVATIONS},
         },
@@ -214,20 +220,23 @@ def run(setting: Setting) -> Result:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the gradients layer by layer, and their growth by the size of the batch."""
     by_layer, by_size = figure.subplots(1, 2)
-    for arm, norms in curves["squared norm"].items():
-        line = "--" if arm.startswith("linear") else "-"
-        band(by_layer, np.arange(DEPTH), norms, arm, linestyle=line)
+    for index, (arm, norms) in enumerate(curves["squared norm"].items()):
+        color, line = f"C{index % len(DRAWN)}", "--" if arm.startswith("linear") else "-"
+        band(by_layer, np.arange(DEPTH), norms, arm, linestyle=line, color=color)
     by_layer.set(
-        yscale="log", xlabel="layers from the output", ylabel="squared norm of the gradient"
+        xlabel="layers from the output", ylabel=r"$\log_{10}$ of the gradient's squared norm"
     )
-    by_layer.legend(frameon=False, fontsize="x-small", ncols=2)
+    by_layer.legend(frameon=False, fontsize="small")
     sizes = np.geomspace(min(BATCHES), max(BATCHES), 100)
     for name, growth in curves["growth"].items():
         by_size.plot(sizes, GROWTH[name](sizes), color="gray", linestyle=":")
         band(by_size, list(BATCHES), growth, name, marker="o", linestyle="none")
-    by_size.axhline(np.pi / (np.pi - 1), color="gray", linewidth=0.5)
-    by_size.annotate(r"$\pi / (\pi - 1)$", (max(BATCHES), np.pi / (np.pi - 1)), ha="right")
+    limit = np.pi / (np.pi - 1)
+    by_size.axhline(limit, color="gray", linewidth=0.5)
+    by_size.annotate(r"$\pi / (\pi - 1)$", (min(BATCHES), limit), va="top")
     by_size.set(xscale="log", xlabel="batch size", ylabel="growth per layer (dotted: theory)")
+    by_size.set_xticks(list(BATCHES), list(map(str, BATCHES)), minor=False)
+    by_size.set_xticks([], minor=True)
     by_size.legend(frameon=False)
 
 
