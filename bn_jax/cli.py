@@ -376,14 +376,19 @@ def recalibrate(
             "Default: the run's own training part.",
         ),
     ] = None,
+    prior: Annotated[
+        float, typer.Option(help="Share of the old statistics in the new, from 0 to below 1.")
+    ] = 0.0,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the result. Default: DIR-recalibrated.")
     ] = None,
 ) -> None:
     """Measure the running statistics of a saved run anew, exactly, over all training images."""
+    if not 0 <= prior < 1:
+        _fail(f"--prior: received {prior}, expected 0 to below 1; choose one of these")
     saved, folder = _read_for(run, out, "recalibrated")
     found, change = runs.recalibrate_run(
-        saved, _one_device(), data_file, folder, progress=sys.stderr.isatty()
+        saved, _one_device(), data_file, folder, prior=prior, progress=sys.stderr.isatty()
     )
     print(found)
     _print_change(change)

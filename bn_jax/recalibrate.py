@@ -100,6 +100,7 @@ def recalibrate(
     variables: Any,
     batches: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
+    prior: float = 0.0,
     passes: int | None = None,
     progress: bool = False,
 ) -> Recalibration:
@@ -122,6 +123,17 @@ def recalibrate(
     Of a `forward` that trains, every batch is normalized by its own statistics, and these are
     pooled by their counts in a single pass: what PreciseBN and PyTorch's `update_bn` approximate.
 
+    With a `prior`, every norm keeps that share of its old statistics (test-time adaptation to data
+    of another distribution than that of the training) ::
+
+        new_mean = prior * old_mean + (1 - prior) * mean
+        new_var = prior * old_var + (1 - prior) * var
+
+    where `mean` and `var` are those of what comes in if the norms before it normalize by their new,
+    mixed statistics. For few data keep much: `N` pseudo-examples of the training beside the `n`
+    examples in `batches`, as Schneider et al. count, are ``prior = N / (N + n)``. AdaBN (Li et al.)
+    keeps nothing, ``prior=0``.
+
     Each batch is one compiled step, and its moments are merged in double precision on the host; the
     memory does not grow with their number. Flax's norms are measured as ours; a subclass of one of
     Flax's keeps its statistics.
@@ -137,6 +149,8 @@ def recalibrate(
             are.
         batches: trees of arrays, as `forward` takes them: anything that can be iterated as often as
             there are passes, or a function without arguments that returns an iterator.
+        prior: the share of the old statistics in the new, in [0, 1). Old ones that are not finite
+            have none.
         passes: how many there are at most. None: as many as are needed.
         progress: whether to show a bar on standard error; it needs rich.
 
@@ -144,11 +158,13 @@ def recalibrate(
         `Recalibration`: the new statistics, and what changed. A norm that measured nothing because
         it is frozen, or because `forward` does not reach it, keeps its own, and so does a feature
         that no batch enters; the text says which. A single valid value that is not finite keeps
-        its whole batch out of the feature. A ``count`` of batches becomes the number of those here.
+        its whole batch out of the feature. A ``count`` of batches becomes the number of those here,
+        divided by ``1 - prior``: so it goes on weighing all batches the same.
 
     Raises:
-        ValueError: there is no batch norm, there are no batches, `forward` returns no updated
-            statistics, or a second pass is needed over an iterator that gives its batches once.
+        ValueError: `prior` is not in [0, 1), there is no batch norm, there are no batches,
+            `forward` returns no updated statistics, or a second pass is needed over an iterator
+            that gives its batches once.
         TypeError: `variables` is neither a mapping nor a module, or `batches` is one batch.
         ModuleNotFoundError: ``progress=True`` without rich.
 
@@ -165,10 +181,21 @@ def recalibrate(
         >>> print(found)
         norm                mean moved by  variance changed  values
         the top-level norm  4 std          8.667 times       3
+        >>> adapted = bn.recalibrate(forward, variables, [x], prior=9 / (9 + len(x)))
+        >>> round(adapted.batch_stats["mean"].item(), 4)  # 3/4 of 0 and 1/4 of 4
+        1.0
 
     Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
-    https://arxiv.org/abs/2105.07576, for batches normalized by their own statistics.
+    https://arxiv.org/abs/2105.07576, for batches normalized by their own statistics; Schneider et
+    al. 2020, "Improving robustness against common corruptions by covariate shift adaptation",
+    https://arxiv.org/abs/2006.16971, for the prior; Li et al. 2016, "Revisiting Batch Normalization
+    For Practical Domain Adaptation", https://arxiv.org/abs/1603.04779, for adaptation without.
     """
+    if not 0 <= prior < 1:
+        raise ValueError(
+            f"prior={prior} must be in [0, 1): it is the share of the old statistics in the new. "
+            "For N pseudo-examples beside n examples write prior=N / (N + n)."
+        )
     if passes is not None and passes < 1:
         raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
     measure, batch_stats = _prepare(forward, variables)
@@ -182,7 +209,8 @@ def recalibrate(
             pools, count = _measure_all(measure, current, shown, only_once)
             if count == 0:
                 raise ValueError(_nothing_in(batches, number))
-            before, current = current, _recalibrated(current, pools, count)
+            before = current
+            current = _recalibrated(before, pools, count, batch_stats, prior)
             needed = 1 if only_once else _passes_needed(pools)
             settled = number >= needed or _agree(before, current)
             if passes is None and needed < math.inf:
@@ -401,14 +429,16 @@ def _passes_needed(pools: dict[str, Measured]) -> float:
     return sum(math.prod(one.mean.shape[:-1]) for one in called)
 
 
-def _recalibrated(batch_stats: Any, pools: dict[str, Measured], batches: int) -> Any:
-    """Returns the statistics with those that were measured in their place."""
+def _recalibrated(
+    batch_stats: Any, pools: dict[str, Measured], batches: int, initial: Any, prior: float
+) -> Any:
+    """Returns the statistics with those that were measured, and the initial, in their place."""
 
-    def replace(path: Any, node: Any) -> Any:
+    def replace(path: Any, node: Any, initial_node: Any) -> Any:
         pool = pools.get(path_of(path))
         if not is_running(node) or pool is None:
             return node
-        new = _population(pool) | {"count": np.full(pool.count.shape, float(batches))}
+        new = _mixed(_population(pool), _arrays(initial_node), batches, prior)
 
         def choose(path: Any, old: Any) -> Any:
             name = path_of(path[:1])
@@ -416,7 +446,18 @@ def _recalibrated(batch_stats: Any, pools: dict[str, Measured], batches: int) ->
 
         return jax.tree.map_with_path(choose, node)
 
-    return jax.tree.map_with_path(replace, batch_stats, is_leaf=is_running)
+    return jax.tree.map_with_path(replace, batch_stats, initial, is_leaf=is_running)
+
+
+def _mixed(found: Arrays, initial: Arrays, batches: int, prior: float) -> Arrays:
+    """Returns what was found and the initial statistics by their shares, and the new count."""
+    old = {name: exact(initial[name]) for name in found}
+    is_known = np.isfinite(old["mean"]) & np.isfinite(old["var"])
+    share = np.where(is_known, prior, 0.0)
+    mixed = {
+        name: share * np.where(is_known, old[name], 0) + (1 - share) * found[name] for name in found
+    }
+    return mixed | {"count": batches / (1 - share)}
 
 
 def _population(pool: Measured) -> Arrays:
@@ -500,7 +541,9 @@ def _depends_on_statistics(
         )
         for path, one in ((path, _read(one)) for path, one in found.items())
     }
-    others = jax.device_get(measure(_recalibrated(batch_stats, moved, 1), batch, 0))
+    others = jax.device_get(
+        measure(_recalibrated(batch_stats, moved, 1, batch_stats, 0.0), batch, 0)
+    )
     called = {path: one for path, one in found.items() if np.any(one.by_running)}
     return not all(_measured_the_same(one, others[path]) for path, one in called.items())
 

@@ -199,7 +199,13 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
 
 
 def recalibrate_run(
-    saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path, *, progress: bool
+    saved: SavedRun,
+    mesh: Mesh,
+    data_file: Path | None,
+    folder: Path,
+    *,
+    prior: float,
+    progress: bool,
 ) -> tuple[Recalibration, Change]:
     """Measures the running statistics anew, and saves the run with them.
 
@@ -208,6 +214,7 @@ def recalibrate_run(
         mesh: the devices to compute on.
         data_file: images of any domain; None for the run's own training part.
         folder: a new one for the result, which is a run itself.
+        prior: the share of the old statistics in the new, as of `bn_jax.recalibrate`.
         progress: whether to show a bar.
 
     Returns:
@@ -230,6 +237,7 @@ def recalibrate_run(
         evaluate,
         checkpoints.variables_of(state),
         training.shard_dataset(images, saved.batch_size, mesh),
+        prior=prior,
         progress=progress,
     )
     recalibrated = state.replace(batch_stats=found.batch_stats)
@@ -237,6 +245,7 @@ def recalibrate_run(
     facts = {
         "data": str(data_file or saved.data_file or "scikit-learn's digits"),
         "examples": len(images.y),
+        "prior": prior,
         "passes": found.passes,
         "layers": [layer._asdict() for layer in found.layers],
     }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax_resnet
 import numpy as np
+import optax
 import pytest
 from support import assert_close, far_from_initial, standard_normal
 
@@ -263,6 +264,33 @@ def define_pre_activation(layer, x, strides, padding):
     return layer("ConvNorm_1", y, 1, (1, 1)) + layer("shortcut", activated, strides)
 
 
+def define_fixup(block, params, x, strides, padding):
+    """Fixup's blocks in float64: scalars in the order of their use."""
+    scalars = iter(params[f"Scalar_{number}"] for number in range(len(params)))
+
+    def add(x):
+        return np.float64(x) + np.float64(next(scalars)["bias"])
+
+    def conv(name, x, *how):
+        assert set(params[name]["conv"]) == {"kernel"}
+        return define_conv_norm({"params": params[name]}, x, *how)
+
+    if block is models.PreActivationBlock:
+        taken = activated = np.maximum(add(x), 0)
+    else:
+        taken, activated = x, x
+    y = activated
+    places = {
+        3: [(1, (0, 0)), (strides, padding), (1, (0, 0))],
+        2: [(strides, padding), (1, (1, 1))],
+    }
+    for number, how in enumerate(places[3 if block is models.Bottleneck else 2]):
+        y = conv(f"ConvNorm_{number}", add(np.maximum(add(y), 0) if number else y), *how)
+    y = np.float64(y) * np.float64(next(scalars)["scale"])
+    y = y + conv("shortcut", add(taken), strides)
+    return y if block is models.PreActivationBlock else np.maximum(add(y), 0)
+
+
 BLOCKS = {
     models.PlainBlock: define_plain,
     models.DepthwiseBlock: define_depthwise,
@@ -405,3 +433,238 @@ def test_a_model_of_another_package_with_our_norms():
     assert_close(ours_near, near)
     assert_close(ours_far[0], near[0], tolerance=1e-2)
     assert not np.abs(far[0] - near[0]).max() < 0.1
+
+
+# --- residual branches without norm -----------------------------------------------------------
+
+
+RESIDUAL = (models.BasicBlock, models.Bottleneck, models.PreActivationBlock)
+
+
+@pytest.mark.parametrize("depth,layers", [(1, 2), (16, 2), (16, 3), (54, 4)])
+def test_fixup_scales_by_depth_and_layers(depth, layers):
+    initial = models.fixup_normal(depth, layers)(jax.random.key(0), (3, 3, 50, 400))
+    expected = np.sqrt(2 / (9 * 50)) * depth ** (-1 / (2 * layers - 2))
+    assert float(jnp.std(initial)) == pytest.approx(expected, rel=5 / np.sqrt(initial.size))
+
+
+@pytest.mark.parametrize("depth,layers", [(0, 2), (5, 1)])
+def test_fixup_needs_blocks_of_two_layers(depth, layers):
+    with pytest.raises(ValueError, match=f"depth={depth} and layers={layers}, expected depth of"):
+        models.fixup_normal(depth, layers)
+
+
+@pytest.mark.parametrize("branch_init", ["skipinit", "fixup"])
+@pytest.mark.parametrize("block", RESIDUAL)
+def test_blocks_without_norm_start_as_their_shortcut(block, branch_init):
+    block = block(1 if block is models.Bottleneck else 4, branch_init=branch_init, depth=3)
+    x = jnp.concatenate([images(), images(seed=1)], axis=-1)
+    variables = block.init(jax.random.key(0), x, train=False)
+    y = block.apply(variables, x, train=True)
+    np.testing.assert_array_equal(
+        y, x if isinstance(block, models.PreActivationBlock) else nn.relu(x)
+    )
+
+
+@pytest.mark.parametrize("block", RESIDUAL)
+def test_fixup_blocks_are_as_defined(block):
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 8, 8, 3)), jnp.float32)
+    layer = block(5, (2, 2), branch_init="fixup", depth=16, padding="symmetric")
+    params = layer.init(jax.random.key(0), x, train=False)["params"]
+    kernels = [np.asarray(params[name]["conv"]["kernel"]) for name in sorted(params) if "C" in name]
+    convs = 3 if block is models.Bottleneck else 2
+    for kernel in kernels[: convs - 1]:
+        he = np.sqrt(2 / np.prod(kernel.shape[:-1]))
+        exponent = -1 / (2 * convs - 2)
+        few = 4 / np.sqrt(2 * kernel.size)
+        assert kernel.std() == pytest.approx(he * 16**exponent, rel=few)
+    assert not kernels[convs - 1].any() and params["shortcut"]["conv"]["kernel"].any()
+    params = far_from_initial(params)
+    expected = define_fixup(block, params, x, 2, (1, 1))
+    assert_close(layer.apply({"params": params}, x, train=False), expected, tolerance=2e-5)
+
+
+def test_skipinit_multiplies_the_branch():
+    x = images()
+    layer = models.BasicBlock(5, (2, 2), branch_init="skipinit")
+    params = far_from_initial(layer.init(jax.random.key(0), x, train=False)["params"])
+    params["Scalar_0"]["scale"] = jnp.float32(0.37)
+
+    def conv(name, x, *how):
+        y = define_conv_norm({"params": params[name]}, x, *how)
+        return y + params[name]["conv"]["bias"].reshape(1, 1, 1, -1)
+
+    y = conv("ConvNorm_1", nn.relu(conv("ConvNorm_0", x, 2, (0, 1))), 1, (1, 1))
+    expected = np.maximum(conv("shortcut", x, 2) + 0.37 * y, 0)
+    assert_close(layer.apply({"params": params}, x, train=False), expected, tolerance=2e-5)
+
+
+def test_a_network_tells_its_blocks_how_many_they_are():
+    plain, fixup = (
+        init(make_model(None, **options))["params"] for options in ({}, {"branch_init": "fixup"})
+    )
+    for stage in ("stage0_block0", "stage1_block0"):
+        kernels = [params[stage]["ConvNorm_0"]["conv"]["kernel"] for params in (plain, fixup)]
+        assert_close(kernels[1], np.float64(kernels[0]) / np.sqrt(2))
+    assert not fixup["classifier"]["kernel"].any()
+    assert_close(fixup["stem"], plain["stem"])
+
+
+@pytest.mark.parametrize("make", [make_model, models.ResidualMLP])
+def test_branches_start_in_one_of_three_ways(make):
+    def start(norm, branch_init):
+        options = {"norm": norm, "branch_init": branch_init}
+        model = make(**options) if make is make_model else make(2, 3, 5, **options)
+        x = images(4) if make is make_model else images(4)[:, 0, 0]
+        jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+
+    with pytest.raises(ValueError, match="branch_init='zero', expected 'plain', 'skipinit' or 'f"):
+        start(None, "zero")
+    with pytest.raises(ValueError, match=r"(?s)branch_init='skipinit' is there instead.*norm=None"):
+        start(BATCH_NORM, "skipinit")
+
+
+# --- fully connected ----------------------------------------------------------------------------
+
+
+MLPS = {
+    "batch norm": {"norm": BATCH_NORM},
+    "plain": {},
+    "skipinit": {"branch_init": "skipinit"},
+    "fixup": {"branch_init": "fixup"},
+}
+
+
+def rows(examples=9, seed=0):
+    return standard_normal(seed, (examples, 4)) + 0.5
+
+
+def make_mlp(name, **options):
+    return models.ResidualMLP(3, 6, 5, **MLPS[name], **options)
+
+
+@functools.cache
+def init_mlp(model):
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), rows(2))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_mlp(model, variables, x, mask=None):
+    mutable = ["batch_stats", "intermediates"]
+    return model.apply(variables, x, train=True, mask=mask, mutable=mutable)
+
+
+def define_mlp(variables, x):
+    """The stream and the logits in float64, batch norm by the statistics of the batch."""
+    params = jax.tree.map(np.float64, variables["params"])
+
+    def norm(own, name, x):
+        if name not in own:
+            return x
+        scale, bias = own[name]["scale"], own[name]["bias"]
+        return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * scale + bias
+
+    def dense(own, name, x):
+        return x @ own[name]["kernel"] + own[name].get("bias", 0)
+
+    def add(own, number, x):
+        return x + own.get(f"Scalar_{number}", {}).get("bias", 0)
+
+    stream = [dense(params, "stem", np.float64(x))]
+    for block in range(3):
+        own = jax.tree.map(lambda leaf, block=block: leaf[block], params["block"])
+        y = stream[-1]
+        for layer in range(2):
+            y = np.maximum(add(own, 2 * layer, norm(own, f"norm_{layer}", y)), 0)
+            y = dense(own, f"dense_{layer}", add(own, 2 * layer + 1, y))
+        last = own.get("Scalar_4", own.get("Scalar_0", {}))
+        stream.append(stream[-1] + last.get("scale", 1) * y)
+    x = np.maximum(add(params, 0, norm(params, "norm", stream[-1])), 0)
+    return np.stack(stream), dense(params, "classifier", add(params, 1, x))
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_a_residual_mlp_is_as_defined(name, compile_quickly):
+    model = make_mlp(name)
+    variables = init_mlp(model)
+    _, found = apply_mlp(model, variables, rows())
+    stream = np.asarray(found["intermediates"]["stream"][0])
+    if model.branch_init != "plain":
+        np.testing.assert_array_equal(stream, np.broadcast_to(stream[0], stream.shape))
+    variables = variables | {"params": far_from_initial(variables["params"])}
+    logits, found = apply_mlp(model, variables, rows())
+    expected_stream, expected = define_mlp(variables, rows())
+    (stream,) = found["intermediates"]["stream"]
+    assert_close((stream, logits), (expected_stream, expected), dtype=jnp.float32, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", ["batch norm", "fixup"])
+def test_a_residual_mlp_leaves_masked_rows_out(name, compile_quickly):
+    model = make_mlp(name)
+    variables = init_mlp(model)
+    mask = jnp.arange(9) < 5
+    other = jnp.where(mask[:, None], rows(), 100.0)
+    logits, updates = apply_mlp(model, variables, other, mask)
+    expected, expected_updates = apply_mlp(model, variables, rows()[:5])
+    assert_close(logits[:5], expected)
+    if name == "batch norm":
+        assert_close(updates["batch_stats"], expected_updates["batch_stats"])
+
+
+@pytest.mark.parametrize("name", ["batch norm", "skipinit", "fixup"])
+def test_a_residual_mlp_computes_in_its_dtype(name):
+    model, reference = make_mlp(name, dtype=jnp.bfloat16), make_mlp(name)
+    variables = init_mlp(reference)
+    logits, found = jax.eval_shape(functools.partial(apply_mlp, model), variables, rows())
+    assert logits.dtype == jnp.float32
+    assert found["intermediates"]["stream"][0].dtype == jnp.bfloat16
+    init = jax.eval_shape(lambda: model.init(jax.random.key(0), rows(2), train=False))
+    assert {leaf.dtype for leaf in jax.tree.leaves(init)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("name", ["skipinit", "fixup"])
+def test_training_moves_the_scalars(name, compile_quickly):
+    """Fixup's after the classifier, which moves in the first step, and the last kernels."""
+    model, labels = make_mlp(name), jnp.arange(9) % 5
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            logits = model.apply({"params": params}, rows(), train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda leaf, own: leaf - 0.1 * own, params, gradient)
+
+    params, losses, moved = init_mlp(model)["params"], [], []
+    last = params["block"].keys() & {"Scalar_4"} or {"Scalar_0"}
+    for _ in range(4):
+        value, params = step(params)
+        losses.append(value)
+        scale = params["block"][min(last)]["scale"]
+        moved.append(bool((scale != (0 if name == "skipinit" else 1)).all()))
+    assert losses == sorted(losses, reverse=True)
+    assert moved[:2] == [name == "skipinit"] * 2 and moved[3]
+
+
+@pytest.mark.parametrize(
+    "name,growth", [("plain", lambda block: 2**block), ("batch norm", lambda block: block + 1)]
+)
+def test_second_moments_grow_with_depth(name, growth):
+    depth, seeds = 3, 8
+    model = models.ResidualMLP(depth, 512, 5, **MLPS[name])
+    x = standard_normal(0, (128, 64))
+    x = x / jnp.sqrt(jnp.mean(x**2))
+
+    @jax.jit
+    @jax.vmap
+    def measure(key):
+        mutable = ["params", "batch_stats", "intermediates"]
+        _, found = model.init_with_output(key, x, train=True, mutable=mutable)
+        return jnp.mean(found["intermediates"]["stream"][0] ** 2, axis=(1, 2))
+
+    found = np.float64(measure(jax.random.split(jax.random.key(1), seeds)))
+    error = found.std(0, ddof=1) / np.sqrt(seeds)
+    expected = growth(np.arange(depth + 1))
+    assert (np.abs(found.mean(0) - expected) < 4 * error).all()
+    assert (error < 0.03 * expected).all()

@@ -79,16 +79,17 @@ def convolve(x, kernel, bias):
     )
 
 
-def define(params, x, mask=None, ddof=0):
-    """The population statistics of every norm of `Net` in float64."""
+def define(params, x, mask=None, ddof=0, old=None, prior=0):
+    """The population statistics of every norm of `Net` in float64, mixed with old ones."""
     stats = {}
 
     def norm(name, x):
         valid = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
         count, mean, var = define_moments(x, -1, valid)
-        unbiased = var * count / (count - ddof)
-        stats[name] = {"mean": mean, "var": unbiased}
-        return define_affine(x, mean, unbiased, params[name]["scale"], params[name]["bias"])
+        stats[name] = {"mean": mean, "var": var * count / (count - ddof)}
+        if old is not None:
+            stats[name] = mix(old[name], stats[name], prior)
+        return define_affine(x, **stats[name], **params[name])
 
     def conv(name, x):
         return convolve(x, params[name]["kernel"], params[name]["bias"])
@@ -99,6 +100,10 @@ def define(params, x, mask=None, ddof=0):
     dense = params["dense"]
     norm("norm_3", x.mean((1, 2)) @ exact(dense["kernel"]) + exact(dense["bias"]))
     return stats
+
+
+def mix(old, new, prior):
+    return {name: prior * exact(old[name]) + (1 - prior) * new[name] for name in new}
 
 
 # --- the statistics of the whole data set -------------------------------------------------------
@@ -260,6 +265,78 @@ def test_averages_of_variances_are_not_the_variance():
     old = bn.init_batch_stats(3)
     found = recalibrate(forward, {"batch_stats": old}, batches)
     assert_close(found.batch_stats, {"mean": mean, "var": var})
+
+
+# --- adaptation: mixed with the old statistics --------------------------------------------------
+
+
+def adapting(model):
+    """Variables of a training on other data, in float32."""
+    variables = make(model)
+    old = define(variables["params"], 2 - X[::-1] ** 2)
+    return {**variables, "batch_stats": jax.tree.map(jnp.float32, old)}
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.3, 15 / 16])
+def test_every_norm_mixes_what_it_sees_behind_norms_that_mix(prior):
+    model = Net()
+    variables = adapting(model)
+    old = variables["batch_stats"]
+    found = recalibrate(evaluate(model), variables, split(X, [6, 7]), prior=prior)
+    expected = define(variables["params"], X, old=old, prior=prior)
+    assert_close(found.batch_stats, expected, dtype=jnp.float32)
+    assert (found.passes, found.settled) == (4, True)
+    for one in found.layers:
+        before, after = old[one.path], expected[one.path]
+        moved = np.abs(after["mean"] - before["mean"]) / np.sqrt(before["var"])
+        factor = after["var"] / exact(before["var"])
+        assert one.mean == pytest.approx(moved.max(), 1e-4)
+        assert one.var == pytest.approx(np.maximum(factor, 1 / factor).max(), 1e-4)
+        assert (one.values, one.kept) == (13 if one.path == "norm_3" else 13 * 36, 0)
+
+
+def test_without_a_prior_the_old_statistics_have_no_part():
+    model = Net()
+    variables = adapting(model)
+    found, same = (
+        recalibrate(evaluate(model), variables, split(X, [6, 7]), **options)
+        for options in ({}, {"prior": 0})
+    )
+    chex.assert_trees_all_equal(found.batch_stats, same.batch_stats)
+    assert found.layers == same.layers
+
+
+def test_a_mixture_with_the_pooled_statistics_of_batches_that_normalize_themselves():
+    batches = [standard_normal(seed, (8, 3)) + 3 * seed for seed in range(3)]
+    old = {"mean": jnp.array([1.0, -2, 3]), "var": jnp.array([4.0, 0.5, 1])}
+
+    def forward(variables, x):
+        y, updated = bn.batch_norm({}, variables["batch_stats"], x, use_running_average=False)
+        return y, {"batch_stats": updated}
+
+    found = recalibrate(forward, {"batch_stats": old}, iter(batches), prior=0.75)
+    _, mean, var = define_moments(np.concatenate(batches))
+    assert found.passes == 1
+    assert_close(found.batch_stats, mix(old, {"mean": mean, "var": var}, 0.75))
+
+
+def test_old_statistics_that_are_not_finite_have_no_share():
+    """And batches go on weighing the same: what is kept counts as three times as many."""
+    x = standard_normal(5, (8, 3)) + 1
+    old = {
+        "mean": jnp.array([np.nan, 2, 3]), "var": jnp.array([1, np.inf, 2.0]), "count": jnp.ones(3)
+    }  # fmt: skip
+
+    def forward(variables, x):
+        y, updated = bn.batch_norm(
+            {}, variables["batch_stats"], x, use_running_average=True, momentum=None
+        )
+        return y, {"batch_stats": updated}
+
+    found = recalibrate(forward, {"batch_stats": old}, split(x, [3, 5]), prior=0.75)
+    _, mean, var = define_moments(x)
+    mean[2], var[2] = 0.75 * 3 + 0.25 * mean[2], 0.75 * 2 + 0.25 * var[2]
+    assert_close(found.batch_stats, {"mean": mean, "var": var, "count": np.array([2, 2, 8])})
 
 
 # --- passes -------------------------------------------------------------------------------------
@@ -553,16 +630,22 @@ def test_structure_dtype_and_placement_are_kept(wrap):
     def forward(variables, x):
         return model.apply(variables, x, mutable=["batch_stats"])
 
-    new = recalibrate(forward, {**variables, "batch_stats": old}, [x[:4], x[4:]]).batch_stats
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
-    assert jax.tree.structure(new) == jax.tree.structure(old)
-    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        assert (after.committed, after.sharding) == (before.committed, before.sharding)
-    _, *of_first = define_moments(x)
-    y = np.maximum(define_affine(x, *of_first, np.ones(3), np.zeros(3)), 0)
-    expected = [*of_first, *define_moments(y)[1:]]
-    tolerance = 1e-2 if wrap is halved else 1e-5
-    assert_close([exact(leaf) for leaf in jax.tree.leaves(new)], expected, tolerance=tolerance)
+    given = {**variables, "batch_stats": old}
+    for prior in (0, 0.25):
+        new = recalibrate(forward, given, [x[:4], x[4:]], prior=prior).batch_stats
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+        assert jax.tree.structure(new) == jax.tree.structure(old)
+        for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            assert (after.committed, after.sharding) == (before.committed, before.sharding)
+        initial = {"mean": np.zeros(3), "var": np.ones(3)}
+        y, expected = x, []
+        for _ in range(2):
+            _, mean, var = define_moments(y)
+            statistics = mix(initial, {"mean": mean, "var": var}, prior)
+            y = np.maximum(define_affine(y, **statistics, scale=np.ones(3), bias=np.zeros(3)), 0)
+            expected += statistics.values()
+        tolerance = 1e-2 if wrap is halved else 1e-5
+        assert_close([exact(leaf) for leaf in jax.tree.leaves(new)], expected, tolerance=tolerance)
 
 
 def test_complex_input_makes_the_mean_complex():
@@ -679,15 +762,17 @@ def make_module(norm=bn.nnx.BatchNorm, dropout=0.0, key=0):
     )
 
 
-def define_module(model, x):
+def define_module(model, x, prior=0):
     stats, x = {}, exact(x)
     for number, layer in enumerate(model.layers):
         if isinstance(layer, nnx.Linear):
             x = x @ exact(layer.kernel[...]) + exact(layer.bias[...])
         elif isinstance(layer, nnx.BatchNorm):
             _, mean, var = define_moments(x)
-            stats[number] = {"mean": mean, "var": var}
-            x = np.maximum(define_affine(x, mean, var, layer.scale[...], layer.bias[...]), 0)
+            old = {"mean": layer.mean[...], "var": layer.var[...]}
+            stats[number] = mix(old, {"mean": mean, "var": var}, prior)
+            affine = {"scale": layer.scale[...], "bias": layer.bias[...]}
+            x = np.maximum(define_affine(x, **stats[number], **affine), 0)
     return {"layers": stats}
 
 
@@ -700,6 +785,8 @@ def test_a_module_of_nnx(norm):
     model, x = make_module(norm, dropout=0.5), standard_normal(0, (9, 3)) + 1
     model.eval()
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    adapted = recalibrate(call, model, split(x, [1, 6, 2]), prior=0.6).batch_stats
+    assert_close(nnx.to_pure_dict(adapted), define_module(model, x, prior=0.6))
     found = recalibrate(call, model, split(x, [1, 6, 2]))
     assert found.passes == 2
     assert [one.path for one in found.layers] == ["layers/1", "layers/5"]
@@ -803,6 +890,11 @@ ERRORS = {
     ),
     "no batches": (call, STATS, [], {}, ValueError, "batches is empty.*from the list"),
     "one batch": (call, STATS, {"x": X}, {}, TypeError, r"one batch; .* write \[batch\]"),
+    "nothing new": (
+        call, STATS, [X], {"prior": 1.0}, ValueError,
+        r"prior=1.0 must be in \[0, 1\): .* old statistics.*write prior=N / \(N \+ n\)",
+    ),
+    "a negative share": (call, STATS, [X], {"prior": -0.1}, ValueError, "prior=-0.1 must be in"),
     "no pass": (call, STATS, [X], {"passes": 0}, ValueError, "passes=0 must be at least 1"),
 }  # fmt: skip
 

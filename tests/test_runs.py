@@ -104,6 +104,20 @@ def test_recalibrate(home, variables, command, tmp_path, domain):
     assert domain is None or facts["before"]["accuracy"] < facts["after"]["accuracy"]
 
 
+def test_recalibrate_with_a_prior(home, variables, command, tmp_path):
+    mesh, old = training.make_mesh(jax.devices()[:1]), variables["batch_stats"]["stem"]["norm"]
+    kept = {}
+    for prior in ("0", "0.75"):
+        options = "--data", home / "dark.npz", "--prior", prior, "--out", prior
+        assert command("recalibrate", home / "run", *options)[0] == 0
+        saved = runs.read_run(tmp_path / prior)
+        kept[prior] = runs.restore(saved, mesh).batch_stats["stem"]["norm"]
+        facts = json.loads((tmp_path / prior / "metrics.json").read_text())
+        assert facts["recalibrated"]["prior"] == float(prior)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, old, kept["0"])
+    assert_close(kept["0.75"], expected)
+
+
 def test_fold(home, variables, command, tmp_path):
     before = files(home)
     code, out, err = command("fold", home / "run", "--out", "new")
@@ -190,6 +204,7 @@ def test_refusals(home, command, tmp_path):
         ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
         ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
         ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
+        ("recalibrate", "lost", "--prior", "1"): "--prior: received 1.0, expected 0 to below 1",
         ("fold",): "Missing argument 'DIR'.",
     }
     before = files(tmp_path)
