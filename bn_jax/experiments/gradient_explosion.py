@@ -150,7 +150,7 @@ def _apply_layer(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Applies weights, norm and activations to [B, activations, batches, WIDTH]."""
     x = x @ weights
     if len(x) == NO_NORM:
-        x *= jnp.array([one.gain for one in ACTIVATIONS.values()])[:, None, None]
+        x *= jnp.array([one.gain for one in ACTIVATIONS.values()])[None, :, None, None]
     else:
         statistics = bn.init_batch_stats(x.shape[1:])
         x, _ = bn.batch_norm(
