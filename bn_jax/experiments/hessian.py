@@ -266,6 +266,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_rank, by_step = figure.subplots(1, 2)
     for arm, values in curves["eigenvalues"].items():
         band(by_rank, np.arange(1, DRAWN + 1), np.log10(np.asarray(values)), arm, marker=".")
+    by_rank.set_xticks(range(1, DRAWN + 1, 2))
     by_rank.axvline(OUTLIERS + 0.5, color="gray", linestyle=":")
     by_rank.set(xlabel="rank", ylabel=r"$\log_{10}$ of the Hessian's eigenvalue")
     by_rank.legend(frameon=False)

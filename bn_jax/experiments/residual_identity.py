@@ -202,9 +202,10 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     of_branch.plot(blocks[1:], -np.log10(blocks[1:] + 1), label="1 / (l + 1)", **gray)
     of_branch.set(xlabel="block l", ylabel=r"$\log_{10}$ of the branch's share in $E[x^2]$")
     of_branch.legend(frameon=False)
-    for index, (_, values) in enumerate(curves["accuracy"].items()):
-        by_arm.plot([index] * len(values), 100 * np.asarray(values), "o", alpha=0.5)
-    by_arm.set_xticks(range(len(ARMS)), list(curves["accuracy"]), rotation=20)
+    for index, arm in enumerate(ARMS):
+        values = 100 * np.asarray(curves["accuracy"][arm])
+        by_arm.plot([index] * len(values), values, "o", alpha=0.5)
+    by_arm.set_xticks(range(len(ARMS)), list(ARMS), rotation=20)
     by_arm.set_ylabel("test accuracy (%)")
 
 
