@@ -133,8 +133,9 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         formula = np.asarray(curves["formula"][arm])
         band(by_size, curves["sizes"], ratios, arm, marker="o", linestyle="none")
         by_size.plot(curves["sizes"], formula, color="gray", linestyle=":")
-        relative = 100 * (np.asarray(ratios) / formula[:, None] - 1)
-        band(off, curves["sizes"], relative, arm, marker="o", markersize=4)
+    # The arms have the same batches: relative to its formula, either is off by as much.
+    relative = 100 * (np.asarray(ratios) / formula[:, None] - 1)
+    band(off, curves["sizes"], relative, "either arm", marker="o")
     by_size.plot([], [], color="gray", linestyle=":", label="formula")
     off.axhline(0, color="gray", linestyle=":")
     for axes in (by_size, off):
@@ -153,7 +154,7 @@ EXPERIMENT = Experiment(
     published="Var = m / (m - 1) E[s_B^2]; without the factor, (m - 1) / m of it",
     protocol=(
         "independent normal values, 64 features, batches of m = 2 to 64, cumulative average of "
-        "their variances with running_var_ddof 1 and 0"
+        "the same batches' variances with running_var_ddof 1 and 0"
     ),
     limits=(
         "Positions of one image are correlated: what comes out of a convolution has fewer "
