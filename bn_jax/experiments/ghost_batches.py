@@ -197,7 +197,7 @@ EXPERIMENT = Experiment(
         "parameters to every step"
     ),
     limits=(
-        "Two batches are an epoch, and the network soon knows all of it by heart: then the gradient "
+        "Two batches are an epoch, and the network soon knows them by heart: then the gradient "
         "vanishes, and that the distance grows slowly says little about random walks. 359 test "
         "digits resolve 0.3 points a seed."
     ),
