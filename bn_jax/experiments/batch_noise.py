@@ -76,7 +76,7 @@ def measure(setting: Setting) -> dict[str, Noise]:
     """
     digits = load_digits(setting.chosen)
     sizes = _sizes(setting)
-    examples = 2**17 if setting.quick else 2**18
+    examples = 2**16 if setting.quick else 2**18
     found = {}
     for name, variables in networks(setting).items():
         setting.advance(0.1)
@@ -238,9 +238,12 @@ def run(setting: Setting) -> Result:
                 for name, of in found.items()
                 for size, ratios in zip(sizes, of.deviation, strict=True)
             },
-            f"exponent of the loss gap from M = {FIRST_ORDER_FROM}": mean_interval(
-                slope(sizes[asymptotic], gaps[asymptotic])
-            ),
+            **{
+                f"exponent of the loss gap from M = {first} on": mean_interval(
+                    slope(sizes[sizes >= first], gaps[sizes >= first])
+                )
+                for first in (FIRST_ORDER_FROM, sizes[-2])
+            },
             f"M times the loss gap, M = {sizes[-1]}": mean_interval(sizes[-1] * gaps[-1]),
         },
     )
