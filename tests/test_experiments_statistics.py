@@ -61,10 +61,12 @@ def test_precise_statistics():
     assert_close(found["norm0"], {"mean": mean, "var": var}, tolerance=1e-4)
 
 
-def test_first_without_difference():
-    certain, open_ = [1.0, 1.1, 0.9], [1.0, -1.0, 0.5]
-    assert precise_statistics.first_without_difference([certain, certain, open_, certain]) == 3
-    assert precise_statistics.first_without_difference([certain, certain]) == 3
+def test_steps_worse():
+    above, open_ = [1.0, 1.1, 0.9], [1.0, -1.0, 0.5]
+    steps_worse = precise_statistics.steps_worse
+    assert steps_worse([open_, above, above, open_, above, open_]) == (4, 5)
+    assert steps_worse([above, above]) == (0, 2)
+    assert steps_worse([open_, open_]) == (0, 0)
 
 
 def test_groups_share_classes():
