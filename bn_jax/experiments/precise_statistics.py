@@ -246,7 +246,8 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
             band(more, curves["step"], wrong - precise, label, **options)
     whole.set(xscale="log", yscale="log", xlabel="step", ylabel="test error (%)")
     more.axhline(0, color="gray", linestyle=":")
-    more.set_yscale("symlog", linthresh=0.3)
+    whole.set_ylim(bottom=0.5)
+    more.set_yscale("symlog", linthresh=1)
     more.set(xscale="log", xlabel="step", ylabel="error minus that of precise ones (points)")
     whole.legend(frameon=False)
 
