@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax.experiments.nets import MLP
+from bn_jax.experiments.nets import ScannedMLP
 from bn_jax.experiments.sweeps import Digits, Part, accuracy, draw_batches, load_digits, train
 from bn_jax.experiments.verdicts import (
     Criterion,
@@ -72,11 +72,11 @@ def nets(quick: bool) -> dict[str, Net]:
     convolutional = partial(
         Net, shape=(8, 8, 1), arms=2, batch_size=32, rates=RATES[1:4], side_by_side=False
     )
-    mlp = partial(MLP, norm=NORM)
+    mlp = partial(ScannedMLP, width=64, norm=NORM)
     resnet = partial(ResNet, norm=NORM)
     return {
-        "MLP, depth 2": dense(mlp((64,) * 2), steps=100 if quick else 400),
-        "MLP, depth 8": dense(mlp((64,) * 8), steps=100 if quick else 400),
+        "MLP, depth 2": dense(mlp(2), steps=100 if quick else 400),
+        "MLP, depth 8": dense(mlp(8), steps=100 if quick else 400),
         "CNN, depth 2": convolutional(
             resnet(stage_sizes=(1,), widths=(8,)), steps=30 if quick else 150
         ),

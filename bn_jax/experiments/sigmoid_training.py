@@ -45,26 +45,28 @@ EVERY = 5
 QUANTILES = 0.15, 0.5, 0.85
 
 
-def train_arm(setting: Setting, norm: Norm | None, initializer: Any, steps: int) -> dict[str, Any]:
-    """Trains with every rate.
+def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict[str, Any]]:
+    """Trains from every initialization with every rate.
 
     Args:
         setting: the seeds.
         norm: of the network.
-        initializer: of its hidden layers' kernels.
         steps: of each training, a multiple of `EVERY`.
 
     Returns:
-        At the start and after every `EVERY` steps: "accuracy" on the validation part,
+        For each of `INITIALIZERS`, at the start and after every `EVERY` steps: "accuracy" on the validation part,
         [rates, seeds, points], and "inputs", the `QUANTILES` over that part of what comes into the
         first unit of the last hidden layer, [rates, seeds, points, 3].
     """
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-    model = MLP(WIDTHS, norm=norm, activation=nn.sigmoid, kernel_init=initializer)
+    models = [
+        MLP(WIDTHS, norm=norm, activation=nn.sigmoid, kernel_init=initializer)
+        for initializer in INITIALIZERS.values()
+    ]
 
     def observe(part: Part, variables: Any) -> dict[str, jax.Array]:
-        logits, sown = model.apply(variables, part.x, train=False, mutable=["intermediates"])
+        logits, sown = models[0].apply(variables, part.x, train=False, mutable=["intermediates"])
         inputs = sown["intermediates"]["preactivation"][-1][:, 0]
         right = (jnp.argmax(logits, -1) == part.y) & jnp.isfinite(logits).all(-1)
         return {
@@ -73,11 +75,21 @@ def train_arm(setting: Setting, norm: Norm | None, initializer: Any, steps: int)
         }
 
     def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
+        key, example = jax.random.key(seed), parts.train.x[:1]
+        initial = [model.init(key, example, train=False) for model in models]
         look = partial(observe, parts.validation)
-        return train(model, optax.sgd(rate), variables, parts.train, rows, look, EVERY).observed
 
-    return jax.tree.map(np.asarray, sweep(run, RATES, setting.chosen, digits, rows))
+        def from_one(variables: Any) -> Any:
+            optimizer = optax.sgd(rate)
+            return train(models[0], optimizer, variables, parts.train, rows, look, EVERY).observed
+
+        return jax.vmap(from_one)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
+
+    found = jax.tree.map(np.asarray, sweep(run, RATES, setting.chosen, digits, rows))
+    return {
+        name: {key: values[:, :, place] for key, values in found.items()}
+        for place, name in enumerate(INITIALIZERS)
+    }
 
 
 def steps_to_goal(accuracies: Any) -> Any:
@@ -116,11 +128,11 @@ def compare(steps: Mapping[str, Any], horizon: int) -> tuple[Any, Any, dict[str,
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     horizon = 300 if setting.quick else 800
-    found: dict[str, dict[str, Any]] = {name: {} for name in INITIALIZERS}
-    for name, initializer in INITIALIZERS.items():
-        for arm, norm in NORMS.items():
-            found[name][arm] = train_arm(setting, norm, initializer, horizon)
-            setting.advance(1 / (len(INITIALIZERS) * len(NORMS)))
+    by_arm = {}
+    for arm, norm in NORMS.items():
+        by_arm[arm] = train_arm(setting, norm, horizon)
+        setting.advance(1 / len(NORMS))
+    found = {name: {arm: by_arm[arm][name] for arm in NORMS} for name in INITIALIZERS}
     criteria, reported, curves = [], {}, {}
     for name, arms in found.items():
         steps = {arm: steps_to_goal(values["accuracy"]) for arm, values in arms.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from bn_jax.batch_norm import batch_norm, init_batch_stats
 from bn_jax.experiments.figures import band
-from bn_jax.experiments.nets import MLP
+from bn_jax.experiments.nets import ScannedMLP
 from bn_jax.experiments.sweeps import (
     Part,
     accuracy,
@@ -142,7 +142,7 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> dict
     """
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-    model = MLP((WIDTH,) * DEPTH, norm=norm)
+    model = ScannedMLP(DEPTH, WIDTH, norm=norm)
 
     def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
         variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
@@ -162,7 +162,7 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> dict
 
 
 def _follow(
-    model: MLP, rate: Any, key: jax.Array, part: Part, variables: Any, stretch: Any
+    model: ScannedMLP, rate: Any, key: jax.Array, part: Part, variables: Any, stretch: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Takes the steps of a stretch and measures at the last of them."""
     x, y = map(jnp.asarray, part)
@@ -213,28 +213,26 @@ def covariate_shift(
     """
 
     def moved(layer: jax.Array) -> jax.Array:
-        mixed = jax.tree.map_with_path(
-            lambda path, old, new: jnp.where(_layer_of(path) < layer, new, old), before, after
-        )
+        def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            earlier = jnp.arange(DEPTH - 1) < layer
+            return jnp.where(earlier.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        hidden = jax.tree.map(mix, before["hidden"], after["hidden"])
+        mixed = {**before, "first": after["first"], "hidden": hidden}
         return _kernels(gradient(mixed))[layer]
 
-    first = _kernels(gradient(before))[1:]
-    second = jax.vmap(moved)(jnp.arange(1, DEPTH))
+    first = _kernels(gradient(before))
+    second = jax.vmap(moved)(jnp.arange(DEPTH - 1))
     length, other = (jnp.sqrt(jnp.sum(g**2, (1, 2))) for g in (first, second))
     distance = jnp.sqrt(jnp.sum((first - second) ** 2, (1, 2)))
     product = jnp.sum(first * second, (1, 2))
     return {"distance": distance / length, "cosine": product / (length * other)}
 
 
-def _layer_of(path: tuple[Any, ...]) -> int:
-    """Returns the number of the hidden layer that a parameter belongs to, its norm's too."""
-    digits = "".join(one for one in path[0].key if one.isdigit())
-    return int(digits) if digits else DEPTH
-
-
 def _kernels(params: Any) -> jax.Array:
-    """Stacks the kernels of the hidden layers, the first, which is larger, by its first rows."""
-    return jnp.stack([params[f"dense{layer}"]["kernel"][:WIDTH] for layer in range(DEPTH)])
+    """Returns those of the hidden layers but the first, [layers - 1, width, width]."""
+    kernels: jax.Array = params["hidden"]["dense"]["kernel"]
+    return kernels
 
 
 def smoothness(gradient: Callable[[Any], Any], params: Any, rate: Any) -> jax.Array:
