@@ -54,9 +54,9 @@ def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict
         steps: of each training, a multiple of `EVERY`.
 
     Returns:
-        For each of `INITIALIZERS`, at the start and after every `EVERY` steps: "accuracy" on the validation part,
-        [rates, seeds, points], and "inputs", the `QUANTILES` over that part of what comes into the
-        first unit of the last hidden layer, [rates, seeds, points, 3].
+        For each of `INITIALIZERS`, at the start and after every `EVERY` steps: "accuracy" on the
+        validation part, [rates, seeds, points], and "inputs", the `QUANTILES` over that part of
+        what comes into the first unit of the last hidden layer, [rates, seeds, points, 3].
     """
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
