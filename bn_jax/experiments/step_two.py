@@ -188,45 +188,56 @@ def identities(setting: Setting) -> dict[str, float]:
         }
 
 
-def train_net(setting: Setting, activation: str, net: str, steps: int) -> dict[str, Any]:
-    """Trains a network with every rate, with scale and bias at one and zero and with them trained.
+def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Any]]:
+    """Trains a network with every activation and rate, without scale and bias trained and with.
 
     Args:
         setting: the seeds.
-        activation: of `ACTIVATIONS`.
         net: of `NETS`.
         steps: of each training.
 
     Returns:
-        For each arm, at the rate that is best on the validation part: test accuracies and shares of
-        saturated or dead units, [seeds].
+        For each activation and arm, at the rate that is best on the validation part: test accuracies
+        and shares of saturated or dead units, [seeds].
     """
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
     norm, position = NETS[net]
-    model = MLP(WIDTHS, norm=norm, activation=ACTIVATIONS[activation], position=position)
+    arms = [net] if norm is None else [net, f"{net}, scale and bias trained"]
 
     def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
-
-        def of_arm(step_two: jax.Array) -> Any:
+        def of_arm(activation: jax.Array, step_two: jax.Array) -> Any:
+            # Both activations are one program: which it is, is data.
+            model = MLP(
+                WIDTHS, norm=norm, activation=partial(_activate, activation), position=position
+            )
+            variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
             optimizer = optax.chain(optax.sgd(rate), _norms_if(step_two))
             trained = train(model, optimizer, variables, parts.train, rows).variables
             validation, test = (accuracy(model, trained, p) for p in (parts.validation, parts.test))
             _, sown = model.apply(trained, parts.train.x, train=False, mutable=["intermediates"])
             inputs = jnp.stack(sown["intermediates"]["preactivation"])
-            return validation, test, useless_share(activation, inputs)
+            shares = jnp.stack([useless_share(name, inputs) for name in ACTIVATIONS])
+            return validation, test, shares[activation]
 
-        return jax.vmap(of_arm)(jnp.arange(len(arms)))
+        of_arms = jax.vmap(of_arm, (None, 0))
+        return jax.vmap(of_arms, (0, None))(jnp.arange(len(ACTIVATIONS)), jnp.arange(len(arms)))
 
-    arms = [net] if norm is None else [net, f"{net}, scale and bias trained"]
     validation, *rest = map(np.asarray, sweep(run, RATES, setting.chosen, digits, rows))
     best = validation.argmax(0)[None]
     test, share = (np.take_along_axis(values, best, 0)[0] for values in rest)
     return {
-        arm: {"accuracy": test[:, place], "share": share[:, place]}
-        for place, arm in enumerate(arms)
+        activation: {
+            arm: {"accuracy": test[:, row, place], "share": share[:, row, place]}
+            for place, arm in enumerate(arms)
+        }
+        for row, activation in enumerate(ACTIVATIONS)
     }
+
+
+def _activate(which: jax.Array, x: jax.Array) -> jax.Array:
+    tanh, relu = (activate(x) for activate in ACTIVATIONS.values())
+    return jnp.where(which == 0, tanh, relu)
 
 
 def _norms_if(step_two: jax.Array) -> optax.GradientTransformation:
@@ -267,10 +278,10 @@ def run(setting: Setting) -> Result:
     setting.advance(0.1)
     steps = 100 if setting.quick else 300
     found: dict[str, dict[str, Any]] = {activation: {} for activation in ACTIVATIONS}
-    for activation in ACTIVATIONS:
-        for net in NETS:
-            found[activation] |= train_net(setting, activation, net, steps)
-            setting.advance(0.9 / (len(ACTIVATIONS) * len(NETS)))
+    for net in NETS:
+        for activation, arms in train_net(setting, net, steps).items():
+            found[activation] |= arms
+        setting.advance(0.9 / len(NETS))
     return Result(
         criteria=tuple(
             Criterion(name, "equal", exact(error), at_most=TOLERANCE)
@@ -306,13 +317,12 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         panels, ((a, k) for k in labels for a in ACTIVATIONS), strict=True
     ):
         arms = curves["found"][activation]
-        for place, values in enumerate(arms.values()):
-            estimate, low, high = mean_interval(100 * np.asarray(values[key], float))
+        for place, arm in enumerate(sorted(arms)):
+            estimate, low, high = mean_interval(100 * np.asarray(arms[arm][key], float))
             error = [[estimate - low], [high - estimate]]
             axes.errorbar(estimate, place, xerr=error, fmt="o", capsize=3)
         axes.set(xlabel=labels[key][activation], title=activation)
-        axes.set_yticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms])
-        axes.invert_yaxis()
+        axes.set_yticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in sorted(arms)])
 
 
 EXPERIMENT = Experiment(
