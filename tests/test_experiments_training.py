@@ -63,16 +63,28 @@ def test_steps_until_the_goal_is_first_reached():
 
 
 def test_an_arm_that_does_not_arrive_counts_with_all_its_steps():
-    steps = {
-        "batch norm": np.array([[50.0, 100], [20, 25]]),
-        "no norm": np.array([[200.0, np.inf], [np.inf, np.inf]]),
+    def reaching(*points):
+        accuracies = np.tile(np.linspace(0, 0.5, 11), (len(points), 2, 1))
+        for rate, seeds in enumerate(points):
+            for seed, point in enumerate(seeds):
+                accuracies[rate, seed, point:] = 0.99
+        return accuracies
+
+    every, never = sigmoid_training.EVERY, 99
+    accuracies = {
+        "batch norm": reaching((5, 10), (2, 3)),
+        "no norm": reaching((8, never), (never, never)),
     }
-    at_best, at_same, best = sigmoid_training.compare(steps, 300)
+    horizon = 10 * every
+    at_best, at_same, best = sigmoid_training.compare(accuracies, horizon)
     assert best == {"batch norm": 1, "no norm": 0}
-    np.testing.assert_allclose(at_best, [200 / 20, 300 / 25])
-    np.testing.assert_allclose(at_same, [200 / 50, 300 / 100])
-    steps["batch norm"][1, 0] = np.inf
-    assert np.isnan(sigmoid_training.compare(steps, 21)[0]).any()
+    np.testing.assert_allclose(at_best, [8 / 2, 10 / 3])
+    np.testing.assert_allclose(at_same, [8 / 5, 10 / 10])
+    accuracies["no norm"] = reaching((never, never), (never, never))
+    accuracies["no norm"][1] += 0.1
+    assert sigmoid_training.compare(accuracies, horizon)[2]["no norm"] == 1
+    accuracies["batch norm"] = reaching((never, 10), (never, 3))
+    assert np.isnan(sigmoid_training.compare(accuracies, horizon)[0]).any()
 
 
 def test_wandering_is_in_final_widths():

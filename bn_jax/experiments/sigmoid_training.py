@@ -39,7 +39,7 @@ INITIALIZERS = {
     "good initialization": nn.initializers.glorot_normal(),
     "poor initialization": nn.initializers.normal(0.01),
 }
-RATES = np.geomspace(0.1, 0.1 * 10**2.5, 6)
+RATES = 0.3, 1.0, 3.0, 10.0
 GOAL = 0.95
 EVERY = 5
 QUANTILES = 0.15, 0.5, 0.85
@@ -105,20 +105,25 @@ def steps_to_goal(accuracies: Any) -> Any:
     return np.where(reached.any(-1), reached.argmax(-1) * EVERY, np.inf)
 
 
-def compare(steps: Mapping[str, Any], horizon: int) -> tuple[Any, Any, dict[str, int]]:
+def compare(accuracies: Mapping[str, Any], horizon: int) -> tuple[Any, Any, dict[str, int]]:
     """Compares the arms from one initialization.
 
     Args:
-        steps: to the goal of each arm, [rates, seeds].
+        accuracies: of each arm, [rates, seeds, points].
         horizon: steps of each training, which count where an arm without norm does not arrive.
 
     Returns:
         The ratios of the steps without norm over those with, each at its best rate, and both at
-        the rate that is best without, [seeds]; and the index of each arm's best rate. Not a number
-        where the arm with norm does not arrive.
+        the rate that is best without, [seeds]; and the index of each arm's best rate, that of the
+        best accuracies over training where none arrives. Not a number where the arm with norm does
+        not arrive.
     """
+    steps = {arm: steps_to_goal(values) for arm, values in accuracies.items()}
     counted = {arm: np.minimum(values, horizon) for arm, values in steps.items()}
-    best = {arm: int(np.log(values).mean(1).argmin()) for arm, values in counted.items()}
+    best = {
+        arm: int(np.lexsort((-accuracies[arm].mean((1, 2)), np.log(values).mean(1)))[0])
+        for arm, values in counted.items()
+    }
     with_norm, without = NORMS
     slow = counted[without][best[without]]
     fast = np.where(np.isfinite(steps[with_norm]), steps[with_norm], np.nan)
@@ -127,7 +132,7 @@ def compare(steps: Mapping[str, Any], horizon: int) -> tuple[Any, Any, dict[str,
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    horizon = 300 if setting.quick else 800
+    horizon = 500 if setting.quick else 1000
     by_arm = {}
     for arm, norm in NORMS.items():
         by_arm[arm] = train_arm(setting, norm, horizon)
@@ -136,7 +141,9 @@ def run(setting: Setting) -> Result:
     criteria, reported, curves = [], {}, {}
     for name, arms in found.items():
         steps = {arm: steps_to_goal(values["accuracy"]) for arm, values in arms.items()}
-        at_best, at_same, best = compare(steps, horizon)
+        at_best, at_same, best = compare(
+            {arm: values["accuracy"] for arm, values in arms.items()}, horizon
+        )
         reported |= _reported(name, arms, steps, best)
         criteria += [
             Criterion(
@@ -237,8 +244,8 @@ EXPERIMENT = Experiment(
     source="Ioffe & Szegedy 2015",
     published="14 times fewer steps to the same accuracy on ImageNet (31.0 M to 2.1 M)",
     protocol=(
-        "MLP 64-100-100-100-10 of sigmoid units on digits, batches of 60, SGD at 6 rates from 0.1 "
-        "to 32, Glorot's initialization and deviation 0.01; steps to 95 % validation accuracy"
+        "MLP 64-100-100-100-10 of sigmoid units on digits, batches of 60, SGD at 4 rates from 0.3 "
+        "to 10, Glorot's initialization and deviation 0.01; steps to 95 % validation accuracy"
     ),
     limits=(
         "A training without norm that does not arrive counts with all of its steps, so that its "

@@ -197,8 +197,8 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Any
         steps: of each training.
 
     Returns:
-        For each activation and arm, at the rate that is best on the validation part: test accuracies
-        and shares of saturated or dead units, [seeds].
+        For each activation and arm, at the rate that is best on the validation part: "accuracy" on
+        the test part, and "share" of saturated or dead units, [seeds].
     """
     digits = load_digits(setting.chosen)
     rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
