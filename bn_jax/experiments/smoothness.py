@@ -61,7 +61,7 @@ class NoisyBatchNorm(BatchNorm):
         keys = jax.random.split(self.make_rng("noise"), 4)
         mean, deviation, of_mean, of_deviation = (
             jax.random.uniform(key, shape, y.dtype, -1, 1)
-            for key, shape in zip(keys, 2 * [y.shape[-1:]] + 2 * [y.shape], strict=True)
+            for key, shape in zip(keys, 2 * [(1, y.shape[-1])] + 2 * [y.shape], strict=True)
         )
         factor = 1 + (LARGEST_DEVIATION - 1) * (1 + deviation) / 2 + SPREAD * of_deviation
         return y * factor + LARGEST_MEAN * mean + SPREAD * of_mean
@@ -87,7 +87,7 @@ def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     """
     keys = jax.random.split(jax.random.key(seed), 5)
     normal = partial(jax.random.normal, dtype=float)
-    x = 3 * normal(keys[0], (BATCH_SIZE, WIDTH)) * jnp.exp(normal(keys[1], (WIDTH,))) + 5
+    x = 3 * normal(keys[0], (BATCH_SIZE, WIDTH)) * jnp.exp(normal(keys[1], (1, WIDTH))) + 5
     params = {"scale": normal(keys[2], (WIDTH,)), "bias": normal(keys[3], (WIDTH,))}
     pull = normal(keys[4], (WIDTH,))
     stats = init_batch_stats(WIDTH, dtype=x.dtype)

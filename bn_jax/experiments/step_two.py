@@ -100,7 +100,7 @@ def algebra(seed: jax.Array) -> dict[str, jax.Array]:
             jnp.tanh(y) @ above,
         ),
         "both are redundant before a linear layer": (
-            normalize({}, x) @ absorbed_above + bare["bias"] @ absorbed_above,
+            normalize({}, x) @ absorbed_above + bare["bias"][None] @ absorbed_above,
             y @ above,
         ),
         "the size of the scale is redundant before ReLU": (
