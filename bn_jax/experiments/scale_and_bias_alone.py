@@ -73,7 +73,7 @@ def nets(quick: bool) -> dict[str, Net]:
         Net, shape=(8, 8, 1), arms=2, batch_size=32, rates=RATES[1:4], side_by_side=False
     )
     mlp = partial(ScannedMLP, width=64, norm=NORM)
-    resnet = partial(ResNet, norm=NORM)
+    resnet = partial(ResNet, 10, norm=NORM)
     return {
         "MLP, depth 2": dense(mlp(2), steps=100 if quick else 400),
         "MLP, depth 8": dense(mlp(8), steps=100 if quick else 400),

@@ -138,7 +138,9 @@ def run(setting: Setting) -> Result:
         by_arm[arm] = train_arm(setting, norm, horizon)
         setting.advance(1 / len(NORMS))
     found = {name: {arm: by_arm[arm][name] for arm in NORMS} for name in INITIALIZERS}
-    criteria, reported, curves = [], {}, {}
+    criteria: list[Criterion] = []
+    reported: dict[str, Interval] = {}
+    curves: dict[str, Any] = {}
     for name, arms in found.items():
         steps = {arm: steps_to_goal(values["accuracy"]) for arm, values in arms.items()}
         at_best, at_same, best = compare(
@@ -173,7 +175,7 @@ def run(setting: Setting) -> Result:
 
 
 def _reported(name: str, arms: Any, steps: Any, best: Any) -> dict[str, Interval]:
-    reported = {}
+    reported: dict[str, Interval] = {}
     for arm in arms:
         where = f"{arm}, {name}"
         inputs = arms[arm]["inputs"][best[arm]]

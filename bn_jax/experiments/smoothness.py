@@ -180,7 +180,8 @@ def _follow(
 
     def step(variables: Any, given: Any) -> tuple[Any, None]:
         stats = {name: value for name, value in variables.items() if name != "params"}
-        gradients, updated = gradient_of(*given, stats)(variables["params"])
+        number, batch = given
+        gradients, updated = gradient_of(number, batch, stats)(variables["params"])
         params = jax.tree.map(lambda w, g: w - rate * g, variables["params"], gradients)
         return {"params": params, **updated}, None
 
@@ -294,7 +295,7 @@ def run(setting: Setting) -> Result:
 
 
 def _reported(found: Mapping[str, Any]) -> dict[str, Interval]:
-    reported = {}
+    reported: dict[str, Interval] = {}
     for arm, values in found.items():
         reported |= {
             f"{arm}: test accuracy (%)": mean_interval(100 * values["accuracy"]),
