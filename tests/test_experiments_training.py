@@ -95,24 +95,28 @@ def test_wandering_is_in_final_widths():
 def test_covariate_shift_moves_the_layers_before_alone():
     layers = smoothness.DEPTH
     values = jnp.arange(1.0, layers)[:, None, None] * jnp.ones((1, 2, 2))
-    before = {"first": {"kernel": jnp.ones(())}, "hidden": {"dense": {"kernel": values}}}
+    before = {"first": jnp.ones(()), "hidden": values}
     after = jax.tree.map(lambda leaf: leaf + 0.5, before)
-    own = smoothness.covariate_shift(lambda params: params, before, after)
+    mixed = smoothness.mix_layers(before, after)
+    own = smoothness.covariate_shift(values, mixed["hidden"])
     np.testing.assert_array_equal(own["distance"], 0)
     np.testing.assert_allclose(own["cosine"], 1, rtol=1e-6)
 
-    def of_those_before(params):
-        sums = params["first"]["kernel"] + jnp.cumsum(params["hidden"]["dense"]["kernel"], 0)
-        return {"hidden": {"dense": {"kernel": sums}}}
+    def sums(first, hidden):
+        return first + jnp.cumsum(hidden, 0)
 
-    found = smoothness.covariate_shift(of_those_before, before, after)
+    found = smoothness.covariate_shift(
+        sums(before["first"], values), jax.vmap(sums)(mixed["first"], mixed["hidden"])
+    )
     expected = [0.5 * i / (1 + sum(range(1, i + 1))) for i in range(1, layers)]
     np.testing.assert_allclose(found["distance"], expected, rtol=1e-5)
 
 
 def test_smoothness_of_a_quadratic_is_its_curvature():
-    curvature = jnp.array([3.0, 3.0])
-    changes = smoothness.smoothness(lambda w: curvature * w, jnp.array([1.0, 2.0]), 0.1)
+    before, rate, curvature = jnp.array([1.0, 2.0]), 0.1, 3.0
+    after = before - rate * curvature * before
+    gradients = curvature * smoothness.go_ahead(before, after)
+    changes = smoothness.smoothness(gradients, rate)
     np.testing.assert_allclose(changes, [3 * 0.1 * max(smoothness.AHEAD), 3], rtol=1e-5)
 
 

@@ -178,85 +178,106 @@ def _follow(
 
         return jax.grad(loss, has_aux=True)
 
-    def step(variables: Any, given: Any) -> tuple[Any, None]:
-        stats = {name: value for name, value in variables.items() if name != "params"}
+    def step(carry: Any, given: Any) -> tuple[Any, None]:
+        variables, _ = carry
         number, batch = given
+        stats = {name: value for name, value in variables.items() if name != "params"}
         gradients, updated = gradient_of(number, batch, stats)(variables["params"])
         params = jax.tree.map(lambda w, g: w - rate * g, variables["params"], gradients)
-        return {"params": params, **updated}, None
+        return ({"params": params, **updated}, variables), None
 
     numbers, batches = stretch
-    before, _ = jax.lax.scan(step, variables, (numbers[:-1], batches[:-1]))
+    (after, before), _ = jax.lax.scan(step, (variables, variables), stretch)
     stats = {name: value for name, value in before.items() if name != "params"}
     gradient = gradient_of(numbers[-1], batches[-1], stats)
-    after, _ = step(before, (numbers[-1], batches[-1]))
+    points = (
+        mix_layers(before["params"], after["params"]),
+        go_ahead(before["params"], after["params"]),
+    )
+    # All points are one call, for one gradient to compile.
+    every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *points)
+    gradients, _ = jax.vmap(gradient)(every)
+    mixed, ahead = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], gradients)
+        for part in (slice(0, DEPTH - 1), slice(DEPTH - 1, None))
+    )
+    shift = covariate_shift(_kernels(jax.tree.map(lambda leaf: leaf[0], ahead)), _kernels(mixed))
+    return after, shift | {"smoothness": smoothness(ahead, rate)}
 
-    def only(params: Any) -> Any:
-        return gradient(params)[0]
 
-    shift = covariate_shift(only, before["params"], after["params"])
-    return after, shift | {"smoothness": smoothness(only, before["params"], rate)}
-
-
-def covariate_shift(
-    gradient: Callable[[Any], Any], before: Any, after: Any
-) -> dict[str, jax.Array]:
-    """Measures how far each layer's gradient moves when the layers before it have been updated.
+def mix_layers(before: Any, after: Any) -> Any:
+    """Updates the layers before each layer, and no other.
 
     Args:
-        gradient: of the parameters, of one batch.
-        before: the parameters before the update.
+        before: the parameters before an update.
         after: those after it.
 
     Returns:
-        For each hidden layer but the first, of the gradients of its kernel before and after:
-        "distance", relative to the length of the first, and "cosine" of their angle, [layers - 1].
+        The parameters with the layers before the second, third ... hidden layer from `after`,
+        [layers - 1, ...].
     """
 
-    def moved(layer: jax.Array) -> jax.Array:
+    def moved(layer: jax.Array) -> Any:
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
             earlier = jnp.arange(DEPTH - 1) < layer
             return jnp.where(earlier.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
         hidden = jax.tree.map(mix, before["hidden"], after["hidden"])
-        mixed = {**before, "first": after["first"], "hidden": hidden}
-        return _kernels(gradient(mixed))[layer]
+        return {**before, "first": after["first"], "hidden": hidden}
 
-    first = _kernels(gradient(before))
-    second = jax.vmap(moved)(jnp.arange(DEPTH - 1))
-    length, other = (jnp.sqrt(jnp.sum(g**2, (1, 2))) for g in (first, second))
-    distance = jnp.sqrt(jnp.sum((first - second) ** 2, (1, 2)))
-    product = jnp.sum(first * second, (1, 2))
+    return jax.vmap(moved)(jnp.arange(DEPTH - 1))
+
+
+def go_ahead(before: Any, after: Any) -> Any:
+    """Goes from `before` towards `after` by 0, and by the multiples of `AHEAD`, [..., of leaf]."""
+    multiples = jnp.array((0.0, *AHEAD))
+    return jax.vmap(
+        lambda far: jax.tree.map(lambda old, new: old + far * (new - old), before, after)
+    )(multiples)
+
+
+def covariate_shift(before: jax.Array, after: jax.Array) -> dict[str, jax.Array]:
+    """Measures how far each layer's gradient moves when the layers before it have been updated.
+
+    Args:
+        before: the gradients of the hidden layers' kernels but the first, [layers - 1, ...].
+        after: for each of these layers, those of all where the ones before it have been updated,
+            [layers - 1, layers - 1, ...].
+
+    Returns:
+        For each of the layers, of its gradients before and after: "distance", relative to the
+        length of the first, and "cosine" of their angle, [layers - 1].
+    """
+    places = jnp.arange(len(before))
+    second = after[places, places]
+    length, other = (jnp.sqrt(jnp.sum(g**2, (1, 2))) for g in (before, second))
+    distance = jnp.sqrt(jnp.sum((before - second) ** 2, (1, 2)))
+    product = jnp.sum(before * second, (1, 2))
     return {"distance": distance / length, "cosine": product / (length * other)}
 
 
-def _kernels(params: Any) -> jax.Array:
-    """Returns those of the hidden layers but the first, [layers - 1, width, width]."""
-    kernels: jax.Array = params["hidden"]["dense"]["kernel"]
+def _kernels(gradients: Any) -> jax.Array:
+    """Returns those of the hidden layers but the first, [..., layers - 1, width, width]."""
+    kernels: jax.Array = gradients["hidden"]["dense"]["kernel"]
     return kernels
 
 
-def smoothness(gradient: Callable[[Any], Any], params: Any, rate: Any) -> jax.Array:
+def smoothness(gradients: Any, rate: Any) -> jax.Array:
     """Measures how much the gradient changes along itself.
 
     Args:
-        gradient: of the parameters, of one batch.
-        params: where.
-        rate: the step, of which `AHEAD` are multiples.
+        gradients: here, and at `AHEAD` times the rate against the gradient, [1 + points, ...].
+        rate: of the learning.
 
     Returns:
         ``max |g(w - d g) - g(w)| / |g(w)|`` over the distances d, and
         ``max |g(w - d g) - g(w)| / (d |g(w)|)``, which bounds the curvature from below, [2].
     """
-    here = gradient(params)
-
-    def change(distance: jax.Array) -> jax.Array:
-        there = gradient(jax.tree.map(lambda w, g: w - distance * g, params, here))
-        return _length(jax.tree.map(jnp.subtract, there, here)) / _length(here)
-
-    distances = rate * jnp.array(AHEAD)
-    changes = jax.vmap(change)(distances)
-    return jnp.stack([changes.max(), (changes / distances).max()])
+    here = jax.tree.map(lambda leaf: leaf[0], gradients)
+    there = jax.tree.map(lambda leaf: leaf[1:], gradients)
+    differences = jax.vmap(lambda one: _length(jax.tree.map(jnp.subtract, one, here)))(there)
+    changes = differences / _length(here)
+    return jnp.stack([changes.max(), (changes / (rate * jnp.array(AHEAD))).max()])
 
 
 def _length(tree: Any) -> jax.Array:
