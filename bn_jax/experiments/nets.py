@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from bn_jax.models import Norm, apply_norm
 
@@ -68,3 +69,55 @@ class MLP(nn.Module):
     ) -> jax.Array:
         types = {} if self.dtype is None else {"param_dtype": self.dtype}
         return apply_norm(self.norm, x, train, mask, self.dtype, f"norm{index}", **types)
+
+
+class ScannedMLP(nn.Module):
+    """An `MLP` of equal hidden layers whose program is no longer however deep it is.
+
+    The parameters and statistics of all hidden layers but the first are stacked, [depth - 1, ...],
+    under ``hidden``; those of the first are under ``first``.
+
+    Attributes:
+        depth: hidden layers.
+        width: features of each.
+        num_classes: number of logits.
+        norm: constructor of the norms, or None.
+    """
+
+    depth: int
+    width: int = 32
+    num_classes: int = 10
+    norm: Norm | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes the logits [n, num_classes] of [n, features].
+
+        What comes into the activations is sown, [depth, n, width], as ``preactivation``.
+        """
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "noise": True},
+            length=self.depth - 1,
+        )
+        x, first = _Layer(self.width, self.norm, train, name="first")(x)
+        x, others = layers(self.width, self.norm, train, name="hidden")(x)
+        self.sow("intermediates", "preactivation", jnp.concatenate([first[None], others]))
+        return nn.Dense(self.num_classes, name="classifier")(x)
+
+
+class _Layer(nn.Module):
+    """A dense layer, its norm and ReLU."""
+
+    width: int
+    norm: Norm | None
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dense = nn.Dense(
+            self.width, self.norm is None, kernel_init=nn.initializers.he_normal(), name="dense"
+        )
+        before = apply_norm(self.norm, dense(x), self.train, None, None)
+        return nn.relu(before), before
