@@ -26,6 +26,7 @@ from bn_jax.models import Bottleneck, Norm, ResNet
 from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
+CHIPS = (V5E, V6E)
 # What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
 WHERE: dict[Keep, str] = {
     "inputs": "loss",
@@ -204,7 +205,7 @@ def main() -> None:
     """Measures, writes the JSON and prints the table."""
     jax.config.update("jax_platforms", "cpu")
     sizes, known = Sizes(), remembered(report.read_if_there("memory"))
-    found: dict[str, dict[str, Any]] = {V5E: {}, V6E: {}}
+    found: dict[str, dict[str, Any]] = {chip: {} for chip in CHIPS}
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=sum(len(arms(chip)) for chip in found))
         for chip, measured in found.items():
