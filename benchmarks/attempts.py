@@ -1,9 +1,8 @@
-"""What was tried to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
+"""What was tried to bring a norm with an activation to its floor on a GPU, and what came of it.
 
 ``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
-of time, times on this CPU the least that a batch norm is in JAX beside PyTorch's, and writes
-``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are written out
-here, without the package: they differ in what XLA's heuristics see.
+of time, and writes ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The
+ways are written out here, without the package: they differ in what XLA's heuristics see.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import layer, report
+from benchmarks import report
 from benchmarks.compiled import AFTER_THE_NORM, LAYER_SHAPE, Row
 from benchmarks.compilers import H200, compile_for, mesh_of, read
 
@@ -116,43 +115,19 @@ def measure(row: Row, way: Way) -> float:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables: of the ways, and of the least."""
-    return [_ways_table(figures), _least_table(figures)]
-
-
-def _least_table(figures: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="Two sums and an affine map on a CPU, ms, and the time of others over it "
-        "(PyTorch's below 1: no program of XLA's is as fast)",
-        box=SIMPLE_HEAD,
-    )
-    found = layer.load(figures)
-    *_, timings = next(layer.rows(found, "BatchNorm"))
-    peers = [arm for arm in timings if arm not in (layer.COPY, layer.LEAST)]
-    for column in ("shape", "direction", "least ms", *peers, "limit"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for _, shape, direction, timings in layer.rows(found, "BatchNorm"):
-        least = timings[layer.LEAST].median
-        others = [*(timings[arm].median for arm in peers), layer.limit(direction, timings)]
-        ratios = [f"{other / least:.2f}" for other in others]
-        table.add_row(shape, direction, f"{1e3 * least:.3f}", *ratios)
-    return table
-
-
-def _ways_table(figures: Mapping[str, Any]) -> Table:
+    """Returns the figures as a table: a row for every way, a column for every program."""
     table = Table(title="Bytes moved on the H200, in units of the input", box=SIMPLE_HEAD)
     table.add_column("way", no_wrap=True)
     for program in next(iter(figures["ways"].values())):
         table.add_column(program, justify="right")
     for way, moved in figures["ways"].items():
         table.add_row(way, *(f"{one:.2f}" for one in moved.values()))
-    return table
+    return [table]
 
 
 def main() -> None:
-    """Compiles, times, writes the JSON and prints the tables."""
+    """Compiles, writes the JSON and prints the table."""
     jax.config.update("jax_platforms", "cpu")
-    least = layer.measure(["BatchNorm"], ["float32"], arms=["torch", layer.LEAST])
     found: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(WAYS) * len(ROWS))
@@ -162,8 +137,7 @@ def main() -> None:
             for row in ROWS:
                 found[name][f"{row.dtype}, {row}"] = measure(row, way)
                 progress.advance(task)
-    figures = {"ways": found, "norms": layer.as_json(least)}
-    report.write("attempts", ("flax", "jax-cuda13-plugin", "torch"), figures)
+    report.write("attempts", ("flax", "jax-cuda13-plugin"), {"ways": found})
     report.show(tables(report.read("attempts")))
 
 

@@ -14,7 +14,6 @@ takes the cotangent of the output to the gradients of x, scale and bias, and JAX
 together with the forward pass. Before anything is timed, all libraries must agree.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -299,62 +298,6 @@ ARMS = {
 }
 
 
-def _least(case: Case) -> Layer:
-    """Makes the least of a batch norm in JAX: two sums and an affine map, and their like backward.
-
-    It has no guard against cancellation, no mask, no devices, and a derivative written by hand.
-    """
-    axes, features = tuple(range(len(case.shape) - 1)), case.shape[-1]
-    count = math.prod(case.shape) // features
-
-    def mean_of(values: Any) -> Any:
-        return values.mean(axes, keepdims=True)
-
-    def by_sums(params: Any, x: Any) -> tuple[Any, Any, Any]:
-        x = x.astype(jnp.float32)
-        mean = mean_of(x)
-        scale, bias = (params[name].reshape(mean.shape) for name in ("scale", "bias"))
-        var = mean_of(x * x) - mean * mean
-        factor = jax.lax.rsqrt(var + EPSILON) * scale
-        y = x * factor + (bias - mean * factor)
-        return y.astype(case.dtype), mean, var
-
-    @jax.custom_vjp
-    def normalize(params: Any, x: Any) -> tuple[Any, Any, Any]:
-        return by_sums(params, x)
-
-    def forward(params: Any, x: Any) -> tuple[Any, Any]:
-        y, mean, var = by_sums(params, x)
-        return (y, mean, var), (params["scale"].reshape(mean.shape), x, mean, var)
-
-    def backward(kept: Any, cotangents: Any) -> tuple[Any, Any]:
-        scale, x, mean, var = kept
-        x, g = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
-        inverse = jax.lax.rsqrt(var + EPSILON)
-        of_bias = mean_of(g)
-        of_scale = (mean_of(g * x) - mean * of_bias) * inverse
-        factor = inverse * scale
-        slope = -factor * of_scale * inverse
-        d_x = g * factor + x * slope - (factor * of_bias + mean * slope)
-        sums = {"scale": of_scale, "bias": of_bias}
-        d_params = {name: count * one.reshape(features) for name, one in sums.items()}
-        return d_params, d_x.astype(case.dtype)
-
-    normalize.defvjp(forward, backward)
-
-    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-        y, *moments = normalize(params, x)
-        pairs = zip(state, moments, strict=True)
-        return y, [MOMENTUM * old + (1 - MOMENTUM) * new.reshape(features) for old, new in pairs]
-
-    return Layer(apply, [jnp.zeros(features), jnp.ones(features)])
-
-
-# No library: what XLA takes at least, if only the sums and the map are to be computed.
-LEAST = "least"
-ALL = {**ARMS, LEAST: Arm("jax", partial(_compiled, _least), NORMS[:1])}
-
-
 def draw(case: Case) -> Batch:
     """Returns arrays for a case; the mean of x is near enough to the running mean, 0."""
     rng = np.random.default_rng(0)
@@ -396,7 +339,9 @@ def _readable(leaf: Any) -> Any:
 def programs_of(case: Case, arms: Iterable[str]) -> dict[str, Programs]:
     """Returns the programs of a case by arm once they agree, and `COPY` before them."""
     batch = draw(case)
-    programs = {arm: ALL[arm].programs(case, batch) for arm in arms if case.norm in ALL[arm].norms}
+    programs = {
+        arm: ARMS[arm].programs(case, batch) for arm in arms if case.norm in ARMS[arm].norms
+    }
     require_agreement(case, programs)
     # Integers, for a copy of half precision would be one of converted values.
     integers = jnp.zeros(batch.x.nbytes // 4, jnp.int32)
@@ -434,7 +379,7 @@ def measure(
         norms: some of `NORMS`.
         dtypes: some of `TOLERANCES`.
         shapes: of x, the features last.
-        arms: some of `ALL`; one that is not installed is left out, `OURS` and `FLAX` never are.
+        arms: some of `ARMS`; one that is not installed is left out, `OURS` and `FLAX` never are.
         rounds: how often each is timed.
 
     Returns:
@@ -442,13 +387,13 @@ def measure(
     """
     wanted = {OURS, FLAX, *arms}.difference(missing())
     cases = list(map(Case._make, product(norms, dtypes, shapes)))
-    by_arm: dict[str, dict[Name, Program]] = {arm: {} for arm in (COPY, *ALL)}
+    by_arm: dict[str, dict[Name, Program]] = {arm: {} for arm in (COPY, *ARMS)}
     keep_freed_memory()
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(cases) + rounds)
         for case in cases:
             progress.update(task, description=f"{case.norm}, {case.dtype}, {named(case.shape)}")
-            for arm, programs in programs_of(case, filter(wanted.__contains__, ALL)).items():
+            for arm, programs in programs_of(case, filter(wanted.__contains__, ARMS)).items():
                 for direction, program in programs.items():
                     by_arm[arm][case, direction, arm] = program
             progress.advance(task)

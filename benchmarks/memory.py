@@ -1,9 +1,9 @@
 """What a step of ResNet-50 keeps for its backward pass under each `bn_jax.remat_policy`.
 
 ``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
-every arm for a TPU v5e, and of those without a policy for a v6e, which takes some minutes each; it
-prints what the compiled programs hold and writes ``benchmarks/results/memory.json``. Programs that
-are in there already are not compiled again.
+every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
+and writes ``benchmarks/results/memory.json``. Programs that are in there already are not compiled
+again.
 """
 
 import re
@@ -21,12 +21,12 @@ from rich.table import Table
 
 import bn_jax as bn
 from benchmarks import report
-from benchmarks.compilers import V5E, V6E, identify, lower_for, mesh_of, read, remembered
+from benchmarks.compilers import V5E, identify, lower_for, mesh_of, read, remembered
 from bn_jax.models import Bottleneck, Norm, ResNet
 from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
-CHIPS = (V5E, V6E)
+CHIPS = (V5E,)
 # What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
 WHERE: dict[Keep, str] = {
     "inputs": "loss",
@@ -85,12 +85,10 @@ class Measured(NamedTuple):
     kernels: int
 
 
-def arms(chip: str = V5E) -> dict[str, Arm]:
-    """Returns what is compiled for a chip, Flax's norms first."""
+def arms() -> dict[str, Arm]:
+    """Returns the arms, Flax's norms first."""
     flax = partial(nn.BatchNorm, momentum=0.9)
     ours = partial(bn.linen.BatchNorm, momentum=0.9)
-    if chip != V5E:
-        return {FLAX: Arm(flax), OURS: Arm(ours)}
     return {
         FLAX: Arm(flax),
         f"{FLAX}, blocks": Arm(flax, blocks=jax.checkpoint_policies.nothing_saveable),
@@ -207,9 +205,9 @@ def main() -> None:
     sizes, known = Sizes(), remembered(report.read_if_there("memory"))
     found: dict[str, dict[str, Any]] = {chip: {} for chip in CHIPS}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=sum(len(arms(chip)) for chip in found))
+        task = progress.add_task("", total=sum(len(arms()) for chip in found))
         for chip, measured in found.items():
-            for name, arm in arms(chip).items():
+            for name, arm in arms().items():
                 progress.update(task, description=f"{chip}: {name}")
                 measured[name] = measure(arm, mesh_of(chip), sizes, known)
                 progress.advance(task)

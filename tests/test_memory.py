@@ -21,7 +21,7 @@ KEPT = {keep: f"{OURS}, {where}: {keep}" for keep, where in memory.WHERE.items()
 
 def test_the_committed_figures_are_complete():
     assert {chip: list(found) for chip, found in COMMITTED.items()} == {
-        chip: list(arms(chip)) for chip in memory.CHIPS
+        chip: list(arms()) for chip in memory.CHIPS
     }
     assert len(remembered(FIGURES)) == sum(map(len, COMMITTED.values()))
     assert FIGURES["sizes"] == {
