@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.compiled`` compiles, ahead of time and without an accelerator, single layers
 and blocks of convolutions, forward and backward, for the TPUs v5e and v6e and for an H200; it
-prints what the compiled programs hold and writes ``benchmarks/results/compiled.json``.
+prints what the compiled programs hold and writes ``benchmarks/results/compiled.json``. Programs
+that are in there already are not compiled again.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +12,28 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
 from benchmarks import report
-from benchmarks.compilers import H200, V5E, V6E, Compiled, compile_for, mesh_of, missing, read
+from benchmarks.compilers import (
+    H200,
+    V5E,
+    V6E,
+    WHOLE,
+    Compiled,
+    identify,
+    lower_for,
+    mesh_of,
+    missing,
+    read,
+    remembered,
+)
 from bn_jax.models import Norm
+from bn_jax.training import DATA_AXIS
 
 FLAX, OURS = "flax.linen", "bn_jax"
 NORMS: dict[str, Norm] = {FLAX: nn.BatchNorm, OURS: bn.linen.BatchNorm}
@@ -29,12 +44,13 @@ class Row(NamedTuple):
 
     Attributes:
         chip: for which accelerator.
-        shape: of the input.
+        shape: of the input that each chip holds.
         dtype: of the input and of the output.
         activation: the name of a function of `flax.linen` after the norm, or "".
         residual: whether the input of a block, or of the layer another array, is added before that.
         convolutions: how many blocks there are, each of a 3x3 convolution and a norm; 0 for the
             norm alone.
+        chips: over how many the batch is split: 1 or 4.
     """
 
     chip: str
@@ -43,10 +59,11 @@ class Row(NamedTuple):
     activation: str = ""
     residual: bool = False
     convolutions: int = 0
+    chips: int = 1
 
     @property
     def unit(self) -> int:
-        """The bytes of the input."""
+        """The bytes of the input on a chip."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size * jnp.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
@@ -65,6 +82,14 @@ ROWS = [
         Row(H200, LAYER_SHAPE, dtype, *after)
         for dtype in ("float32", "bfloat16")
         for after in AFTER_THE_NORM
+    ),
+    *(
+        Row(chip, BLOCK_SHAPE, "bfloat16", activation, residual, 0, chips)
+        for chip in (V5E, V6E)
+        for activation, residual, chips in (
+            *(("", False, 1), ("relu", False, 1), ("relu", True, 1)),
+            ("", False, 4),
+        )
     ),
     *(
         Row(chip, BLOCK_SHAPE, "bfloat16", *after, convolutions=2)
@@ -103,7 +128,7 @@ def make_program(row: Row, norm: Norm) -> tuple[Callable[..., Any], tuple[Any, .
     The backward pass begins when the output is there, as it does within a network.
     """
     network = Network(row, norm)
-    x = jax.ShapeDtypeStruct(row.shape, row.dtype)
+    x = jax.ShapeDtypeStruct((row.shape[0] * row.chips, *row.shape[1:]), row.dtype)
     variables = jax.eval_shape(network.init, jax.random.key(0), x, x)
     adds_another = row.residual and not row.convolutions
 
@@ -121,12 +146,24 @@ def make_program(row: Row, norm: Norm) -> tuple[Callable[..., Any], tuple[Any, .
     return forward_and_backward, (variables, x, x, x)
 
 
-def measure(row: Row, norm: Norm) -> Compiled:
-    """Compiles a row with a norm, and reads it."""
-    return read(compile_for(mesh_of(row.chip), *make_program(row, norm)))
+def lower(mesh: Mesh, row: Row, norm: Norm) -> jax.stages.Lowered:
+    """Returns the program of a row for the devices of a mesh, over which its batch is split."""
+    split = PartitionSpec(DATA_AXIS) if row.chips > 1 else WHOLE
+    inputs = (split,) * (2 if row.residual and not row.convolutions else 1)
+    given, returned = (WHOLE, split, split, split), (split, WHOLE, (WHOLE, *inputs))
+    return lower_for(mesh, *make_program(row, norm), given, returned)
 
 
-def measure_all(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def measure(row: Row, norm: Norm, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Compiles a row with a norm unless its program is known, and reads it."""
+    mesh = mesh_of(row.chip, "1x1" if row.chips == 1 else "2x2")
+    lowered = lower(mesh, row, norm)
+    program = identify(mesh, lowered)
+    found = known[program] if program in known else read(lowered.compile())._asdict()
+    return {**found, "program": program}
+
+
+def measure_all(rows: Iterable[Row], known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Measures rows with every norm, showing how far it is."""
     rows, found = list(rows), []
     with Progress(transient=True) as progress:
@@ -135,7 +172,7 @@ def measure_all(rows: Iterable[Row]) -> list[dict[str, Any]]:
             arms = {}
             for name, norm in NORMS.items():
                 progress.update(task, description=f"{row.chip}: {row}, {name}")
-                arms[name] = measure(row, norm)._asdict()
+                arms[name] = measure(row, norm, known)
                 progress.advance(task)
             found.append({"row": row._asdict(), "arms": arms})
     return found
@@ -145,7 +182,7 @@ def load(figures: Mapping[str, Any]) -> dict[Row, dict[str, Compiled]]:
     """Reads the figures of the JSON."""
     return {
         Row(**{**one["row"], "shape": tuple(one["row"]["shape"])}): {
-            name: Compiled(**arm) for name, arm in one["arms"].items()
+            name: Compiled(*map(arm.get, Compiled._fields)) for name, arm in one["arms"].items()
         }
         for one in figures["rows"]
     }
@@ -174,6 +211,7 @@ def _table(title: str, figures: Mapping[str, Any], least: int) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD)
     for column in ("chip", "dtype", "program", "floor", "moved", "temporary", "counted", "kernels"):
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("collectives", justify="right", no_wrap=True)
     for row, arms in load(figures).items():
         if bool(row.convolutions) != bool(least):
             continue
@@ -184,7 +222,7 @@ def _table(title: str, figures: Mapping[str, Any], least: int) -> Table:
             return f"{one:.2f} / {other:.2f}" if other else "-"
 
         table.add_row(
-            row.chip,
+            row.chip if row.chips == 1 else f"{row.chips} x {row.chip}",
             row.dtype,
             str(row),
             "-" if row.convolutions else str(floor(row)),
@@ -192,6 +230,7 @@ def _table(title: str, figures: Mapping[str, Any], least: int) -> Table:
             both("temporary"),
             both("counted"),
             f"{ours.kernels} / {flax.kernels}",
+            f"{ours.collectives} / {flax.collectives}",
         )
     return table
 
@@ -201,7 +240,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     for message in filter(None, map(missing, (V5E, H200))):
         raise SystemExit(message)
-    figures = {"rows": measure_all(ROWS)}
+    figures = {"rows": measure_all(ROWS, remembered(report.read_if_there("compiled")))}
     report.write("compiled", ("flax", "libtpu", "jax-cuda13-plugin"), figures)
     report.show(tables(report.read("compiled")))
 

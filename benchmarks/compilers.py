@@ -6,8 +6,9 @@ aside: their code is cuDNN's, which this machine lacks.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -15,10 +16,13 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.hlo import kernels
+from benchmarks import report
+from benchmarks.hlo import collectives, kernels
 from bn_jax.training import make_mesh
 
 V5E, V6E, H200 = "v5e", "v6e", "H200"
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+WHOLE = PartitionSpec()
 INSTALL = "python -m pip install --editable '.[bench]'"
 # libtpu asks the machine which chip it has, unless it is told, and wants to be alone.
 _WITHOUT_A_CHIP = {
@@ -64,12 +68,14 @@ class Compiled(NamedTuple):
             it gives none.
         temporary: bytes of main memory beside arguments and results.
         kernels: how many there are outside of branches.
+        collectives: how many there are outside of branches.
     """
 
     moved: int
     counted: int
     temporary: int
     kernels: int
+    collectives: int
 
 
 def missing(chip: str) -> str | None:
@@ -128,18 +134,72 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def compile_for(mesh: Mesh, function: Callable[..., Any], shapes: Any) -> jax.stages.Compiled:
+def lower_for(
+    mesh: Mesh,
+    function: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    given: tuple[PartitionSpec, ...] | None = None,
+    returned: Any = WHOLE,
+) -> jax.stages.Lowered:
+    """Lowers a function.
+
+    Args:
+        mesh: of the devices to run on.
+        function: of arrays.
+        shapes: of its arguments.
+        given: how each argument is split, or None where every device holds them all whole.
+        returned: how the results are split, for all of them or by their structure.
+
+    Returns:
+        The program before the compiler.
+    """
+    places = given or (WHOLE,) * len(shapes)
+    arguments = [
+        jax.tree.map(
+            lambda leaf, place=place: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, place)
+            ),
+            argument,
+        )
+        for argument, place in zip(shapes, places, strict=True)
+    ]
+    results = jax.tree.map(lambda place: NamedSharding(mesh, place), returned)
+    return jax.jit(function, out_shardings=results).lower(*arguments)
+
+
+def compile_for(
+    mesh: Mesh, function: Callable[..., Any], shapes: tuple[Any, ...]
+) -> jax.stages.Compiled:
     """Compiles a function of arrays that every device of the mesh holds whole."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
-    return jax.jit(function, out_shardings=sharding).lower(*arguments).compile()
+    return lower_for(mesh, function, shapes).compile()
+
+
+def identify(mesh: Mesh, lowered: jax.stages.Lowered) -> str:
+    """Returns what stands for a program, the devices that it is for, and the compiler."""
+    devices = mesh.devices.size, mesh.devices.flat[0].device_kind
+    text = f"{devices} {report.versions(COMPILERS)} {lowered.as_text()}"
+    return sha256(text.encode()).hexdigest()
+
+
+def remembered(figures: Any) -> dict[str, Mapping[str, Any]]:
+    """Returns what the JSON of a benchmark holds of every program, by what `identify` returns.
+
+    What a compiler says is deterministic: as long as neither it nor the program changes, nothing
+    needs to be compiled again.
+    """
+    if not isinstance(figures, dict | list):
+        return {}
+    parts = figures.values() if isinstance(figures, dict) else figures
+    known = {program: one for part in parts for program, one in remembered(part).items()}
+    if isinstance(figures, dict) and "program" in figures:
+        known[figures["program"]] = {k: v for k, v in figures.items() if k != "program"}
+    return known
 
 
 def read(compiled: jax.stages.Compiled) -> Compiled:
     """Reads a compiled program."""
-    found = kernels(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    found = kernels(text)
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     return Compiled(
@@ -147,4 +207,5 @@ def read(compiled: jax.stages.Compiled) -> Compiled:
         counted=int(cost.get("bytes accessed", 0)),
         temporary=memory.temp_size_in_bytes,
         kernels=len(found),
+        collectives=sum(not one.guarded for one in collectives(text)),
     )

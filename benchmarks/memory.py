@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
 every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
-and writes ``benchmarks/results/memory.json``.
+and writes ``benchmarks/results/memory.json``. Programs that are in there already are not compiled
+again.
 """
 
 import re
@@ -13,19 +14,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
 from benchmarks import report
-from benchmarks.compilers import V5E, mesh_of
-from benchmarks.hlo import traffic
+from benchmarks.compilers import V5E, identify, lower_for, mesh_of, read, remembered
 from bn_jax.models import Bottleneck, Norm, ResNet
 from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
+CHIPS = (V5E,)
 # What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
 WHERE: dict[Keep, str] = {
     "inputs": "loss",
@@ -74,12 +75,14 @@ class Measured(NamedTuple):
         moved: bytes that the kernels read from main memory and write to it, guards left alone.
         flops: floating-point operations, the guards' branches included.
         guards: conditionals: one for every measuring of a batch.
+        kernels: how many there are outside of guards.
     """
 
     temporary: int
     moved: int
     flops: int
     guards: int
+    kernels: int
 
 
 def arms() -> dict[str, Arm]:
@@ -135,28 +138,33 @@ def make_step(arm: Arm, sizes: Sizes) -> tuple[Callable[..., Any], tuple[Any, An
     return step, (variables, images, labels)
 
 
-def measure(arm: Arm, mesh: Mesh, sizes: Sizes) -> Measured:
-    """Compiles the step of an arm and reads it."""
-    step, shapes = make_step(arm, sizes)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
-    compiled = jax.jit(step, out_shardings=sharding).lower(*arguments).compile()
-    memory: Any = compiled.memory_analysis()
+def measure(arm: Arm, mesh: Mesh, sizes: Sizes, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Compiles the step of an arm unless its program is known, and reads it."""
+    lowered = lower_for(mesh, *make_step(arm, sizes))
+    program = identify(mesh, lowered)
+    if program in known:
+        return {**known[program], "program": program}
+    compiled = lowered.compile()
     cost: Any = compiled.cost_analysis()
-    text = compiled.as_text() or ""
-    return Measured(
-        temporary=memory.temp_size_in_bytes,
-        moved=traffic(text),
-        flops=int(cost["flops"]),
-        guards=len(re.findall(r" conditional\(", text)),
-    )
+    found = read(compiled)
+    return {
+        **Measured(
+            temporary=found.temporary,
+            moved=found.moved,
+            flops=int(cost["flops"]),
+            guards=len(re.findall(r" conditional\(", compiled.as_text() or "")),
+            kernels=found.kernels,
+        )._asdict(),
+        "program": program,
+    }
 
 
-def load(figures: Mapping[str, Any]) -> dict[str, Measured]:
-    """Reads the figures of the JSON."""
-    return {arm: Measured(**one) for arm, one in figures["arms"].items()}
+def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+    """Reads the figures of the JSON: of every chip, those of every arm."""
+    return {
+        chip: {arm: Measured(*map(one.get, Measured._fields)) for arm, one in found.items()}
+        for chip, found in figures["chips"].items()
+    }
 
 
 def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
@@ -171,37 +179,39 @@ def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Returns the figures as a table."""
-    measured = load(figures)
     table = Table(title="A step of ResNet-50, relative to flax.linen", box=SIMPLE_HEAD)
-    for column in ("", "memory MB", "moved GB", "GFLOP", "guards"):
+    for column in ("", "chip", "memory MB", "moved GB", "GFLOP", "kernels", "guards"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("memory", "bytes", "operations"):
         table.add_column(column, justify="right", no_wrap=True)
-    for arm, one in measured.items():
-        table.add_row(
-            arm,
-            f"{one.temporary / 1e6:.0f}",
-            f"{one.moved / 1e9:.2f}",
-            f"{one.flops / 1e9:.0f}",
-            str(one.guards),
-            *cells(measured, arm),
-        )
+    for chip, measured in load(figures).items():
+        for arm, one in measured.items():
+            table.add_row(
+                arm,
+                chip,
+                f"{one.temporary / 1e6:.0f}",
+                f"{one.moved / 1e9:.2f}",
+                f"{one.flops / 1e9:.0f}",
+                str(one.kernels),
+                str(one.guards),
+                *cells(measured, arm),
+            )
     return [table]
 
 
 def main() -> None:
     """Measures, writes the JSON and prints the table."""
     jax.config.update("jax_platforms", "cpu")
-    sizes, found = Sizes(), {}
+    sizes, known = Sizes(), remembered(report.read_if_there("memory"))
+    found: dict[str, dict[str, Any]] = {chip: {} for chip in CHIPS}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(arms()))
-        for name, arm in arms().items():
-            progress.update(task, description=name)
-            found[name] = measure(arm, mesh_of(V5E), sizes)._asdict()
-            progress.advance(task)
-    report.write(
-        "memory", ("flax", "libtpu"), {"chip": V5E, "sizes": sizes._asdict(), "arms": found}
-    )
+        task = progress.add_task("", total=sum(len(arms()) for chip in found))
+        for chip, measured in found.items():
+            for name, arm in arms().items():
+                progress.update(task, description=f"{chip}: {name}")
+                measured[name] = measure(arm, mesh_of(chip), sizes, known)
+                progress.advance(task)
+    report.write("memory", ("flax", "libtpu"), {"sizes": sizes._asdict(), "chips": found})
     report.show(tables(report.read("memory")))
 
 

@@ -29,7 +29,7 @@ def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> P
     path = RESULTS / f"{benchmark}.json"
     known = {
         "command": f"python -m benchmarks.{benchmark}",
-        "versions": _versions(("bn-jax", "jax", *packages)),
+        "versions": versions(("bn-jax", "jax", *packages)),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -44,6 +44,11 @@ def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> P
 def read(benchmark: str) -> dict[str, Any]:
     """Reads what `write` wrote."""
     return json.loads((RESULTS / f"{benchmark}.json").read_text())
+
+
+def read_if_there(benchmark: str) -> dict[str, Any]:
+    """Reads what `write` wrote, or nothing where it has not written yet."""
+    return read(benchmark) if (RESULTS / f"{benchmark}.json").exists() else {}
 
 
 def show(tables: Iterable[Table]) -> None:
@@ -76,7 +81,8 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:

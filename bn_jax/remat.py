@@ -17,7 +17,17 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
 
     For `jax.checkpoint`, `flax.linen.remat` and `flax.nnx.remat`. What is not kept is computed
     again, but for the moments of this package's norms: no policy repeats the reductions, the
-    collective or the guard of a norm, and none changes a number.
+    collective or the guard of a norm, and none changes a number. The training step of ResNet-50 on
+    128 images in bfloat16, compiled for a TPU v5e, relative to the same with Flax's norms:
+
+    | keep | around | memory | bytes | operations |
+    |---|---|---|---|---|
+    | "inputs" | the loss | 0.79 | 1.13 | 1.01 |
+    | "narrow" | every block | 0.67 | 1.13 | 1.08 |
+    | "moments" | every block | 0.45 | 1.18 | 1.32 |
+
+    `memory` is what a step holds beside variables, images and results, `bytes` what its kernels
+    read and write; without a policy these are 1.01 and 1.02.
 
     - ``"inputs"`` keeps the input of every norm, and is to be put around the whole loss: it repeats
       no convolution.

@@ -854,17 +854,17 @@ def test_export_to_every_platform():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape,axis", [((8, 2, 3), -1), ((3, 8), 0), ((8, 3, 2), (1, 2))])
+@pytest.mark.parametrize("shape,axis", [((12, 2, 3), -1), ((3, 12), 0), ((12, 3, 2), (1, 2))])
 def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
     x, (params, stats) = standard_normal(30, shape), make_state(features_of(shape, axis))
     batch_axis = 1 if axis == 0 else 0
-    valid = np.array([1, 1, 0, 1, 0, 0, 0, 0], bool) if masked else np.ones(8, bool)
-    mask_shape = [8 if a == batch_axis else 1 for a in range(len(shape))]
+    valid = np.array([1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0], bool) if masked else np.ones(12, bool)
+    mask_shape = [12 if a == batch_axis else 1 for a in range(len(shape))]
     mask = jnp.asarray(valid).reshape(mask_shape) if masked else None
     train = jax.jit(partial(TRAIN, axis=axis, virtual_batch_size=4))
     y, updated = train(params, stats, x, mask=mask)
     x, y = np.asarray(x), np.asarray(y)
-    for number in range(2):
+    for number in range(3):
         rows = np.arange(4 * number, 4 * number + 4)
         rows = rows[valid[rows]]
         if len(rows):

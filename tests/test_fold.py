@@ -23,6 +23,8 @@ from support import assert_close, exact, standard_normal
 import bn_jax as bn
 from bn_jax import models
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ours = partial(bn.linen.BatchNorm, use_running_average=True)
 flax = partial(nn.BatchNorm, use_running_average=True)
 

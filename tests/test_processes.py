@@ -18,12 +18,17 @@ TRAIN = (
     *("train", "--epochs", "2", "--batch-size", "16", "--learning-rate", "0.05"),
     *("--seed", "1", "--data", "bars.npz"),
 )
-COMMAND = ("-W", "error", "-m", "bn_jax.cli")
-# The same command, in which a process is killed within the second epoch of an arm.
-KILLED = """
+# The command with a smaller network, for starting and compiling are what takes the time.
+SMALL = """
 import itertools, os, signal, sys
-from bn_jax import cli, training
+from bn_jax import cli, runs, training
 
+make_model = runs.make_model
+runs.make_model = lambda *given: make_model(*given).clone(stage_sizes=(1, 1), widths=(4, 6))
+"""
+COMMAND = ("-W", "error", "-c", f"{SMALL}\ncli.main()")
+# The same, in which a process is killed within the second epoch of an arm.
+KILLED = f"""{SMALL}
 victim, arm = sys.argv.pop(1), int(sys.argv.pop(1))
 fit, calls = training.fit, itertools.count(1)
 

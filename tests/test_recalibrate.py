@@ -18,6 +18,7 @@ from support import assert_close, define_affine, define_moments, exact, standard
 import bn_jax as bn
 from bn_jax.recalibrate import LayerChange, Recalibration, _pooled, _steps, recalibrate
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 X = standard_normal(0, (13, 6, 6, 2)) * 3 + 1
 NORMS = ("norm_0", "norm_1", "norm_2", "norm_3")
 

@@ -21,6 +21,8 @@ from support import all_reduces, assert_close
 import bn_jax as bn
 from bn_jax import data, linen, models, training
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SIZE = 8
 NORMS = {
     "none": None,
@@ -309,11 +311,13 @@ def masked_batch(valid, order=slice(None)):
     return data.Batch(x[order], y[order], valid[order])
 
 
+@functools.cache
+def accumulated_step(**options):
+    return jax.jit(functools.partial(training.accumulated_train_step, **options))
+
+
 def accumulate(state, batch, micro_batches=4, **options):
-    step = functools.partial(
-        training.accumulated_train_step, micro_batches=micro_batches, **options
-    )
-    return jax.jit(step)(state, batch)
+    return accumulated_step(micro_batches=micro_batches, **options)(state, batch)
 
 
 def fresh_state(model, devices=1):
