@@ -116,7 +116,7 @@ def loss_of(
     Returns:
         The loss, and the variables with new batch_stats.
     """
-    masked = {} if mask is None else {"mask": mask}
+    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
     logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], **masked)
     return cross_entropy(logits, y, mask), {**variables, **updated}
 

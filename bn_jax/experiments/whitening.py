@@ -22,6 +22,7 @@ from bn_jax.experiments.verdicts import (
     exact,
     mean_interval,
 )
+from bn_jax.models import Norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ CLOSE = 1e-3
 WIDTH = 32
 BATCH_SIZE = 256
 RATES = 0.03, 0.1, 0.3
-NORMS = {
+NORMS: dict[str, Norm] = {
     "whitening": partial(bn.linen.WhiteningNorm, momentum=0.9),
     "batch norm": partial(bn.linen.BatchNorm, momentum=0.9),
 }
