@@ -1,4 +1,4 @@
-"""The committed notebooks: executed in order, with outputs for people. `make notebooks` runs them."""
+"""The committed notebooks: run in order, with outputs for people. `make notebooks` runs them all."""
 
 import json
 import re
