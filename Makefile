@@ -11,7 +11,7 @@ CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_n
 TIMED := numerics layer startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test lint format bench floors oldest environments clean
+.PHONY: demo test lint format notebooks notebooks-refresh bench floors oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -27,6 +27,14 @@ lint: $(READY)
 format: $(READY)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+# Every notebook from its first cell to its last, two at a time; what is committed stays as it is.
+notebooks: $(READY)
+	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py
+
+# The same, and their outputs are written anew.
+notebooks-refresh: $(READY)
+	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
 
 # Peers and the compilers of accelerators live apart, for JAX looks for their devices. What is timed
 # runs alone, what only compiles two at a time.

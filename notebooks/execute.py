@@ -1,0 +1,77 @@
+"""Executes a notebook from its first cell to its last; `--refresh` writes its outputs anew.
+
+An exception fails, and so does anything on standard error, where warnings go.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+# Nothing of the machine or the moment, so that a file differs only where a result does.
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+SECONDS_A_CELL = 600
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """Executes a notebook in its own folder and a kernel of this environment.
+
+    Args:
+        path: of the `.ipynb` file, which stays as it is.
+
+    Returns:
+        The notebook with its new outputs.
+
+    Raises:
+        CellExecutionError: a cell raised an exception.
+        ValueError: a cell wrote to standard error.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=SECONDS_A_CELL,
+        startup_timeout=SECONDS_A_CELL,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                raise ValueError(f"cell {cell.execution_count} wrote to stderr:\n{output.text}")
+    return notebook
+
+
+def main() -> str | None:
+    """Executes the notebook that the command line names.
+
+    Returns:
+        What went wrong, or None.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--refresh", action="store_true", help="write the new outputs")
+    arguments = parser.parse_args()
+    # XLA's alarm at a slow compilation is about the machine, not about the notebook.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        notebook = execute(arguments.notebook)
+    except (CellExecutionError, ValueError) as error:
+        return f"{arguments.notebook}: {error}"
+    if arguments.refresh:
+        nbformat.write(notebook, arguments.notebook)
+    print(f"{arguments.notebook}: every cell ran")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
