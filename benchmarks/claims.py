@@ -1,0 +1,123 @@
+"""What the experiments say about the claims, twice, with other seeds the second time.
+
+``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` for the seeds from 0 and from 100 on,
+prints the verdicts, and writes ``benchmarks/results/claims.json``. It takes twice a quarter of an
+hour. With two folders that ``bn-jax reproduce all`` has written it takes what it needs from them.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from benchmarks import report
+
+FIRST_SEEDS = 0, 100
+KEPT = ("number", "claim", "source", "published", "limits", "verdict", "criteria", "reported")
+
+
+def reproduce(folder: Path) -> list[Path]:
+    """Runs all experiments from each of `FIRST_SEEDS` on, into folders in the given one."""
+    folders = [folder / f"from {first}" for first in FIRST_SEEDS]
+    for first, out in zip(FIRST_SEEDS, folders, strict=True):
+        command = [sys.executable, "-m", "bn_jax.cli", "reproduce", "all", "--first-seed"]
+        subprocess.run([*command, str(first), "--out", str(out)], check=True)
+    return folders
+
+
+def collect(folders: Sequence[Path]) -> dict[str, Any]:
+    """Reads what the experiments found.
+
+    Args:
+        folders: that ``bn-jax reproduce all`` has written, one for each of `FIRST_SEEDS`.
+
+    Returns:
+        For each claim, by number, what was found with the first seeds, without curves, and beside
+        it `others`: verdict and measured figures with the other seeds.
+
+    Raises:
+        ValueError: the seeds are not those that are wanted.
+    """
+    runs = [
+        {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        for folder in folders
+    ]
+    for first, run in zip(FIRST_SEEDS, runs, strict=True):
+        if {found["seeds"][0] for found in run.values()} != {first}:
+            raise ValueError(f"a claim has other seeds than those from {first} on")
+    claims = {}
+    for name, found in sorted(runs[0].items(), key=lambda one: one[1]["number"]):
+        other = runs[1][name]
+        claims[name] = {key: found[key] for key in KEPT} | {
+            "seconds": [found["seconds"], other["seconds"]],
+            "others": {
+                "verdict": other["verdict"],
+                "criteria": [
+                    {key: one[key] for key in ("measured", "verdict")} for one in other["criteria"]
+                ],
+            },
+        }
+    return {"first_seeds": FIRST_SEEDS, "seeds": len(found["seeds"]), "claims": claims}
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the verdicts, and the figures behind them, as tables."""
+    first, second = (f"seeds from {one}" for one in figures["first_seeds"])
+    verdicts = Table(
+        title=f"Verdicts with {figures['seeds']} seeds, and with as many others", box=SIMPLE_HEAD
+    )
+    for column in ("claim", "source", first, second, "seconds"):
+        verdicts.add_column(column)
+    measured = Table(
+        title="What was measured: estimate and 95 % interval, and with the other seeds",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("claim", "measured", "published", first, "verdict", second, "verdict"):
+        measured.add_column(column)
+    for one in figures["claims"].values():
+        verdicts.add_row(
+            f"{one['number']}. {one['claim']}",
+            one["source"],
+            one["verdict"],
+            one["others"]["verdict"],
+            f"{one['seconds'][0]:.0f}",
+        )
+        for criterion, other in zip(one["criteria"], one["others"]["criteria"], strict=True):
+            cells = (
+                cell for this in (criterion, other) for cell in (_shown(this), this["verdict"])
+            )
+            name, published = (_plain(criterion[key]) for key in ("name", "published"))
+            measured.add_row(str(one["number"]), name, published, *cells)
+    return [verdicts, measured]
+
+
+def _plain(text: str) -> str:
+    """Returns a text without what would end a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def _shown(criterion: Mapping[str, Any]) -> str:
+    figures = [criterion["measured"][key] for key in ("estimate", "low", "high")]
+    if None in figures:
+        return "not finite"
+    estimate, low, high = (f"{figure:.3g}" for figure in figures)
+    return estimate if low == high else f"{estimate} ({low} to {high})"
+
+
+def main() -> None:
+    """Runs or reads the experiments, writes the JSON and prints the tables."""
+    with TemporaryDirectory() as folder:
+        given = [Path(one) for one in sys.argv[1:]]
+        found = collect(given or reproduce(Path(folder)))
+    report.write("claims", ("flax", "optax", "numpy", "scipy", "scikit-learn"), found)
+    report.show(tables(report.read("claims")))
+
+
+if __name__ == "__main__":
+    main()
