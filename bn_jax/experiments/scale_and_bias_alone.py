@@ -214,7 +214,7 @@ def train_once(
     optimizer = optax.chain(optax.sgd(rate, momentum=0.9), masked(mask))
     trained = train(model, optimizer, {**variables, "params": params}, parts.train, rows).variables
     scales = [
-        jnp.abs(leaf)
+        jnp.abs(leaf).ravel()
         for path, leaf in jax.tree.leaves_with_path(trained["params"])
         if path_of(path).endswith("scale")
     ]

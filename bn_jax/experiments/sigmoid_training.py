@@ -223,6 +223,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
                 axes.plot(steps, values, color=color, linewidth=width)
             axes.set(
                 xscale="symlog",
+                xlim=(0, curves["horizon"]),
                 xlabel="step",
                 title=f"{name},\none unit of the last layer",
                 ylabel="15th, 50th and 85th percentile of its input",
@@ -231,11 +232,18 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_rate.set(
         xscale="log",
         yscale="log",
+        ylim=(EVERY, 2 * curves["horizon"]),
         xlabel="learning rate",
         ylabel=f"steps to {100 * GOAL:g} % (at most {curves['horizon']})",
     )
     by_step.axhline(100 * GOAL, color="gray", linestyle=":")
-    by_step.set(xscale="symlog", xlabel="step at the best rate", ylabel="validation accuracy (%)")
+    by_step.set(
+        xscale="symlog",
+        xlim=(0, curves["horizon"]),
+        ylim=(0, 100),
+        xlabel="step at the best rate",
+        ylabel="validation accuracy (%)",
+    )
     by_rate.legend(frameon=False, fontsize="x-small")
 
 
