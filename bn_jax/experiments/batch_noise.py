@@ -171,7 +171,7 @@ def expected_variances(population: jax.Array, size: int) -> tuple[jax.Array, jax
         Both variances, [features].
     """
     _, mean, var = moments(population, 0)
-    kurtosis = jnp.mean((population - mean) ** 4, 0) / var**2 - 3
+    kurtosis = jnp.mean((population - mean[None]) ** 4, 0) / var**2 - 3
     return var / size, (kurtosis + 2) * var / (4 * size)
 
 
