@@ -1,14 +1,28 @@
+import functools
 import json
 import math
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
 from scipy import stats
+from support import assert_close
 
-from bn_jax import cli
-from bn_jax.experiments import EXPERIMENTS, figures, reproduce, verdicts
+from bn_jax import cli, linen
+from bn_jax.experiments import (
+    EXPERIMENTS,
+    corruptions,
+    figures,
+    nets,
+    reproduce,
+    scale_invariance,
+    small_batches,
+    sweeps,
+    verdicts,
+)
 from bn_jax.experiments.verdicts import Criterion, Experiment, Interval, Result, Setting, Verdict
 
 CLAIMS = 18
@@ -189,3 +203,56 @@ def test_names_and_numbers_choose_each_claim_once(tiny):
     assert [one.name for one in chosen] == ["tiny", "other"]
     assert reproduce.choose(["all"]) == list(EXPERIMENTS.values())
     assert Setting(3, 5).chosen.tolist() == [5, 6, 7]
+
+
+def test_the_scale_of_weights_before_a_norm_changes_nothing_but_the_gradients_scale():
+    found = scale_invariance.identities(Setting(2))
+    assert set(found) == {"output", "gradient"}
+    assert max(found.values()) < 1e-10
+
+
+def test_padded_batches_train_as_the_smaller_ones():
+    digits = sweeps.load_digits(np.arange(1))
+    part = sweeps.Part(digits.train.x[0], digits.train.y[0])
+    model = nets.MLP((8,), norm=linen.BatchNorm)
+    variables = model.init(jax.random.key(0), part.x[:1], train=False)
+    rows = sweeps.draw_batches(np.arange(1), 1258, 3, 5)[0]
+    padded = np.pad(rows, [(0, 0), (0, 4)], constant_values=-1)
+    run = functools.partial(sweeps.train, model, optax.sgd(0.1), variables, part)
+    expected, found = run(rows), run(padded, padded=True)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, expected)
+
+
+def test_batches_of_an_epoch_hold_every_example_once():
+    rows = sweeps.draw_batches(np.array([3, 4]), 20, 7, 6)
+    assert rows.shape == (2, 7, 6)
+    for of_seed in rows:
+        for epoch in (of_seed[:3], of_seed[3:6]):
+            assert len(set(epoch.ravel())) == 18 and set(epoch.ravel()) <= set(range(20))
+    assert not np.array_equal(rows[0], rows[1])
+    again = sweeps.draw_batches(np.array([4]), 20, 7, 6)
+    np.testing.assert_array_equal(again[0], rows[1])
+
+
+def test_the_range_of_rates_is_measured_on_the_test_part_at_the_best_of_the_validation_part():
+    validation = np.array([[0.1], [0.9], [0.8], [0.2]])
+    test = np.array([[0.895], [0.9], [0.95], [0.2]])
+    found = scale_invariance.decades_within(np.stack([validation, test]), np.geomspace(1, 1e3, 4))
+    np.testing.assert_allclose(found, [3.0])
+
+
+def test_small_batches_hold_few_classes_and_padding():
+    labels = np.arange(500)[None] % 10
+    rows = small_batches.draw(np.array([0]), labels, 3)[0]
+    for of_setting, batches in zip(rows, small_batches.SETTINGS, strict=True):
+        for row in of_setting:
+            kept = row[row >= 0]
+            assert len(set(kept)) == len(kept) == batches.size
+            assert len(set(labels[0, kept])) <= batches.classes
+
+
+def test_a_stream_is_sorted_by_class_within_each_kind():
+    corrupted = corruptions.Corrupted(np.zeros((1, 11, 128, 64)), np.arange(128)[None] % 10)
+    images, labels = corruptions.in_sets(corrupted, 32, ordered=True)
+    assert images.shape == (1, 44, 32, 64) and labels.shape == (1, 44, 32)
+    assert (np.diff(labels[0, :4].ravel()) >= 0).all()

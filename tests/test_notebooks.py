@@ -1,4 +1,4 @@
-"""The committed notebooks: run in order, with outputs for people. `make notebooks` runs them all."""
+"""The committed notebooks, run in order and with outputs; `make notebooks` runs them all."""
 
 import json
 import re
