@@ -239,7 +239,7 @@ def run(setting: Setting) -> Result:
             "rates": rates,
             "accuracy": {arm: values[1] for arm, values in found.items()},
             "time": np.arange(norms.shape[1])[::20] * DECAY_RATE * DECAY,
-            "ratio": (norms / expected.mean((0, 1))).mean(-1).T[::20],
+            "ratio": (norms / expected[:, settled:].mean((0, 1))).mean(-1).T[::20],
         },
     )
 
