@@ -62,12 +62,11 @@ def test_precise_statistics():
     assert_close(found["norm0"], {"mean": mean, "var": var}, tolerance=1e-4)
 
 
-def test_steps_worse():
+def test_first_no_worse():
     above, open_ = [1.0, 1.1, 0.9], [1.0, -1.0, 0.5]
-    steps_worse = precise_statistics.steps_worse
-    assert steps_worse([open_, above, above, open_, above, open_]) == (4, 5)
-    assert steps_worse([above, above]) == (0, 2)
-    assert steps_worse([open_, open_]) == (0, 0)
+    assert precise_statistics.first_no_worse([above, above, open_, above, open_]) == 2
+    assert precise_statistics.first_no_worse([open_, above]) == 0
+    assert precise_statistics.first_no_worse([above, above]) == 2
 
 
 def test_groups_share_classes():
