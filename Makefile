@@ -11,7 +11,7 @@ CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_n
 TIMED := numerics layer startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test lint format notebooks notebooks-refresh bench floors oldest environments clean
+.PHONY: demo test lint format claims notebooks notebooks-refresh bench floors oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -27,6 +27,10 @@ lint: $(READY)
 format: $(READY)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+# Every claim, with fewer and smaller runs.
+claims: $(READY)
+	folder=$$(mktemp -d) && $(VENV)/bin/bn-jax reproduce all --quick --out $$folder/claims && rm -r $$folder
 
 # Every notebook from its first cell to its last, two at a time; what is committed stays as it is.
 notebooks: $(READY)

@@ -111,7 +111,9 @@ def test_more_iterations_are_nearer_to_white():
         np.linalg.norm(define_cov(TRAIN({}, stats, x, iterations=number)[0], 32)[1] - np.eye(32))
         for number in (1, 3, 5, 7, 9, 11)
     ]
-    assert all(after < before for before, after in pairwise(distances))
+    # Once so close, epsilon and rounding decide.
+    assert all(after < before or before < 1e-3 for before, after in pairwise(distances))
+    assert distances[-1] < 1e-3
     assert distances[-1] < 1e-3
 
 
