@@ -175,8 +175,8 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_ghost.set_xscale("log", base=2)
     by_ghost.set(xlabel="examples with statistics of their own", ylabel="test accuracy (points)")
     steps = np.asarray(curves["step"])
-    for ghost, distances in curves["distance"].items():
-        band(by_step, steps, distances, f"ghost size {ghost}")
+    for ghost in curves["ghosts"]:
+        band(by_step, steps, curves["distance"][str(ghost)], f"ghost size {ghost}")
     mean = np.asarray(curves["distance"][str(BATCH_SIZE)]).mean(-1)
     for (name, law), line in zip(LAWS.items(), ("--", ":"), strict=True):
         fitted = np.polyval(np.polyfit(law(steps), mean, 1), law(steps))
