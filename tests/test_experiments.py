@@ -219,7 +219,7 @@ def test_padded_batches_train_as_the_smaller_ones():
     part = sweeps.Part(digits.train.x[0], digits.train.y[0])
     model = nets.MLP((8,), norm=linen.BatchNorm)
     variables = model.init(jax.random.key(0), part.x[:1], train=False)
-    rows = sweeps.draw_batches(np.arange(1), 1258, 3, 5)[0]
+    rows = sweeps.draw_batches(np.arange(1), 1259, 3, 5)[0]
     padded = np.pad(rows, [(0, 0), (0, 4)], constant_values=-1)
     run = functools.partial(sweeps.train, model, optax.sgd(0.1), variables, part)
     expected, found = run(rows), run(padded, padded=True)

@@ -52,7 +52,7 @@ def load_digits(seeds: npt.NDArray[np.int32]) -> Digits:
         seeds: of the splits, [seeds].
 
     Returns:
-        1258 examples to train, 179 to validate, 359 to test, the images as rows of 64.
+        1259 examples to train, 179 to validate, 359 to test, the images as rows of 64.
     """
     dataset = data.load_digits()
     splits = [data.split(dataset, int(seed)) for seed in seeds]

@@ -189,7 +189,7 @@ EXPERIMENT = Experiment(
     source="Desjardins et al. 2015; Huang et al. 2018, 2019 (IterNorm)",
     published="T = 5 iterations (reported)",
     protocol=(
-        "the 32 pixels of digits that vary most, 1258 examples, float32; T = 1 to 16; the papers' "
+        "the 32 pixels of digits that vary most, 1259 examples, float32; T = 1 to 16; the papers' "
         "uncoupled iteration beside; one hidden layer trained with either norm"
     ),
     limits="One layer of fixed data: what whitening is worth in a deep network is not tested.",
