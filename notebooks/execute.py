@@ -17,7 +17,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-SECONDS_A_CELL = 600
+SECONDS_A_CELL = 1800
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
