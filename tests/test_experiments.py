@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from support import assert_close
 
+from benchmarks import claims
 from bn_jax import cli, linen
 from bn_jax.experiments import (
     EXPERIMENTS,
@@ -259,3 +260,19 @@ def test_a_stream_is_sorted_by_class_within_each_kind():
     images, labels = corruptions.in_sets(corrupted, 32, ordered=True)
     assert images.shape == (1, 44, 32, 64) and labels.shape == (1, 44, 32)
     assert (np.diff(labels[0, :4].ravel()) >= 0).all()
+
+
+def test_verdicts_with_other_seeds_stand_beside(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for first, folder in zip(claims.FIRST_SEEDS, folders, strict=True):
+        reproduce.reproduce(TINY, Setting(2, first), folder)
+    found = json.loads(json.dumps(claims.collect(folders)))
+    assert found["seeds"] == 2 and list(found["claims"]) == ["tiny"]
+    assert "curves" not in found["claims"]["tiny"]
+    verdicts_of, measured = claims.tables(found)
+    cells = [list(column.cells) for column in verdicts_of.columns]
+    assert cells[:4] == [["1. A claim"], ["Somebody 2026"], ["undecided"], ["holds"]]
+    cells = [list(column.cells) for column in measured.columns]
+    assert cells[3:] == [["1 (-5.35 to 7.35)"], ["undecided"], ["101 (94.6 to 107)"], ["holds"]]
+    with pytest.raises(ValueError, match="other seeds than those from 0 on"):
+        claims.collect(folders[::-1])
