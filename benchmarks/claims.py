@@ -72,7 +72,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     verdicts = Table(
         title=f"Verdicts with {figures['seeds']} seeds, and with as many others", box=SIMPLE_HEAD
     )
-    for column in ("claim", "source", first, second, "seconds"):
+    for column in ("claim", "source", first, second):
         verdicts.add_column(column)
     measured = Table(
         title="What was measured: estimate and 95 % interval, and with the other seeds",
@@ -86,7 +86,6 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             one["source"],
             one["verdict"],
             one["others"]["verdict"],
-            f"{one['seconds'][0]:.0f}",
         )
         for criterion, other in zip(one["criteria"], one["others"]["criteria"], strict=True):
             cells = (
