@@ -1,11 +1,14 @@
-"""What was tried to bring a norm with an activation to its floor on a GPU, and what came of it.
+"""What was tried to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
 
 ``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
-of time, and writes ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The
-ways are written out here, without the package: they differ in what XLA's heuristics see.
+of time, times on this CPU the phases of which every batch norm consists, and writes
+``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are written out
+here, without the package: they differ in what XLA's heuristics see.
 """
 
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,9 +19,10 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import report
+from benchmarks import layer, report
 from benchmarks.compiled import AFTER_THE_NORM, LAYER_SHAPE, Row
 from benchmarks.compilers import H200, compile_for, mesh_of, read
+from benchmarks.timing import Timing, in_turns, keep_freed_memory
 
 ROWS = [
     Row(H200, LAYER_SHAPE, dtype, *after)
@@ -114,30 +118,94 @@ def measure(row: Row, way: Way) -> float:
     return read(compile_for(mesh_of(row.chip), *make_program(row, way))).moved / row.unit
 
 
+def plain_sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums over all but the features of `x` and of ``x * y``, around no shift."""
+    axes = tuple(range(x.ndim - 1))
+    return x.sum(axes), (x * y).sum(axes)
+
+
+# Each needs what the one before has given, so that no two of them are ever one pass over memory or
+# run at the same time.
+PHASES: dict[str, tuple[Callable[..., Any], str]] = {
+    "sums": (lambda x: plain_sums(x, x), "x"),
+    "map": (lambda x, a, b: a * x + b, "xab"),
+    "sums of the gradient": (plain_sums, "gx"),
+    "map of the gradient": (lambda g, x, a, b, c: a * g + b * x + c, "gxabc"),
+}
+ALL_PHASES = "all phases"
+
+
+def time_phases(shape: layer.Shape, rounds: int = 3 * layer.ROUNDS) -> dict[str, Timing]:
+    """Times what a batch norm consists of, in float32, beside whole layers.
+
+    Args:
+        shape: of x, the features last.
+        rounds: how often each is timed.
+
+    Returns:
+        The timings of `PHASES`, and of ours and PyTorch's layer.
+    """
+    case = layer.Case("BatchNorm", "float32", shape)
+    batch = layer.draw(case)
+    arrays = {"x": batch.x, "g": batch.cotangent, "a": batch.params["scale"]}
+    arrays = jax.device_put(arrays | dict.fromkeys("bc", batch.params["bias"]))
+    programs: dict[str, Callable[[], Any]] = {
+        name: partial(jax.jit(phase), *(arrays[name] for name in names))
+        for name, (phase, names) in PHASES.items()
+    }
+    for arm, of_arm in layer.programs_of(case, (layer.OURS, "torch")).items():
+        programs |= {f"{direction}, {arm}": program for direction, program in of_arm.items()}
+    return in_turns(programs, rounds, partial(time.sleep, layer.PAUSE), layer.after_itself)
+
+
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as a table: a row for every way, a column for every program."""
+    """Returns the figures as tables: of the ways, and of the phases."""
+    return [_ways_table(figures["ways"]), _phases_table(figures["phases"])]
+
+
+def _ways_table(ways: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(title="Bytes moved on the H200, in units of the input", box=SIMPLE_HEAD)
     table.add_column("way", no_wrap=True)
-    for program in next(iter(figures["ways"].values())):
+    for program in next(iter(ways.values())):
         table.add_column(program, justify="right")
-    for way, moved in figures["ways"].items():
+    for way, moved in ways.items():
         table.add_row(way, *(f"{one:.2f}" for one in moved.values()))
-    return [table]
+    return table
+
+
+def _phases_table(by_shape: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="Milliseconds on a CPU, float32", box=SIMPLE_HEAD)
+    layers = [f"{layer.BOTH}, {arm}" for arm in ("torch", layer.OURS)]
+    columns = [*PHASES, ALL_PHASES, *layers]
+    for column in ("shape", *columns, f"{ALL_PHASES} / torch"):
+        table.add_column(column, justify="right")
+    for shape, timings in by_shape.items():
+        median = {name: Timing(*map(tuple, one.values())).median for name, one in timings.items()}
+        median[ALL_PHASES] = sum(median[name] for name in PHASES)
+        ratio = median[ALL_PHASES] / median[layers[0]]
+        table.add_row(shape, *(f"{1e3 * median[one]:.2f}" for one in columns), f"{ratio:.2f}")
+    return table
 
 
 def main() -> None:
-    """Compiles, writes the JSON and prints the table."""
+    """Times, compiles, writes the JSON and prints the tables."""
     jax.config.update("jax_platforms", "cpu")
-    found: dict[str, dict[str, float]] = {}
+    keep_freed_memory()
+    ways: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(WAYS) * len(ROWS))
+        task = progress.add_task("phases", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
+        phases = {}
+        for shape in layer.SHAPES:
+            phases[layer.named(shape)] = time_phases(shape)
+            progress.advance(task)
         for name, way in WAYS.items():
             progress.update(task, description=name)
-            found[name] = {}
+            ways[name] = {}
             for row in ROWS:
-                found[name][f"{row.dtype}, {row}"] = measure(row, way)
+                ways[name][f"{row.dtype}, {row}"] = measure(row, way)
                 progress.advance(task)
-    report.write("attempts", ("flax", "jax-cuda13-plugin"), {"ways": found})
+    figures = {"phases": phases, "ways": ways}
+    report.write("attempts", ("flax", "jax-cuda13-plugin", "torch"), figures)
     report.show(tables(report.read("attempts")))
 
 

@@ -88,10 +88,14 @@ def _standardize_jvp(
     offset = -multiplier * (change.shift + change.delta)
     if transform.bias is not None:
         offset = offset + change.bias
+    # Around the rounded mean, and what was rounded off goes to the offset: XLA for CPUs would write
+    # out ``x - shift - delta``, for the output and the sums of the backward pass both contain it.
+    mean = transform.shift + transform.delta
+    offset = offset + ((mean - transform.shift) - transform.delta) * slope
     slope, offset = _vary_together(x, slope, offset)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
-    dy = tangent(x, mask, transform.shift, transform.delta, dx, multiplier, slope, offset)
+    dy = tangent(x, mask, mean, dx, multiplier, slope, offset)
     return standardize(dtype, x, mask, transform), dy
 
 
@@ -99,14 +103,13 @@ def _tangent(
     dtype: Any,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
-    delta: jax.Array,
+    mean: jax.Array,
     dx: jax.Array,
     multiplier: jax.Array,
     slope: jax.Array,
     offset: jax.Array,
 ) -> jax.Array:
-    deviation = centre(x, shift, delta)
+    deviation = x.astype(mean.dtype) - mean
     if mask is not None:
         deviation = jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
     dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset
