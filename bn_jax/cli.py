@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 
 from bn_jax import checkpoints, data, processes, runs, training
 from bn_jax.experiments import EXPERIMENTS, verdicts
-from bn_jax.experiments.reproduce import choose, reproduce
+from bn_jax.experiments.reproduce import choose, reproduce_each
 from bn_jax.experiments.verdicts import Experiment, Interval, Setting
 from bn_jax.runs import ARMS
 
@@ -454,6 +455,12 @@ def reproduce_claims(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and smaller runs: much stays undecided.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Claims that are tested at once. Default: 2 on a CPU with 2 cores, else 1."
+        ),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test what is said about batch normalization, claim by claim."""
@@ -466,8 +473,12 @@ def reproduce_claims(
     except ValueError as error:
         _fail(f"NAME: {error}")
     setting = _checked_setting(seeds, first_seed, quick)
+    if processes is not None and processes < 1:
+        _fail(
+            f"--processes: received {processes}, expected 1 or more; leave it out for the default"
+        )
     folder = _checked_out(out)
-    _print_results(_reproduce(chosen, setting, folder))
+    _print_results(_reproduce(chosen, setting, folder, processes or _default_processes()))
     print(f"Saved in {folder}, with what else was measured and a figure of each claim")
 
 
@@ -486,25 +497,33 @@ def _checked_setting(seeds: int | None, first_seed: int, quick: bool) -> Setting
     return Setting(seeds, first_seed, quick)
 
 
+def _default_processes() -> int:
+    """Compiling occupies one core; the memory of an accelerator is not to be shared."""
+    return 2 if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 else 1
+
+
 def _reproduce(
-    chosen: list[Experiment], setting: Setting, folder: Path
+    chosen: list[Experiment], setting: Setting, folder: Path, processes: int
 ) -> dict[Experiment, verdicts.Result]:
     results: dict[Experiment, verdicts.Result] = {}
-    if setting.quick:
-        # Most of the time of such small runs is compiling.
-        jax.config.update("jax_disable_most_optimizations", True)
     try:
-        with _claims_progress(chosen) as show:
-            for experiment in chosen:
-                advance = functools.partial(show, experiment)
-                results[experiment] = reproduce(
-                    experiment, setting._replace(advance=advance), folder
-                )
-                show(experiment, math.inf, results[experiment])
-    except KeyboardInterrupt:
-        _print_error(f"interrupted; {len(results)} of {len(chosen)} claims are in {folder}")
-        _exit(INTERRUPTED)
-    return results
+        with (
+            _claims_progress(chosen) as show,
+            contextlib.closing(
+                reproduce_each(chosen, setting, folder, min(processes, len(chosen)), show)
+            ) as found,
+        ):
+            for experiment, result in found:
+                results[experiment] = result
+                show(experiment, math.inf, result)
+    except (KeyboardInterrupt, BrokenProcessPool) as stopped:
+        interrupted = isinstance(stopped, KeyboardInterrupt)
+        cause = (
+            "interrupted" if interrupted else "a process died, of lack of memory? try --processes 1"
+        )
+        _print_error(f"{cause}; {len(results)} of {len(chosen)} claims are in {folder}")
+        _exit(INTERRUPTED if interrupted else 1)
+    return {one: results[one] for one in chosen}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 import functools
 import json
 import math
+import multiprocessing
+import os
 import re
+import threading
 from pathlib import Path
 
 import jax
@@ -121,11 +124,14 @@ def run_command(monkeypatch, *arguments):
     return stopped.value.code or 0
 
 
-def test_reproduce_writes_json_and_a_figure_for_each_claim(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reproduce_writes_json_and_a_figure_for_each_claim(
+    tiny, tmp_path, monkeypatch, capsys, processes
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ("other", "1", "tiny", "--seeds", 4, "--first-seed", 10, "--out", "found")
-    assert run_command(monkeypatch, *arguments) == 0
+    assert run_command(monkeypatch, *arguments, "--processes", processes) == 0
     names = {path.name for path in (tmp_path / "found").iterdir()}
     assert names == {"tiny.json", "tiny.png", "other.json", "other.png"}
     found = json.loads((tmp_path / "found/tiny.json").read_text())
@@ -137,7 +143,8 @@ def test_reproduce_writes_json_and_a_figure_for_each_claim(tiny, tmp_path, monke
     assert (tmp_path / "found/tiny.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert printed.out.startswith("1 tiny: holds\n2 other: holds\n")
+    assert sorted(printed.out.splitlines()[:2]) == ["1 tiny: holds", "2 other: holds"]
+    assert printed.out.index("1 tiny: A claim") < printed.out.index("2 other: A claim")
     for text in ("A claim", "Somebody 2026", "12 (9.95 to 14.1)", "Saved in found"):
         assert text in printed.out
 
@@ -149,7 +156,8 @@ def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):
         run=lambda setting: Result((criterion("fails"),), {"none": None, "values": [1]})
     )
     monkeypatch.setitem(EXPERIMENTS, "tiny", failing)
-    assert run_command(monkeypatch, "all", "--quick", "--out", tmp_path / "found") == 0
+    arguments = ("all", "--quick", "--processes", 1, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 0
     assert json.loads((tmp_path / "found/tiny.json").read_text())["verdict"] == "fails"
     assert json.loads((tmp_path / "found/other.json").read_text())["seeds"] == [0, 1, 2]
     assert changed == [("jax_disable_most_optimizations", True)]
@@ -162,6 +170,7 @@ def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):
         (("tinny",), r"NAME: received tinny, expected all,.*see them with --list"),
         (("all", "--seeds", 1), r"--seeds: received 1, expected 2 to 1000; an interval needs more"),
         (("all", "--first-seed", -1), r"--first-seed: received -1, expected 0 to"),
+        (("all", "--processes", 0), r"--processes: received 0, expected 1 or more; leave it out"),
         (("all", "--out", "here"), r"--out: here exists and is not empty; choose another"),
     ],
 )
@@ -189,9 +198,48 @@ def test_what_was_found_before_an_interruption_is_kept(tiny, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=interrupt))
-    assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 130
+    arguments = ("all", "--processes", 1, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 130
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"tiny.json", "tiny.png"}
     assert "interrupted; 1 of 2 claims are in" in capsys.readouterr().err
+
+
+def run_in_quick_process(setting):
+    assert jax.config.values["jax_disable_most_optimizations"]
+    for _ in range(4):
+        setting.advance(0.25)
+    return run_tiny(setting)
+
+
+def run_for_ever(setting):
+    setting.advance(0.25)
+    threading.Event().wait()
+
+
+def run_to_death(setting):
+    os._exit(1)
+
+
+def test_processes_run_alike_show_how_far_they_are_and_are_stopped(tmp_path):
+    quick = TINY._replace(run=run_in_quick_process)
+    endless = TINY._replace(number=2, name="endless", run=run_for_ever)
+    shown = []
+    found = reproduce.reproduce_each(
+        [endless, quick], Setting(2, 7, True), tmp_path, 2, lambda *given: shown.append(given)
+    )
+    experiment, result = next(found)
+    assert experiment == quick and result.reported["first"].estimate == 7.25
+    assert sum(share for one, share in shown if one == quick) == 1.5
+    assert json.loads((tmp_path / "tiny.json").read_text())["seeds"] == [7, 8]
+    found.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_said(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=run_to_death))
+    arguments = ("all", "--processes", 2, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 1
+    assert "a process died, of lack of memory? try --processes 1; " in capsys.readouterr().err
 
 
 def test_bands_leave_out_what_is_not_finite():

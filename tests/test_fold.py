@@ -1107,10 +1107,19 @@ def above_a_threshold(x):
 NOT_HOMOGENEOUS = [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu, clipped, above_a_threshold]
 
 
-def test_absorbing_under_jit():
-    params = {"scale": jnp.array([-2.0, 0.5])}
-    absorb = jax.jit(lambda params, kernel: bn.absorb_scale(params, kernel))
-    assert_close(absorb(params, jnp.ones((2, 1)))[1], jnp.array([[2.0], [0.5]]))
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.leaky_relu])
+def test_absorbing_under_transformations(activation):
+    def absorbed(scale):
+        kernel = jnp.ones((scale.size, 1))
+        return bn.absorb_scale({"scale": scale}, kernel, activation=activation)[1].sum()
+
+    scale = jnp.array([[-2.0, 0.5], [3.0, -1.0]])
+    magnitude, slope = (
+        (scale, jnp.ones_like(scale)) if activation is None else (jnp.abs(scale), jnp.sign(scale))
+    )
+    assert_close(jax.jit(absorbed)(scale[0]), magnitude[0].sum())
+    assert_close(jax.jit(jax.vmap(absorbed))(scale), magnitude.sum(-1))
+    assert_close(jax.vmap(jax.grad(absorbed))(scale), slope)
 
 
 @pytest.mark.parametrize("activation", NOT_HOMOGENEOUS)

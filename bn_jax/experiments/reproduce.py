@@ -2,9 +2,13 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import platform
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from bn_jax.experiments.verdicts import Experiment, Result, Setting
 from bn_jax.runs import staged, write_json
 
 PACKAGES = "bn-jax", "jax", "flax", "optax", "numpy"
+POLL_SECONDS = 0.1
 
 
 def choose(names: Sequence[str]) -> list[Experiment]:
@@ -52,16 +57,104 @@ def reproduce(experiment: Experiment, setting: Setting, folder: Path) -> Result:
     Returns:
         What was found.
     """
+    return _write(experiment, setting, folder, *_run(experiment, setting))
+
+
+def reproduce_each(
+    experiments: Sequence[Experiment],
+    setting: Setting,
+    folder: Path,
+    processes: int = 1,
+    show: Callable[[Experiment, float], object] = lambda experiment, share: None,
+) -> Generator[tuple[Experiment, Result]]:
+    """Runs experiments as `reproduce` does, some of them at the same time.
+
+    Args:
+        experiments: which; each is a process's work from its start to its end.
+        setting: how much is run; its `advance` is not called.
+        folder: made where it is missing.
+        processes: how many work. 1: this one, else others, and this one writes.
+        show: is called with the share of an experiment that was finished since the last call.
+
+    Yields:
+        Each experiment and what was found, as they end. All is stopped where the iterator is closed
+        or an exception is raised.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a process died.
+    """
+    if processes == 1:
+        _prepare(setting)
+        for experiment in experiments:
+            yield (
+                experiment,
+                reproduce(experiment, setting._replace(advance=partial(show, experiment)), folder),
+            )
+        return
+    context = multiprocessing.get_context("spawn")
+    shares = context.SimpleQueue()
+    others = set(multiprocessing.active_children())
+    plain = Setting(*setting[:3])
+    with ProcessPoolExecutor(processes, context, _start_worker, (shares, setting[:3])) as pool:
+        try:
+            running = {pool.submit(_work, index, one): one for index, one in enumerate(experiments)}
+            while running:
+                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+                while not shares.empty():
+                    index, share = shares.get()
+                    show(experiments[index], share)
+                for one in finished:
+                    experiment = running.pop(one)
+                    yield experiment, _write(experiment, plain, folder, *one.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+                process.join()
+            raise
+
+
+def _prepare(setting: Setting) -> None:
+    if setting.quick:
+        # Most of the time of such small runs is compiling.
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _start_worker(shares: Any, setting: Any) -> None:
+    # Ctrl-C reaches all processes of a terminal; the one that has started the others stops them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker.update(shares=shares, setting=Setting(*setting))
+    _prepare(_worker["setting"])
+
+
+_worker: dict[str, Any] = {}
+
+
+def _work(index: int, experiment: Experiment) -> tuple[Result, float]:
+    def advance(share: float) -> None:
+        _worker["shares"].put((index, share))
+
+    return _run(experiment, _worker["setting"]._replace(advance=advance))
+
+
+def _run(experiment: Experiment, setting: Setting) -> tuple[Result, float]:
+    """Returns what was found, and the seconds it took."""
     began = time.perf_counter()
     result = experiment.run(setting)
     seconds = time.perf_counter() - began
+    # Every experiment compiles programs of its own, which nothing else will call.
+    jax.clear_caches()
+    return result, seconds
+
+
+def _write(
+    experiment: Experiment, setting: Setting, folder: Path, result: Result, seconds: float
+) -> Result:
     with staged(folder) as staging:
         path = staging / f"{experiment.name}.json"
         write_json(path, _described(experiment, setting, result, seconds))
         curves = json.loads(path.read_text())["curves"]
         figures.save(experiment, curves, staging / f"{experiment.name}.png")
-    # Every experiment compiles programs of its own, which nothing else will call.
-    jax.clear_caches()
     return result
 
 
