@@ -665,7 +665,7 @@ def _about_layer(layer: _Examined) -> Iterator[Finding]:
 
 
 def _normalizing_by_batch(layer: _Examined) -> Iterator[Finding]:
-    if layer.evaluated is not None and not layer.evaluated.by_running.any():
+    if layer.evaluated is not None and layer.evaluated.by_batch.any():
         yield Finding(
             "normalizes by the batch",
             layer.path,
@@ -705,7 +705,7 @@ def _dead_features(layer: _Examined) -> Iterator[Finding]:
 
 
 def _useless_bias(layer: _Examined) -> Iterator[Finding]:
-    trains = layer.trained is not None and not layer.trained.by_running.any()
+    trains = layer.trained is not None and layer.trained.by_batch.any()
     biases = {site.bias for site in layer.sites if site.bias is not None}
     for bias in sorted(biases) if trains else ():
         yield Finding(

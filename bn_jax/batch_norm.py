@@ -62,6 +62,7 @@ class Measured(NamedTuple):
         by_running: how many of the calls that measured normalized by the running statistics, alone
             or, as batch renorm in training, in part. What was measured behind such a call depends
             on them.
+        by_batch: how many normalized by the statistics of the batch, alone or in part.
         residue: what rounding has left of the mean, which is ``mean + residue`` in higher
             precision: far from zero, variances cannot be merged without.
     """
@@ -71,6 +72,7 @@ class Measured(NamedTuple):
     var: jax.Array
     running_var_ddof: jax.Array
     by_running: jax.Array
+    by_batch: jax.Array
     residue: jax.Array
 
 
@@ -217,7 +219,10 @@ def start_measuring(batch_stats: BatchStats) -> BatchStats:
     dtype = statistics_dtype(mean.dtype, var.dtype)
     zeros = jnp.zeros_like(var, dtype)
     of_mean = jnp.zeros_like(mean, mean_dtype(dtype, mean.dtype))
-    return {**batch_stats, "measured": Measured(zeros, of_mean, zeros, zeros, zeros, of_mean)}
+    return {
+        **batch_stats,
+        "measured": Measured(zeros, of_mean, zeros, zeros, zeros, zeros, of_mean),
+    }
 
 
 def batch_norm(
@@ -398,8 +403,8 @@ def normalize_and_update(
         return y, batch_stats
     found = _merged(batch, jnp.shape(batch_stats["mean"]))
     if measuring:
-        by_running = use_running_average or correction is not None
-        return y, _measure_too(batch_stats, found, running_var_ddof, by_running)
+        calls = use_running_average or correction is not None, not use_running_average
+        return y, _measure_too(batch_stats, found, running_var_ddof, *calls)
     return y, update_batch_stats(
         batch_stats, _rounded(found), momentum=momentum, running_var_ddof=running_var_ddof
     )
@@ -552,7 +557,7 @@ def update_batch_stats(
         )
     if "measured" in batch_stats:
         found = CentredMoments(count, mean, jnp.zeros_like(mean), var)
-        return _measure_too(batch_stats, found, running_var_ddof, by_running)
+        return _measure_too(batch_stats, found, running_var_ddof, by_running, not by_running)
     weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
     by_step = weight < 0.5 if isinstance(weight, Real) else None
     batch = Moments(count, mean, var)
@@ -781,7 +786,11 @@ def _rounded(found: CentredMoments) -> Moments:
 
 
 def _measure_too(
-    batch_stats: BatchStats, found: CentredMoments, running_var_ddof: int, by_running: bool
+    batch_stats: BatchStats,
+    found: CentredMoments,
+    running_var_ddof: int,
+    by_running: bool,
+    by_batch: bool,
 ) -> BatchStats:
     """Merges the moments of a batch into what has been measured, in the dtypes that this has."""
     measured = Measured(*(placed_like(found.var, leaf) for leaf in batch_stats["measured"]))
@@ -797,8 +806,8 @@ def _measure_too(
     count, shift, delta, var = merge_centred(0, both)
     mean, residue = _two_sum(shift, delta)
     ddof = jnp.full_like(measured.running_var_ddof, running_var_ddof)
-    noted = measured.by_running + float(by_running)
-    return {**batch_stats, "measured": Measured(count, mean, var, ddof, noted, residue)}
+    calls = measured.by_running + float(by_running), measured.by_batch + float(by_batch)
+    return {**batch_stats, "measured": Measured(count, mean, var, ddof, *calls, residue)}
 
 
 def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:

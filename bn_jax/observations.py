@@ -268,6 +268,7 @@ class Measurement(NamedTuple):
     mean: np.ndarray
     var: np.ndarray
     by_running: np.ndarray
+    by_batch: np.ndarray
 
 
 class Site(NamedTuple):
@@ -367,6 +368,7 @@ def _run(
                 mean=flat(one.mean) + flat(one.residue),
                 var=flat(one.var),
                 by_running=flat(one.by_running),
+                by_batch=flat(one.by_batch),
             )
             for path, one in own.items()
         }

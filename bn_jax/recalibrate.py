@@ -419,6 +419,7 @@ def _merge(first: Measured, second: Measured) -> Measured:
         (1 - share) * first.var + share * second.var + between,
         maximum(first.running_var_ddof, second.running_var_ddof),
         maximum(first.by_running, second.by_running),
+        maximum(first.by_batch, second.by_batch),
         first.residue,
     )
 

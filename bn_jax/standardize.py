@@ -88,28 +88,45 @@ def _standardize_jvp(
     offset = -multiplier * (change.shift + change.delta)
     if transform.bias is not None:
         offset = offset + change.bias
-    # Around the rounded mean, and what was rounded off goes to the offset: XLA for CPUs would write
-    # out ``x - shift - delta``, for the output and the sums of the backward pass both contain it.
-    mean = transform.shift + transform.delta
-    offset = offset + ((mean - transform.shift) - transform.delta) * slope
+    shift, delta, offset = lax.platform_dependent(
+        transform.shift,
+        transform.delta,
+        slope,
+        offset,
+        cpu=_around_rounded_mean,
+        default=lambda shift, delta, slope, offset: (shift, delta, offset),
+    )
     slope, offset = _vary_together(x, slope, offset)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
-    dy = tangent(x, mask, mean, dx, multiplier, slope, offset)
+    dy = tangent(x, mask, shift, delta, dx, multiplier, slope, offset)
     return standardize(dtype, x, mask, transform), dy
+
+
+def _around_rounded_mean(
+    shift: jax.Array, delta: jax.Array, slope: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Has nothing subtracted but the rounded mean; what was rounded off goes to the offset.
+
+    XLA for CPUs writes out what enters several computations, as ``x - shift - delta`` would: it is
+    in the output, and in a sum of the backward pass.
+    """
+    mean = shift + delta
+    return mean, jnp.zeros_like(delta), offset + ((mean - shift) - delta) * slope
 
 
 def _tangent(
     dtype: Any,
     x: jax.Array,
     mask: jax.Array | None,
-    mean: jax.Array,
+    shift: jax.Array,
+    delta: jax.Array,
     dx: jax.Array,
     multiplier: jax.Array,
     slope: jax.Array,
     offset: jax.Array,
 ) -> jax.Array:
-    deviation = x.astype(mean.dtype) - mean
+    deviation = centre(x, shift, delta)
     if mask is not None:
         deviation = jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
     dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset

@@ -300,8 +300,9 @@ def test_evaluation_that_differs_from_training(sound):
     assert audited(model, with_statistics(model, sound, inputs(0))).findings == ()
 
 
-def test_evaluation_by_the_batch(sound):
-    always = partial(Norm, use_running_average=False)
+@pytest.mark.parametrize("kind", [Norm, bn.linen.BatchRenorm])
+def test_evaluation_by_the_batch(sound, kind):
+    always = partial(kind, use_running_average=False)
 
     class Forgetful(Net):
         @nn.compact
@@ -389,6 +390,20 @@ def test_a_scan_in_which_nothing_is_finite():
         r"No value that it takes is valid and finite in features .* \(6 of 6\), unless the mask"
     )
     assert_finds(report, ("not finite", "inner", message))
+
+
+def test_a_bias_before_renorm_has_no_effect(sound):
+    class Renormed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dense(8, name="dense_0")(x)
+            norm = bn.linen.BatchRenorm(momentum=0.0, name="norm_0")
+            return norm(x, use_running_average=not train)
+
+    model = Renormed()
+    variables = model.init(jax.random.key(0), inputs(0), train=False)
+    report = audited(model, with_statistics(model, variables, inputs(0)))
+    assert kinds(report) == [("bias without effect", "norm_0")]
 
 
 def test_a_bias_before_dropout_has_an_effect(sound):

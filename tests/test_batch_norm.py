@@ -1043,9 +1043,9 @@ def test_batches_are_measured_instead_of_averaged(use_running_average, name):
     mask = np.concatenate(masks) if masked else None
     count, mean, var = define_moments(np.concatenate(batches), -1, mask)
     ddof = np.full(3, options.get("running_var_ddof", 0))
-    calls_by_running = np.full(3, len(batches) * use_running_average)
-    expected = [count, mean, var, ddof, calls_by_running]
-    assert_close(list(state.pop("measured")[:5]), expected, dtype=jnp.float32)
+    calls = (np.full(3, len(batches) * by) for by in (use_running_average, not use_running_average))
+    expected = [count, mean, var, ddof, *calls]
+    assert_close(list(state.pop("measured")[:6]), expected, dtype=jnp.float32)
     chex.assert_trees_all_equal(state, stats)
 
 

@@ -507,7 +507,7 @@ def test_a_step_is_forgotten_with_its_forward_function():
 
 def test_counts_beyond_those_of_float32():
     ones = np.ones(1, np.float32)
-    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, 0 * ones, ones, 0 * ones)
+    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, *4 * [0 * ones])
     pools = {}
     for count in (2.0**24, 1.0, 1.0):
         pools = _pooled(pools, {"norm": large._replace(count=count * ones)})
