@@ -88,19 +88,28 @@ def _standardize_jvp(
     offset = -multiplier * (change.shift + change.delta)
     if transform.bias is not None:
         offset = offset + change.bias
-    shift, delta, offset = lax.platform_dependent(
-        transform.shift,
-        transform.delta,
-        slope,
-        offset,
-        cpu=_around_rounded_mean,
-        default=lambda shift, delta, slope, offset: (shift, delta, offset),
-    )
+    shift, delta, offset = _for_platform(transform.shift, transform.delta, slope, offset)
     slope, offset = _vary_together(x, slope, offset)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
     dy = tangent(x, mask, shift, delta, dx, multiplier, slope, offset)
     return standardize(dtype, x, mask, transform), dy
+
+
+def _for_platform(
+    shift: jax.Array, delta: jax.Array, slope: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns shift, delta and offset: on a CPU what `_around_rounded_mean` makes of them."""
+    if not shift.shape == delta.shape == slope.shape == offset.shape:
+        return shift, delta, offset
+    return lax.platform_dependent(
+        shift,
+        delta,
+        slope,
+        offset,
+        cpu=_around_rounded_mean,
+        default=lambda shift, delta, slope, offset: (shift, delta, offset),
+    )
 
 
 def _around_rounded_mean(
