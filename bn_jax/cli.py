@@ -48,6 +48,8 @@ WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id"
 FOR_SAVED_RUNS = ("orbax.checkpoint", "safetensors", "flatbuffers")
 MOST_SEEDS = 1000
 INTERRUPTED = 130
+# Half of the time of small runs is compiling; at level 0 they run longer than that saves.
+COMPILED_QUICKLY = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 LOST = "another process was lost, or JAX's runtime failed as it says above"
 
 Show = Callable[[str, training.Report], None]
@@ -478,6 +480,9 @@ def reproduce_claims(
             f"--processes: received {processes}, expected 1 or more; leave it out for the default"
         )
     folder = _checked_out(out)
+    if quick:
+        # Before JAX starts; the other processes get it from this one.
+        os.environ["XLA_FLAGS"] = f"{COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
     _print_results(_reproduce(chosen, setting, folder, processes or _default_processes()))
     print(f"Saved in {folder}, with what else was measured and a figure of each claim")
 

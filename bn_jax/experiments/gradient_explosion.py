@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 1024
-DEPTH = 26
+DEPTH, QUICK_DEPTH = 26, 12
 # Independent batches of each size. The smaller, the heavier the tail of 1 / variance.
 BATCHES = {4: 40, 6: 16, 8: 10, 16: 4, 32: 2, 64: 1}
 # The batch size of the networks without norm, whose examples do not meet.
@@ -162,7 +162,8 @@ def _apply_layer(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    measure = jax.jit(partial(squared_gradients, depth=DEPTH))
+    depth = QUICK_DEPTH if setting.quick else DEPTH
+    measure = jax.jit(partial(squared_gradients, depth=depth))
     runs = []
     for seed in setting.chosen:
         runs.append(jax.tree.map(np.float64, measure(seed)))
@@ -173,7 +174,7 @@ def run(setting: Setting) -> Result:
         for index, name in enumerate(ACTIVATIONS)
         for size in (*BATCHES, NO_NORM)
     }
-    inner = {arm: one[:, TRANSIENT : DEPTH - TRANSIENT] for arm, one in found.items()}
+    inner = {arm: one[:, TRANSIENT : depth - TRANSIENT] for arm, one in found.items()}
     # The mean of the ratios is what theory gives; that of their logarithms is less.
     growth = {arm: (one[:, 1:] / one[:, :-1]).mean((1, 2)) for arm, one in inner.items()}
     return Result(
@@ -222,7 +223,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_layer, by_size = figure.subplots(1, 2)
     for index, (arm, norms) in enumerate(curves["squared norm"].items()):
         color, line = f"C{index % len(DRAWN)}", "--" if arm.startswith("linear") else "-"
-        band(by_layer, np.arange(DEPTH), norms, arm, linestyle=line, color=color)
+        band(by_layer, np.arange(len(norms)), norms, arm, linestyle=line, color=color)
     by_layer.set(
         xlabel="layers from the output", ylabel=r"$\log_{10}$ of the gradient's squared norm"
     )

@@ -134,7 +134,7 @@ def compare(found: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    steps = 200 if setting.quick else 500
+    steps = 60 if setting.quick else 500
     depths = DEPTHS[:2] if setting.quick else DEPTHS
     activations = {arm: growth(setting, depths[-1], norm) for arm, norm in NORMS.items()}
     setting.advance(0.1)

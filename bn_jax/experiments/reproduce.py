@@ -84,7 +84,6 @@ def reproduce_each(
         concurrent.futures.process.BrokenProcessPool: a process died.
     """
     if processes == 1:
-        _prepare(setting)
         for experiment in experiments:
             yield (
                 experiment,
@@ -114,17 +113,10 @@ def reproduce_each(
             raise
 
 
-def _prepare(setting: Setting) -> None:
-    if setting.quick:
-        # Most of the time of such small runs is compiling.
-        jax.config.update("jax_disable_most_optimizations", True)
-
-
 def _start_worker(shares: Any, setting: Any) -> None:
     # Ctrl-C reaches all processes of a terminal; the one that has started the others stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.update(shares=shares, setting=Setting(*setting))
-    _prepare(_worker["setting"])
 
 
 _worker: dict[str, Any] = {}

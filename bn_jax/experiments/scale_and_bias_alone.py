@@ -84,13 +84,13 @@ def nets(quick: bool) -> dict[str, Net]:
     mlp = partial(ScannedMLP, width=64, norm=NORM)
     resnet = partial(ResNet, 10, norm=NORM)
     return {
-        "MLP, depth 2": dense(mlp(2), steps=100 if quick else 400),
-        "MLP, depth 8": dense(mlp(8), steps=100 if quick else 400),
+        "MLP, depth 2": dense(mlp(2), steps=40 if quick else 400),
+        "MLP, depth 8": dense(mlp(8), steps=40 if quick else 400),
         "CNN, depth 2": convolutional(
-            resnet(stage_sizes=(1,), widths=(8,)), steps=20 if quick else 100
+            resnet(stage_sizes=(1,), widths=(8,)), steps=10 if quick else 100
         ),
         "CNN, depth 8": convolutional(
-            resnet(stage_sizes=(1, 3), widths=(8, 8)), steps=20 if quick else 100
+            resnet(stage_sizes=(1, 3), widths=(8, 8)), steps=10 if quick else 100
         ),
     }
 

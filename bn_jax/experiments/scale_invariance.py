@@ -202,7 +202,7 @@ def run(setting: Setting) -> Result:
     settled = round(EQUILIBRIUM[0] / (DECAY_RATE * DECAY))
     ratio = norms[:, settled:].mean((1, 2)) / expected[:, settled:].mean((1, 2))
     rates = np.geomspace(1e-4, 1e4, 9 if setting.quick else 17)
-    steps = 150 if setting.quick else 400
+    steps = 60 if setting.quick else 400
     found = {
         f"{arm}, {which}": accuracies(setting, rates, steps, norm, others)
         for which, others in SWEPT.items()

@@ -288,7 +288,7 @@ def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     error, left = identity(setting)
     setting.advance(0.1)
-    steps, every = (120, 20) if setting.quick else (400, 20)
+    steps, every = (60, 20) if setting.quick else (400, 20)
     found = {}
     for arm, norm in NORMS.items():
         found[arm] = measure(setting, norm, steps, every)

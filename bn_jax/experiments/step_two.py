@@ -275,7 +275,7 @@ def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     errors = identities(setting)
     setting.advance(0.1)
-    steps = 100 if setting.quick else 300
+    steps = 50 if setting.quick else 300
     found: dict[str, dict[str, Any]] = {activation: {} for activation in ACTIVATIONS}
     for net in NETS:
         for activation, arms in train_net(setting, net, steps).items():
