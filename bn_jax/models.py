@@ -4,6 +4,7 @@ A norm keeps the residual branches small beside what the shortcuts carry, the mo
 Without, SkipInit and Fixup start the branches at zero, which is enough to train deep networks.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -479,7 +480,8 @@ class ResNet(nn.Module):
             Logits [N, num_classes].
 
         Raises:
-            ValueError: `stage_sizes` and `widths` differ in length, or `stem` is none of the two.
+            ValueError: `stage_sizes` and `widths` differ in length, `stem` is none of the two, or
+                `branch_init` does not fit `block` or `norm`.
         """
         if len(self.stage_sizes) != len(self.widths):
             raise ValueError(
@@ -491,6 +493,12 @@ class ResNet(nn.Module):
         x = self._stem(x, train, mask)
         common = {"norm": self.norm, "dtype": self.dtype, "padding": self.padding}
         if self.branch_init != "plain":
+            if "branch_init" not in inspect.signature(self.block).parameters:
+                raise ValueError(
+                    f"branch_init={self.branch_init!r} starts residual branches, but "
+                    f"block={self.block} has none: pass a block with a shortcut such as "
+                    "bn_jax.models.BasicBlock, or branch_init='plain'."
+                )
             common |= {"branch_init": self.branch_init, "depth": sum(self.stage_sizes)}
         for stage, (blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):
             for index in range(blocks):

@@ -524,6 +524,14 @@ def test_branches_start_in_one_of_three_ways(make):
         start(BATCH_NORM, "skipinit")
 
 
+def test_blocks_without_shortcut_have_no_branches_to_start():
+    model = make_model(norm=None, branch_init="fixup", block=models.PlainBlock)
+    with pytest.raises(
+        ValueError, match=r"branch_init='fixup' starts.*PlainBlock'> has none: pass"
+    ):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), images(4), train=False))
+
+
 # --- fully connected ----------------------------------------------------------------------------
 
 
