@@ -194,7 +194,7 @@ def test_what_has_no_derivative_is_measured_once():
         policy=bn.remat_policy("moments"),
     )
     text = str(jax.make_jaxpr(jax.grad(loss))(bn.init_params(FEATURES)))
-    assert text.count(" cond[") == 1
+    assert text.count(" reduce_or[") == 1
 
 
 @pytest.mark.parametrize("keep", ["inputs", "moments"])
@@ -251,7 +251,9 @@ def test_linen_blocks():
 
     plain = gradients(Block)
     for keep in ("moments", "narrow"):
-        assert_close(gradients(nn.remat(Block, policy=bn.remat_policy(keep))), plain)
+        assert_close(
+            gradients(nn.remat(Block, policy=bn.remat_policy(keep))), plain, tolerance=1e-4
+        )
 
 
 class NnxBlock(nnx.Module):
