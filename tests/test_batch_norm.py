@@ -13,6 +13,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_gradients,
     define_moments,
     differentiate,
     exact,
@@ -254,6 +255,24 @@ def test_output_at_any_offset(offset):
     expected, expected_stats = define_batch_norm(params, stats, x)
     assert np.abs(y - expected).max() < 1e-5
     assert_close(updated, expected_stats)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_gradients_far_from_zero(offset):
+    # Every output pulls upwards: what rounding takes from the mean would not cancel.
+    x = standard_normal(7, (512, 8)) + np.float32(offset)
+    params, stats = make_state(8)
+
+    def pull(y):
+        return y + 3
+
+    def loss(params, x):
+        y = bn.batch_norm(params, stats, x, use_running_average=False)[0]
+        return jnp.sum(y**2 / 2 + 3 * y)
+
+    d_params, d_x = define_gradients(params, x, None, pull)
+    found = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    assert_close(found, (d_params, d_x), dtype=jnp.float32)
 
 
 def test_flax_is_wrong_at_an_offset_of_1e4():
