@@ -135,12 +135,11 @@ PHASES: dict[str, tuple[Callable[..., Any], str]] = {
 ALL_PHASES = "all phases"
 
 
-def time_phases(shape: layer.Shape, rounds: int = 3 * layer.ROUNDS) -> dict[str, Timing]:
+def time_phases(shape: layer.Shape) -> dict[str, Timing]:
     """Times what a batch norm consists of, in float32, beside whole layers.
 
     Args:
         shape: of x, the features last.
-        rounds: how often each is timed.
 
     Returns:
         The timings of `PHASES`, and of ours and PyTorch's layer.
@@ -155,7 +154,8 @@ def time_phases(shape: layer.Shape, rounds: int = 3 * layer.ROUNDS) -> dict[str,
     }
     for arm, of_arm in layer.programs_of(case, (layer.OURS, "torch")).items():
         programs |= {f"{direction}, {arm}": program for direction, program in of_arm.items()}
-    return in_turns(programs, rounds, partial(time.sleep, layer.PAUSE), layer.after_itself)
+    pause = partial(time.sleep, layer.PAUSE)
+    return in_turns(programs, 3 * layer.ROUNDS, pause, layer.after_itself)
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
@@ -180,7 +180,7 @@ def _phases_table(by_shape: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("shape", *columns, f"{ALL_PHASES} / torch"):
         table.add_column(column, justify="right")
     for shape, timings in by_shape.items():
-        median = {name: Timing(*map(tuple, one.values())).median for name, one in timings.items()}
+        median = {name: Timing.load(one).median for name, one in timings.items()}
         median[ALL_PHASES] = sum(median[name] for name in PHASES)
         ratio = median[ALL_PHASES] / median[layers[0]]
         table.add_row(shape, *(f"{1e3 * median[one]:.2f}" for one in columns), f"{ratio:.2f}")

@@ -165,7 +165,7 @@ def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
     """Reads the figures of the JSON."""
     return {
         name: {
-            arm: Measured(**{**one, "timing": Timing(*map(tuple, one["timing"].values()))})
+            arm: Measured(**{**one, "timing": Timing.load(one["timing"])})
             for arm, one in by_arm.items()
         }
         for name, by_arm in figures["networks"].items()

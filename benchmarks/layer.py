@@ -427,7 +427,7 @@ def as_json(figures: Figures) -> dict[str, Any]:
 
 def load(known: Mapping[str, Any]) -> Figures:
     """Reads the figures of the JSON."""
-    return _map_timings(lambda one: Timing(*map(tuple, one.values())), known["norms"])
+    return _map_timings(Timing.load, known["norms"])
 
 
 def _map_timings(function: Callable[[Any], Any], tree: Any, depth: int = 5) -> Any:

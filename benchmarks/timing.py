@@ -32,6 +32,11 @@ class Timing(NamedTuple):
         """The median of the seconds by the clock."""
         return self.quartiles[1]
 
+    @classmethod
+    def load(cls, known: Mapping[str, Sequence[float]]) -> "Timing":
+        """Reads a timing of the JSON."""
+        return cls(*map(tuple, known.values()))  # type: ignore[arg-type]
+
     def scaled(self, factor: float) -> "Timing":
         """Returns the timing of so many times as much work."""
         return Timing(*((factor * low, factor * mid, factor * high) for low, mid, high in self))

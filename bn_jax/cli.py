@@ -521,14 +521,14 @@ def _reproduce(
             for experiment, result in found:
                 results[experiment] = result
                 show(experiment, math.inf, result)
-    except (KeyboardInterrupt, BrokenProcessPool) as stopped:
-        interrupted = isinstance(stopped, KeyboardInterrupt)
-        cause = (
-            "interrupted" if interrupted else "a process died, of lack of memory? try --processes 1"
-        )
-        _print_error(f"{cause}; {len(results)} of {len(chosen)} claims are in {folder}")
-        _exit(INTERRUPTED if interrupted else 1)
-    return {one: results[one] for one in chosen}
+    except KeyboardInterrupt:
+        cause, code = "interrupted", INTERRUPTED
+    except BrokenProcessPool:
+        cause, code = "a process died, of lack of memory? try --processes 1", 1
+    else:
+        return {one: results[one] for one in chosen}
+    _print_error(f"{cause}; {len(results)} of {len(chosen)} claims are in {folder}")
+    _exit(code)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,8 @@ def test_reproduce_writes_json_and_a_figure_for_each_claim(
     assert (tmp_path / "found/tiny.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     assert printed.err == ""
+    if processes == 1:
+        assert printed.out.startswith("1 tiny: holds\n2 other: holds\n")
     assert sorted(printed.out.splitlines()[:2]) == ["1 tiny: holds", "2 other: holds"]
     assert printed.out.index("1 tiny: A claim") < printed.out.index("2 other: A claim")
     for text in ("A claim", "Somebody 2026", "12 (9.95 to 14.1)", "Saved in found"):

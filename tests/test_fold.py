@@ -1107,6 +1107,12 @@ def above_a_threshold(x):
 NOT_HOMOGENEOUS = [jax.nn.gelu, jax.nn.relu6, jnp.tanh, jax.nn.elu, clipped, above_a_threshold]
 
 
+def test_absorbing_under_jit():
+    params = {"scale": jnp.array([-2.0, 0.5])}
+    absorb = jax.jit(lambda params, kernel: bn.absorb_scale(params, kernel))
+    assert_close(absorb(params, jnp.ones((2, 1)))[1], jnp.array([[2.0], [0.5]]))
+
+
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.leaky_relu])
 def test_absorbing_under_transformations(activation):
     def absorbed(scale):

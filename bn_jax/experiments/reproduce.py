@@ -93,10 +93,13 @@ def reproduce_each(
     context = multiprocessing.get_context("spawn")
     shares = context.SimpleQueue()
     others = set(multiprocessing.active_children())
-    plain = Setting(*setting[:3])
-    with ProcessPoolExecutor(processes, context, _start_worker, (shares, setting[:3])) as pool:
+    # Whatever `advance` is, it need not be what can be sent to another process.
+    sent = setting[:3]
+    with ProcessPoolExecutor(processes, context, _start_worker, (shares,)) as pool:
         try:
-            running = {pool.submit(_work, index, one): one for index, one in enumerate(experiments)}
+            running = {
+                pool.submit(_work, index, one, sent): one for index, one in enumerate(experiments)
+            }
             while running:
                 finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 while not shares.empty():
@@ -104,7 +107,7 @@ def reproduce_each(
                     show(experiments[index], share)
                 for one in finished:
                     experiment = running.pop(one)
-                    yield experiment, _write(experiment, plain, folder, *one.result())
+                    yield experiment, _write(experiment, setting, folder, *one.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
@@ -113,20 +116,20 @@ def reproduce_each(
             raise
 
 
-def _start_worker(shares: Any, setting: Any) -> None:
+def _start_worker(shares: Any) -> None:
     # Ctrl-C reaches all processes of a terminal; the one that has started the others stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(shares=shares, setting=Setting(*setting))
+    _worker["shares"] = shares
 
 
 _worker: dict[str, Any] = {}
 
 
-def _work(index: int, experiment: Experiment) -> tuple[Result, float]:
+def _work(index: int, experiment: Experiment, sent: tuple[int, int, bool]) -> tuple[Result, float]:
     def advance(share: float) -> None:
         _worker["shares"].put((index, share))
 
-    return _run(experiment, _worker["setting"]._replace(advance=advance))
+    return _run(experiment, Setting(*sent, advance))
 
 
 def _run(experiment: Experiment, setting: Setting) -> tuple[Result, float]:
