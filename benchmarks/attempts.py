@@ -1,7 +1,8 @@
 """What was tried to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
 
 ``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
-of time, times on this CPU the phases of which every batch norm consists, and writes
+of time, times on this CPU the phases of which every batch norm consists and ways to take the sums
+of the first, and writes
 ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are written out
 here, without the package: they differ in what XLA's heuristics see.
 """
@@ -158,9 +159,64 @@ def time_phases(shape: layer.Shape) -> dict[str, Timing]:
     return in_turns(programs, 3 * layer.ROUNDS, pause, layer.after_itself)
 
 
+def _around(shift: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if shift is None else x.astype(jnp.float32) - shift
+
+
+def _total(shift: jax.Array | None, x: jax.Array) -> jax.Array:
+    return _around(shift, x).sum(tuple(range(x.ndim - 1)))
+
+
+def _square(shift: jax.Array | None, x: jax.Array) -> jax.Array:
+    return lax.square(_around(shift, x)).sum(tuple(range(x.ndim - 1)))
+
+
+def _apart(shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _total(shift, x), _square(*lax.optimization_barrier((shift, x)))
+
+
+def _in_branches(shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    always = lax.optimization_barrier(jnp.array(True))
+    total, square = (lax.cond(always, one, one, shift, x) for one in (_total, _square))
+    return total, square
+
+
+# The sum and the sum of squares, of which the shift makes the variance exact.
+SUMS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]] = {
+    "around zero": lambda shift, x: (_total(None, x), _square(None, x)),
+    "around the shift": lambda shift, x: (_total(shift, x), _square(shift, x)),
+    "in branches": _in_branches,
+    "apart": _apart,
+    "squares alone": lambda shift, x: (
+        _total(None, x),
+        _square(*lax.optimization_barrier((shift, x))),
+    ),
+}
+
+
+def time_sums(shape: layer.Shape, dtype: str) -> dict[str, Timing]:
+    """Times ways to take the sums of a forward pass.
+
+    Args:
+        shape: of x, the features last.
+        dtype: of x.
+
+    Returns:
+        The timings of `SUMS`.
+    """
+    batch = layer.draw(layer.Case("BatchNorm", dtype, shape))
+    arrays = jax.device_put((batch.params["bias"], batch.x))
+    programs = {name: partial(jax.jit(way), *arrays) for name, way in SUMS.items()}
+    return in_turns(programs, 3 * layer.ROUNDS, measure=layer.after_itself)
+
+
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables: of the ways, and of the phases."""
-    return [_ways_table(figures["ways"]), _phases_table(figures["phases"])]
+    """Returns the figures as tables: of the ways, of the phases, and of the sums."""
+    return [
+        _ways_table(figures["ways"]),
+        _phases_table(figures["phases"]),
+        _sums_table(figures["sums"]),
+    ]
 
 
 def _ways_table(ways: Mapping[str, Mapping[str, float]]) -> Table:
@@ -187,24 +243,36 @@ def _phases_table(by_shape: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def _sums_table(by_case: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=f"Sums on a CPU, relative to those {next(iter(SUMS))}", box=SIMPLE_HEAD)
+    for column in ("case", *SUMS):
+        table.add_column(column, justify="right")
+    for case, timings in by_case.items():
+        medians = [Timing.load(timings[name]).median for name in SUMS]
+        table.add_row(case, *(f"{median / medians[0]:.2f}" for median in medians))
+    return table
+
+
 def main() -> None:
     """Times, compiles, writes the JSON and prints the tables."""
     jax.config.update("jax_platforms", "cpu")
     keep_freed_memory()
     ways: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("phases", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
-        phases = {}
+        task = progress.add_task("by the clock", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
+        phases, sums = {}, {}
         for shape in layer.SHAPES:
             phases[layer.named(shape)] = time_phases(shape)
             progress.advance(task)
+            for dtype in ("float32", "bfloat16"):
+                sums[f"{dtype}, {layer.named(shape)}"] = time_sums(shape, dtype)
         for name, way in WAYS.items():
             progress.update(task, description=name)
             ways[name] = {}
             for row in ROWS:
                 ways[name][f"{row.dtype}, {row}"] = measure(row, way)
                 progress.advance(task)
-    figures = {"phases": phases, "ways": ways}
+    figures = {"phases": phases, "sums": sums, "ways": ways}
     report.write("attempts", ("flax", "jax-cuda13-plugin", "torch"), figures)
     report.show(tables(report.read("attempts")))
 

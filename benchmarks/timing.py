@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-# By glibc's numbers: M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at its largest value.
-_MALLOC_OPTIONS = {-1: 2**30, -3: 2**25}
+# By glibc's numbers: M_TRIM_THRESHOLD at its largest value, and M_MMAP_MAX, for larger arrays too.
+_MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0}
 Name = TypeVar("Name", bound=Hashable)
 Quartiles = tuple[float, float, float]
 

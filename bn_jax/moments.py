@@ -248,8 +248,8 @@ def _centred_moments(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
     shift = _common(reduction, shift)
-    start = jnp.zeros_like(shift) if reduction.of_groups else shift
-    total, square = _local_sums_apart(reduction, x, mask, start)
+    start = None if reduction.of_groups else shift
+    total, square = _local_sums(reduction, shift.dtype, x, mask, start)
     if reduction.about_zero:
         count, square = _counted(reduction, x, mask, (square,))
         var = _divide(square, _divisor(reduction, x, mask, count))
@@ -263,10 +263,10 @@ def _centred_moments(
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         unit = jnp.where(jnp.isfinite(var), jnp.ones_like(var), OVERFLOW_UNIT)
-        total, _ = _local_sums(reduction, x, mask, shift)
+        total, _ = _local_sums(reduction, shift.dtype, x, mask, shift)
         (total,) = _all_reduce(reduction, total)
         shift = shift + _divide(total, divisor)
-        sums = _all_reduce(reduction, *_local_sums(reduction, x, mask, shift, unit))
+        sums = _all_reduce(reduction, *_local_sums(reduction, shift.dtype, x, mask, shift, unit))
         delta, scaled_var = _delta_and_var(sums, divisor)
         return shift, delta / unit.astype(delta.dtype), scaled_var / lax.square(unit)
 
@@ -308,7 +308,8 @@ def _measure_groups(
     divisor = _divisor(reduction, x, mask, count)
     shift = jnp.where(count > 0, _divide(total, divisor), shift)
     unit = jnp.where(jnp.isfinite(square), jnp.ones_like(square), OVERFLOW_UNIT)
-    delta, var = _delta_and_var(_local_sums(reduction, x, mask, shift, unit), divisor)
+    sums = _local_sums(reduction, shift.dtype, x, mask, shift, unit)
+    delta, var = _delta_and_var(sums, divisor)
     # The mean is off by its own rounding, e * |mean|. Of a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
     constant = var <= CONSTANT_THRESHOLD * absolute_square(delta)
@@ -484,50 +485,46 @@ def _divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
 
 def _local_sums(
     reduction: Reduction,
+    dtype: jnp.dtype,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
+    shift: jax.Array | None,
     unit: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    deviation = _keep(x.astype(shift.dtype) - shift, mask)
-    if unit is not None:
-        deviation = deviation * unit.astype(deviation.dtype)
-    square = _weigh(absolute_square(deviation), mask)
-    return _sum(reduction, _weigh(deviation, mask)), _sum(reduction, square)
+    """Sums deviations from the shift, or from zero, and their squares, in units."""
+
+    def deviation(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, unit: jax.Array | None
+    ) -> jax.Array:
+        values = x.astype(dtype) if shift is None else x.astype(dtype) - shift
+        kept = _keep(values, mask)
+        return kept if unit is None else kept * unit.astype(dtype)
+
+    of_total = unshared((x, mask, shift, unit))
+    of_square = unshared(of_total)
+    total = _weigh(deviation(*of_total), of_total[1])
+    square = _weigh(absolute_square(deviation(*of_square)), of_square[1])
+    return _sum(reduction, total), _sum(reduction, square)
 
 
-def _local_sums_apart(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `_local_sums`, each of a computation of its own where the platform is a CPU.
+def unshared(values: Values) -> Values:
+    """Returns the values; on a CPU, XLA takes them for others than those that were given.
 
-    XLA fuses what enters one reduction there, but writes out what enters two: the deviation, in
-    float32. Branches of a conditional share nothing. Sharded `jit` would have a collective in each
-    of them, and so several CPUs are left alone.
+    There it fuses what enters one reduction, but writes out, in float32, what enters two, or one
+    and something else, such as ``x - shift``.
     """
-    together = partial(_local_sums, reduction)
-    if not _has_one_cpu():
-        return together(x, mask, shift)
-
-    def apart(
-        x: jax.Array, mask: jax.Array | None, shift: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        # Known to nobody before it runs, or XLA would inline the branch.
-        always = lax.optimization_barrier(jnp.array(True))
-        total, square = (
-            lax.cond(always, sum_of, sum_of, x, mask, shift)
-            for sum_of in (lambda *given: together(*given)[0], lambda *given: together(*given)[1])
-        )
-        return total, square
-
-    return lax.platform_dependent(x, mask, shift, cpu=apart, default=together)
+    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
+    names = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
+    return lax.platform_dependent(
+        jax.tree.map(partial(_vary_over, names), values),
+        cpu=lax.optimization_barrier,
+        default=lambda values: values,
+    )
 
 
-def _has_one_cpu() -> bool:
-    try:
-        return jax.device_count("cpu") == 1
-    except RuntimeError:
-        return False
+def _vary_over(names: frozenset[str], values: jax.Array) -> jax.Array:
+    missing = names - varying_axes(values)
+    return lax.pcast(values, tuple(sorted(missing)), to="varying") if missing else values
 
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

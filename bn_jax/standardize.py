@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
+from math import prod
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.moments import centre, mean_dtype, varying_axes
+from bn_jax.moments import centre, mean_dtype, unshared, varying_axes
 
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -80,66 +81,81 @@ def _standardize_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     x, mask, transform = primals
     dx, _, change = tangents
-    multiplier = _multiplier(transform)
     relative = -0.5 * change.var_plus_epsilon / transform.var_plus_epsilon
-    slope = multiplier * relative.astype(multiplier.dtype)
-    if transform.scale is not None:
-        slope = slope + change.scale * _inverse_deviation(transform)
-    offset = -multiplier * (change.shift + change.delta)
-    if transform.bias is not None:
-        offset = offset + change.bias
-    shift, delta, offset = _for_platform(transform.shift, transform.delta, slope, offset)
-    slope, offset = _vary_together(x, slope, offset)
+    relative, d_mean = relative.astype(transform.delta.dtype), change.shift + change.delta
+    in_turn = _has_large_multiplier(transform, x)
+    if in_turn:
+        multiplier = _inverse_deviation(transform)
+        learned, tree = jax.tree.flatten((change.scale, change.bias))
+        changes = _vary_together(x, relative, -multiplier * d_mean)
+        changes += jax.tree.unflatten(tree, _vary_together(x, *learned))
+    else:
+        multiplier = _multiplier(transform)
+        slope, offset = multiplier * relative, -multiplier * d_mean
+        if transform.scale is not None:
+            slope = slope + change.scale * _inverse_deviation(transform)
+        if transform.bias is not None:
+            offset = offset + change.bias
+        changes = _vary_together(x, slope, offset)
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
-    tangent = jax.checkpoint(partial(_tangent, dtype), prevent_cse=False)
-    dy = tangent(x, mask, shift, delta, dx, multiplier, slope, offset)
+    rule = jax.checkpoint(
+        partial(_tangent_in_turn if in_turn else _tangent, dtype), prevent_cse=False
+    )
+    dy = rule(x, mask, transform, multiplier, dx, *changes)
     return standardize(dtype, x, mask, transform), dy
 
 
-def _for_platform(
-    shift: jax.Array, delta: jax.Array, slope: jax.Array, offset: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns shift, delta and offset: on a CPU what `_around_rounded_mean` makes of them."""
-    if not shift.shape == delta.shape == slope.shape == offset.shape:
-        return shift, delta, offset
-    return lax.platform_dependent(
-        shift,
-        delta,
-        slope,
-        offset,
-        cpu=_around_rounded_mean,
-        default=lambda shift, delta, slope, offset: (shift, delta, offset),
-    )
-
-
-def _around_rounded_mean(
-    shift: jax.Array, delta: jax.Array, slope: jax.Array, offset: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Has nothing subtracted but the rounded mean; what was rounded off goes to the offset.
-
-    XLA for CPUs writes out what enters several computations, as ``x - shift - delta`` would: it is
-    in the output, and in a sum of the backward pass.
-    """
-    mean = shift + delta
-    return mean, jnp.zeros_like(delta), offset + ((mean - shift) - delta) * slope
+def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
+    """Tells whether scale and variance differ in shape and make a multiplier as large as x."""
+    leaves = jax.tree.leaves(transform)
+    size = prod(jnp.broadcast_shapes(*(leaf.shape for leaf in leaves)))
+    return max(leaf.size for leaf in leaves) < size == x.size
 
 
 def _tangent(
     dtype: Any,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
-    delta: jax.Array,
-    dx: jax.Array,
+    transform: Transform,
     multiplier: jax.Array,
+    dx: jax.Array,
     slope: jax.Array,
     offset: jax.Array,
 ) -> jax.Array:
-    deviation = centre(x, shift, delta)
-    if mask is not None:
-        deviation = jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
+    deviation = _deviation(*unshared((x, mask, transform)))
     dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset
     return dy.astype(dtype)
+
+
+def _tangent_in_turn(
+    dtype: Any,
+    x: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    inverse_deviation: jax.Array,
+    dx: jax.Array,
+    relative: jax.Array,
+    offset: jax.Array,
+    d_scale: jax.Array | None,
+    d_bias: jax.Array | None,
+) -> jax.Array:
+    """Differentiates the normalization, and then scale and bias, as in a layer norm."""
+    normalized = _deviation(x, mask, transform) * inverse_deviation
+    factor, scale = unshared((inverse_deviation, transform.scale))
+    dy = factor * dx.astype(offset.dtype) + normalized * relative + offset
+    if scale is not None and d_scale is not None:
+        dy = dy * scale + normalized * d_scale
+    if d_bias is not None:
+        dy = dy + d_bias
+    return dy.astype(dtype)
+
+
+def _deviation(x: jax.Array, mask: jax.Array | None, transform: Transform) -> jax.Array:
+    """Returns ``x - mean``, where nothing enters zero instead of what is not finite."""
+    deviation = centre(x, transform.shift, transform.delta)
+    if mask is None:
+        return deviation
+    return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
 
 
 def _multiplier(transform: Transform) -> jax.Array:

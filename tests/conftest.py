@@ -54,12 +54,3 @@ def command(monkeypatch, capsys, tmp_path):
         return caught.value.code or 0, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture
-def one_cpu(monkeypatch):
-    """As where there is one CPU, with nothing traced before or left behind."""
-    jax.clear_caches()
-    monkeypatch.setattr(sys.modules["bn_jax.moments"], "_has_one_cpu", lambda: True)
-    yield
-    jax.clear_caches()

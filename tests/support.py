@@ -150,6 +150,14 @@ def conditionals(compiled_text):
     return len(re.findall(r" conditional\(", compiled_text))
 
 
+def written_out(compiled_text, shape):
+    """The dtypes of the arrays of a shape that compiled HLO makes outside of kernels, sorted."""
+    sizes = ",".join(map(str, shape))
+    main = compiled_text.split("\nENTRY ")[1]
+    made = re.findall(rf" = (\w+)\[{sizes}\]\S* (\w+)\(", main)
+    return sorted(dtype for dtype, kind in made if kind != "parameter")
+
+
 def far_from_initial(tree):
     """Gives ones and zeros, the initial values of a norm, values that differ and are positive."""
     return jax.tree.map(lambda leaf: jnp.abs(jnp.sin(3.0 * leaf + 1)) + leaf, tree)

@@ -2,22 +2,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, define_affine, differentiate, standard_normal
+from support import assert_close, differentiate, standard_normal, written_out
 
+import bn_jax as bn
 from bn_jax.standardize import Transform, standardize
 
 SHAPE = (4, 3)
+# As of a batch norm, and of a layer norm, whose multiplier is as large as x.
+STATISTICS = [(1, 3), (4, 1)]
 
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
-def make_transform(present=("scale", "bias")):
-    mean, scale, bias = (standard_normal(seed, (1, 3)) for seed in (0, 1, 2))
-    var = jnp.abs(standard_normal(3, (1, 3))) + 0.1
+def make_transform(present=("scale", "bias"), statistics=(1, 3)):
+    scale, bias = (standard_normal(seed, (1, 3)) for seed in (1, 2))
+    var = jnp.abs(standard_normal(3, statistics)) + 0.1
     return Transform(
-        shift=mean,
-        delta=jnp.zeros((1, 3)),
+        shift=standard_normal(0, statistics),
+        delta=jnp.zeros(statistics),
         var_plus_epsilon=var,
         scale=scale if "scale" in present else None,
         bias=bias if "bias" in present else None,
@@ -27,14 +30,15 @@ def make_transform(present=("scale", "bias")):
 def define(x, shift, delta, var_plus_epsilon, scale, bias):
     scale = np.ones((1, 3)) if scale is None else scale
     bias = np.zeros((1, 3)) if bias is None else bias
-    mean = np.float64(shift) + np.float64(delta)
-    return define_affine(x, mean, np.float64(var_plus_epsilon), scale, bias, epsilon=0.0)
+    x, mean = np.float64(x), np.float64(shift) + np.float64(delta)
+    return (x - mean) / np.sqrt(np.float64(var_plus_epsilon)) * np.float64(scale) + np.float64(bias)
 
 
+@pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("present", [(), ("scale",), ("bias",), ("scale", "bias")])
-def test_value_and_derivatives_are_those_of_the_definition(present):
+def test_value_and_derivatives_are_those_of_the_definition(present, statistics):
     x, weights = standard_normal(4, SHAPE), standard_normal(5, SHAPE)
-    transform = make_transform(present)
+    transform = make_transform(present, statistics)
     assert_close(standardize(jnp.float32, x, None, transform), define(x, *transform))
 
     def loss(x, transform):
@@ -54,9 +58,11 @@ def test_value_and_derivatives_are_those_of_the_definition(present):
         assert_close(computed[name], differentiate(with_value, value))
 
 
-def test_forward_and_reverse_agree():
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_forward_and_reverse_agree(statistics):
     x, dx, cotangent = (standard_normal(seed, SHAPE) for seed in (6, 7, 8))
-    transform, change = make_transform(), jax.tree.map(jnp.cos, make_transform())
+    transform = make_transform(statistics=statistics)
+    change = jax.tree.map(jnp.cos, transform)
 
     def function(x, transform):
         return standardize(jnp.float32, x, None, transform)
@@ -91,7 +97,13 @@ def test_the_result_is_rounded_once(dtype):
     assert_close(y, expected)
 
 
-def test_what_is_masked_and_not_finite_reaches_no_parameter():
+def in_rows(transform, rows):
+    """The transform of some rows of x."""
+    return jax.tree.map(lambda leaf: leaf[rows] if len(leaf) > 1 else leaf, transform)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_what_is_masked_and_not_finite_reaches_no_parameter(statistics):
     x = standard_normal(11, SHAPE).at[2].set(jnp.nan)
     mask = jnp.array([[True], [True], [False], [True]])
 
@@ -99,11 +111,43 @@ def test_what_is_masked_and_not_finite_reaches_no_parameter():
         y = standardize(jnp.float32, x, mask, transform)
         return jnp.sum(jnp.where(mask, y, 0))
 
-    transform = make_transform()
+    transform = make_transform(statistics=statistics)
     rows = jnp.array([0, 1, 3])
-    expected = jax.grad(
-        lambda transform: jnp.sum(standardize(jnp.float32, x[rows], None, transform))
-    )(transform)
+
+    def loss_of_rows(transform):
+        return jnp.sum(standardize(jnp.float32, x[rows], None, in_rows(transform, rows)))
+
+    expected = jax.grad(loss_of_rows)(transform)
     assert_close(jax.grad(loss)(transform, mask), expected)
     unmasked = jax.grad(loss)(transform, jnp.ones((4, 1), bool))
     assert jnp.isnan(unmasked.scale).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "made"), [("float32", ["f32", "f32"]), ("bfloat16", ["bf16", "bf16", "f32"])]
+)
+def test_a_cpu_writes_out_the_results_and_in_half_precision_the_converted_cotangent(dtype, made):
+    x = jax.ShapeDtypeStruct((512, 48), dtype)
+    batch_stats = bn.init_batch_stats(48)
+
+    def forward_and_backward(params, x, cotangent):
+        def forward(params, x):
+            return bn.batch_norm(params, batch_stats, x, use_running_average=False, dtype=dtype)
+
+        y, pull, batch_stats_after = jax.vjp(forward, params, x, has_aux=True)
+        return y, batch_stats_after, pull(cotangent)
+
+    program = jax.jit(forward_and_backward).lower(bn.init_params(48), x, x).compile().as_text()
+    assert written_out(program, x.shape) == made
+
+
+@pytest.mark.parametrize("norm", [bn.layer_norm, bn.rms_norm])
+def test_a_norm_of_rows_writes_out_two_arrays_beside_its_results(norm):
+    x = jax.ShapeDtypeStruct((512, 48), jnp.float32)
+
+    def forward_and_backward(params, x, cotangent):
+        y, pull = jax.vjp(norm, params, x)
+        return y, pull(cotangent)
+
+    program = jax.jit(forward_and_backward).lower(bn.init_params(48), x, x).compile().as_text()
+    assert written_out(program, x.shape) == ["f32"] * 4

@@ -121,7 +121,6 @@ def test_the_committed_figures_are_complete():
         assert 0 < timing["quartiles"][0] <= timing["quartiles"][1] <= timing["quartiles"][2]
 
 
-@pytest.mark.usefixtures("one_cpu")
 def test_our_layer_is_no_larger_than_the_committed_one():
     versions = {name: version(name) for name in ("jax", "flax")}
     if versions.items() <= COMMITTED["versions"].items():
