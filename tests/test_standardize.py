@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, differentiate, standard_normal, written_out
+from support import assert_close, differentiate, fuses_reductions, standard_normal, written_out
 
 import bn_jax as bn
 from bn_jax.standardize import Transform, standardize
@@ -123,6 +123,7 @@ def test_what_is_masked_and_not_finite_reaches_no_parameter(statistics):
     assert jnp.isnan(unmasked.scale).all()
 
 
+@fuses_reductions
 @pytest.mark.parametrize(
     ("dtype", "made"), [("float32", ["f32", "f32"]), ("bfloat16", ["bf16", "bf16", "f32"])]
 )
@@ -141,6 +142,7 @@ def test_a_cpu_writes_out_the_results_and_in_half_precision_the_converted_cotang
     assert written_out(program, x.shape) == made
 
 
+@fuses_reductions
 @pytest.mark.parametrize(("norm", "made"), [(bn.layer_norm, 4), (bn.rms_norm, 3)])
 def test_a_norm_of_rows_writes_out_deviations_and_what_is_normalized_alone(norm, made):
     x = jax.ShapeDtypeStruct((32, 28, 28, 128), jnp.float32)
