@@ -2,15 +2,13 @@
 
 ``python -m benchmarks.scale`` compiles, ahead of time and without a chip, bn_jax's own training
 step and single layers for slices of TPU v5e, prints what the compiled programs hold, and writes
-``benchmarks/results/scale.json``. Every chip has the same number of examples.
+``benchmarks/results/scale.json``. Every chip has the same number of examples. Programs that are in
+there already are not compiled again.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,21 +16,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
-from benchmarks.compilers import V5E, mesh_of
+from benchmarks import report
+from benchmarks.compilers import V5E, identify, mesh_of, remembered
 from benchmarks.hlo import Collective, collectives
 from bn_jax import training
 from bn_jax.data import Batch
 from bn_jax.models import Norm, ResNet
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
 SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 NO_NORM = "no norm"
-TABLE_WIDTH = 160
 
 
 class Sizes(NamedTuple):
@@ -70,6 +66,7 @@ class Program(NamedTuple):
         outputs: bytes of the results on each device.
         temporary: bytes of everything else that each device keeps in its main memory.
         accessed: bytes that each device reads and writes, branches included.
+        program: what `identify` says of it.
     """
 
     kinds: dict[str, int]
@@ -79,6 +76,7 @@ class Program(NamedTuple):
     outputs: int
     temporary: int
     accessed: int
+    program: str
 
     @property
     def memory(self) -> int:
@@ -99,6 +97,7 @@ Programs = dict[str, dict[int, Program]]
 class Findings(NamedTuple):
     """The programs of every arm by number of devices; of the steps also what they normalize."""
 
+    sizes: Sizes
     norm_layers: int
     norm_features: int
     steps: Programs
@@ -145,8 +144,8 @@ def initial_state(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> Any:
     return placed(jax.eval_shape(create), mesh)
 
 
-def compile_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Compiled:
-    """Compiles `bn_jax.training.train_step` as `bn_jax.training.fit` does."""
+def lower_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
+    """Lowers `bn_jax.training.train_step` as `bn_jax.training.fit` does."""
     examples = sizes.examples * mesh.size
     batch: Any = Batch(
         jax.ShapeDtypeStruct((examples, *sizes.image_shape), jnp.float32),  # type: ignore[arg-type]
@@ -155,11 +154,11 @@ def compile_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Comp
     )
     step = jax.jit(training.train_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
     state = initial_state(norm, mesh, sizes)
-    return step.lower(state, placed(batch, mesh, training.DATA_AXIS)).compile()
+    return step.lower(state, placed(batch, mesh, training.DATA_AXIS))
 
 
-def compile_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Compiled:
-    """Compiles the output, new running statistics and gradients of a layer on bfloat16, masked."""
+def lower_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
+    """Lowers the output, new running statistics and gradients of a layer on bfloat16, masked."""
     examples = sizes.examples * mesh.size
     x = jax.ShapeDtypeStruct((examples, *sizes.layer_shape), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((examples, 1, 1, 1), jnp.bool_)
@@ -185,11 +184,15 @@ def compile_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Compiled
         )
     out_shardings = tuple(NamedSharding(mesh, spec) for spec in (replicated, split))
     arguments = placed(variables, mesh), *placed((x, mask, x), mesh, training.DATA_AXIS)
-    return jax.jit(function, out_shardings=out_shardings).lower(*arguments).compile()
+    return jax.jit(function, out_shardings=out_shardings).lower(*arguments)
 
 
-def measure(compiled: jax.stages.Compiled) -> Program:
-    """Reads a compiled program."""
+def measure(lowered: jax.stages.Lowered, mesh: Mesh, known: Mapping[str, Program]) -> Program:
+    """Compiles a program unless it is known, and reads it."""
+    program = identify(mesh, lowered)
+    if program in known:
+        return known[program]
+    compiled = lowered.compile()
     found = collectives(compiled.as_text() or "")
     always = [one for one in found if not one.guarded]
     memory: Any = compiled.memory_analysis()
@@ -202,6 +205,7 @@ def measure(compiled: jax.stages.Compiled) -> Program:
         outputs=memory.output_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         accessed=int(cost["bytes accessed"]),
+        program=program,
     )
 
 
@@ -209,29 +213,29 @@ def _traffic(found: Sequence[Collective]) -> Traffic:
     return Traffic(len(found), sum(one.elements for one in found), sum(one.bytes for one in found))
 
 
-def measure_all(meshes: Sequence[Mesh], sizes: Sizes) -> Findings:
-    """Compiles and measures every arm on every mesh, showing how far it is."""
-    compilers: dict[str, dict[str, Callable[[Mesh], jax.stages.Compiled]]] = {
+def measure_all(meshes: Sequence[Mesh], sizes: Sizes, known: Mapping[str, Program]) -> Findings:
+    """Measures every arm on every mesh, showing how far it is."""
+    programs: dict[str, dict[str, Callable[[Mesh], jax.stages.Lowered]]] = {
         "steps": {
-            arm: partial(compile_step, norm, sizes=sizes)
+            arm: partial(lower_step, norm, sizes=sizes)
             for arm, norm in arms(sizes.examples).items()
         },
         "layers": {
-            arm: partial(compile_layer, layer, sizes=sizes)
+            arm: partial(lower_layer, layer, sizes=sizes)
             for arm, layer in single_layers(sizes.examples).items()
         },
     }
-    found: dict[str, Programs] = {name: {} for name in compilers}
+    found: dict[str, Programs] = {name: {} for name in programs}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(meshes) * sum(map(len, compilers.values())))
-        for name, by_arm in compilers.items():
-            for arm, compile_on in by_arm.items():
+        task = progress.add_task("", total=len(meshes) * sum(map(len, programs.values())))
+        for name, by_arm in programs.items():
+            for arm, lower_on in by_arm.items():
                 found[name][arm] = {}
                 for mesh in meshes:
                     progress.update(task, description=f"{arm}, {mesh.size} devices")
-                    found[name][arm][mesh.size] = measure(compile_on(mesh))
+                    found[name][arm][mesh.size] = measure(lower_on(mesh), mesh, known)
                     progress.advance(task)
-    return Findings(*_normalized(meshes[0], sizes), found["steps"], found["layers"])
+    return Findings(sizes, *_normalized(meshes[0], sizes), found["steps"], found["layers"])
 
 
 def _normalized(mesh: Mesh, sizes: Sizes) -> tuple[int, int]:
@@ -266,89 +270,102 @@ def layer_cell(findings: Findings, arm: str, devices: int) -> str:
     return f"{program.always.operations} / {program.always.elements}{branch}"
 
 
-def make_tables(findings: Findings) -> list[Table]:
-    """Returns the findings as two tables, a column for each number of devices."""
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures as two tables, of the layers and of the step, a column for each slice."""
+    findings = load(figures)
+    features = findings.sizes.layer_shape[-1]
     shown = (
         (
-            f"Train step of {findings.norm_layers} norm layers: collectives / bytes in them, "
-            "each per norm layer / memory of a device",
-            findings.steps,
-            step_cell,
-        ),
-        (
-            "One layer forward and backward: collectives / numbers in them (in the guard's branch)",
+            f"A layer of {features} features, forward and backward, with a mask: collectives / "
+            "numbers that a device puts in (those of the guard's branch, which is rarely taken)",
             findings.layers,
             layer_cell,
         ),
+        (
+            f"A training step of {findings.norm_layers} norm layers, of {findings.norm_features:,} "
+            "features in all: collectives / bytes that a device puts in, each per norm layer and "
+            "beyond those of the network without norms, whose convolutions have biases / memory "
+            "of a device",
+            findings.steps,
+            step_cell,
+        ),
     )
-    tables = []
+    made = []
     for title, programs, cell in shown:
         table = Table(title=title, box=SIMPLE_HEAD)
-        table.add_column("devices", no_wrap=True)
+        table.add_column("chips", no_wrap=True)
         for devices in next(iter(programs.values())):
             table.add_column(str(devices), justify="right", no_wrap=True)
         for arm, by_devices in programs.items():
             table.add_row(arm, *(cell(findings, arm, devices) for devices in by_devices))
-        tables.append(table)
-    return tables
+        made.append(table)
+    return made
 
 
-def report(findings: Findings, sizes: Sizes) -> dict[str, Any]:
-    """Returns what the JSON holds: the figures, and how they came about."""
+def as_json(findings: Findings) -> dict[str, Any]:
+    """Returns what the JSON holds of the findings."""
 
-    def as_json(programs: Programs) -> dict[str, Any]:
+    def program(found: Program) -> dict[str, Any]:
+        traffic = {name: getattr(found, name)._asdict() for name in ("always", "guarded")}
+        return {**found._asdict(), **traffic}
+
+    def programs(arms: Programs) -> dict[str, Any]:
         return {
-            arm: {str(devices): _as_json(program) for devices, program in by_devices.items()}
-            for arm, by_devices in programs.items()
-        }
-
-    return {
-        "command": "python -m benchmarks.scale",
-        "versions": {name: version(name) for name in ("bn-jax", "jax", "flax", "libtpu")},
-        "chip": V5E,
-        "sizes": sizes._asdict(),
-        "norm_layers": findings.norm_layers,
-        "norm_features": findings.norm_features,
-        "steps": as_json(findings.steps),
-        "layers": as_json(findings.layers),
-    }
-
-
-def _as_json(program: Program) -> dict[str, Any]:
-    traffic = {name: getattr(program, name)._asdict() for name in ("always", "guarded")}
-    return {**program._asdict(), **traffic}
-
-
-def load(path: Path = RESULTS) -> Findings:
-    """Reads the findings of a JSON that `report` made."""
-
-    def program(figures: dict[str, Any]) -> Program:
-        traffic = {name: Traffic(**figures[name]) for name in ("always", "guarded")}
-        return Program(**{**figures, **traffic})
-
-    def programs(arms: dict[str, Any]) -> Programs:
-        return {
-            arm: {int(devices): program(figures) for devices, figures in by_devices.items()}
+            arm: {str(devices): program(found) for devices, found in by_devices.items()}
             for arm, by_devices in arms.items()
         }
 
-    known = json.loads(path.read_text())
+    return {
+        "chip": V5E,
+        **findings._asdict(),
+        "sizes": findings.sizes._asdict(),
+        "steps": programs(findings.steps),
+        "layers": programs(findings.layers),
+    }
+
+
+def load(figures: Mapping[str, Any]) -> Findings:
+    """Reads the findings of the JSON."""
+
+    def programs(arms: Mapping[str, Any]) -> Programs:
+        return {
+            arm: {int(devices): _program(found) for devices, found in by_devices.items()}
+            for arm, by_devices in arms.items()
+        }
+
+    sizes: dict[str, Any] = {
+        name: tuple(size) if isinstance(size, list) else size
+        for name, size in figures["sizes"].items()
+    }
     return Findings(
-        known["norm_layers"],
-        known["norm_features"],
-        programs(known["steps"]),
-        programs(known["layers"]),
+        Sizes(**sizes),
+        figures["norm_layers"],
+        figures["norm_features"],
+        programs(figures["steps"]),
+        programs(figures["layers"]),
     )
+
+
+def _program(figures: Mapping[str, Any]) -> Program:
+    traffic = {name: Traffic(**figures[name]) for name in ("always", "guarded")}
+    return Program(**{**figures, **traffic})
+
+
+def known_programs(figures: Any) -> dict[str, Program]:
+    """Returns the programs of the JSON, if there is one, by what `identify` says of them."""
+    return {
+        program: _program({**found, "program": program})
+        for program, found in remembered(figures).items()
+    }
 
 
 def main() -> None:
     """Compiles, writes the JSON and prints the tables."""
     jax.config.update("jax_platforms", "cpu")
-    sizes = Sizes()
-    findings = measure_all([mesh_of(V5E, layout) for layout in SLICES.values()], sizes)
-    RESULTS.write_text(json.dumps(report(findings, sizes), indent=2) + "\n")
-    for table in make_tables(findings):
-        Console(width=TABLE_WIDTH).print(table)
+    meshes = [mesh_of(V5E, layout) for layout in SLICES.values()]
+    findings = measure_all(meshes, Sizes(), known_programs(report.read_if_there("scale")))
+    report.write("scale", ("flax", "libtpu"), as_json(findings))
+    report.show(tables(report.read("scale")))
 
 
 if __name__ == "__main__":

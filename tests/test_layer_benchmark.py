@@ -4,7 +4,6 @@ import platform
 import subprocess
 import sys
 from functools import partial
-from math import prod
 
 import jax
 import numpy as np
@@ -143,10 +142,6 @@ def test_the_committed_figures_are_complete():
     assert shown == [len(NORMS) * 2 * 2, *[2 * len(layer.SHAPES) * 2] * len(NORMS)]
 
 
-def test_no_output_is_too_large_to_keep():
-    assert max(4 * prod(shape) for shape in layer.SHAPES) < 2**25
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
 def test_freed_memory_is_kept():
     script = """
@@ -160,9 +155,9 @@ libc.free.argtypes = [ctypes.c_void_p]
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    arrays = [malloc(2**24) for _ in range(4)]
+    arrays = [malloc(2**26) for _ in range(4)]
     for array in arrays:
-        libc.memset(array, 1, 2**24)
+        libc.memset(array, 1, 2**26)
     for array in reversed(arrays):
         libc.free(array)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -172,7 +167,7 @@ keep_freed_memory()
 print([faults() for _ in range(3)][-1])
 """
     returned, kept = map(int, subprocess.check_output([sys.executable, "-c", script]).split())
-    pages = 4 * 2**24 / 2**12
+    pages = 4 * 2**26 / 2**12
     assert kept < 0.01 * pages < 0.5 * pages < returned
 
 

@@ -46,6 +46,13 @@ def test_without_a_policy_a_step_is_within_three_percent_of_flax(chip):
     assert ours.moved <= 1.03 * flax.moved
 
 
+def test_what_a_step_takes_beyond_flax_is_the_guards():
+    unguarded, flax = ON_V5E[f"{OURS}, no guards"], ON_V5E[FLAX]
+    assert unguarded.guards == 0
+    assert unguarded.temporary <= 1.001 * flax.temporary
+    assert unguarded.moved <= flax.moved
+
+
 def test_no_policy_measures_a_batch_twice():
     guards = ON_V5E[OURS].guards
     assert guards == 53
@@ -70,21 +77,24 @@ def live():
     mesh = make_mesh(jax.devices()[:1])
     plain, kept = arms()[OURS], arms()[KEPT["moments"]]
     bare = kept._replace(blocks=jax.checkpoint_policies.nothing_saveable)
-    return [measure(arm, mesh, SMALL, {}) for arm in (plain, kept, bare)]
+    unguarded = plain._replace(guarded=False)
+    return [measure(arm, mesh, SMALL, {}) for arm in (plain, kept, bare, unguarded)]
 
 
 def test_a_small_network_measures_every_batch_once_too(live):
-    plain, kept, bare = (Measured(*map(one.get, Measured._fields)) for one in live)
+    plain, kept, bare, unguarded = (Measured(*map(one.get, Measured._fields)) for one in live)
     assert plain.guards == kept.guards == 5
     assert bare.guards == 5 + 4
-    assert plain.flops < kept.flops < bare.flops
-    assert all(min(one.temporary, one.moved, one.kernels) > 0 for one in (plain, kept, bare))
+    assert unguarded.guards == 0
+    assert unguarded.flops < plain.flops < kept.flops < bare.flops
+    for one in (plain, kept, bare, unguarded):
+        assert min(one.temporary, one.moved, one.kernels) > 0
 
 
 def test_what_has_been_compiled_is_not_compiled_again(live):
     mesh = make_mesh(jax.devices()[:1])
     known = {program: {"known": number} for number, program in enumerate(remembered(live))}
-    assert len(known) == 3
+    assert len(known) == 4
     plain = arms()[OURS]
     assert measure(plain, mesh, SMALL, known) == {"known": 0, "program": live[0]["program"]}
     other = measure(plain, make_mesh(jax.devices()[:2]), SMALL, known)
