@@ -52,7 +52,9 @@ def standardize(
     ``multiplier = scale * rsqrt(var + epsilon)`` and
     ``d offset = d bias - multiplier * d mean``: the two per-feature tangents are formed before
     they meet an array of the size of `x`, so that the transposed rule needs two reductions over
-    the batch, ``sum(g)`` and ``sum(g * (x - mean))``, and one collective where x is sharded.
+    the batch, ``sum(g)`` and ``sum(g * (x - mean))``, and one collective where x is sharded. Where
+    the multiplier is as large as `x`, as in a layer norm, so would be its tangent: there the
+    normalization is differentiated first, and scale and bias after it.
 
     Args:
         dtype: the dtype of the result.

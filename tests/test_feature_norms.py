@@ -40,6 +40,21 @@ def test_the_definition_at_any_offset(name, jit, offset, spread):
     assert_close(y, define(x, axes))
 
 
+@pytest.mark.parametrize("offset", [0, 1e4, 1e6])
+def test_gradients_of_a_layer_norm_far_from_zero(offset):
+    x, cotangent = (standard_normal(seed, (32, 64)) for seed in (10, 11))
+    x = x + np.float32(offset)
+    _, pull = jax.vjp(bn.layer_norm, PARAMS, x)
+    d_params, d_x = pull(cotangent)
+    mean, var = (one[:, None] for one in define_moments(x, 0)[1:])
+    deviation, pulled = np.sqrt(var + 1e-6), np.float64(cotangent)
+    normalized = (np.float64(x) - mean) / deviation
+    through = pulled * np.asarray(PARAMS["scale"])
+    mean_of, share = (one.mean(1, keepdims=True) for one in (through, through * normalized))
+    assert_close(d_x, (through - mean_of - normalized * share) / deviation)
+    assert_close(d_params, {"scale": (pulled * normalized).sum(0), "bias": pulled.sum(0)})
+
+
 @pytest.mark.parametrize("value", [0.0, -7.3, 3e10, 1e30])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_constant_gives_the_bias(name, value):
