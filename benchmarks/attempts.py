@@ -1,10 +1,9 @@
 """What was tried to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
 
 ``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
-of time, times on this CPU the phases of which every batch norm consists and ways to take the sums
-of the first, and writes
-``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are written out
-here, without the package: they differ in what XLA's heuristics see.
+of time, times on this CPU the phases of which norms consist and ways to take the sums of the first,
+and writes ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are
+written out here, without the package: they differ in what XLA's heuristics see.
 """
 
 import time
@@ -125,33 +124,44 @@ def plain_sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.sum(axes), (x * y).sum(axes)
 
 
-# Each needs what the one before has given, so that no two of them are ever one pass over memory or
-# run at the same time.
-PHASES: dict[str, tuple[Callable[..., Any], str]] = {
-    "sums": (lambda x: plain_sums(x, x), "x"),
-    "map": (lambda x, a, b: a * x + b, "xab"),
-    "sums of the gradient": (plain_sums, "gx"),
-    "map of the gradient": (lambda g, x, a, b, c: a * g + b * x + c, "gxabc"),
+# Each needs what one before has given, so that no two of them are one pass over memory, but the last
+# two sums of a layer norm, which XLA takes over rows and over columns in a pass each.
+PHASES: dict[str, dict[str, tuple[Callable[..., Any], str]]] = {
+    "BatchNorm": {
+        "sums": (lambda x: plain_sums(x, x), "x"),
+        "map": (lambda x, a, b: a * x + b, "xab"),
+        "sums of the gradient": (plain_sums, "gx"),
+        "map of the gradient": (lambda g, x, a, b, c: a * g + b * x + c, "gxabc"),
+    },
+    "LayerNorm": {
+        "sums": (lambda x: (x.sum(-1), (x * x).sum(-1)), "x"),
+        "map": (lambda x, m, r, a, b: (x - m) * r * a + b, "xmrab"),
+        "sums of the gradient": (lambda g, x, a: ((g * a).sum(-1), (g * a * x).sum(-1)), "gxa"),
+        "sums for the parameters": (lambda g, x, r: plain_sums(g, r * x), "gxr"),
+        "map of the gradient": (lambda g, x, a, m, r: g * a * r + x * m + r, "gxamr"),
+    },
 }
 ALL_PHASES = "all phases"
 
 
-def time_phases(shape: layer.Shape) -> dict[str, Timing]:
-    """Times what a batch norm consists of, in float32, beside whole layers.
+def time_phases(norm: str, shape: layer.Shape) -> dict[str, Timing]:
+    """Times what a norm consists of, in float32, beside whole layers.
 
     Args:
+        norm: one of `PHASES`.
         shape: of x, the features last.
 
     Returns:
-        The timings of `PHASES`, and of ours and PyTorch's layer.
+        The timings of its phases, and of ours and PyTorch's layer.
     """
-    case = layer.Case("BatchNorm", "float32", shape)
+    case = layer.Case(norm, "float32", shape)
     batch = layer.draw(case)
     arrays = {"x": batch.x, "g": batch.cotangent, "a": batch.params["scale"]}
-    arrays = jax.device_put(arrays | dict.fromkeys("bc", batch.params["bias"]))
+    arrays |= dict.fromkeys("bc", batch.params["bias"])
+    arrays = jax.device_put(arrays | dict.fromkeys("mr", batch.x[..., :1]))
     programs: dict[str, Callable[[], Any]] = {
         name: partial(jax.jit(phase), *(arrays[name] for name in names))
-        for name, (phase, names) in PHASES.items()
+        for name, (phase, names) in PHASES[norm].items()
     }
     for arm, of_arm in layer.programs_of(case, (layer.OURS, "torch")).items():
         programs |= {f"{direction}, {arm}": program for direction, program in of_arm.items()}
@@ -211,11 +221,11 @@ def time_sums(shape: layer.Shape, dtype: str) -> dict[str, Timing]:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables: of the ways, of the phases, and of the sums."""
+    """Returns the figures as tables: of the ways, of the sums, and of the phases of each norm."""
     return [
         _ways_table(figures["ways"]),
-        _phases_table(figures["phases"]),
         _sums_table(figures["sums"]),
+        *(_phases_table(norm, figures["phases"][norm]) for norm in PHASES),
     ]
 
 
@@ -229,15 +239,15 @@ def _ways_table(ways: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def _phases_table(by_shape: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="Milliseconds on a CPU, float32", box=SIMPLE_HEAD)
+def _phases_table(norm: str, by_shape: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=f"{norm}: milliseconds on a CPU, float32", box=SIMPLE_HEAD)
     layers = [f"{layer.BOTH}, {arm}" for arm in ("torch", layer.OURS)]
-    columns = [*PHASES, ALL_PHASES, *layers]
+    columns = [*PHASES[norm], ALL_PHASES, *layers]
     for column in ("shape", *columns, f"{ALL_PHASES} / torch"):
         table.add_column(column, justify="right")
     for shape, timings in by_shape.items():
         median = {name: Timing.load(one).median for name, one in timings.items()}
-        median[ALL_PHASES] = sum(median[name] for name in PHASES)
+        median[ALL_PHASES] = sum(median[name] for name in PHASES[norm])
         ratio = median[ALL_PHASES] / median[layers[0]]
         table.add_row(shape, *(f"{1e3 * median[one]:.2f}" for one in columns), f"{ratio:.2f}")
     return table
@@ -260,9 +270,11 @@ def main() -> None:
     ways: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task("by the clock", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
-        phases, sums = {}, {}
+        phases: dict[str, dict[str, Any]] = {norm: {} for norm in PHASES}
+        sums = {}
         for shape in layer.SHAPES:
-            phases[layer.named(shape)] = time_phases(shape)
+            for norm, by_shape in phases.items():
+                by_shape[layer.named(shape)] = time_phases(norm, shape)
             progress.advance(task)
             for dtype in ("float32", "bfloat16"):
                 sums[f"{dtype}, {layer.named(shape)}"] = time_sums(shape, dtype)
