@@ -124,8 +124,8 @@ def plain_sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.sum(axes), (x * y).sum(axes)
 
 
-# Each needs what one before has given, so that no two of them are one pass over memory, but the last
-# two sums of a layer norm, which XLA takes over rows and over columns in a pass each.
+# Each needs what one before has given, so that no two of them are one pass over memory, but the
+# last two sums of a layer norm, which XLA takes over rows and over columns in a pass each.
 PHASES: dict[str, dict[str, tuple[Callable[..., Any], str]]] = {
     "BatchNorm": {
         "sums": (lambda x: plain_sums(x, x), "x"),
