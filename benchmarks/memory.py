@@ -181,8 +181,10 @@ def _without_guards() -> Iterator[None]:
     jax.clear_caches()
     # The package has a function of the module's name.
     with mock.patch.object(sys.modules["bn_jax.moments"], "cancels", never):
-        yield
-    jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
 
 
 def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:

@@ -302,28 +302,6 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def as_json(findings: Findings) -> dict[str, Any]:
-    """Returns what the JSON holds of the findings."""
-
-    def program(found: Program) -> dict[str, Any]:
-        traffic = {name: getattr(found, name)._asdict() for name in ("always", "guarded")}
-        return {**found._asdict(), **traffic}
-
-    def programs(arms: Programs) -> dict[str, Any]:
-        return {
-            arm: {str(devices): program(found) for devices, found in by_devices.items()}
-            for arm, by_devices in arms.items()
-        }
-
-    return {
-        "chip": V5E,
-        **findings._asdict(),
-        "sizes": findings.sizes._asdict(),
-        "steps": programs(findings.steps),
-        "layers": programs(findings.layers),
-    }
-
-
 def load(figures: Mapping[str, Any]) -> Findings:
     """Reads the findings of the JSON."""
 
@@ -364,7 +342,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     meshes = [mesh_of(V5E, layout) for layout in SLICES.values()]
     findings = measure_all(meshes, Sizes(), known_programs(report.read_if_there("scale")))
-    report.write("scale", ("flax", "libtpu"), as_json(findings))
+    report.write("scale", ("flax", "libtpu"), {"chip": V5E, **findings._asdict()})
     report.show(tables(report.read("scale")))
 
 

@@ -184,14 +184,16 @@ def test_no_reduction_and_no_guard_is_repeated(name):
             *(jax.checkpoint(loss, policy=bn.remat_policy(keep)) for keep in ("inputs", "moments")),
         ),
     )
-    # XLA merges on a CPU what is repeated of equal arrays.
     assert reductions(bare) > reductions(plain)
     compiled = plain.compile()
+    # Of the ghost norms XLA merges on a CPU what is repeated.
+    assert name == "ghost" or repeatable(bare.compile()) > repeatable(compiled)
     assert repeatable(compiled)[1] == (0 if name == "ghost" else DEPTH)
     for one in kept:
         assert reductions(one) == reductions(plain)
-        assert repeatable(one.compile()) == repeatable(compiled)
-        assert_close(one.compile()(PARAMS, STATS, X), compiled(PARAMS, STATS, X))
+        policed = one.compile()
+        assert repeatable(policed) == repeatable(compiled)
+        assert_close(policed(PARAMS, STATS, X), compiled(PARAMS, STATS, X))
 
 
 def test_what_has_no_derivative_is_measured_once():

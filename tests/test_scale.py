@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import pytest
 from support import all_reduces
@@ -136,7 +138,7 @@ def test_memory_is_that_of_one_device(live):
 
 def test_what_is_written_is_read_again_and_not_compiled_again(live, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    report.write("scale", (), scale.as_json(live))
+    report.write("scale", (), live._asdict())
     figures = report.read("scale")
     assert load(figures) == live
 
@@ -189,6 +191,12 @@ def test_the_tables_have_every_arm():
 
 
 def test_what_the_readme_says_of_the_committed_figures():
-    assert Sizes().examples == 256
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## What grows with the number of devices")[1].split("\n## ")[0]
+    assert f"{Sizes().examples} examples" in section
+    assert f"{Sizes().layer_shape[-1]} features, forward and backward" in section
+    assert (
+        f"{COMMITTED.norm_layers} norm layers, of {COMMITTED.norm_features:,} features" in section
+    )
     kinds = {kind for _, arm in every_arm(COMMITTED) for one in arm.values() for kind in one.kinds}
-    assert kinds == {"all-reduce"}
+    assert ("All collectives are all-reduces" in section) == (kinds == {"all-reduce"})
