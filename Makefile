@@ -3,10 +3,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 LAB := .venv-lab
 READY := $(VENV)/ready
-CORE_TESTS := tests/test_moments.py tests/test_standardize.py tests/test_batch_norm.py \
-	tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_flax_compat.py \
-	tests/test_optim.py tests/test_programs.py tests/test_fold.py tests/test_recalibrate.py \
-	tests/test_audit.py
+CORE_TESTS := tests/core/test_moments.py tests/core/test_standardize.py tests/core/test_batch_norm.py \
+	tests/core/test_devices.py tests/modules/test_linen.py tests/modules/test_nnx.py tests/modules/test_flax_compat.py \
+	tests/tools/test_optim.py tests/tools/test_programs.py tests/tools/test_fold.py tests/tools/test_recalibrate.py \
+	tests/tools/test_audit.py
 
 # Compiling takes less time with it.
 COMPILE_QUICKLY := --xla_cpu_use_fusion_emitters=false
@@ -22,7 +22,7 @@ demo: $(READY)
 # What computes is tested once more as it is compiled for users.
 test: $(READY)
 	XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --dist worksteal
-	$(VENV)/bin/python -m pytest -n auto --dist worksteal tests/test_moments.py tests/test_standardize.py
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal tests/core/test_moments.py tests/core/test_standardize.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
@@ -57,7 +57,7 @@ bench-%: $(LAB)/ready
 
 # What the compilers of accelerators say; elsewhere these tests skip.
 floors: $(LAB)/ready
-	BN_JAX_COMPILERS=1 JAX_PLATFORMS=cpu $(LAB)/bin/python -m pytest tests/test_compiled.py
+	BN_JAX_COMPILERS=1 JAX_PLATFORMS=cpu $(LAB)/bin/python -m pytest tests/benchmarks/test_compiled.py
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready

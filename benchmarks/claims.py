@@ -26,7 +26,7 @@ def reproduce(folder: Path) -> list[Path]:
     """Runs all experiments from each of `FIRST_SEEDS` on, into folders in the given one."""
     folders = [folder / f"from {first}" for first in FIRST_SEEDS]
     for first, out in zip(FIRST_SEEDS, folders, strict=True):
-        command = [sys.executable, "-m", "bn_jax.cli", "reproduce", "all", "--first-seed"]
+        command = [sys.executable, "-m", "bn_jax.lab.command", "reproduce", "all", "--first-seed"]
         subprocess.run([*command, str(first), "--out", str(out)], check=True)
     return folders
 

@@ -32,7 +32,7 @@ from benchmarks.compilers import (
     read,
     remembered,
 )
-from bn_jax.models import Norm
+from bn_jax.lab.models import Norm
 from bn_jax.training import DATA_AXIS
 
 FLAX, OURS = "flax.linen", "bn_jax"

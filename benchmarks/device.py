@@ -31,7 +31,7 @@ from benchmarks.startup import (
     training_step,
 )
 from benchmarks.timing import Timing, in_turns
-from bn_jax.models import Norm, ResNet50
+from bn_jax.lab.models import Norm, ResNet50
 
 ROUNDS = 20
 # Calls between two looks at the clock, so that a device runs one while the next is dispatched.

@@ -22,7 +22,8 @@ from rich.table import Table
 import bn_jax as bn
 from benchmarks import report
 from benchmarks.timing import Timing, in_turns
-from bn_jax.models import Norm, ResNet, ResNet18
+from bn_jax._paths import format_path
+from bn_jax.lab.models import Norm, ResNet, ResNet18
 
 ROUNDS = 50
 WITHOUT, FOLDED, UNFOLDED, FLAX = "no norm", "folded", "bn_jax", "flax.linen"
@@ -70,9 +71,9 @@ def randomized(variables: Any) -> Any:
 
     def draw(keys: Any, leaf: Any) -> jax.Array:
         values = rng.standard_normal(leaf.shape)
-        if bn.optim.path_of(keys).endswith("kernel"):
+        if format_path(keys).endswith("kernel"):
             values /= np.sqrt(np.prod(leaf.shape[:-1]))
-        if bn.optim.path_of(keys).endswith("var"):
+        if format_path(keys).endswith("var"):
             values = np.exp(values)
         return jnp.asarray(values, leaf.dtype)
 

@@ -25,7 +25,7 @@ from rich.table import Table
 import bn_jax as bn
 from benchmarks import report
 from benchmarks.compilers import V5E, identify, lower_for, mesh_of, read, remembered
-from bn_jax.models import Bottleneck, Norm, ResNet
+from bn_jax.lab.models import Bottleneck, Norm, ResNet
 from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"

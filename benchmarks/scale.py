@@ -24,8 +24,8 @@ from benchmarks import report
 from benchmarks.compilers import V5E, identify, mesh_of, remembered
 from benchmarks.hlo import Collective, collectives
 from bn_jax import training
-from bn_jax.data import Batch
-from bn_jax.models import Norm, ResNet
+from bn_jax.lab.data import Batch
+from bn_jax.lab.models import Norm, ResNet
 
 SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 NO_NORM = "no norm"

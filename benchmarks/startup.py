@@ -30,7 +30,7 @@ from benchmarks import report
 from benchmarks.inference import Network
 from benchmarks.timing import Timing, in_turns
 from bn_jax import training
-from bn_jax.models import Norm, ResNet50
+from bn_jax.lab.models import Norm, ResNet50
 
 IMPORT_ROUNDS = 5
 STEP_ROUNDS = 3

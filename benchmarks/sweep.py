@@ -25,8 +25,8 @@ from rich.table import Table
 import bn_jax as bn
 from benchmarks import report
 from benchmarks.timing import Timing, in_turns
-from bn_jax.data import Dataset, load_digits, mean_and_std, standardize
-from bn_jax.models import Norm
+from bn_jax.lab.data import Dataset, load_digits, mean_and_std, standardize
+from bn_jax.lab.models import Norm
 
 ROUNDS = 3
 OURS = "bn_jax"

@@ -1,8 +1,8 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
 from bn_jax import convert, linen, nnx, optim
-from bn_jax.audit import Audit, Finding, audit
-from bn_jax.batch_norm import (
+from bn_jax._audit.findings import Audit, Finding, audit
+from bn_jax._core.batch_norm import (
     BatchStats,
     Measured,
     batch_norm,
@@ -12,14 +12,14 @@ from bn_jax.batch_norm import (
     normalize_by_batch,
     update_batch_stats,
 )
-from bn_jax.batch_renorm import batch_renorm
-from bn_jax.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
-from bn_jax.fold import FoldedNorm, absorb_scale, as_affine, fold
-from bn_jax.moments import Moments, merge_moments, moments
-from bn_jax.recalibrate import LayerChange, Recalibration, recalibrate
+from bn_jax._core.batch_renorm import batch_renorm
+from bn_jax._core.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
+from bn_jax._core.moments import Moments, merge_moments, moments
+from bn_jax._core.standardize import Params
+from bn_jax._core.whitening import WhiteningStats, init_whitening_stats, whitening_norm
+from bn_jax._fold.folding import FoldedNorm, absorb_scale, as_affine, fold
+from bn_jax._recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.remat import remat_policy
-from bn_jax.standardize import Params
-from bn_jax.whitening import WhiteningStats, init_whitening_stats, whitening_norm
 
 __all__ = [
     "Audit",

@@ -19,6 +19,8 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from bn_jax._paths import batch_stats_by_path, format_path
+
 
 def no_weight_decay_mask(params: Any) -> Any:
     """Masks weight decay: False, no decay, for scale and bias of norms and for every other bias.
@@ -87,10 +89,10 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
         >>> bn.optim.norm_params_mask({"dense": dense, "norm": {"scale": jnp.ones(3)}})
         {'dense': {'bias': False, 'kernel': False}, 'norm': {'scale': True}}
     """
-    running = norms_of(batch_stats)
+    running = batch_stats_by_path(batch_stats)
 
     def is_norm(path: tuple[Any, ...], affine: Mapping[str, Any]) -> bool:
-        return "scale" in affine or path_of(path) in running or "norm" in _name(path).lower()
+        return "scale" in affine or format_path(path) in running or "norm" in _name(path).lower()
 
     return _mask(params, of_affine=is_norm, of_other=lambda path: False)
 
@@ -121,31 +123,5 @@ def _is_affine(node: Any) -> bool:
     return set(node) <= {"scale", "bias"}
 
 
-def is_running(node: Any) -> bool:
-    """Says whether a node of a tree of statistics holds those of one norm."""
-    return isinstance(node, Mapping) and {"mean", "var"} <= set(node)
-
-
-def norms_of(batch_stats: Any) -> dict[str, Any]:
-    """Returns the nodes of a tree of statistics that hold those of one norm, by their paths."""
-    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=is_running)
-    return {path_of(path): node for path, node in nodes if is_running(node)}
-
-
-def whitenings_of(batch_stats: Any) -> list[str]:
-    """Returns the paths of the nodes of a tree of statistics that hold those of whitening."""
-
-    def holds(node: Any) -> bool:
-        return isinstance(node, Mapping) and {"mean", "cov"} <= set(node)
-
-    nodes = jax.tree.leaves_with_path(batch_stats, is_leaf=holds)
-    return [path_of(path) for path, node in nodes if holds(node)]
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """Returns the path of a node in a tree as text."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _name(path: tuple[Any, ...]) -> str:
-    return path_of(path[-1:])
+    return format_path(path[-1:])

@@ -19,10 +19,10 @@ from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax.audit import is_initial
-from bn_jax.data import Batch, Dataset, batches
-from bn_jax.moments import Moments, merge_moments
-from bn_jax.optim import is_running, norms_of, path_of
+from bn_jax._audit.findings import is_initial
+from bn_jax._core.moments import Moments, merge_moments
+from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
+from bn_jax.lab.data import Batch, Dataset, batches
 
 DATA_AXIS = "data"
 # What a model updates in every part of a batch.
@@ -137,8 +137,8 @@ class TrainState(_SettlesUpdates, train_state.TrainState):
         dropped = self._dropped
         if dropped is None or dropped.settled:
             call = traceback.extract_stack(limit=2)[0]
-            nodes = jax.tree.leaves_with_path(self.batch_stats, is_leaf=is_running)
-            layers = [_named(path_of(path)) for path, _ in nodes]
+            nodes = jax.tree.leaves_with_path(self.batch_stats, is_leaf=is_batch_stats)
+            layers = [_named(format_path(path)) for path, _ in nodes]
             dropped = _DroppedUpdates(call.filename, call.lineno or 0, _first_of(layers))
         return dataclasses.replace(state, _dropped=dropped)
 
@@ -467,7 +467,7 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 
 
 def _warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
-    norms = norms_of(batch_stats)
+    norms = batch_stats_by_path(batch_stats)
     values = jax.device_get({_named(path): dict(node) for path, node in norms.items()})
     if initial := [path for path, norm in values.items() if is_initial(norm)]:
         warnings.warn(
@@ -673,7 +673,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
     """
 
     def merge(node: Any) -> Any:
-        if not is_running(node):
+        if not is_batch_stats(node):
             raise ValueError(
                 f"batch_stats holds {type(node).__name__} outside of a batch norm, expected "
                 "mappings with mean and var: merge the state of other layers apart"
@@ -683,7 +683,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
         merged = merge_moments(*devices)._asdict()
         return {name: merged[name].astype(leaf.dtype) for name, leaf in node.items()}
 
-    return jax.tree.map(merge, batch_stats, is_leaf=is_running)
+    return jax.tree.map(merge, batch_stats, is_leaf=is_batch_stats)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:

@@ -45,7 +45,7 @@ def command(monkeypatch, capsys, tmp_path):
     assert len(jax.devices()) == 4
     monkeypatch.chdir(tmp_path)
 
-    from bn_jax.cli import main
+    from bn_jax.lab.command import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["bn-jax", *map(str, arguments)])

@@ -1,0 +1,1 @@
+"""Auditing the batch norms of a model."""

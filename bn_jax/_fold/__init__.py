@@ -1,0 +1,1 @@
+"""Folding norms into the linear layers beside them."""

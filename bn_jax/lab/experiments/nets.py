@@ -1,0 +1,123 @@
+"""Small networks with any norm or none, for the experiments."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bn_jax.lab.models import Norm, apply_norm
+
+Position = Literal["before", "after"]
+
+
+class MLP(nn.Module):
+    """Dense layers, each with a norm and an activation, and a linear classifier.
+
+    Attributes:
+        widths: features of the hidden layers.
+        num_classes: number of logits.
+        norm: constructor of the norms, as of `bn_jax.lab.models.ConvNorm`, or None.
+        activation: between the layers.
+        position: whether the norm comes before the activation or after it.
+        kernel_init: of the hidden layers' kernels.
+        dtype: of parameters and computation.
+    """
+
+    widths: Sequence[int] = (64, 64, 64)
+    num_classes: int = 10
+    norm: Norm | None = None
+    activation: Any = nn.relu
+    position: Position = "before"
+    kernel_init: jax.nn.initializers.Initializer = nn.initializers.he_normal()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Computes the logits.
+
+        What comes into each activation is sown as ``preactivation`` into "intermediates".
+
+        Args:
+            x: [n, features].
+            train: whether to normalize by the batch's statistics and update the running ones.
+            mask: booleans or weights [n]: which examples enter the statistics. None: all.
+
+        Returns:
+            Logits [n, num_classes].
+        """
+        types = {} if self.dtype is None else {"dtype": self.dtype, "param_dtype": self.dtype}
+        mask = None if mask is None else mask[:, None]
+        for index, width in enumerate(self.widths):
+            # A bias before a norm is cancelled by it.
+            use_bias = self.norm is None or self.position == "after"
+            dense = nn.Dense(
+                width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}", **types
+            )
+            x = dense(x)
+            if self.position == "before":
+                x = self._normalized(x, train, mask, index)
+            self.sow("intermediates", "preactivation", x)
+            x = self.activation(x)
+            if self.position == "after":
+                x = self._normalized(x, train, mask, index)
+        return nn.Dense(self.num_classes, name="classifier", **types)(x)
+
+    def _normalized(
+        self, x: jax.Array, train: bool, mask: jax.Array | None, index: int
+    ) -> jax.Array:
+        types = {} if self.dtype is None else {"param_dtype": self.dtype}
+        return apply_norm(self.norm, x, train, mask, self.dtype, f"norm{index}", **types)
+
+
+class ScannedMLP(nn.Module):
+    """An `MLP` of equal hidden layers whose program is no longer however deep it is.
+
+    The parameters and statistics of all hidden layers but the first are stacked, [depth - 1, ...],
+    under ``hidden``; those of the first are under ``first``.
+
+    Attributes:
+        depth: hidden layers.
+        width: features of each.
+        num_classes: number of logits.
+        norm: constructor of the norms, or None.
+    """
+
+    depth: int
+    width: int = 32
+    num_classes: int = 10
+    norm: Norm | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes the logits [n, num_classes] of [n, features].
+
+        What comes into the activations is sown, [depth, n, width], as ``preactivation``.
+        """
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "noise": True},
+            length=self.depth - 1,
+        )
+        x, first = _Layer(self.width, self.norm, train, name="first")(x)
+        x, others = layers(self.width, self.norm, train, name="hidden")(x)
+        self.sow("intermediates", "preactivation", jnp.concatenate([first[None], others]))
+        return nn.Dense(self.num_classes, name="classifier")(x)
+
+
+class _Layer(nn.Module):
+    """A dense layer, its norm and ReLU."""
+
+    width: int
+    norm: Norm | None
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dense = nn.Dense(
+            self.width, self.norm is None, kernel_init=nn.initializers.he_normal(), name="dense"
+        )
+        before = apply_norm(self.norm, dense(x), self.train, None, None)
+        return nn.relu(before), before

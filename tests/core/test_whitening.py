@@ -1,0 +1,574 @@
+"""Whitening against its definition in float64: an eigendecomposition, by function and modules."""
+
+import functools
+from functools import partial
+from itertools import pairwise
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import assert_close, differentiate, exact, standard_normal
+
+import bn_jax as bn
+from bn_jax._core.whitening import inverse_square_root
+
+TRAIN = partial(bn.whitening_norm, use_running_average=False)
+EVALUATE = partial(bn.whitening_norm, use_running_average=True)
+COMPLETE = 20
+
+pytestmark = pytest.mark.usefixtures("strict_promotion", "compile_quickly")
+
+
+# --- the definition -----------------------------------------------------------------------------
+
+
+def define_cov(x, size, mask=None):
+    """The covariance of each group of the last axis' features, weighted, in float64."""
+    x = exact(x).reshape(-1, x.shape[-1])
+    weights = np.ones(len(x)) if mask is None else np.asarray(mask, np.float64).reshape(-1)
+    x = np.where(weights[:, None] > 0, x, 0)
+    mean = weights @ x / weights.sum()
+    groups = (x - mean).reshape(len(x), -1, size)
+    return mean, np.einsum("n,ngi,ngj->gij", weights, groups, groups) / weights.sum()
+
+
+def define_root(cov):
+    values, vectors = np.linalg.eigh(cov)
+    return np.einsum("gik,gk,gjk->gij", vectors, values**-0.5, vectors)
+
+
+def define_output(params, mean, cov, x, epsilon=1e-5):
+    groups, size, _ = cov.shape
+    root = define_root(cov + epsilon * np.eye(size))
+    deviation = (exact(x) - exact(mean)).reshape(*x.shape[:-1], groups, size)
+    y = np.einsum("...gj,gij->...gi", deviation, root).reshape(x.shape)
+    return y * exact(params["scale"]) + exact(params["bias"])
+
+
+def define(params, stats, x, *, momentum=0.99, mask=None, epsilon=1e-5):
+    """Whitening in training: output and new running statistics."""
+    mean, cov = define_cov(x, stats["cov"].shape[-1], mask)
+    y = define_output(params, mean, cov, x, epsilon)
+    new = {"mean": mean, "cov": cov}
+    return y, {
+        name: momentum * exact(stats[name]) + (1 - momentum) * new[name] for name in ("mean", "cov")
+    }
+
+
+def make_state(features=6, size=3, seed=100):
+    params = {"scale": standard_normal(seed, features), "bias": standard_normal(seed + 1, features)}
+    stats = bn.init_whitening_stats(features, group_size=size)
+    return params, {"mean": standard_normal(seed + 2, features), "cov": 2 * stats["cov"]}
+
+
+def correlated(seed, shape, offset=0.0):
+    """Values whose covariance has a condition number of some ten."""
+    features = shape[-1]
+    mixing = np.random.default_rng(features).standard_normal((features, features))
+    mixing = np.eye(features) + 0.5 / np.sqrt(features) * mixing
+    return jnp.asarray(exact(standard_normal(seed, shape)) @ mixing + offset, jnp.float32)
+
+
+# --- output and state ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_steps_equal_the_definition(size):
+    params, stats = make_state(size=size)
+    step = jax.jit(partial(TRAIN, group_size=size, iterations=COMPLETE, momentum=0.7))
+    expected_stats = stats
+    for seed in range(3):
+        x = correlated(seed, (4, 10, 6), offset=seed)
+        y, stats = step(params, stats, x)
+        expected, expected_stats = define(params, expected_stats, x, momentum=0.7)
+        assert_close(y, expected, dtype=jnp.float32, tolerance=3e-5)
+        assert_close(stats, expected_stats, dtype=jnp.float32)
+    y, kept = EVALUATE(params, stats, x, group_size=size, iterations=COMPLETE)
+    assert_close(y, define_output(params, stats["mean"], exact(stats["cov"]), x), tolerance=3e-5)
+    assert kept is stats
+    y, new = EVALUATE(
+        params, stats, x, group_size=size, iterations=COMPLETE, update_running_average=True
+    )
+    assert_close(y, define_output(params, stats["mean"], exact(stats["cov"]), x), tolerance=3e-5)
+    assert_close(new, define(params, stats, x)[1])
+
+
+def test_the_output_is_white():
+    x = correlated(0, (500, 32))
+    y, _ = TRAIN({}, bn.init_whitening_stats(32), x, iterations=COMPLETE)
+    assert_close(define_cov(y, 32)[1][0], np.eye(32), tolerance=1e-4)
+
+
+def test_more_iterations_are_nearer_to_white():
+    x = correlated(0, (500, 32))
+    stats = bn.init_whitening_stats(32)
+    distances = [
+        np.linalg.norm(define_cov(TRAIN({}, stats, x, iterations=number)[0], 32)[1] - np.eye(32))
+        for number in (1, 3, 5, 7, 9, 11)
+    ]
+    # Once so close, epsilon and rounding decide.
+    assert all(after < before or before < 1e-3 for before, after in pairwise(distances))
+    assert distances[-1] < 1e-3
+    assert distances[-1] < 1e-3
+
+
+def test_groups_of_one_feature_are_batch_norm():
+    params, stats = make_state(size=1)
+    x = correlated(0, (20, 6), offset=100.0)
+    y, new = TRAIN(params, stats, x, group_size=1, iterations=1)
+    per_feature = {"mean": stats["mean"], "var": stats["cov"].reshape(6)}
+    expected, expected_stats = bn.batch_norm(params, per_feature, x, use_running_average=False)
+    assert_close(y, expected)
+    assert_close(new["cov"].reshape(6), expected_stats["var"])
+    assert_close(new["mean"], expected_stats["mean"])
+
+
+def test_the_feature_axis_may_be_any():
+    params, stats = make_state()
+    x = correlated(0, (5, 4, 6))
+    expected = TRAIN(params, stats, x, group_size=3)
+    for axis in (0, 1):
+        y, new = TRAIN(params, stats, jnp.moveaxis(x, -1, axis), group_size=3, axis=axis)
+        assert_close((jnp.moveaxis(y, axis, -1), new), expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_offsets_do_not_destroy_the_covariance(offset):
+    x = correlated(0, (400, 6), offset=offset)
+    params, stats = make_state(size=6)
+    y, new = TRAIN(params, stats, x, iterations=COMPLETE, momentum=0.0)
+    expected, expected_stats = define(params, stats, x, momentum=0.0)
+    assert_close(y, expected, tolerance=2e-5)
+    assert_close(new["cov"], expected_stats["cov"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    params, stats = make_state(size=6)
+    x = correlated(0, (50, 6), offset=5.0).astype(dtype)
+    y, new = TRAIN(params, stats, x, iterations=COMPLETE, dtype=jnp.float32)
+    expected, expected_stats = define(params, stats, x)
+    assert_close(y, expected, dtype=jnp.float32, tolerance=3e-5)
+    assert_close(new, expected_stats, dtype=jnp.float32)
+    own = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    assert TRAIN(own, stats, x)[0].dtype == dtype
+    with jax.numpy_dtype_promotion("standard"):
+        assert TRAIN(params, stats, x)[0].dtype == jnp.float32
+
+
+def test_the_cumulative_average_weighs_every_batch_alike():
+    params = {}
+    stats = bn.init_whitening_stats(6, group_size=3, use_count=True)
+    covs = []
+    for seed in range(3):
+        x = correlated(seed, (20, 6))
+        _, stats = TRAIN(params, stats, x, group_size=3, momentum=None)
+        covs.append(define_cov(x, 3)[1])
+    assert_close(stats["cov"], np.mean(covs, 0))
+    assert stats["count"].tolist() == [3, 3]
+
+
+# --- the inverse square root --------------------------------------------------------------------
+
+
+def with_condition(condition, size=32):
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((size, size)))
+    matrix = (basis * np.geomspace(1 / condition, 1, size)) @ basis.T
+    return jnp.asarray((matrix + matrix.T)[None] / 2, jnp.float32)
+
+
+@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-5), (1e3, 2e-5), (1e4, 1e-4)])
+def test_the_root_is_exact_and_stays_so(condition, tolerance):
+    """The uncoupled iteration comes apart in float32 after some ten steps."""
+    matrix = with_condition(condition)
+    expected = define_root(exact(matrix))
+    for iterations in (20, 50):
+        root = exact(inverse_square_root(matrix, iterations))
+        assert np.abs(root - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_the_root_is_found_at_any_magnitude(factor):
+    matrix = with_condition(10.0, 4)
+    expected = exact(inverse_square_root(matrix, COMPLETE))
+    root = exact(inverse_square_root(matrix * factor, COMPLETE)) * np.sqrt(factor)
+    assert_close(root, expected, tolerance=1e-5)
+
+
+# --- derivatives --------------------------------------------------------------------------------
+
+
+def test_gradients_equal_finite_differences():
+    params, stats = make_state(4, 2)
+    x = correlated(0, (7, 4))
+    weights = np.random.default_rng(1).standard_normal(x.shape)
+
+    def loss(params, x):
+        y, _ = TRAIN(params, stats, x, group_size=2, iterations=COMPLETE)
+        return jnp.sum(jnp.sin(y) * weights.astype(jnp.float32))
+
+    of_params, of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+    def defined(name, values):
+        changed = {**params, "x": x, name: values}
+        return np.sum(np.sin(define(changed, stats, changed["x"])[0]) * weights)
+
+    assert_close(of_x, differentiate(partial(defined, "x"), x), tolerance=1e-4)
+    for name, gradient in of_params.items():
+        expected = differentiate(partial(defined, name), params[name])
+        assert_close(gradient, expected, tolerance=1e-4)
+
+
+# --- masks and what is not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masked_equals_the_subset_whatever_is_behind_the_mask(weighted):
+    params, stats = make_state()
+    x = correlated(0, (12, 6))
+    kept = np.arange(12) % 4 != 1
+    weights = np.random.default_rng(0).uniform(0.5, 2, 12) if weighted else np.ones(12)
+    mask = jnp.asarray((weights * kept)[:, None], jnp.float32) if weighted else kept[:, None]
+    poisoned = jnp.where(kept[:, None], x, jnp.nan)
+
+    @jax.jit
+    def differentiated(params, x, mask):
+        def loss(params, x):
+            y, updated = TRAIN(params, stats, x, group_size=3, iterations=COMPLETE, mask=mask)
+            return jnp.sum(jnp.sin(jnp.where(mask.astype(bool), y, 0))), (y, updated)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    (of_params, of_x), (y, updated) = differentiated(params, poisoned, mask)
+    rest = (x[kept], None if mask.dtype == bool else mask[kept])
+    expected, expected_stats = define(params, stats, *rest[:1], mask=rest[1])
+    assert_close(y[kept], expected, tolerance=3e-5)
+    assert np.isnan(y[~kept]).all()
+    assert_close(updated, expected_stats)
+    ones = jnp.ones((len(rest[0]), 1)) if rest[1] is None else rest[1]
+    (of_params_there, of_x_there), _ = differentiated(params, rest[0], ones)
+    assert_close(of_params, of_params_there)
+    assert_close(of_x[kept], of_x_there)
+    assert not of_x[~kept].any()
+
+
+def test_a_masked_position_is_whitened_too():
+    params, stats = make_state()
+    x = correlated(0, (12, 6))
+    mask = np.arange(12)[:, None] != 5
+    y, _ = TRAIN(params, stats, x, group_size=3, iterations=COMPLETE, mask=mask)
+    expected = define_output(params, *define_cov(x, 3, mask), x)
+    assert_close(y, expected, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("examples", [0, 12])
+def test_a_batch_without_a_valid_value_leaves_the_statistics(examples):
+    params, stats = make_state()
+    x = correlated(0, (12, 6))[:examples]
+    stats["count"] = jnp.ones(2)
+    nothing = jnp.zeros((examples, 1), bool)
+    y, updated = TRAIN(params, stats, x, group_size=3, mask=nothing, momentum=None)
+    assert_close(updated, stats, tolerance=1e-12)
+    assert_close(y, EVALUATE(params, stats, x, group_size=3)[0])
+
+
+def test_a_group_that_is_not_finite_keeps_its_statistics():
+    params, stats = make_state()
+    stats["count"] = jnp.zeros(2)
+    x = correlated(0, (12, 6)).at[3, 1].set(jnp.inf)
+    _, updated = TRAIN(params, stats, x, group_size=3, momentum=None)
+    own = {"mean": stats["mean"][3:], "cov": stats["cov"][1:]}
+    new = define({} | {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, own, x[:, 3:], momentum=0)[1]
+    assert_close(updated["mean"][:3], stats["mean"][:3])
+    assert_close(updated["cov"][0], stats["cov"][0])
+    assert_close(updated["mean"][3:], new["mean"])
+    assert_close(updated["cov"][1:], new["cov"])
+    assert updated["count"].tolist() == [0, 1]
+
+
+# --- several devices ----------------------------------------------------------------------------
+
+
+def differentiated(params, stats, x, mask, **options):
+    def loss(params, x):
+        y, updated = TRAIN(
+            params, stats, x, group_size=3, iterations=COMPLETE, mask=mask, **options
+        )
+        return jnp.sum(jnp.sin(jnp.where(mask, y, 0))), (y, updated)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+def by_shard_map(params, stats, x, mask):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        partial(differentiated, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=((P(), P("data")), (P("data"), P())),
+    )
+    return jax.jit(mapped)(params, stats, x, mask)
+
+
+def by_pmap(params, stats, x, mask):
+    split = [leaf.reshape(4, -1, *leaf.shape[1:]) for leaf in (x, mask)]
+    mapped = jax.pmap(
+        partial(differentiated, axis_name="data"), axis_name="data", in_axes=(None, None, 0, 0)
+    )
+    (of_params, of_x), (y, updated) = jax.tree.map(np.asarray, mapped(params, stats, *split))
+    for leaf in jax.tree.leaves(updated):
+        assert (leaf == leaf[:1]).all()
+    return (
+        (jax.tree.map(lambda leaf: leaf.sum(0), of_params), of_x.reshape(x.shape)),
+        (y.reshape(x.shape), jax.tree.map(lambda leaf: leaf[0], updated)),
+    )
+
+
+def by_sharded_jit(kind, params, stats, x, mask):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        x, mask = jax.device_put((x, mask), NamedSharding(mesh, P("data")))
+        params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
+        found = jax.jit(partial(differentiated, axis_name="data"))(params, stats, x, mask)
+        return jax.tree.map(np.asarray, found)
+
+
+REGIMES = {
+    "shard_map": by_shard_map,
+    "pmap": by_pmap,
+    "sharded jit": partial(by_sharded_jit, jax.sharding.AxisType.Auto),
+    "explicit jit": partial(by_sharded_jit, jax.sharding.AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_sharded_equals_flattened_with_uneven_counts(regime):
+    """One of the four devices has nothing valid, and the others have different counts."""
+    params, stats = make_state()
+    mask = (np.arange(20) % 5 < np.repeat([5, 0, 2, 4], 5))[:, None]
+    x = correlated(0, (20, 6), offset=np.repeat([0.0, 9.0, 2.0, 3.0], 5)[:, None])
+    x = jnp.where((np.arange(20) == 6)[:, None], jnp.nan, x)
+    found = REGIMES[regime](params, stats, x, jnp.asarray(mask))
+    expected = differentiated(params, stats, x, jnp.asarray(mask))
+    kept = mask[:, 0]
+
+    def valid(result):
+        gradients, (y, updated) = result
+        return gradients, np.asarray(y)[kept], updated
+
+    assert_close(valid(found), valid(expected))
+    y, updated = define(params, stats, x[kept])
+    assert_close(valid(found)[1:], (y[kept[kept]], updated), tolerance=3e-5)
+
+
+def test_index_groups_have_statistics_of_their_own():
+    params, stats = make_state()
+    x = correlated(0, (4, 10, 6))
+    mapped = jax.pmap(
+        partial(
+            TRAIN, group_size=3, iterations=COMPLETE, axis_name="data",
+            axis_index_groups=[[0, 1], [2, 3]],
+        ),
+        axis_name="data",
+        in_axes=(None, None, 0),
+    )  # fmt: skip
+    y, updated = jax.tree.map(np.asarray, mapped(params, stats, x))
+    for first in (0, 2):
+        both = x[first : first + 2].reshape(20, 6)
+        expected, expected_stats = define(params, stats, both)
+        assert_close(y[first : first + 2].reshape(20, 6), expected, tolerance=3e-5)
+        assert_close(jax.tree.map(lambda leaf, at=first: leaf[at], updated), expected_stats)
+
+
+# --- what bad input gets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(x=jnp.ones((4, 5))), ValueError, r"x of shape \(4, 5\) has 5 features on axis=-1"),
+        (dict(axis=0), ValueError, r"x of shape \(4, 6\) has 4 features on axis=0"),
+        (dict(group_size=2), ValueError, r"\['cov'\] do not fit.*group_size=2"),
+        (dict(group_size=4), ValueError, r"group_size=4 does not divide the 6 features"),
+        (dict(x=jnp.ones((4, 6), int)), TypeError, "x has dtype int32"),
+        (dict(x=jnp.ones((4, 6), complex)), TypeError, "x is complex64; expected a real"),
+        (dict(dtype=jnp.complex64), TypeError, "dtype is complex64; expected a real"),
+        (dict(mask=jnp.ones((3, 1))), ValueError, r"mask of shape \(3, 1\) does not broadcast"),
+        (dict(mask=jnp.ones((4, 6))), ValueError, r"mask of shape \(4, 6\) differs between"),
+        (dict(axis=2), ValueError, "axis=2 is out of range for x of rank 2"),
+        (dict(axis=(0, 1)), ValueError, r"axis=\(0, 1\) has 2 axes, expected one"),
+        (dict(momentum=1.5), ValueError, r"momentum=1.5 is outside \[0, 1\]"),
+        (dict(momentum=None), ValueError, r"momentum=None .* use_count=True"),
+        (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
+        (dict(iterations=0), ValueError, "iterations=0 must be at least 1"),
+        (dict(x=jnp.ones((1, 6))), ValueError, "has one value per feature to train on"),
+        (dict(axis_index_groups=[[0]]), ValueError, "without axis_name"),
+        (dict(batch_stats=bn.init_batch_stats(6)), ValueError, r"has \['mean', 'var'\]; expected"),
+        (dict(params={"gain": jnp.ones(6)}), ValueError, r"unknown entries \['gain'\]"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told(options, error, message):
+    params, stats = make_state()
+    given = dict(params=params, batch_stats=stats, x=jnp.ones((4, 6)), group_size=3) | options
+    with pytest.raises(error, match=message):
+        TRAIN(**given)
+
+
+def test_an_unbound_axis_name_is_told():
+    params, stats = make_state()
+    mapped = jax.vmap(
+        partial(TRAIN, params, stats, group_size=3, axis_name="dta"), axis_name="data"
+    )
+    with pytest.raises(NameError, match="axis_name='dta' is not bound"):
+        mapped(jnp.ones((2, 4, 6)))
+
+
+def test_initial_statistics_need_groups_that_fit():
+    with pytest.raises(ValueError, match="group_size=4 does not divide the 6 features"):
+        bn.init_whitening_stats(6, group_size=4)
+
+
+# --- modules ------------------------------------------------------------------------------------
+
+OPTIONS = dict(momentum=0.7, iterations=COMPLETE, group_size=3, epsilon=1e-3)
+
+
+def two_steps(options, **rest):
+    """What the function makes of two batches in training, and of the second in evaluation."""
+    params, stats = bn.init_params(6), bn.init_whitening_stats(6, group_size=3, **rest)
+    ys = []
+    for x in batches():
+        y, stats = TRAIN(params, stats, x, **options)
+        ys.append(y)
+    return ys, stats, EVALUATE(params, stats, x, **options)[0]
+
+
+def batches():
+    return [correlated(seed, (10, 6), offset=seed) for seed in range(2)]
+
+
+def run_linen(options):
+    layer = bn.linen.WhiteningNorm(**options)
+    variables = layer.init(jax.random.key(0), batches()[0][:1], use_running_average=False)
+    ys = []
+    for x in batches():
+        y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        variables |= updates
+        ys.append(y)
+    return ys, variables["batch_stats"], layer.apply(variables, x, use_running_average=True)
+
+
+def run_nnx(options):
+    layer = bn.nnx.WhiteningNorm(6, **options, rngs=nnx.Rngs(0))
+    ys = [layer(x) for x in batches()]
+    layer.eval()
+    y = layer(batches()[1])
+    return ys, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), y
+
+
+@pytest.mark.parametrize("run", [run_linen, run_nnx])
+@pytest.mark.parametrize("momentum", [0.7, None])
+def test_modules_compute_what_the_function_does(run, momentum):
+    options = OPTIONS | {"momentum": momentum}
+    assert_close(run(options), two_steps(options, use_count=momentum is None), tolerance=1e-12)
+
+
+def test_modules_take_masks_and_switches():
+    x, mask = batches()[1], np.arange(10)[:, None] < 7
+    layer = bn.linen.WhiteningNorm(**OPTIONS, use_running_average=False, use_bias=False)
+    variables = layer.init(jax.random.key(0), x)
+    assert set(variables["params"]) == {"scale"}
+    y, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    start = bn.init_whitening_stats(6, group_size=3)
+    expected, stats = TRAIN({}, start, x, mask=mask, **OPTIONS)
+    assert_close((y, updates["batch_stats"]), (expected, stats))
+    ours = bn.nnx.WhiteningNorm(6, **OPTIONS, use_scale=False, rngs=nnx.Rngs(0))
+    assert_close(ours(x, mask=mask, update_running_average=False), expected)
+    assert_close(nnx.to_pure_dict(nnx.state(ours, nnx.BatchStat)), start)
+
+
+def test_linen_says_what_is_missing():
+    layer, x = bn.linen.WhiteningNorm(), batches()[0]
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    with pytest.raises(ValueError, match=r"WhiteningNorm\(use_running_average=not train\)"):
+        layer.apply(variables, x)
+    with pytest.raises(ValueError, match="batch_stats is immutable, but the top-level Whitening"):
+        layer.apply(variables, x, use_running_average=False)
+    with pytest.raises(ValueError, match="batch_stats has nothing for the top-level WhiteningNorm"):
+        layer.apply({"params": variables["params"]}, x, use_running_average=True)
+
+
+def test_whitening_is_frozen_as_batch_norms_are():
+    x = batches()[1]
+    layer = bn.linen.WhiteningNorm(**OPTIONS, use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = bn.linen.freeze(layer.apply)(variables, x, mutable=["batch_stats"])
+    expected = layer.clone(use_running_average=True).apply(variables, x)
+    assert_close((y, updates["batch_stats"]), (expected, variables["batch_stats"]))
+    ours = bn.nnx.freeze(bn.nnx.WhiteningNorm(6, **OPTIONS, rngs=nnx.Rngs(0)))
+    ours.train()
+    assert_close(ours(x), expected)
+    assert_close(ours.mean[...], variables["batch_stats"]["mean"])
+
+
+# --- tools around it ----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = bn.linen.BatchNorm(use_running_average=not train)(nn.Dense(6)(x))
+        x = bn.linen.WhiteningNorm(use_running_average=not train, group_size=3)(nn.Dense(6)(x))
+        return bn.linen.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+
+@functools.cache
+def net():
+    """A model, with statistics that two batches have entered, as a function of `audit`'s form."""
+    x = batches()[0]
+    variables = Net().init(jax.random.key(0), x, train=False)
+
+    def forward(variables, x, train):
+        return Net().apply(variables, x, train=train, mutable=["batch_stats"])
+
+    for _ in range(2):
+        variables |= forward(variables, x, True)[1]
+    return variables, forward
+
+
+def test_recalibrate_refuses_what_it_does_not_measure():
+    variables, forward = net()
+    with pytest.raises(ValueError, match=r"whitening norms, \['WhiteningNorm_0'\].*momentum=None"):
+        bn.recalibrate(partial(forward, train=False), variables, batches())
+    model = bn.nnx.WhiteningNorm(6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="whitening norms"):
+        bn.recalibrate(lambda model, x: model(x), model, batches())
+
+
+def test_fold_keeps_the_output():
+    x = batches()[0]
+    variables, forward = net()
+    folded = bn.fold(lambda variables, x: forward(variables, x, False)[0], variables, x)
+    expected = forward(variables, x, False)[0]
+    assert_close(folded.apply(folded.params, x), expected)
+    assert [one.path for one in folded.report if one.into] == ["BatchNorm_0", "BatchNorm_1"]
+
+
+def test_audit_says_what_it_did_not_examine():
+    variables, forward = net()
+    with jax.numpy_dtype_promotion("standard"):
+        found = bn.audit(forward, variables, batches()[0])
+    assert [layer.path for layer in found.layers] == ["BatchNorm_0", "BatchNorm_1"]
+    assert found.unexamined == ("WhiteningNorm_0",)
+    assert "not examined: WhiteningNorm_0 (whitening)" in str(found)
+
+
+def test_as_affine_refuses_a_covariance():
+    with pytest.raises(ValueError, match=r"batch_stats lacks \['var'\]"):
+        bn.as_affine({}, bn.init_whitening_stats(6))

@@ -1,0 +1,167 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from modules import test_flax_compat as contract
+from support import far_from_initial
+
+from bn_jax import linen, training
+from bn_jax.lab import checkpoints, models
+
+NORMS = {
+    "none": None,
+    "per device": functools.partial(linen.BatchNorm, virtual_batch_size=2),
+    "synchronized": linen.BatchNorm,
+}
+OPTIMIZER = optax.sgd(optax.linear_schedule(0.1, 0, 9), momentum=0.9)
+
+
+@functools.cache
+def initial_state(norm, devices=1, optimizer=OPTIMIZER):
+    model = models.ResNet(3, stage_sizes=(1,), widths=(4,), norm=NORMS[norm])
+    mesh = training.make_mesh(jax.devices()[:devices])
+    return training.create_state(model, optimizer, (4, 4, 1), 0, mesh)
+
+
+def trained_state(norm, devices=1):
+    """A state that differs from the initial one in every number."""
+    return jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), initial_state(norm, devices))
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_variables_move_between_device_counts(tmp_path, norm):
+    state = trained_state(norm, 4)
+    checkpoints.save_variables(tmp_path / "checkpoint", state)
+    for devices in (1, 2):
+        initial = initial_state(norm, devices)
+        restored = checkpoints.restore_variables(tmp_path / "checkpoint", initial)
+        assert_same(restored.params, state.params)
+        assert_same(restored.batch_stats, state.batch_stats)
+        assert_same(restored.opt_state, initial.opt_state)
+        kernel = restored.params["classifier"]["kernel"]
+        assert kernel.sharding == initial.params["classifier"]["kernel"].sharding
+
+
+def test_variables_of_another_model_are_refused(tmp_path):
+    checkpoints.save_variables(tmp_path / "checkpoint", initial_state("none"))
+    with pytest.raises(ValueError, match="batch_stats"):
+        checkpoints.restore_variables(tmp_path / "checkpoint", initial_state("synchronized"))
+
+
+def position(epoch, norm="synchronized", devices=1):
+    """Reports with a loss that JSON has no number for, and a generator in the midst."""
+    rng = np.random.default_rng(epoch)
+    rng.permutation(7)
+    evaluation = training.Evaluation(float("inf"), 1 / 3, 1, 3)
+    reports = [
+        training.Report(2 * past, past, evaluation, evaluation, 6 * past, 0.1 * past)
+        for past in range(1, epoch + 1)
+    ]
+    return checkpoints.Position(trained_state(norm, devices), rng, reports)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_position_is_restored_whole_on_other_devices(tmp_path, norm):
+    saved = position(3, norm, devices=4)
+    expected = np.random.default_rng(3)
+    expected.permutation(7)
+    checkpoints.save_position(tmp_path / "arm", saved)
+    initial = initial_state(norm, 2)
+    restored = checkpoints.restore_position(tmp_path / "arm/3", initial)
+    assert restored.reports == saved.reports
+    assert restored.rng.permutation(50).tolist() == expected.permutation(50).tolist()
+    for name in ("params", "batch_stats", "opt_state", "step"):
+        assert_same(getattr(restored.state, name), getattr(saved.state, name))
+    for leaf, placed in zip(jax.tree.leaves(restored.state), jax.tree.leaves(initial), strict=True):
+        assert (leaf.sharding, leaf.dtype) == (placed.sharding, placed.dtype)
+
+
+def test_the_two_newest_positions_are_kept(tmp_path):
+    for epoch in (1, 2, 9, 10, 11):
+        checkpoints.save_position(tmp_path, position(epoch))
+    assert checkpoints.positions(tmp_path) == [tmp_path / "11", tmp_path / "10"]
+    assert {path.name for path in tmp_path.iterdir()} == {"10", "10.sha256", "11", "11.sha256"}
+    assert all(map(checkpoints.is_intact, checkpoints.positions(tmp_path)))
+
+
+def test_positions_of_nothing(tmp_path):
+    assert checkpoints.positions(tmp_path / "none") == []
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+
+
+DAMAGES = {
+    "a byte of the arrays flipped": lambda path: flip(largest(path / "state")),
+    "arrays cut": lambda path: largest(path / "state").write_bytes(b""),
+    "a file missing": lambda path: largest(path / "state").unlink(),
+    "a file too many": lambda path: (path / "state/more").touch(),
+    "another position": lambda path: flip(path / "position.json"),
+    "no SHA-256 yet": lambda path: path.with_suffix(".sha256").unlink(),
+    "half a SHA-256": lambda path: path.with_suffix(".sha256").write_text("0123"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_recognized_and_overwritten(tmp_path, damage):
+    checkpoints.save_position(tmp_path, position(1))
+    assert checkpoints.is_intact(tmp_path / "1")
+    damage(tmp_path / "1")
+    assert not checkpoints.is_intact(tmp_path / "1")
+    assert checkpoints.positions(tmp_path) == [tmp_path / "1"]
+    checkpoints.save_position(tmp_path, position(1))
+    assert checkpoints.is_intact(tmp_path / "1")
+
+
+def test_the_sha256_is_written_last(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "sha256", fail)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.save_position(tmp_path, position(1))
+    monkeypatch.undo()
+    assert (tmp_path / "1/state").exists() and not checkpoints.is_intact(tmp_path / "1")
+
+
+def made_by(api, direction):
+    """What each norm of Flax's or ours keeps, as its users save it; and the same, abstractly."""
+    norms = [norm for norm in contract.NORMS.values() if norm.api == api]
+    if api == "linen":
+        kept = {norm.name: norm.init(norm.kinds[direction]) for norm in norms}
+    else:
+        kept = {norm.name: nnx.state(norm.make(norm.kinds[direction])) for norm in norms}
+    return kept, jax.eval_shape(lambda: kept)
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("saving", [0, 1], ids=["ours", "flax"])
+def test_orbax_checkpoints_move_between_flax_and_ours(tmp_path, api, saving):
+    """Those of msgpack are in tests/test_flax_compat.py."""
+    saved = far_from_initial(made_by(api, saving)[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "norms", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "norms", made_by(api, 1 - saving)[1])
+    chex.assert_trees_all_equal(restored, saved, strict=True)
+    assert len(restored) == 5

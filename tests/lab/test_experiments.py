@@ -1,0 +1,335 @@
+import functools
+import json
+import math
+import multiprocessing
+import os
+import re
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+from support import assert_close
+
+from benchmarks import claims
+from bn_jax import linen
+from bn_jax.lab import command as cli
+from bn_jax.lab.experiments import (
+    EXPERIMENTS,
+    corruptions,
+    figures,
+    nets,
+    reproduce,
+    scale_invariance,
+    small_batches,
+    sweeps,
+    verdicts,
+)
+from bn_jax.lab.experiments.verdicts import (
+    Criterion,
+    Experiment,
+    Interval,
+    Result,
+    Setting,
+    Verdict,
+)
+
+CLAIMS = 18
+
+
+def test_every_claim_has_an_experiment():
+    assert [one.number for one in EXPERIMENTS.values()] == list(range(1, CLAIMS + 1))
+    folder = Path(cli.__file__).parent / "experiments"
+    shared = {"__init__", "figures", "nets", "reproduce", "sweeps", "verdicts"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
+    for name, one in EXPERIMENTS.items():
+        assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
+        assert all((one.claim, one.source, one.published, one.protocol, one.limits))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.0, 2.0, Verdict.HOLDS),
+        (1.2, 1.8, Verdict.HOLDS),
+        (0.9, 1.8, Verdict.UNDECIDED),
+        (1.2, 2.1, Verdict.UNDECIDED),
+        (0.0, 3.0, Verdict.UNDECIDED),
+        (0.0, 0.9, Verdict.FAILS),
+        (2.1, 3.0, Verdict.FAILS),
+        (math.nan, math.nan, Verdict.FAILS),
+    ],
+)
+def test_the_interval_decides(low, high, verdict):
+    assert Criterion("c", "", Interval(1.5, low, high), 1.0, 2.0).verdict == verdict
+
+
+def criterion(verdict):
+    low, high = {"holds": (1, 1), "fails": (-1, -1), "undecided": (-1, 1)}[verdict]
+    return Criterion(verdict, "", Interval(0, low, high), at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (["holds", "holds"], "holds"),
+        (["holds", "undecided"], "undecided"),
+        (["undecided", "holds", "fails"], "fails"),
+    ],
+)
+def test_a_claim_is_as_good_as_its_worst_part(parts, whole):
+    assert Result(tuple(map(criterion, parts)), {}).verdict == whole
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    values = np.random.default_rng(0).normal(3, 2, (2000, 5))
+    found = [verdicts.mean_interval(one) for one in values]
+    covered = np.mean([one.low <= 3 <= one.high for one in found])
+    assert abs(covered - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+    expected = stats.t.interval(0.95, 4, values[0].mean(), stats.sem(values[0]))
+    np.testing.assert_allclose(found[0][1:], expected)
+    ratio = verdicts.ratio_interval(np.exp(values[0]))
+    np.testing.assert_allclose(np.log(ratio), found[0])
+
+
+def test_what_is_not_finite_fails():
+    assert math.isnan(verdicts.mean_interval([1.0, math.nan]).low)
+
+
+def run_tiny(setting):
+    setting.advance(0.5)
+    values = setting.chosen + (0.25 if setting.quick else 0.5)
+    bound = Criterion("mean", "1", verdicts.mean_interval(values), at_least=0)
+    return Result(
+        (bound,), {"values": values, "none": math.nan}, {"first": verdicts.exact(values[0])}
+    )
+
+
+def draw_tiny(figure, curves):
+    assert curves["none"] is None
+    figure.subplots().plot(curves["values"])
+
+
+TINY = Experiment(1, "tiny", "A claim", "Somebody 2026", "1", "p", "l", run_tiny, draw_tiny)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    other = TINY._replace(number=2, name="other")
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setitem(EXPERIMENTS, "other", other)
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reproduce_writes_json_and_a_figure_for_each_claim(
+    tiny, tmp_path, monkeypatch, capsys, processes
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ("other", "1", "tiny", "--seeds", 4, "--first-seed", 10, "--out", "found")
+    assert run_command(monkeypatch, *arguments, "--processes", processes) == 0
+    names = {path.name for path in (tmp_path / "found").iterdir()}
+    assert names == {"tiny.json", "tiny.png", "other.json", "other.png"}
+    found = json.loads((tmp_path / "found/tiny.json").read_text())
+    assert found["seeds"] == [10, 11, 12, 13] and not found["quick"]
+    assert found["verdict"] == "holds" and found["criteria"][0]["verdict"] == "holds"
+    assert found["criteria"][0]["measured"]["estimate"] == 12.0
+    assert found["curves"] == {"values": [10.5, 11.5, 12.5, 13.5], "none": None}
+    assert found["reported"]["first"]["estimate"] == 10.5
+    assert (tmp_path / "found/tiny.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    if processes == 1:
+        assert printed.out.startswith("1 tiny: holds\n2 other: holds\n")
+    assert sorted(printed.out.splitlines()[:2]) == ["1 tiny: holds", "2 other: holds"]
+    assert printed.out.index("1 tiny: A claim") < printed.out.index("2 other: A claim")
+    for text in ("A claim", "Somebody 2026", "12 (9.95 to 14.1)", "Saved in found"):
+        assert text in printed.out
+
+
+def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    failing = TINY._replace(
+        run=lambda setting: Result((criterion("fails"),), {"none": None, "values": [1]})
+    )
+    monkeypatch.setitem(EXPERIMENTS, "tiny", failing)
+    arguments = ("all", "--quick", "--processes", 1, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 0
+    assert json.loads((tmp_path / "found/tiny.json").read_text())["verdict"] == "fails"
+    assert json.loads((tmp_path / "found/other.json").read_text())["seeds"] == [0, 1, 2]
+    assert os.environ["XLA_FLAGS"] == f"{cli.COMPILED_QUICKLY} --mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), r"NAME: received no name, expected all, a number from 1 to 2, or names among tiny"),
+        (("tinny",), r"NAME: received tinny, expected all,.*see them with --list"),
+        (("all", "--seeds", 1), r"--seeds: received 1, expected 2 to 1000; an interval needs more"),
+        (("all", "--first-seed", -1), r"--first-seed: received -1, expected 0 to"),
+        (("all", "--processes", 0), r"--processes: received 0, expected 1 or more; leave it out"),
+        (("all", "--out", "here"), r"--out: here exists and is not empty; choose another"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/file").touch()
+    assert run_command(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"bn-jax: error: {message}.*\n", printed.err)
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_list_names_every_claim(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_command(monkeypatch, "--list") == 0
+    printed = capsys.readouterr().out
+    for one in EXPERIMENTS.values():
+        assert re.search(rf"{one.number} .*{one.name}", printed)
+
+
+def test_what_was_found_before_an_interruption_is_kept(tiny, tmp_path, monkeypatch, capsys):
+    def interrupt(setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=interrupt))
+    arguments = ("all", "--processes", 1, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 130
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"tiny.json", "tiny.png"}
+    assert "interrupted; 1 of 2 claims are in" in capsys.readouterr().err
+
+
+def run_in_quick_process(setting):
+    assert setting.quick
+    for _ in range(4):
+        setting.advance(0.25)
+    return run_tiny(setting)
+
+
+def run_for_ever(setting):
+    setting.advance(0.25)
+    threading.Event().wait()
+
+
+def run_to_death(setting):
+    os._exit(1)
+
+
+def test_processes_run_alike_show_how_far_they_are_and_are_stopped(tmp_path):
+    quick = TINY._replace(run=run_in_quick_process)
+    endless = TINY._replace(number=2, name="endless", run=run_for_ever)
+    shown = []
+    found = reproduce.reproduce_each(
+        [endless, quick], Setting(2, 7, True), tmp_path, 2, lambda *given: shown.append(given)
+    )
+    experiment, result = next(found)
+    assert experiment == quick and result.reported["first"].estimate == 7.25
+    assert sum(share for one, share in shown if one == quick) == 1.5
+    assert json.loads((tmp_path / "tiny.json").read_text())["seeds"] == [7, 8]
+    found.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_said(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=run_to_death))
+    arguments = ("all", "--processes", 2, "--out", tmp_path / "found")
+    assert run_command(monkeypatch, *arguments) == 1
+    assert "a process died, of lack of memory? try --processes 1; " in capsys.readouterr().err
+
+
+def test_bands_leave_out_what_is_not_finite():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    figures.band(axes, [1, 2, 3], [[1.0, 2.0], [None, 1.0], [3.0, 5.0]], "line")
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 1.5], [3, 4]])
+
+
+def test_names_and_numbers_choose_each_claim_once(tiny):
+    chosen = reproduce.choose(["2", "tiny", "other", "2"])
+    assert [one.name for one in chosen] == ["tiny", "other"]
+    assert reproduce.choose(["all"]) == list(EXPERIMENTS.values())
+    assert Setting(3, 5).chosen.tolist() == [5, 6, 7]
+
+
+def test_the_scale_of_weights_before_a_norm_changes_nothing_but_the_gradients_scale():
+    found = scale_invariance.identities(Setting(2))
+    assert set(found) == {"output", "gradient"}
+    assert max(found.values()) < 1e-10
+
+
+def test_padded_batches_train_as_the_smaller_ones():
+    digits = sweeps.load_digits(np.arange(1))
+    part = sweeps.Part(digits.train.x[0], digits.train.y[0])
+    model = nets.MLP((8,), norm=linen.BatchNorm)
+    variables = model.init(jax.random.key(0), part.x[:1], train=False)
+    rows = sweeps.draw_batches(np.arange(1), 1259, 3, 5)[0]
+    padded = np.pad(rows, [(0, 0), (0, 4)], constant_values=-1)
+    run = functools.partial(sweeps.train, model, optax.sgd(0.1), variables, part)
+    expected, found = run(rows), run(padded, padded=True)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, expected)
+
+
+def test_batches_of_an_epoch_hold_every_example_once():
+    rows = sweeps.draw_batches(np.array([3, 4]), 20, 7, 6)
+    assert rows.shape == (2, 7, 6)
+    for of_seed in rows:
+        for epoch in (of_seed[:3], of_seed[3:6]):
+            assert len(set(epoch.ravel())) == 18 and set(epoch.ravel()) <= set(range(20))
+    assert not np.array_equal(rows[0], rows[1])
+    again = sweeps.draw_batches(np.array([4]), 20, 7, 6)
+    np.testing.assert_array_equal(again[0], rows[1])
+
+
+def test_the_range_of_rates_is_measured_on_the_test_part_at_the_best_of_the_validation_part():
+    validation = np.array([[0.1], [0.9], [0.8], [0.2]])
+    test = np.array([[0.895], [0.9], [0.95], [0.2]])
+    found = scale_invariance.decades_within(np.stack([validation, test]), np.geomspace(1, 1e3, 4))
+    np.testing.assert_allclose(found, [3.0])
+
+
+def test_small_batches_hold_few_classes_and_padding():
+    labels = np.arange(500)[None] % 10
+    rows = small_batches.draw(np.array([0]), labels, 3)[0]
+    for of_setting, batches in zip(rows, small_batches.SETTINGS, strict=True):
+        for row in of_setting:
+            kept = row[row >= 0]
+            assert len(set(kept)) == len(kept) == batches.size
+            assert len(set(labels[0, kept])) <= batches.classes
+
+
+def test_a_stream_is_sorted_by_class_within_each_kind():
+    corrupted = corruptions.Corrupted(np.zeros((1, 11, 128, 64)), np.arange(128)[None] % 10)
+    images, labels = corruptions.in_sets(corrupted, 32, ordered=True)
+    assert images.shape == (1, 44, 32, 64) and labels.shape == (1, 44, 32)
+    assert (np.diff(labels[0, :4].ravel()) >= 0).all()
+
+
+def test_verdicts_with_other_seeds_stand_beside(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for first, folder in zip(claims.FIRST_SEEDS, folders, strict=True):
+        reproduce.reproduce(TINY, Setting(2, first), folder)
+    found = json.loads(json.dumps(claims.collect(folders)))
+    assert found["seeds"] == 2 and list(found["claims"]) == ["tiny"]
+    assert "curves" not in found["claims"]["tiny"]
+    verdicts_of, measured = claims.tables(found)
+    cells = [list(column.cells) for column in verdicts_of.columns]
+    assert cells[:4] == [["1. A claim"], ["Somebody 2026"], ["undecided"], ["holds"]]
+    cells = [list(column.cells) for column in measured.columns]
+    assert cells[3:] == [["1 (-5.35 to 7.35)"], ["undecided"], ["101 (94.6 to 107)"], ["holds"]]
+    with pytest.raises(ValueError, match="other seeds than those from 0 on"):
+        claims.collect(folders[::-1])

@@ -1,0 +1,261 @@
+import errno
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support import assert_close, bars, copy_of, files
+
+from bn_jax import linen, training
+from bn_jax.lab import command as cli
+from bn_jax.lab import data, models, runs
+
+ARM = runs.SYNCHRONIZED
+
+
+def make_small(arm, num_classes, per_device):
+    norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
+    return models.ResNet(num_classes, stage_sizes=(1, 1), widths=(4, 6), norm=norm)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(compile_quickly):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "make_model", make_small)
+        yield
+
+
+def save_run(folder, data_file):
+    """Trains one arm in this process and saves it as the best of a run."""
+    problem = cli._load(data_file, seed=0)
+    config = cli.Config(str(data_file), 2, 8, 16, 0.1, 0)
+    mesh = training.make_mesh(jax.devices()[:1])
+    optimizer = training.make_optimizer(0.1, 72)
+    state = training.create_state(runs.make_model(ARM, 3, 8), optimizer, (4, 4, 1), 0, mesh)
+    parts = problem.splits.train, problem.splits.validation
+    options = {"batch_size": 16, "epochs": 8, "seed": 0, "report_every": 50}
+    reached = list(training.fit(state, *parts, mesh, **options))
+    state, reports = reached[-1][0], [report for _, report in reached]
+    test = training.evaluate(state, training.shard_dataset(problem.splits.test, 16, mesh))
+    folder.mkdir()
+    cli._write(folder, problem, config, {ARM: cli.Result(reports, state, test)}, ARM)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data, data of another domain, and a run on the former."""
+    home = tmp_path_factory.mktemp("runs")
+    np.savez(home / "bars.npz", **bars(200))
+    shifted = bars(40, seed=1)
+    np.savez(home / "dark.npz", x=shifted["x"] * 3 - 50, y=shifted["y"])
+    save_run(home / "run", home / "bars.npz")
+    return home
+
+
+@pytest.fixture(scope="module")
+def variables(home):
+    state = runs.restore(runs.read_run(home / "run"), training.make_mesh(jax.devices()[:1]))
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def whole_batch_statistics(variables, images):
+    """The statistics of all images as one batch, which replace the running ones at momentum 0."""
+    norm = functools.partial(linen.BatchNorm, momentum=0.0)
+    model = models.ResNet(3, stage_sizes=(1, 1), widths=(4, 6), norm=norm)
+    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return updates["batch_stats"]
+
+
+def evaluated(command, folder, *options):
+    code, out, err = command("eval", folder, *options)
+    assert (code, err) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("domain", [None, "dark.npz"])
+def test_recalibrate(home, variables, command, tmp_path, domain):
+    before = files(home)
+    options = ["--data", home / domain] if domain else []
+    code, out, err = command("recalibrate", home / "run", "--out", "new", *options)
+    assert (code, err) == (0, "")
+    assert files(home) == before
+    saved = runs.read_run(tmp_path / "new")
+    if domain:
+        images = data.load_npz(home / domain)
+    else:
+        images = data.split(data.load_npz(home / "bars.npz"), seed=0).train
+    x = jnp.asarray(data.standardize(images, saved.mean, saved.std).x)
+    state = runs.restore(saved, training.make_mesh(jax.devices()[:1]))
+    assert_close(state.batch_stats, whole_batch_statistics(variables, x), tolerance=2e-5)
+    assert_close(state.params, variables["params"], tolerance=1e-12)
+    assert "stage1_block0/shortcut/norm" in out and "accuracy" in out
+    assert out.endswith("Saved in new; evaluate it with bn-jax eval new\n")
+    facts = json.loads((tmp_path / "new/metrics.json").read_text())["recalibrated"]
+    assert facts["run"] == str(home / "run") and facts["examples"] == len(x)
+    assert [layer["values"] for layer in facts["layers"] if layer["path"] == "stem/norm"] == [
+        16 * len(x)
+    ]
+    for run, when in ((home / "run", "before"), (tmp_path / "new", "after")):
+        accuracy = f" accuracy {facts[when]['accuracy']:.2%} "
+        assert accuracy in evaluated(command, run, *options)
+        assert facts[when]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables))
+    assert domain is None or facts["before"]["accuracy"] < facts["after"]["accuracy"]
+
+
+def test_recalibrate_with_a_prior(home, variables, command, tmp_path):
+    mesh, old = training.make_mesh(jax.devices()[:1]), variables["batch_stats"]["stem"]["norm"]
+    kept = {}
+    for prior in ("0", "0.75"):
+        options = "--data", home / "dark.npz", "--prior", prior, "--out", prior
+        assert command("recalibrate", home / "run", *options)[0] == 0
+        saved = runs.read_run(tmp_path / prior)
+        kept[prior] = runs.restore(saved, mesh).batch_stats["stem"]["norm"]
+        facts = json.loads((tmp_path / prior / "metrics.json").read_text())
+        assert facts["recalibrated"]["prior"] == float(prior)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, old, kept["0"])
+    assert_close(kept["0.75"], expected)
+
+
+def test_fold(home, variables, command, tmp_path):
+    before = files(home)
+    code, out, err = command("fold", home / "run", "--out", "new")
+    assert (code, err) == (0, "")
+    assert files(home) == before
+    assert "stage0_block0/ConvNorm_1/norm  into stage0_block0/ConvNorm_1/conv/kernel" in out
+    assert evaluated(command, tmp_path / "new") == evaluated(command, home / "run")
+    # What anybody has who reads the folder without this library.
+    exported = jax.export.deserialize(
+        bytearray((tmp_path / "new/checkpoint/model.stablehlo").read_bytes())
+    )
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert "rsqrt" not in exported.mlir_module() and "batch_stats" not in exported.mlir_module()
+    flat = load_file(tmp_path / "new/checkpoint/params.safetensors")
+    params = {}
+    for path, array in flat.items():
+        *around, name = path.split("/")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), around, params)[name] = array
+    x = np.random.default_rng(0).standard_normal((5, 4, 4, 1)).astype(np.float32)
+    expected = make_small(ARM, 3, 8).apply(variables, x, train=False)
+    assert_close(exported.call(params, x), expected, tolerance=1e-5)
+    facts = json.loads((tmp_path / "new/metrics.json").read_text())["folded"]
+    assert facts["after"]["parameters"] == sum(array.size for array in flat.values())
+    norms = 1 + 2 * 2 + 1
+    assert len(facts["norms"]) == norms
+    # Of mean, variance, scale and bias the last stays.
+    features = sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"])) // 2
+    assert facts["before"]["parameters"] - facts["after"]["parameters"] == 3 * features
+
+
+def test_audit(home, command, tmp_path):
+    run = copy_of(home / "run", tmp_path / "a")
+    before = files(run)
+    code, out, err = command("audit", "a")
+    assert (code, err) == (0, "")
+    assert out.startswith("layer ") and out.endswith("Saved in a-audit\n")
+    found = json.loads((tmp_path / "a-audit/audit.json").read_text())
+    saturated = {layer["path"]: layer["saturated"] for layer in found["layers"]}
+    assert len(saturated) == 6
+    assert saturated["stem/norm"] is not None and saturated["stage1_block0/shortcut/norm"] is None
+    assert not {finding["kind"] for finding in found["findings"]} & {"never updated", "not finite"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a-audit"}
+    assert files(run) == before
+    code, out, err = command("audit", "a/../a/")
+    assert code == 2 and "a-audit exists and is not empty" in err
+
+
+def test_audit_finds_what_is_wrong(home, command, tmp_path):
+    # A domain whose first norm sees other images than in training.
+    code, out, err = command("audit", home / "run", "--data", home / "dark.npz", "--out", "new")
+    assert (code, err) == (0, "")
+    findings = json.loads((tmp_path / "new/audit.json").read_text())["findings"]
+    paths = {finding["path"] for finding in findings if "recalibrate" in finding["advice"]}
+    assert "stem/norm" in paths
+    assert all(finding["message"] in " ".join(out.split()) for finding in findings)
+
+
+def test_refusals(home, command, tmp_path):
+    np.savez(tmp_path / "other.npz", **bars(200, seed=5))
+    metrics = json.loads((home / "run/metrics.json").read_text())
+    others = {
+        "plain": {"best_arm": runs.NO_NORM},
+        "folded": {"folded": {}},
+        "lost": {"config": metrics["config"] | {"data": "no.npz"}},
+        "changed": {"config": metrics["config"] | {"data": "other.npz"}},
+    }
+    for name, facts in others.items():
+        run = copy_of(home / "run", tmp_path / name)
+        (run / "metrics.json").write_text(json.dumps(metrics | facts))
+    (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    no_norm = "has no batch norm, expected one that has; give a run whose best arm has batch norm"
+    cases = {
+        ("recalibrate", "plain"): no_norm,
+        ("fold", "plain"): f"DIR: the model in plain is that of the arm {runs.NO_NORM!r} and",
+        ("audit", "plain"): no_norm,
+        ("fold", "folded"): "DIR: the model in folded has been folded and has no batch norm",
+        ("recalibrate", "lost"): "DIR: what lost was trained on cannot be loaded (no.npz does not "
+        "exist; give the path of an .npz file); give images to measure the statistics of with",
+        ("recalibrate", "changed"): "DIR: other.npz no longer holds what changed was trained on "
+        "(its test part is another); restore it, or give images",
+        ("recalibrate", "damaged"): "DIR: damaged/checkpoint is missing or damaged",
+        ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
+        ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
+        ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
+        ("recalibrate", "lost", "--prior", "1"): "--prior: received 1.0, expected 0 to below 1",
+        ("fold",): "Missing argument 'DIR'.",
+    }
+    before = files(tmp_path)
+    for arguments, message in cases.items():
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith("bn-jax: error: ") and message in err, (arguments, err)
+        assert err.count("\n") == 1, arguments
+    assert files(tmp_path) == before
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    value = {"a": [np.array([1.0, np.nan])], "b": np.float32(np.inf), "c": None, "d": "text"}
+    runs.write_json(tmp_path / "a.json", value)
+    expected = {"a": [[1.0, None]], "b": None, "c": None, "d": "text"}
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(OSError), runs.staged(tmp_path / name) as folder:
+            (folder / "file").touch()
+            raise OSError(errno.ENOSPC, "disk full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    with runs.staged(tmp_path / "old") as folder:
+        (folder / "file").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "old"]
+
+
+def test_results_in_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with runs.staged(Path()) as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "present", "examples"),
+    [(ARM, 100, 64), (ARM, 7, 6), (runs.PER_DEVICE, 100, 64), (runs.PER_DEVICE, 40, 32)],
+)
+def test_the_batch_that_is_audited(home, arm, present, examples):
+    saved = runs.read_run(home / "run")._replace(arm=arm, batch_size=64, devices=2)
+    assert runs._audited_examples(saved, present, "--data") == examples
+
+
+@pytest.mark.parametrize(("arm", "least"), [(ARM, 2), (runs.PER_DEVICE, 32)])
+def test_too_few_images_to_audit(home, arm, least):
+    saved = runs.read_run(home / "run")._replace(arm=arm, batch_size=64, devices=2)
+    message = f"--data: received {least - 1} images, expected at least {least}, as many as a norm"
+    with pytest.raises(runs.BadRunError, match=message):
+        runs._audited_examples(saved, least - 1, "--data")
