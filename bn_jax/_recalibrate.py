@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from bn_jax._core.batch_norm import BatchStats, Measured, start_measuring
-from bn_jax._core.moments import statistics_dtype
+from bn_jax._core.checks import statistics_dtype
+from bn_jax._core.running import start_measuring
+from bn_jax._core.types import BatchStats, Measured
 from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats, whitening_paths
 from bn_jax._program.reading import exact
-from bn_jax.linen import replace_norms as replacing_norms
+from bn_jax.linen.patching import norms_replaced as replacing_norms
 from bn_jax.nnx import BatchNorm, replace_norms
 
 Forward: TypeAlias = Callable[[Any, Any], Any]

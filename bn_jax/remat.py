@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
-from bn_jax._core.moments import INPUT_NAME, MOMENTS_NAME
+from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME
 
 Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
 Policy: TypeAlias = Callable[..., Any]

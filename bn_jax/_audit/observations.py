@@ -18,7 +18,7 @@ from flax import nnx
 
 from bn_jax import linen as bn_linen
 from bn_jax import nnx as bn_nnx
-from bn_jax._core.batch_norm import BatchStats, Measured
+from bn_jax._core.types import BatchStats, Measured
 from bn_jax._paths import batch_stats_by_path, format_path, whitening_paths
 from bn_jax._program.reading import (
     WITH_DERIVATIVE,
@@ -82,7 +82,11 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
             "of what init returned, {'params': params, 'batch_stats': batch_stats}, or the module."
         )
     attributes = dict(model.attributes)
-    with bn_linen.replace_norms(), nn.intercept_methods(_record(attributes)), _observing(object()):
+    with (
+        bn_linen.patching.norms_replaced(),
+        nn.intercept_methods(_record(attributes)),
+        _observing(object()),
+    ):
         program = trace(model.evaluate, model.variables, batch)
         sites = _find_sites(program, model)
         (trained, evaluated, shifted), summaries = _run(program, model, batch, sites)

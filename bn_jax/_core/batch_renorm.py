@@ -1,17 +1,26 @@
-"""Batch renormalization: batch norm that looks in training as it will in evaluation."""
+"""Batch renormalization: batch norm that behaves in training as it will in evaluation."""
 
-from collections.abc import Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from bn_jax._core.batch_norm import BatchStats, Correction, normalize_and_update
-from bn_jax._core.moments import AxisName
-from bn_jax._core.standardize import Activation, Params, Transform
+from bn_jax._core.batch_norm import choose_mode, run_norm
+from bn_jax._core.checks import as_floating, check_inputs
+from bn_jax._core.types import (
+    Activation,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    Correction,
+    Options,
+    Params,
+    Transform,
+)
 
 
 def batch_renorm(
@@ -23,17 +32,17 @@ def batch_renorm(
     update_running_average: bool | None = None,
     r_max: float | jax.Array = 3.0,
     d_max: float | jax.Array = 5.0,
-    axis: int | Sequence[int] = -1,
+    axis: Axes = -1,
     momentum: float | jax.Array | None = 0.99,
     epsilon: float | jax.Array = 1e-5,
     mask: jax.Array | None = None,
     activation: Activation | None = None,
     residual: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
     running_var_ddof: int = 0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     initializing: bool = False,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes by the batch, corrected towards the running statistics within bounds.
@@ -44,27 +53,28 @@ def batch_renorm(
         r = clip(sqrt(var + epsilon) / sqrt(running_var + epsilon), 1 / r_max, r_max)
         d = clip((mean - running_mean) / sqrt(running_var + epsilon), -d_max, d_max)
 
-    and `r` and `d` are constants to every derivative. The running statistics are those before the
-    update, which is that of `batch_norm`. Where nothing is clipped, `y` is what evaluation makes of
-    `x`, however small the batch or alike its examples. ``r_max=1, d_max=0`` is batch norm; the
-    paper begins with these, and lets them grow to 3 and 5 once the running statistics have settled.
-    Evaluation is that of `batch_norm`. Of complex `x`, `d` is complex, and ``|d|`` at most `d_max`.
+    and `r` and `d` are constants to every derivative. The running statistics are the ones before
+    the update, which is `batch_norm`'s. Where nothing is clipped, `y` equals the output of
+    evaluation, however small the batch or alike its examples. ``r_max=1, d_max=0`` is batch norm;
+    the paper begins with these, and lets them grow to 3 and 5 once the running statistics have
+    settled. Evaluation is as in `batch_norm`. For complex `x`, `d` is complex with
+    ``|d| <= d_max``.
 
-    What the correction changes is what the next layers and the gradient of `scale` see. The
-    derivative by `x` is that of batch norm times `r`: two values per feature still send back none
-    (but for `epsilon`), and one value is an error here too, although `y` would depend on it through
-    `d`: nothing below would train, and the running variance would go to 0.
+    The correction changes what the next layers and the gradient of `scale` see. The derivative by
+    `x` is batch norm's times `r`. So two values per feature still send back none (but for
+    `epsilon`), and one value is an error here too, although `y` would depend on it through `d`:
+    nothing below would train, and the running variance would go to 0.
 
     Args:
-        params: as of `batch_norm`, and so are all that are not named here.
-        batch_stats: as of `batch_norm`: a state moves between both.
+        params: as in `batch_norm`.
+        batch_stats: as in `batch_norm`: a state can move between both norms.
         x: floating-point or complex array of any rank.
         use_running_average: True for evaluation.
         update_running_average: whether the batch updates the running statistics.
-        r_max: the bound of the ratio of the deviations, at least 1. May be traced, to follow a
-            schedule.
-        d_max: the bound of the distance of the means in running deviations, at least 0. May be
-            traced.
+        r_max: the bound of the ratio of the standard deviations, at least 1. It may be traced, to
+            follow a schedule.
+        d_max: the bound of the distance between the means, in running standard deviations, at least
+            0. It may be traced.
         axis: the feature axis or axes of `x`.
         momentum: the weight of the old value in the running statistics, or None.
         epsilon: added to both variances.
@@ -74,7 +84,7 @@ def batch_renorm(
         residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes to synchronize over.
         axis_index_groups: groups of indices of `axis_name`, each with its `r` and `d`.
-        virtual_batch_size: statistics, `r` and `d` for every that many consecutive examples.
+        virtual_batch_size: how many consecutive examples share statistics, `r` and `d`.
         running_var_ddof: 1 for the unbiased running variance.
         dtype: the dtype of `y`.
         initializing: True while a model is initialized.
@@ -83,8 +93,8 @@ def batch_renorm(
         `y`, of the shape of `x`, and the new `batch_stats`, as `batch_norm` returns them.
 
     Raises:
-        TypeError: as `batch_norm` does.
-        ValueError: `r_max` is less than 1, `d_max` less than 0, or `batch_norm` objects.
+        TypeError: as in `batch_norm`.
+        ValueError: `r_max` is less than 1, `d_max` less than 0, or as in `batch_norm`.
         NameError: `axis_name` is not bound, but other axes are.
 
     Example:
@@ -98,34 +108,29 @@ def batch_renorm(
     Reference: Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", https://arxiv.org/abs/1702.03275.
     """
-    return normalize_and_update(
-        params,
-        batch_stats,
-        x,
-        make_correction(r_max, d_max),
-        use_running_average=use_running_average,
-        update_running_average=update_running_average,
+    options = Options(
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
-        mask=mask,
         activation=activation,
-        residual=residual,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
         running_var_ddof=running_var_ddof,
         dtype=dtype,
-        initializing=initializing,
+        correction=make_correction(r_max, d_max),
     )
+    mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
+    x = as_floating("x", x)
+    return run_norm(check_inputs(options, params, batch_stats, x, mask, residual), mode)
 
 
 def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Correction:
-    """Returns what makes batch norm's transform by the batch that of batch renorm.
+    """Returns the correction that turns batch norm into batch renorm.
 
     Args:
-        r_max: as of `batch_renorm`.
-        d_max: as of `batch_renorm`.
+        r_max: as in `batch_renorm`.
+        d_max: as in `batch_renorm`.
 
     Returns:
         A `Correction`.
@@ -135,13 +140,14 @@ def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Corre
     """
     if isinstance(r_max, Real) and not float(r_max) >= 1:
         raise ValueError(
-            f"r_max={r_max} must be at least 1: it bounds the ratio of the batch's to the running "
-            "deviation from above, and its inverse from below. Pass 3.0, or 1.0 for no correction."
+            f"r_max={r_max} must be at least 1: it bounds the ratio of the batch's standard "
+            "deviation to the running one from above, and its inverse from below. Pass 3.0, or "
+            "1.0 for no correction."
         )
     if isinstance(d_max, Real) and not float(d_max) >= 0:
         raise ValueError(
-            f"d_max={d_max} must not be negative: it bounds the distance of the batch's from the "
-            "running mean. Pass 5.0, or 0.0 for no correction."
+            f"d_max={d_max} must not be negative: it bounds the distance of the batch's mean from "
+            "the running mean. Pass 5.0, or 0.0 for no correction."
         )
     return partial(_correct, r_max, d_max)
 

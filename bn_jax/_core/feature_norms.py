@@ -2,42 +2,36 @@
 
 They take their moments as ghost batch norm does, in two passes: the guard of the one-pass variance
 would be one decision for all examples, and so a collective where these lie on several devices.
-Where the features themselves are spread over `axis_name` there is one anyway, and a guard.
+Where the features themselves are spread over `axis_name` there is a collective anyway, and a guard.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from bn_jax._core.moments import (
-    INPUT_NAME,
-    MOMENTS_NAME,
-    AxisName,
+from bn_jax._core.axes import make_reduction, reshape_like, split_axis
+from bn_jax._core.checkpoint_names import MOMENTS_NAME, named
+from bn_jax._core.checks import (
+    RowInputs,
     as_floating,
-    broadcastable_mask,
-    canonical_axes,
-    centred_moments,
-    make_reduction,
-    mean_dtype,
-    named,
-    split_axis,
-    statistics_dtype,
-)
-from bn_jax._core.standardize import (
-    Params,
+    as_mask,
     as_params,
-    check_epsilon,
+    canonical_axes,
     check_features,
-    make_normalizer,
-    make_transform,
-    output_dtype,
-    reshape_like,
+    make_row_inputs,
+    size_of_groups,
 )
-
-Axes: TypeAlias = int | Sequence[int]
+from bn_jax._core.moments import centred_moments
+from bn_jax._core.standardize import finish, make_transform, standardize
+from bn_jax._core.types import (
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    Options,
+    Params,
+)
 
 
 def layer_norm(
@@ -49,13 +43,13 @@ def layer_norm(
     epsilon: float | jax.Array = 1e-6,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every example over its features.
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, `mean` and `var` over
-    `reduction_axes`, as exactly as those of `bn_jax.batch_norm`.
+    `reduction_axes`, as exact as in `bn_jax.batch_norm`.
 
     Args:
         params: ``{"scale": [*F], "bias": [*F]}``, either may be absent; ``*F`` are the sizes of
@@ -65,11 +59,11 @@ def layer_norm(
         feature_axes: the axes of scale and bias.
         epsilon: added to the variance.
         mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
-            Where nothing does, `x` counts as normalized already: mean 0, variance 1.
-        axis_name: the named axis or axes that the features are spread over, if any; what holds
-            where nothing binds it, `bn_jax.batch_norm` says.
-        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
-        dtype: the dtype of `y`; by default that of `x` and `params` promoted.
+            Where nothing does, `x` counts as already normalized: mean 0, variance 1.
+        axis_name: the named axis or axes that the features are spread over, if any;
+            `bn_jax.batch_norm` says what holds where nothing binds it.
+        axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
+        dtype: the dtype of `y`; by default the promoted dtype of `x` and `params`.
 
     Returns:
         `y`, of the shape of `x`.
@@ -86,8 +80,14 @@ def layer_norm(
 
     Reference: Ba et al. 2016, "Layer Normalization", https://arxiv.org/abs/1607.06450.
     """
-    options = (epsilon, mask, axis_name, axis_index_groups, dtype)
-    return _normalize(params, x, reduction_axes, feature_axes, *options)
+    options = Options(
+        axis=feature_axes,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return normalize_rows(options, params, x, mask, reduction_axes)
 
 
 def rms_norm(
@@ -99,14 +99,14 @@ def rms_norm(
     epsilon: float | jax.Array = 1e-6,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Divides every example by the root mean square of its features.
 
-    ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale + bias``, in one pass; a bias is not usual.
-    Arguments, result and errors are those of `layer_norm`. Squares of what is beyond 1.8e19, in
-    float32, are infinite, and `y` is 0 then.
+    ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale + bias``, in one pass; a bias is unusual.
+    Arguments, result and errors are as in `layer_norm`. In float32, squares of values beyond 1.8e19
+    are infinite, and `y` is then 0.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -117,8 +117,14 @@ def rms_norm(
     Reference: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization",
     https://arxiv.org/abs/1910.07467.
     """
-    options = (epsilon, mask, axis_name, axis_index_groups, dtype)
-    return _normalize(params, x, reduction_axes, feature_axes, *options, about_zero=True)
+    options = Options(
+        axis=feature_axes,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return normalize_rows(options, params, x, mask, reduction_axes, about_zero=True)
 
 
 def group_norm(
@@ -131,15 +137,15 @@ def group_norm(
     epsilon: float | jax.Array = 1e-6,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every example over each group of consecutive features, and over all positions.
 
-    Formula, result, errors and the other arguments are those of `layer_norm`. `x` is [N, ..., C];
-    scale and bias are of shape [C]. Of `num_groups`, which divides C, and `group_size`, the number
-    of features in a group, one is None. `reduction_axes`, the last among them, are by default all
-    but the first (of a single example [C], all).
+    Formula, result, errors and the other arguments are as in `layer_norm`. `x` is [N, ..., C];
+    scale and bias are of shape [C]. Give `num_groups`, which divides C, or `group_size`, the number
+    of features in a group, and None for the other. `reduction_axes` must contain the last axis; by
+    default they are all but the first (all of a single example [C]).
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -149,24 +155,14 @@ def group_norm(
 
     Reference: Wu & He 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
     """
-    x, params = as_floating("x", x), as_params(params)
-    last = x.ndim - 1
-    axes = (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes
-    reduced = canonical_axes("reduction_axes", axes, x.ndim)
-    if last not in reduced:
-        raise ValueError(
-            f"reduction_axes={reduction_axes} lacks the last axis of x of shape {x.shape}, which "
-            "holds the groups of features: add -1."
-        )
-    check_features("feature_axes", -1, (last,), x.shape, params=params)
-    size = size_of_groups(x.shape[last], num_groups, group_size)
-    mask = None if mask is None else split_axis(last, size, broadcastable_mask(mask, x.shape))
-    groups = jax.tree.map(partial(split_axis, 0, size), params)
-    options = (epsilon, mask, axis_name, axis_index_groups, dtype)
-    axes, features = (*reduced[:-1], last + 1), (last, last + 1)
-    return reshape_like(
-        jax.typeof(x), _normalize(groups, split_axis(last, size, x), axes, features, *options)
+    options = Options(
+        axis=-1,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
     )
+    return normalize_groups(options, params, x, mask, num_groups, group_size, reduction_axes)
 
 
 def instance_norm(
@@ -177,13 +173,13 @@ def instance_norm(
     epsilon: float | jax.Array = 1e-6,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every feature of every example over its positions.
 
-    Formula, result, errors and the other arguments are those of `layer_norm`. The statistics are
-    taken over all axes but the feature axes and the first, that of the examples.
+    Formula, result, errors and the other arguments are as in `layer_norm`. The statistics are taken
+    over all axes but the feature axes and the first, the axis of the examples.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -194,59 +190,93 @@ def instance_norm(
     Reference: Ulyanov et al. 2016, "Instance Normalization: The Missing Ingredient for Fast
     Stylization", https://arxiv.org/abs/1607.08022.
     """
-    x = as_floating("x", x)
-    features = canonical_axes("feature_axes", feature_axes, x.ndim)
-    if 0 in features:
-        raise ValueError(
-            f"feature_axes={feature_axes} has the first axis of x of shape {x.shape}, that of the "
-            "examples: leave it out."
-        )
-    reduced = tuple(axis for axis in range(1, x.ndim) if axis not in features)
-    options = (epsilon, mask, axis_name, axis_index_groups, dtype)
-    return _normalize(params, x, reduced, features, *options)
+    options = Options(
+        axis=feature_axes,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return normalize_instances(options, params, x, mask)
 
 
-def _normalize(
+def normalize_rows(
+    options: Options,
     params: Params,
     x: jax.Array,
-    reduction_axes: Axes,
-    feature_axes: Axes,
-    epsilon: float | jax.Array,
     mask: jax.Array | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-    dtype: Any,
+    reduction_axes: Axes,
+    *,
     about_zero: bool = False,
 ) -> jax.Array:
-    x, params = named(INPUT_NAME, as_floating("x", x)), as_params(params)
-    check_epsilon(epsilon)
+    """Computes `layer_norm`, or `rms_norm` about zero; `options.axis` is `feature_axes`."""
+    x, params = as_floating("x", x), as_params(params)
     reduced = canonical_axes("reduction_axes", reduction_axes, x.ndim)
-    features = canonical_axes("feature_axes", feature_axes, x.ndim)
-    check_features("feature_axes", feature_axes, features, x.shape, params=params)
-    mask = None if mask is None else broadcastable_mask(mask, x.shape)
-    dtype = output_dtype(dtype, x, params)
-    real_dtype = statistics_dtype(x.dtype, dtype)
-    reduction = make_reduction(x, reduced, axis_name, axis_index_groups)
-    reduction = reduction._replace(of_groups=not reduction.axis_names, about_zero=about_zero)
-    start = jnp.zeros((1,) * x.ndim, mean_dtype(real_dtype, x.dtype))
-    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, start))
-    var = jnp.where(found.count > 0, found.var, 1)
-    shape = tuple(size if axis in features else 1 for axis, size in enumerate(x.shape))
-    transform = make_transform(params, shape, found.shift, found.delta, var, epsilon)
-    return make_normalizer(dtype, jax.typeof(x), mask)(x, mask, transform)
+    features = canonical_axes("feature_axes", options.axis, x.ndim)
+    check_features("feature_axes", options.axis, features, x.shape, params=params)
+    mask = None if mask is None else as_mask(mask, x.shape)
+    return _normalize(make_row_inputs(options, params, x, mask, reduced, features), about_zero)
 
 
-def size_of_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
-    """Returns how many features make up a group, or raises the ValueError that says which can."""
-    if (num_groups is None) == (group_size is None):
+def normalize_groups(
+    options: Options,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array | None,
+    num_groups: int | None,
+    group_size: int | None,
+    reduction_axes: Axes | None,
+) -> jax.Array:
+    """Computes `group_norm`."""
+    x, params = as_floating("x", x), as_params(params)
+    last = x.ndim - 1
+    axes = (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes
+    reduced = canonical_axes("reduction_axes", axes, x.ndim)
+    if last not in reduced:
         raise ValueError(
-            f"num_groups={num_groups} and group_size={group_size}: give one of them, and None for "
-            "the other (num_groups=None where group_size is given, for it is 32 otherwise)."
+            f"reduction_axes={reduction_axes} lacks the last axis of x of shape {x.shape}, which "
+            "holds the groups of features: add -1."
         )
-    name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    if number is None or number < 1 or features % number:
+    check_features("feature_axes", -1, (last,), x.shape, params=params)
+    mask = None if mask is None else as_mask(mask, x.shape)
+    size = size_of_groups(x.shape[last], num_groups, group_size)
+    # The features of a group lie along an axis after the groups, and are reduced.
+    in_groups = make_row_inputs(
+        options,
+        params=jax.tree.map(partial(split_axis, 0, size), params),
+        x=split_axis(last, size, x),
+        mask=None if mask is None else split_axis(last, size, mask),
+        reduction_axes=(*reduced[:-1], last + 1),
+        feature_axes=(last, last + 1),
+    )
+    return reshape_like(jax.typeof(x), _normalize(in_groups))
+
+
+def normalize_instances(
+    options: Options, params: Params, x: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Computes `instance_norm`; `options.axis` is `feature_axes`."""
+    rank, shape = jnp.ndim(x), jnp.shape(x)
+    features = canonical_axes("feature_axes", options.axis, rank)
+    if 0 in features:
         raise ValueError(
-            f"{name}={number} does not divide the {features} features of x: pass one of "
-            f"{[divisor for divisor in range(1, features + 1) if features % divisor == 0]}."
+            f"feature_axes={options.axis} has the first axis of x of shape {shape}, the axis of "
+            "the examples: leave it out."
         )
-    return features // number if group_size is None else number
+    reduced = tuple(axis for axis in range(1, rank) if axis not in features)
+    return normalize_rows(options, params, x, mask, reduced)
+
+
+def _normalize(rows: RowInputs, about_zero: bool = False) -> jax.Array:
+    x, mask, options = rows.x, rows.mask, rows.options
+    reduction = make_reduction(
+        x, rows.reduction_axes, options.axis_name, options.axis_index_groups
+    )._replace(about_zero=about_zero)
+    # Without a named axis, examples may lie on several devices, and a guard would be a collective.
+    reduction = reduction._replace(of_groups=not reduction.axis_names)
+    start = jnp.zeros((1,) * x.ndim, rows.mean_dtype)
+    measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, start))
+    var = jnp.where(measured.count > 0, measured.var, 1)
+    shape = tuple(size if axis in rows.feature_axes else 1 for axis, size in enumerate(x.shape))
+    transform = make_transform(rows, shape, measured.shift, measured.delta, var)
+    return finish(standardize(rows.y_dtype, x, mask, transform), mask)

@@ -1,60 +1,40 @@
-"""``(x - mean) * rsqrt(var + epsilon) * scale + bias``, with its derivative derived by hand."""
+"""``(x - mean) * rsqrt(var + epsilon) * scale + bias``, with its derivative derived by hand.
 
-from collections.abc import Callable, Mapping
-from functools import partial, reduce
+With ``m = scale * rsqrt(var + epsilon)``, the output is ``y = m * (x - mean) + bias``, and ::
+
+    dy = m * dx + (x - mean) * dm + (dbias - m * dmean)
+    dm = m * (-0.5 * dvar / (var + epsilon)) + dscale * rsqrt(var + epsilon)
+
+`dm` and the last term have the shape of the features. Forming them before they meet an array of the
+size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g)`` and
+``sum(g * (x - mean))``, and one collective where `x` is sharded. JAX's own derivative would keep
+``x - mean`` and its normalized form, both of the size of `x`, for the backward pass; this one keeps
+`x` alone and computes the deviation again.
+"""
+
+from functools import partial
 from math import prod
-from numbers import Real
-from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from bn_jax._core.moments import centre, mean_dtype, unshared, varying_axes
-
-Activation: TypeAlias = Callable[[jax.Array], jax.Array]
-
-
-class Params(TypedDict, total=False):
-    """The learned parameters, each of the shape of the features; either may be absent."""
-
-    scale: jax.Array
-    bias: jax.Array
-
-
-class Transform(NamedTuple):
-    """What standardizing needs besides x, every array of the rank of x.
-
-    The variance is real; the others are of one dtype, complex if `x` or a parameter is.
-
-    Attributes:
-        shift: the larger part of the mean.
-        delta: the rest of the mean, kept apart so that no rounding of the mean is left in y.
-        var_plus_epsilon: the variance plus epsilon.
-        scale: the factor after normalization, or None for 1.
-        bias: the summand after normalization, or None for 0.
-    """
-
-    shift: jax.Array
-    delta: jax.Array
-    var_plus_epsilon: jax.Array
-    scale: jax.Array | None
-    bias: jax.Array | None
+from bn_jax._core.axes import reshape_like, vary_together
+from bn_jax._core.checks import Inputs, RowInputs
+from bn_jax._core.moments import centre, unshared
+from bn_jax._core.types import Activation, Transform
 
 
 @partial(jax.jit, static_argnums=0)
 def standardize(
-    dtype: Any, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
 ) -> jax.Array:
     """Computes ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``.
 
-    The derivative is ``dy = multiplier * dx + (x - mean) * d multiplier + d offset``, where
-    ``multiplier = scale * rsqrt(var + epsilon)`` and
-    ``d offset = d bias - multiplier * d mean``: the two per-feature tangents are formed before
-    they meet an array of the size of `x`, so that the transposed rule needs two reductions over
-    the batch, ``sum(g)`` and ``sum(g * (x - mean))``, and one collective where x is sharded. Where
-    the multiplier is as large as `x`, as in a layer norm, so would be its tangent: there the
-    normalization is differentiated first, and scale and bias after it.
+    Where scale and variance differ in shape and their product is as large as `x`, as in a layer
+    norm, the normalization is differentiated first, and scale and bias after it.
 
     Args:
         dtype: the dtype of the result.
@@ -71,7 +51,7 @@ def standardize(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(
-    dtype: Any, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
 ) -> jax.Array:
     y = centre(x, transform.shift, transform.delta) * _multiplier(transform)
     return (y if transform.bias is None else y + transform.bias).astype(dtype)
@@ -79,31 +59,35 @@ def _standardize(
 
 @_standardize.defjvp
 def _standardize_jvp(
-    dtype: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, mask, transform = primals
     dx, _, change = tangents
+    # 1. The relative change of rsqrt(var + epsilon), and the change of the mean.
     relative = -0.5 * change.var_plus_epsilon / transform.var_plus_epsilon
     relative, d_mean = relative.astype(transform.delta.dtype), change.shift + change.delta
-    in_turn = _has_large_multiplier(transform, x)
-    if in_turn:
-        multiplier = _inverse_deviation(transform)
+    # 2. The changes of the size of the features. Where the multiplier is as large as x, so would be
+    # its change: then those of the normalization and of scale and bias stay apart.
+    multiplier_is_large = _has_large_multiplier(transform, x)
+    if multiplier_is_large:
+        factor = _inverse_deviation(transform)
         learned, tree = jax.tree.flatten((change.scale, change.bias))
-        changes = _vary_together(x, relative, -multiplier * d_mean)
-        changes += jax.tree.unflatten(tree, _vary_together(x, *learned))
+        changes = vary_together(x, relative, -factor * d_mean)
+        changes += jax.tree.unflatten(tree, vary_together(x, *learned))
     else:
-        multiplier = _multiplier(transform)
-        slope, offset = multiplier * relative, -multiplier * d_mean
+        factor = _multiplier(transform)
+        slope, offset = factor * relative, -factor * d_mean
         if transform.scale is not None:
             slope = slope + change.scale * _inverse_deviation(transform)
         if transform.bias is not None:
             offset = offset + change.bias
-        changes = _vary_together(x, slope, offset)
-    # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
-    rule = jax.checkpoint(
-        partial(_tangent_in_turn if in_turn else _tangent, dtype), prevent_cse=False
+        changes = vary_together(x, slope, offset)
+    # 3. They meet x. Rematerialized, or a scan would keep the float32 deviation for the backward
+    # pass beside x.
+    rule = _tangent_in_turn if multiplier_is_large else _tangent
+    dy = jax.checkpoint(partial(rule, dtype), prevent_cse=False)(
+        x, mask, transform, factor, dx, *changes
     )
-    dy = rule(x, mask, transform, multiplier, dx, *changes)
     return standardize(dtype, x, mask, transform), dy
 
 
@@ -115,7 +99,7 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
 
 
 def _tangent(
-    dtype: Any,
+    dtype: DTypeLike,
     x: jax.Array,
     mask: jax.Array | None,
     transform: Transform,
@@ -130,7 +114,7 @@ def _tangent(
 
 
 def _tangent_in_turn(
-    dtype: Any,
+    dtype: DTypeLike,
     x: jax.Array,
     mask: jax.Array | None,
     transform: Transform,
@@ -153,7 +137,7 @@ def _tangent_in_turn(
 
 
 def _deviation(x: jax.Array, mask: jax.Array | None, transform: Transform) -> jax.Array:
-    """Returns ``x - mean``, where nothing enters zero instead of what is not finite."""
+    """Returns ``x - mean``, with zero for what is masked and not finite."""
     deviation = centre(x, transform.shift, transform.delta)
     if mask is None:
         return deviation
@@ -169,139 +153,82 @@ def _inverse_deviation(transform: Transform) -> jax.Array:
     return lax.rsqrt(transform.var_plus_epsilon).astype(transform.delta.dtype)
 
 
-def _vary_together(like: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
-    """Marks per-feature values as varying over the mesh axes that `like` varies over.
-
-    The transpose of that mark is a psum. Marking the stacked values makes it a single one, where
-    JAX would insert one for each value as it meets `like`.
-    """
-    names = varying_axes(like).difference(*map(varying_axes, values))
-    if not names:
-        return values
-    shape = jnp.broadcast_shapes(*(value.shape for value in values))
-    stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in values])
-    return tuple(lax.pcast(stacked, tuple(sorted(names)), to="varying"))
-
-
 def make_transform(
-    params: Params,
+    inputs: Inputs | RowInputs,
     shape: tuple[int, ...],
     shift: jax.Array,
     delta: jax.Array,
     var: jax.Array,
-    epsilon: float | jax.Array,
 ) -> Transform:
-    """Returns the transform by these moments; scale and bias get the shape, of the rank of x."""
-    dtype = mean_dtype(var.dtype, delta.dtype, *(leaf.dtype for leaf in jax.tree.leaves(params)))
-    own: Params = jax.tree.map(lambda leaf: leaf.astype(dtype).reshape(shape), params)
+    """Returns the transform by these moments; scale and bias get `shape`, of the rank of x."""
+    dtype, epsilon = inputs.transform_dtype, inputs.options.epsilon
+    scale, bias = inputs.params.get("scale"), inputs.params.get("bias")
     return Transform(
-        shift.astype(dtype),
-        delta.astype(dtype),
-        var + jnp.asarray(epsilon, var.dtype),
-        own.get("scale"),
-        own.get("bias"),
+        shift=shift.astype(dtype),
+        delta=delta.astype(dtype),
+        var_plus_epsilon=var + jnp.asarray(epsilon, var.dtype),
+        scale=None if scale is None else scale.astype(dtype).reshape(shape),
+        bias=None if bias is None else bias.astype(dtype).reshape(shape),
     )
 
 
-def make_normalizer(
-    dtype: Any,
-    like: Any,
-    mask: jax.Array | None,
-    activation: Activation | None = None,
-    residual: jax.Array | None = None,
-) -> Callable[[jax.Array, jax.Array | None, Transform], jax.Array]:
-    """Returns what takes examples, their mask and the transform to the output."""
+def normalize(
+    inputs: Inputs, examples: jax.Array, mask: jax.Array | None, transform: Transform
+) -> jax.Array:
+    """Standardizes, adds the residual and applies the activation.
 
-    def normalize(examples: jax.Array, own_mask: jax.Array | None, by: Transform) -> jax.Array:
-        y = reshape_like(like, standardize(dtype, examples, own_mask, by))
-        return _finish(mask, activation, residual, y)
+    Args:
+        inputs: the checked arguments of the call.
+        examples: its `x`, or that in groups of examples.
+        mask: the mask of the examples, of their rank.
+        transform: of the rank of the examples.
+
+    Returns:
+        `y`, of the shape of `x`.
+    """
+    activation, residual = inputs.options.activation, inputs.residual
+
+    def compute(
+        examples: jax.Array, examples_mask: jax.Array | None, transform: Transform
+    ) -> jax.Array:
+        y = standardize(inputs.y_dtype, examples, examples_mask, transform)
+        if y.shape != inputs.x.shape:
+            y = reshape_like(jax.typeof(inputs.x), y)
+        return finish(y, inputs.mask, activation, residual)
 
     # Rematerialized, a scan keeps x alone for the backward pass. With a residual it would have to
     # keep that too, of which a relu needs no more than a sign.
-    if activation is None or residual is not None:
-        return normalize
-    return jax.checkpoint(normalize, prevent_cse=False)
+    if activation is not None and residual is None:
+        compute = jax.checkpoint(compute, prevent_cse=False)
+    return compute(examples, mask, transform)
 
 
-def _finish(
-    mask: jax.Array | None,
-    activation: Activation | None,
-    residual: jax.Array | None,
+def finish(
     y: jax.Array,
+    mask: jax.Array | None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Adds the residual and applies the activation; a masked NaN has no derivative in them."""
+    """Adds the residual and applies the activation, so that a masked NaN has no derivative.
+
+    The derivative of a NaN is NaN, and NaN times a cotangent of zero would reach the sums over the
+    batch. So what is differentiated must not see it.
+
+    Args:
+        y: the normalized array.
+        mask: None, or boolean or weights of the rank of `y`.
+        activation: an elementwise function, or None.
+        residual: an array of the shape of `y`, or None.
+
+    Returns:
+        ``activation(y + residual)``.
+    """
     if residual is not None:
         y = y + residual.astype(y.dtype)
     if mask is None:
         return y if activation is None else activation(y)
-    # The derivative of a NaN is NaN, and NaN times a cotangent of zero would reach the sums over
-    # the batch: what is differentiated must not see it.
     usable = mask.astype(bool) | jnp.isfinite(y)
     if activation is None:
         return jnp.where(usable, y, lax.stop_gradient(y))
     unusable = lax.stop_gradient(activation(y))
     return jnp.where(usable, activation(jnp.where(usable, y, 0)), unusable)
-
-
-def reshape_like(like: Any, values: jax.Array) -> jax.Array:
-    """Returns `values` with shape and explicit sharding of `like`, the type of an array."""
-    if values.shape == like.shape:
-        return values
-    explicit = any(names is not None for names in like.sharding.spec)
-    return lax.reshape(values, like.shape, out_sharding=like.sharding if explicit else None)
-
-
-def as_params(params: Mapping[str, Any]) -> Params:
-    """Returns scale and bias as arrays, or raises the ValueError that says what else is there."""
-    unknown = set(params) - {"scale", "bias"}
-    if unknown:
-        raise ValueError(
-            f"params has the unknown entries {sorted(unknown)}; expected 'scale' and 'bias' or "
-            "either: pass the parameters of this norm alone."
-        )
-    return cast(Params, {name: jnp.asarray(values) for name, values in params.items()})
-
-
-def output_dtype(
-    dtype: Any, x: jax.Array, params: Params, residual: jax.Array | None = None
-) -> jnp.dtype:
-    """Returns the dtype of y, or raises the TypeError that says why it cannot be that."""
-    given = [leaf.dtype for leaf in jax.tree.leaves((x, params, residual))]
-    if dtype is None:
-        dtype = reduce(jnp.promote_types, given)
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"dtype={dtype.name} is not a floating-point dtype: pass for example "
-            "dtype=jnp.float32, or None for that of x and params promoted."
-        )
-    if mean_dtype(dtype, *given) != dtype and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"dtype={dtype.name} would discard the imaginary part: x, params and residual have "
-            f"the dtypes {[one.name for one in given]}. Pass dtype=jnp.complex64 or None."
-        )
-    return dtype
-
-
-def check_features(
-    name: str, given: Any, axes: tuple[int, ...], shape: tuple[int, ...], **trees: Mapping[str, Any]
-) -> None:
-    """Raises the ValueError that shows all shapes, where one is not that of the features."""
-    features = tuple(shape[axis] for axis in axes)
-    shapes = {
-        tree: {leaf: jnp.shape(value) for leaf, value in leaves.items()}
-        for tree, leaves in trees.items()
-    }
-    if any(own != features for leaves in shapes.values() for own in leaves.values()):
-        raise ValueError(
-            f"x of shape {shape} has features of shape {features} on {name}={given}, but "
-            f"{' and '.join(f'{tree} has {leaves}' for tree, leaves in shapes.items())}. Pass the "
-            "axis that holds the features, or make anew with "
-            f"{' and '.join(f'bn_jax.init_{tree}({features})' for tree in trees)}."
-        )
-
-
-def check_epsilon(epsilon: Any) -> None:
-    """Checks what is known while tracing; a traced epsilon is taken as it is."""
-    if isinstance(epsilon, Real) and not float(epsilon) > 0:
-        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")

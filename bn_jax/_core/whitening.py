@@ -6,76 +6,88 @@ The inverse square root of a covariance ``A`` comes from the coupled Newton-Schu
     T = (3 I - Z Y) / 2,    Y <- Y T,    Z <- T Z
 
 take ``Y`` to ``sqrt(A / c)`` and ``Z`` to its inverse. In exact arithmetic that is the uncoupled
-``Z <- (3 Z - Z**3 A / c) / 2`` of the papers, which in float32 comes apart: once converged, it
-multiplies what rounding has broken of ``Z A = A Z`` in every step. The coupled one corrects in each
-step the product that it sees.
+``Z <- (3 Z - Z**3 A / c) / 2`` of the papers. In float32, the uncoupled iteration diverges after it
+has converged: every step multiplies the rounding error of ``Z A = A Z``. The coupled iteration
+corrects in each step the product that it computes.
 
-It converges where the eigenvalues of ``A / c`` are above 0 and under 3, in as many steps as the
-smallest needs to grow to 1, each multiplying it by up to 9/4. So `c` is to be a bound of the
-largest that is as tight as it can be had for nothing: the Frobenius norm, where the papers have the
-trace. It is smooth, never larger than the trace, and of ``size`` equal eigenvalues smaller by
-``sqrt(size)``. As many steps come nearer to the limit, which is the same.
+It converges where the eigenvalues of ``A / c`` are above 0 and under 3. It takes as many steps as
+the smallest eigenvalue needs to grow to 1, each multiplying it by up to 9/4. So `c` should be a
+tight bound of the largest eigenvalue that costs nothing: the Frobenius norm, where the papers have
+the trace. It is smooth, never larger than the trace, and smaller by ``sqrt(size)`` for ``size``
+equal eigenvalues. The same number of steps comes nearer to the limit, which is the same.
 """
 
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from bn_jax._core.batch_norm import (
-    average,
-    check_averaging,
-    check_values_per_feature,
-)
-from bn_jax._core.feature_norms import size_of_groups
-from bn_jax._core.moments import (
-    INPUT_NAME,
-    MOMENTS_NAME,
-    AxisName,
+from bn_jax._core.axes import make_reduction, reshape_like, split_axis, static_count
+from bn_jax._core.batch_norm import choose_mode
+from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME, named
+from bn_jax._core.checks import (
     as_floating,
-    broadcastable_mask,
+    as_mask,
+    as_params,
     canonical_axes,
-    centre,
-    centred_moments,
-    covariance,
-    make_reduction,
-    named,
-    split_axis,
+    check_count_kept,
+    output_dtype,
+    refuse_single_value,
+    size_of_groups,
     statistics_dtype,
 )
-from bn_jax._core.standardize import Params, as_params, check_epsilon, output_dtype, reshape_like
+from bn_jax._core.moments import centre, centred_moments, covariance
+from bn_jax._core.running import Weight, average, weigh_batch
+from bn_jax._core.types import (
+    AxisIndexGroups,
+    AxisName,
+    Mode,
+    Options,
+    Params,
+    WhiteningStats,
+)
 
 
-class WhiteningStats(TypedDict):
-    """The running statistics: the mean, of shape [F], and the covariance of each group.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WhiteningOptions(Options):
+    """The configuration of a whitening norm, checked when it is made.
 
-    `cov` is of shape [groups, size, size]. `count`, of shape [groups], is the number of batches
-    that entered them; where it is kept, each update adds one.
+    Raises:
+        ValueError: `iterations` is less than 1, or as `Options` does.
     """
 
-    mean: jax.Array
-    cov: jax.Array
-    count: NotRequired[jax.Array]
+    iterations: int = 5
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations < 1:
+            raise ValueError(
+                f"iterations={self.iterations} must be at least 1: 5 is usual, 20 whiten "
+                "completely."
+            )
 
 
 def init_whitening_stats(
     features: int,
     *,
     group_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     use_count: bool = False,
 ) -> WhiteningStats:
     """Returns a mean of zeros and covariances that are the identity.
 
     Args:
         features: the number of features.
-        group_size: how many of them are whitened together; None for all.
+        group_size: how many consecutive features are whitened together; None for all.
         dtype: the dtype of the statistics.
-        use_count: whether there is ``"count": zeros`` as well, the number of batches, which
-            ``momentum=None`` needs.
+        use_count: whether to add ``"count": zeros``, the number of batches, which ``momentum=None``
+            needs.
 
     Returns:
         ``{"mean": [F], "cov": [groups, size, size]}`` for `whitening_norm`.
@@ -110,14 +122,14 @@ def whitening_norm(
     group_size: int | None = None,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
     initializing: bool = False,
 ) -> tuple[jax.Array, WhiteningStats]:
     """Whitens the features over the batch and updates the running statistics.
 
-    ``y = (cov + epsilon * I)**(-1/2) @ (x - mean) * scale + bias``, the root being the symmetric
-    one (ZCA), group by group. In training, `mean` and `cov` are those of the batch and ::
+    ``y = (cov + epsilon * I)**(-1/2) @ (x - mean) * scale + bias``, with the symmetric root (ZCA),
+    group by group. In training, `mean` and `cov` are those of the batch and ::
 
         new_mean = momentum * old_mean + (1 - momentum) * mean
         new_cov = momentum * old_cov + (1 - momentum) * cov
@@ -125,16 +137,16 @@ def whitening_norm(
     In evaluation they are the running ones, and the root is computed from them: covariances of
     several batches have a mean that is a covariance, their inverse roots do not.
 
-    The root is that of so many coupled Newton iterations on the matrix divided by its Frobenius
-    norm; `bn_jax.whitening` says why. Few of them leave the directions of small variance smaller
-    than 1: one whose variance is `r` times that norm takes about
-    ``3 + log(1 / r) / log(9 / 4)``. More change nothing. In float32 the covariance of the output
-    is then the identity to about 1e-5 for a condition number of 1e3, and 1e-4 for one of 1e4.
-    Groups of one feature are batch norm after any number of iterations.
+    The root comes from coupled Newton iterations on the matrix divided by its Frobenius norm. With
+    few iterations, directions of small variance come out smaller than 1: one whose variance is `r`
+    times that norm takes about ``3 + log(1 / r) / log(9 / 4)`` iterations. More change nothing. In
+    float32 the covariance of the output is then the identity to about 1e-5 for a condition number
+    of 1e3, and to 1e-4 for one of 1e4. Groups of one feature are batch norm after any number of
+    iterations. The file ``bn_jax/_core/whitening.py`` explains the choice.
 
     Args:
         params: ``{"scale": [F], "bias": [F]}``, either may be absent.
-        batch_stats: ``{"mean": [F], "cov": [groups, size, size]}`` and on demand
+        batch_stats: ``{"mean": [F], "cov": [groups, size, size]}`` and optionally
             ``"count": [groups]``; see `init_whitening_stats`. With `axis_name` the mean must be the
             same on every device.
         x: floating-point array of any rank, not complex.
@@ -145,33 +157,33 @@ def whitening_norm(
         momentum: the weight of the old value in the running statistics. None for the cumulative
             average, every batch weighing the same; it needs ``batch_stats["count"]``.
         epsilon: added to the variances, the diagonal of the covariance.
-        iterations: of Newton's method.
-        group_size: so many consecutive features are whitened together; None for all. A group with
-            no fewer features than the batch has values cannot be white.
+        iterations: how many Newton iterations to take.
+        group_size: how many consecutive features are whitened together; None for all. A group with
+            at least as many features as the batch has values cannot become white.
         mask: boolean or non-negative weights, broadcastable to `x`, of size 1 on `axis`: what
-            enters the statistics. Every position is still whitened; one that is not finite, and
-            masked, becomes NaN in its group and reaches nothing else, and no derivative.
-        axis_name: the named axis or axes to synchronize over, as of `batch_norm`; there are
-            two collectives.
-        axis_index_groups: groups of indices of `axis_name` with statistics of their own.
-        dtype: the dtype of `y`; by default that of `x` and `params` promoted. All else is computed
-            in at least float32, products in full precision.
+            enters the statistics. Every position is still whitened. One that is masked and not
+            finite becomes NaN in its group, and reaches nothing else and no derivative.
+        axis_name: the named axis or axes to synchronize over, as in `batch_norm`, by two
+            collectives.
+        axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
+        dtype: the dtype of `y`; by default the promoted dtype of `x` and `params`. All else is
+            computed in at least float32, with products in full precision.
         initializing: True while a model is initialized: no update, no synchronization, and a
             batch of one is allowed.
 
     Returns:
         `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old; the old ones
-        where there is no update. A group whose batch moments are not finite keeps its old ones, and
-        so do all where nothing valid contributed; the running ones whiten then.
+        where there is no update. A group whose batch moments are not finite keeps its old ones.
+        Where nothing valid contributed, all groups do, and the running ones whiten.
 
     Raises:
         TypeError: `x` is integer, boolean or complex, or something else is complex.
-        ValueError: an argument does not fit the others; the message says which and how to mend
-            it. Training on one value per feature is one such case.
+        ValueError: an argument does not fit the others; the message says which and how to fix
+            it. Training on one value per feature is such a case.
         NameError: `axis_name` is not bound, but other axes are.
 
     Where it differs from the papers: the iteration is coupled and starts from a matrix divided by
-    its Frobenius norm; they average inverse roots, not covariances.
+    its Frobenius norm. The papers average inverse roots, not covariances.
 
     Example:
         >>> import jax, jax.numpy as jnp, bn_jax as bn
@@ -187,22 +199,41 @@ def whitening_norm(
     https://arxiv.org/abs/1804.08450; Huang et al. 2019, "Iterative Normalization: Beyond
     Standardization towards Efficient Whitening", https://arxiv.org/abs/1904.03441.
     """
-    update = not use_running_average if update_running_average is None else update_running_average
-    update = update and not initializing
-    check_averaging(momentum, 0)
-    if update:
-        _check_count_kept(momentum, batch_stats)
-    _check_iterations(iterations)
-    given = _prepare(params, batch_stats, x, axis, epsilon, group_size, mask, dtype)
-    if use_running_average:
-        mean = given.expand(given.batch_stats["mean"])
-        moments = _Moments(mean, jnp.zeros_like(mean), given.running_cov())
-    if update or not use_running_average:
-        names = (None, None) if initializing else (axis_name, axis_index_groups)
-        found, batch = _measure(given, *names, initializing)
-        moments = moments if use_running_average else batch
-    y = _whiten(given, moments, epsilon, iterations)
-    return y, _updated(given, momentum, found, batch) if update else batch_stats
+    options = WhiteningOptions(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        iterations=iterations,
+        group_size=group_size,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
+    return run_whitening(options, mode, params, batch_stats, as_floating("x", x), mask)
+
+
+def run_whitening(
+    options: WhiteningOptions,
+    mode: Mode,
+    params: Params,
+    batch_stats: WhiteningStats,
+    x: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, WhiteningStats]:
+    """Computes `whitening_norm`."""
+    if mode.update and options.momentum is None:
+        check_count_kept(batch_stats, "init_whitening_stats")
+    inputs = _check_inputs(options, params, batch_stats, x, mask)
+    if mode.use_running_average:
+        mean = inputs.expand(inputs.batch_stats["mean"])
+        y = _whiten(inputs, _Centre(mean, jnp.zeros_like(mean)), inputs.running_cov())
+        if not mode.update:
+            return y, batch_stats
+    batch = _measure(inputs, mode.initializing)
+    if not mode.use_running_average:
+        y = _whiten(inputs, batch.centre, batch.cov)
+    return y, _update(inputs, batch) if mode.update else batch_stats
 
 
 def inverse_square_root(matrices: jax.Array, iterations: int) -> jax.Array:
@@ -210,14 +241,14 @@ def inverse_square_root(matrices: jax.Array, iterations: int) -> jax.Array:
 
     Args:
         matrices: ``[groups, size, size]``, floating point.
-        iterations: how many steps of the coupled Newton-Schulz iteration.
+        iterations: how many steps of the coupled Newton-Schulz iteration to take.
 
     Returns:
         ``[groups, size, size]``.
 
     Reference: Higham 2008, "Functions of Matrices", equation 6.35.
     """
-    # In two divisions, for the squares of what is not divided by the trace may overflow.
+    # In two divisions: squares of entries not yet divided by the trace may overflow.
     trace = jnp.trace(matrices, axis1=1, axis2=2)[:, None, None]
     unit = matrices / trace
     norm = jnp.sqrt(jnp.sum(lax.square(unit), (1, 2), keepdims=True))
@@ -239,17 +270,22 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
-class _Given(NamedTuple):
-    """Checked input; `real` is the dtype to compute in."""
+class _Inputs(NamedTuple):
+    """The checked arguments of a call, and what follows from them.
 
+    `axis` is the axis of the features, `size` how many of them make up a group, `y_dtype` the dtype
+    of the result, and `real` the dtype that everything else is computed in.
+    """
+
+    options: WhiteningOptions
     params: Params
     batch_stats: WhiteningStats
     x: jax.Array
     mask: jax.Array | None
     axis: int
     size: int
-    dtype: Any
-    real: Any
+    y_dtype: jnp.dtype
+    real: jnp.dtype
 
     def expand(self, values: jax.Array) -> jax.Array:
         """Returns values of the features, which broadcast to `x`."""
@@ -257,122 +293,123 @@ class _Given(NamedTuple):
         return values.astype(self.real).reshape(shape)
 
     def running_cov(self) -> jax.Array:
+        """Returns the running covariances in the dtype to compute in."""
         return self.batch_stats["cov"].astype(self.real)
 
 
-class _Moments(NamedTuple):
-    """What to whiten by: the mean, unevaluated and of the rank of `x`, and the covariances."""
+class _Centre(NamedTuple):
+    """A mean of the rank of `x`, as the unevaluated sum ``shift + delta``."""
 
     shift: jax.Array
     delta: jax.Array
+
+
+class _Batch(NamedTuple):
+    """The count of a batch, its mean and its covariances."""
+
+    count: jax.Array  # type: ignore[assignment]
+    centre: _Centre
     cov: jax.Array
 
 
-def _prepare(
+def _check_inputs(
+    options: WhiteningOptions,
     params: Params,
     batch_stats: WhiteningStats,
     x: jax.Array,
-    axis: int,
-    epsilon: float | jax.Array,
-    group_size: int | None,
     mask: jax.Array | None,
-    dtype: Any,
-) -> _Given:
-    x, params = named(INPUT_NAME, as_floating("x", x)), as_params(params)
-    feature_axes = canonical_axes("axis", axis, x.ndim)
+) -> _Inputs:
+    params = as_params(params)
+    feature_axes = canonical_axes("axis", options.axis, x.ndim)
     if len(feature_axes) != 1:
         raise ValueError(
-            f"axis={axis} has {len(feature_axes)} axes, expected one: reshape x of shape {x.shape} "
-            "so that one axis holds all features."
+            f"axis={options.axis} has {len(feature_axes)} axes, expected one: reshape x of shape "
+            f"{x.shape} so that one axis holds all features."
         )
-    (feature_axis,) = feature_axes
-    stats = _known(batch_stats)
-    _check_shapes(axis, x.shape, x.shape[feature_axis], group_size, params, stats)
-    check_epsilon(epsilon)
-    mask = None if mask is None else _mask_of_examples(mask, x.shape, feature_axis)
-    _require_real(x, params, stats, dtype)
-    dtype = output_dtype(dtype, x, params)
-    _, size = _groups_of(x.shape[feature_axis], group_size)
-    real = statistics_dtype(x.dtype, dtype)
-    return _Given(params, cast(WhiteningStats, stats), x, mask, feature_axis, size, dtype, real)
-
-
-def _measure(
-    given: _Given,
-    axis_name: AxisName | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-    initializing: bool,
-) -> tuple[jax.Array, _Moments]:
-    """Returns the count, and the moments of the batch; where nothing entered, the running ones."""
-    x, mask = given.x, given.mask
-    reduced = tuple(axis for axis in range(x.ndim) if axis != given.axis)
-    reduction = make_reduction(x, reduced, axis_name, axis_index_groups)
-    if not initializing:
-        check_values_per_feature(reduction, x.shape, x.shape, given.axis)
-    running_mean = given.expand(given.batch_stats["mean"])
-    shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    found = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
-    cov = covariance(reduction, x, mask, found, given.axis, given.size)
-    cov = named(MOMENTS_NAME, cov)
-    count = found.count.reshape(())
-    return count, _Moments(found.shift, found.delta, jnp.where(count > 0, cov, given.running_cov()))
-
-
-def _whiten(
-    given: _Given, moments: _Moments, epsilon: float | jax.Array, iterations: int
-) -> jax.Array:
-    axis, mask = given.axis, given.mask
-    identity = jnp.eye(given.size, dtype=given.real)[None]
-    root = inverse_square_root(
-        moments.cov + jnp.asarray(epsilon, given.real) * identity, iterations
+    axis = feature_axes[0]
+    stats = _statistics_of(batch_stats)
+    _check_shapes(options, x.shape, x.shape[axis], params, stats)
+    mask = _as_mask_of_examples(mask, x.shape, axis)
+    _require_real(options, x, params, stats)
+    y_dtype = output_dtype(options.dtype, x, params)
+    return _Inputs(
+        options=options,
+        params=params,
+        batch_stats=cast(WhiteningStats, stats),
+        x=named(INPUT_NAME, x),
+        mask=mask,
+        axis=axis,
+        size=_groups_of(x.shape[axis], options.group_size)[1],
+        y_dtype=y_dtype,
+        real=statistics_dtype(x.dtype, y_dtype),
     )
-    examples = split_axis(axis, given.size, centre(given.x, moments.shift, moments.delta))
+
+
+def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
+    """Measures a batch; where nothing entered, its moments are the running ones."""
+    x, mask, options = inputs.x, inputs.mask, inputs.options
+    reduced = tuple(axis for axis in range(x.ndim) if axis != inputs.axis)
+    if initializing:
+        reduction = make_reduction(x, reduced, None, None)
+    else:
+        reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
+        if static_count(reduction, x.shape) == 1:
+            refuse_single_value(x.shape, inputs.axis)
+    running_mean = inputs.expand(inputs.batch_stats["mean"])
+    shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
+    measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
+    cov = covariance(reduction, x, mask, measured, inputs.axis, inputs.size)
+    cov = named(MOMENTS_NAME, cov)
+    count = measured.count.reshape(())
+    cov = jnp.where(count > 0, cov, inputs.running_cov())
+    return _Batch(count, _Centre(measured.shift, measured.delta), cov)
+
+
+def _whiten(inputs: _Inputs, mean: _Centre, cov: jax.Array) -> jax.Array:
+    axis, mask, options = inputs.axis, inputs.mask, inputs.options
+    split = partial(split_axis, axis, inputs.size)
+    identity = jnp.eye(inputs.size, dtype=inputs.real)[None]
+    root = inverse_square_root(
+        cov + jnp.asarray(options.epsilon, inputs.real) * identity, options.iterations
+    )
+    examples = split(centre(inputs.x, mean.shift, mean.delta))
     usable = None
     if mask is not None:
         # NaN times a cotangent of zero would reach the derivatives of the root and of scale.
         finite = jnp.all(jnp.isfinite(examples), axis + 1, keepdims=True)
-        usable = split_axis(axis, given.size, mask).astype(bool) | finite
+        usable = split(mask).astype(bool) | finite
         examples = jnp.where(usable, examples, 0)
     y = lax.dot_general(
         examples, root, (((axis + 1,), (2,)), ((axis,), (0,))), precision=lax.Precision.HIGHEST
     )
     y = jnp.moveaxis(y, (0, -1), (axis, axis + 1))
-    own = {
-        name: split_axis(axis, given.size, given.expand(values))
-        for name, values in _leaves(given.params)
-    }
-    y = y * own["scale"] if "scale" in own else y
-    y = y + own["bias"] if "bias" in own else y
+    if "scale" in inputs.params:
+        y = y * split(inputs.expand(inputs.params["scale"]))
+    if "bias" in inputs.params:
+        y = y + split(inputs.expand(inputs.params["bias"]))
     if usable is not None:
         y = jnp.where(usable, y, jnp.nan)
-    return reshape_like(jax.typeof(given.x), y).astype(given.dtype)
+    return reshape_like(jax.typeof(inputs.x), y).astype(inputs.y_dtype)
 
 
-def _updated(
-    given: _Given, momentum: float | jax.Array | None, count: jax.Array, batch: _Moments
-) -> WhiteningStats:
-    old = given.batch_stats
-    groups = len(old["cov"])
-    weight = 1 / (old["count"] + 1) if momentum is None else 1 - momentum
-    by_step = weight < 0.5 if isinstance(weight, Real) else None
+def _update(inputs: _Inputs, batch: _Batch) -> WhiteningStats:
+    old = inputs.batch_stats
+    weight = weigh_batch(inputs.options.momentum, old.get("count"))
+    averaged = _average_groups(inputs.size, weight.is_small, weight.value, old, batch)
+    return cast(WhiteningStats, averaged)
 
-    def averaged(old: jax.Array, new: jax.Array) -> jax.Array:
-        share = jnp.asarray(weight)
-        share = share.reshape(share.shape + (1,) * (new.ndim - 1) if share.ndim else ())
-        return average(by_step, share, old, new)
 
-    old_mean = old["mean"].reshape(groups, given.size)
-    mean = averaged(old_mean, (batch.shift + batch.delta).reshape(groups, given.size))
-    cov = averaged(old["cov"], batch.cov)
-    finite = jnp.all(jnp.isfinite(mean), 1) & jnp.all(jnp.isfinite(cov), (1, 2))
-    enters = (count > 0) & finite
-    new: dict[str, Any] = {
-        "mean": jnp.where(enters[:, None], mean, old_mean).reshape(old["mean"].shape),
-        "cov": jnp.where(enters[:, None, None], cov, old["cov"]),
-    }
-    if "count" in old:
-        new["count"] = old["count"] + enters.astype(old["count"].dtype)
-    return cast(WhiteningStats, new)
+@partial(jax.jit, static_argnums=(0, 1))
+def _average_groups(
+    size: int, is_small: bool | None, weight: jax.Array, old: WhiteningStats, batch: _Batch
+) -> dict[str, jax.Array]:
+    """Averages mean and covariance; a group enters with all that it has, or not at all."""
+    groups, features = len(old["cov"]), old["mean"].shape
+    in_groups = {**cast(dict[str, jax.Array], old), "mean": old["mean"].reshape(groups, size)}
+    mean = (batch.centre.shift + batch.centre.delta).reshape(groups, size)
+    moments = {"mean": mean, "cov": batch.cov}
+    new = average(Weight(weight, is_small), in_groups, moments, batch.count > 0, rank=1)
+    return {**new, "mean": new["mean"].reshape(features)}
 
 
 def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
@@ -381,64 +418,64 @@ def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
     return features // max(1, size), size
 
 
-def _known(batch_stats: Any) -> dict[str, jax.Array]:
+def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Returns the statistics, or raises the ValueError that says what they should be."""
     known = {"mean", "cov", "count"}
     if not {"mean", "cov"} <= set(batch_stats) <= known:
         raise ValueError(
-            f"batch_stats has {sorted(batch_stats)}; expected 'mean' and 'cov', and on demand "
+            f"batch_stats has {sorted(batch_stats)}; expected 'mean' and 'cov', and optionally "
             "'count'. Make a new one with bn_jax.init_whitening_stats(features, group_size=...)."
         )
-    return {name: jnp.asarray(batch_stats[name]) for name in batch_stats}
-
-
-def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, jax.Array]]:
-    return list(tree.items())
+    return {name: jnp.asarray(values) for name, values in batch_stats.items()}
 
 
 def _check_shapes(
-    axis: int,
+    options: WhiteningOptions,
     shape: tuple[int, ...],
     features: int,
-    group_size: int | None,
     params: Params,
     batch_stats: dict[str, jax.Array],
 ) -> None:
-    given = [*_leaves(params), *_leaves(batch_stats)]
-    wrong = [
-        name for name, leaf in given if name not in ("cov", "count") and leaf.shape != (features,)
-    ]
+    shapes = {
+        name: jax.tree.map(jnp.shape, dict(tree))
+        for name, tree in {"params": params, "batch_stats": batch_stats}.items()
+    }
+    leaves = {**shapes["params"], **shapes["batch_stats"]}
+    per_group = {"cov", "count"}
+    wrong = [name for name in leaves if name not in per_group and leaves[name] != (features,)]
     if not wrong:
-        groups, size = _groups_of(features, group_size)
+        groups, size = _groups_of(features, options.group_size)
         expected = {"cov": (groups, size, size), "count": (groups,)}
-        wrong = [name for name, leaf in given if leaf.shape != expected.get(name, leaf.shape)]
+        wrong = [name for name in expected if leaves.get(name, expected[name]) != expected[name]]
     if wrong:
-        shapes = [
-            {name: leaf.shape for name, leaf in _leaves(tree)} for tree in (params, batch_stats)
-        ]
         raise ValueError(
-            f"x of shape {shape} has {features} features on axis={axis}, with "
-            f"group_size={group_size}, but params has {shapes[0]} and batch_stats has "
-            f"{shapes[1]}; {wrong} do not fit. Pass the axis that holds the features, or make anew "
-            f"with bn_jax.init_params({features}) and "
-            f"bn_jax.init_whitening_stats({features}, group_size={group_size})."
+            f"x of shape {shape} has {features} features on axis={options.axis}, with "
+            f"group_size={options.group_size}, but params has {shapes['params']} and batch_stats "
+            f"has {shapes['batch_stats']}; {wrong} do not fit. Pass the axis that holds the "
+            f"features, or make new trees with bn_jax.init_params({features}) and "
+            f"bn_jax.init_whitening_stats({features}, group_size={options.group_size})."
         )
 
 
 def _require_real(
-    x: jax.Array, params: Params, batch_stats: dict[str, jax.Array], dtype: Any
+    options: WhiteningOptions, x: jax.Array, params: Params, batch_stats: dict[str, jax.Array]
 ) -> None:
-    dtypes = {name: leaf.dtype for name, leaf in [*_leaves(params), *_leaves(batch_stats)]}
-    for name, own in {"x": x.dtype, "dtype": dtype, **dtypes}.items():
-        if own is not None and jnp.issubdtype(own, jnp.complexfloating):
+    leaves: dict[str, jax.Array] = {**cast(dict[str, jax.Array], params), **batch_stats}
+    dtypes = {"x": x.dtype, "dtype": options.dtype, **{name: leaves[name].dtype for name in leaves}}
+    for name, dtype in dtypes.items():
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"{name} is {jnp.dtype(own).name}; expected a real floating-point dtype. Whiten "
-                "real and imaginary parts as features of their own."
+                f"{name} is {jnp.dtype(dtype).name}; expected a real floating-point dtype. Whiten "
+                "real and imaginary parts as separate features."
             )
 
 
-def _mask_of_examples(mask: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    mask = broadcastable_mask(mask, shape)
+def _as_mask_of_examples(
+    mask: jax.Array | None, shape: tuple[int, ...], axis: int
+) -> jax.Array | None:
+    if mask is None:
+        return None
+    mask = as_mask(mask, shape)
     if mask.shape[axis] != 1:
         raise ValueError(
             f"mask of shape {mask.shape} differs between features, on axis {axis} of x of shape "
@@ -446,19 +483,3 @@ def _mask_of_examples(mask: jax.Array, shape: tuple[int, ...], axis: int) -> jax
             "1 there."
         )
     return mask
-
-
-def _check_count_kept(momentum: Any, batch_stats: WhiteningStats) -> None:
-    if momentum is None and "count" not in batch_stats:
-        raise ValueError(
-            "momentum=None averages over all batches and needs their count, but batch_stats has "
-            f"{sorted(batch_stats)}. Make it with bn_jax.init_whitening_stats(features, "
-            "use_count=True), or pass a momentum."
-        )
-
-
-def _check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ValueError(
-            f"iterations={iterations} must be at least 1: 5 is usual, 20 whiten completely."
-        )

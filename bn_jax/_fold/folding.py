@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from bn_jax._core.batch_norm import BatchStats
-from bn_jax._core.moments import statistics_dtype
-from bn_jax._core.standardize import Activation, Params, as_params, check_epsilon
+from bn_jax._core.checks import as_params, statistics_dtype
+from bn_jax._core.types import Activation, BatchStats, Options, Params
 from bn_jax._paths import format_path
 from bn_jax._program.reading import (
     MARKS,
@@ -187,7 +186,7 @@ def as_affine(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
     """
     params = as_params(params)
-    check_epsilon(epsilon)
+    epsilon = Options(epsilon=epsilon).epsilon
     missing = {"mean", "var"} - set(batch_stats)
     if missing:
         raise ValueError(

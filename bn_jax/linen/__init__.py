@@ -1,17 +1,8 @@
-"""Flax Linen modules."""
+"""Flax Linen modules, and functions that patch Linen models from outside."""
 
-from bn_jax.linen.running import (
-    BatchNorm,
-    BatchRenorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-    WhiteningNorm,
-    freeze,
-    replace_norms,
-    unfreeze,
-)
+from bn_jax.linen.patching import freeze, replace_norms, unfreeze
+from bn_jax.linen.running import BatchNorm, BatchRenorm, WhiteningNorm
+from bn_jax.linen.stateless import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "BatchNorm",

@@ -1,17 +1,8 @@
-"""Flax NNX modules."""
+"""Flax NNX modules, and functions that patch NNX models from outside."""
 
-from bn_jax.nnx.running import (
-    BatchNorm,
-    BatchRenorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-    WhiteningNorm,
-    freeze,
-    replace_norms,
-    unfreeze,
-)
+from bn_jax.nnx.patching import freeze, replace_norms, unfreeze
+from bn_jax.nnx.running import BatchNorm, BatchRenorm, WhiteningNorm
+from bn_jax.nnx.stateless import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "BatchNorm",

@@ -21,8 +21,9 @@ from support import (
 )
 
 import bn_jax as bn
-from bn_jax._core.batch_norm import start_measuring
-from bn_jax._core.moments import CANCELLATION_THRESHOLD, Reduction, centred_moments
+from bn_jax._core.axes import Reduction
+from bn_jax._core.moments import CANCELLATION_THRESHOLD, centred_moments
+from bn_jax._core.running import start_measuring
 
 TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)

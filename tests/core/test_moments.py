@@ -14,7 +14,8 @@ from support import (
 )
 
 import bn_jax as bn
-from bn_jax._core.moments import CANCELLATION_THRESHOLD, Reduction, cancels, centred_moments
+from bn_jax._core.axes import Reduction
+from bn_jax._core.moments import CANCELLATION_THRESHOLD, cancels, centred_moments
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

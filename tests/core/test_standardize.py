@@ -5,7 +5,8 @@ import pytest
 from support import assert_close, differentiate, fuses_reductions, standard_normal, written_out
 
 import bn_jax as bn
-from bn_jax._core.standardize import Transform, standardize
+from bn_jax._core.standardize import standardize
+from bn_jax._core.types import Transform
 
 SHAPE = (4, 3)
 # As of a batch norm, and of a layer norm, whose multiplier is as large as x.

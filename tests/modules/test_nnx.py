@@ -20,7 +20,7 @@ from support import (
 )
 
 import bn_jax as bn
-from bn_jax._core.batch_norm import start_measuring
+from bn_jax._core.running import start_measuring
 
 OURS, FLAX = bn.nnx.BatchNorm, nnx.BatchNorm
 

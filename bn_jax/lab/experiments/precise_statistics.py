@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax._core.batch_norm import start_measuring
+from bn_jax._core.running import start_measuring
 from bn_jax._recalibrate import recalibrate
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP

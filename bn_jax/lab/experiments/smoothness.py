@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._core.batch_norm import batch_norm, init_batch_stats
+from bn_jax._core.batch_norm import batch_norm
+from bn_jax._core.running import init_batch_stats
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import ScannedMLP
 from bn_jax.lab.experiments.sweeps import (

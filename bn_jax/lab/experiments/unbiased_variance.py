@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from bn_jax._core.batch_norm import batch_norm, init_batch_stats
+from bn_jax._core.batch_norm import batch_norm
+from bn_jax._core.running import init_batch_stats
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.verdicts import (
     Criterion,

@@ -1,0 +1,313 @@
+"""Running statistics: their averages and counts, and the state that is measured instead.
+
+Batch norm, batch renorm and whitening share `average`; the first two share all of it.
+"""
+
+from functools import partial
+from numbers import Real
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from bn_jax._core.axes import place_like
+from bn_jax._core.checks import check_count_kept, mean_dtype, statistics_dtype
+from bn_jax._core.moments import CentredMoments, merge_centred
+from bn_jax._core.types import (
+    Axes,
+    BatchStats,
+    Measured,
+    Moments,
+    Options,
+)
+
+
+def init_batch_stats(
+    features: Axes, *, dtype: DTypeLike = jnp.float32, use_count: bool = False
+) -> BatchStats:
+    """Returns ``{"mean": zeros, "var": ones}`` of shape `features`.
+
+    Args:
+        features: the number of features, or their shape where there are several feature axes.
+        dtype: the dtype of the statistics. For complex input it is the dtype of the mean, and the
+            variance is real.
+        use_count: whether to add ``"count": zeros``, the number of batches, which ``momentum=None``
+            needs. It is a float (exact up to 2**24 batches), so that averaging ``batch_stats`` over
+            devices does not change its type.
+
+    Returns:
+        The running statistics for `batch_norm`.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> bn.init_batch_stats(2)["var"]
+        Array([1., 1.], dtype=float32)
+    """
+    shape = (features,) if isinstance(features, int) else tuple(features)
+    batch_stats: BatchStats = {
+        "mean": jnp.zeros(shape, dtype),
+        "var": jnp.ones(shape, jnp.finfo(dtype).dtype),
+    }
+    if use_count:
+        batch_stats["count"] = jnp.zeros(shape, statistics_dtype(dtype))
+    return batch_stats
+
+
+def update_batch_stats(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: float | jax.Array | None = 0.99,
+    running_var_ddof: int = 0,
+    by_running: bool = False,
+) -> BatchStats:
+    """Updates the running statistics by the moments of a batch.
+
+    With `n` the count, ``new_mean = momentum * old_mean + (1 - momentum) * mean`` and
+    ``new_var = momentum * old_var + (1 - momentum) * var * n / (n - running_var_ddof)``. It is the
+    second half of `batch_norm` in training; `normalize_by_batch` is the first. Between them,
+    moments may be merged with `merge_moments`, so that several batches make one update. Where
+    `batch_stats` holds `measured`, the moments are merged into it instead: see `batch_norm`.
+
+    Args:
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and optionally ``"count": [*F]`` and
+            ``"measured"``.
+        moments: of the batch, each of shape ``[*F]``; the count may be a scalar.
+        momentum: the weight of the old value; None for the cumulative average.
+        running_var_ddof: 0 for the biased running variance, 1 for the unbiased one.
+        by_running: whether the running statistics normalized the batch; only `measured` records it.
+
+    Returns:
+        The new `batch_stats` in the dtypes of the old ones (but a real mean becomes complex where
+        the batch's is). A feature whose moments are not finite, or whose count is no more than
+        `running_var_ddof`, keeps its old ones.
+
+    Raises:
+        ValueError: shapes, `momentum` or `running_var_ddof` do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> batch_stats = bn.init_batch_stats(1)
+        >>> moments = bn.moments(jnp.array([[1.0], [3.0]]), axes=0)
+        >>> bn.update_batch_stats(batch_stats, moments, momentum=0.5)["mean"].tolist()
+        [1.0]
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
+    """
+    options = Options(momentum=momentum, running_var_ddof=running_var_ddof)
+    if momentum is None:
+        check_count_kept(batch_stats, "init_batch_stats")
+    count, mean, var = map(jnp.asarray, moments)
+    shape = jnp.shape(batch_stats["mean"])
+    if not shape == mean.shape == var.shape or count.shape not in ((), shape):
+        raise ValueError(
+            f"moments of the shapes {tuple(map(jnp.shape, moments))} (count, mean, var) do not fit "
+            f"batch_stats of shape {shape}: take them over all axes but the features'."
+        )
+    centred = CentredMoments(count, mean, jnp.zeros_like(mean), var)
+    return update(options, batch_stats, centred, by_running=by_running, by_batch=not by_running)
+
+
+def update(
+    options: Options,
+    batch_stats: BatchStats,
+    batch: CentredMoments,
+    *,
+    by_running: bool,
+    by_batch: bool,
+) -> BatchStats:
+    """Averages the batch into the running statistics, or merges it into what is measured.
+
+    Args:
+        options: the configuration of the norm.
+        batch_stats: the old running statistics.
+        batch: the moments of the batch, in the shape of the features; the count may be a scalar.
+        by_running: whether the running statistics normalized the batch, alone or in part.
+        by_batch: whether its own statistics did.
+
+    Returns:
+        The new running statistics.
+    """
+    if "measured" in batch_stats:
+        ddof = options.running_var_ddof
+        measured = _measure_too(batch_stats["measured"], batch, ddof, by_running, by_batch)
+        return {**batch_stats, "measured": measured}
+    weight, ddof = weigh_batch(options.momentum, batch_stats.get("count")), options.running_var_ddof
+    averaged = _average_moments(ddof, weight.is_small, weight.value, batch_stats, batch)
+    return cast(BatchStats, averaged)
+
+
+class Weight(NamedTuple):
+    """The weight of a batch in the running statistics: ``1 - momentum`` or ``1 / (count + 1)``.
+
+    Attributes:
+        value: the weight.
+        is_small: whether it is known to be less than a half; None where only the program can tell.
+    """
+
+    value: jax.Array
+    is_small: bool | None
+
+
+def weigh_batch(momentum: float | jax.Array | None, count: jax.Array | None) -> Weight:
+    """Returns the weight of the next batch.
+
+    Args:
+        momentum: the weight of the old values, or None for the cumulative average.
+        count: how many batches have entered the old values; needed where `momentum` is None.
+    """
+    if isinstance(momentum, Real):
+        weight = 1 - float(momentum)
+        return Weight(jnp.asarray(weight), weight < 0.5)
+    if momentum is None:
+        return Weight(1 / (jnp.asarray(count) + 1), None)
+    return Weight(1 - jnp.asarray(momentum), None)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _average_moments(
+    running_var_ddof: int,
+    is_small: bool | None,
+    weight: jax.Array,
+    batch_stats: BatchStats,
+    batch: CentredMoments,
+) -> dict[str, jax.Array]:
+    var, degrees = batch.var, batch.count - running_var_ddof
+    if running_var_ddof:
+        var = var * (batch.count / jnp.where(degrees > 0, degrees, 1)).astype(var.dtype)
+    new = {"mean": batch.shift + batch.delta, "var": var}
+    old = cast(dict[str, jax.Array], batch_stats)
+    return average(Weight(weight, is_small), old, new, degrees > 0, rank=var.ndim)
+
+
+def average(
+    weight: Weight,
+    old: dict[str, jax.Array],
+    batch: dict[str, jax.Array],
+    enters: jax.Array,
+    *,
+    rank: int,
+) -> dict[str, jax.Array]:
+    """Returns the running statistics after a batch: ``(1 - weight) * old + weight * batch``.
+
+    The first `rank` axes hold features or groups of features. Each of these enters with all of its
+    values or not at all.
+
+    Args:
+        weight: its value is a scalar, or of `rank` axes.
+        old: the old values by name. Where there is a ``"count"``, of `rank` axes, it counts the
+            batches that entered.
+        batch: the values of the batch, of `rank` axes or more.
+        enters: boolean, a scalar or of `rank` axes. False keeps the old value; so does a new one
+            that would not be finite.
+        rank: how many axes tell features or groups apart.
+
+    Returns:
+        The new values, in the dtypes of the old ones.
+    """
+    placed = {name: place_like(batch[name], old[name]) for name in batch}
+    new = {}
+    for name, values in batch.items():
+        new[name] = _blend(weight, placed[name], values)
+        finite = jnp.isfinite(new[name])
+        further = tuple(range(rank, values.ndim))
+        enters = enters & (jnp.all(finite, further) if further else finite)
+    if "count" in old:
+        placed["count"] = place_like(enters, old["count"])
+        new["count"] = placed["count"] + 1
+    return {name: _select(enters, new[name], placed[name]) for name in new}
+
+
+def _select(enters: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    further = tuple(range(enters.ndim, new.ndim))
+    return jnp.where(jnp.expand_dims(enters, further), new, old.astype(new.dtype))
+
+
+def _blend(weight: Weight, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the new running value, in the dtype that it is stored in."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(old.dtype, new.dtype)
+    new, old_value, share = new.astype(dtype), old.astype(dtype), weight.value
+    if share.ndim:
+        share = place_like(new, jnp.expand_dims(share, tuple(range(share.ndim, new.ndim))))
+    share = share.astype(dtype)
+    # A step from the old value stays where it is once it has arrived, whatever the rounding of a
+    # small weight; a sum of shares leaves nothing of the old value where the weight is 1.
+    if weight.is_small:
+        blended = old_value + share * (new - old_value)
+    else:
+        blended = (1 - share) * old_value + share * new
+    if weight.is_small is None:
+        blended = jnp.where(share.real < 0.5, old_value + share * (new - old_value), blended)
+    becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
+    return blended if becomes_complex else blended.astype(old.dtype)
+
+
+def start_measuring(batch_stats: BatchStats) -> BatchStats:
+    """Returns `batch_stats` as a state that is measured: with an empty `measured`.
+
+    `batch_norm` says what calls do with such a state.
+
+    Args:
+        batch_stats: ``{"mean": [*F], "var": [*F]}`` and optionally ``"count": [*F]``.
+
+    Returns:
+        The same statistics and `Measured`, in at least float32.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> batch_stats = bn.start_measuring(bn.init_batch_stats(1))
+        >>> for x in jnp.array([[1.0]]), jnp.array([[3.0], [8.0]]):
+        ...     y, batch_stats = bn.batch_norm({}, batch_stats, x, use_running_average=True)
+        >>> batch_stats["measured"].mean.tolist(), batch_stats["mean"].tolist()
+        ([4.0], [0.0])
+    """
+    mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
+    dtype = statistics_dtype(mean.dtype, var.dtype)
+    zeros = jnp.zeros_like(var, dtype)
+    zero_mean = jnp.zeros_like(mean, mean_dtype(dtype, mean.dtype))
+    measured = Measured(
+        count=zeros,
+        mean=zero_mean,
+        var=zeros,
+        running_var_ddof=zeros,
+        by_running=zeros,
+        by_batch=zeros,
+        residue=zero_mean,
+    )
+    return {**batch_stats, "measured": measured}
+
+
+def _measure_too(
+    old: Measured, batch: CentredMoments, running_var_ddof: int, by_running: bool, by_batch: bool
+) -> Measured:
+    """Merges the moments of a batch into what has been measured, in its dtypes."""
+    old = Measured(*(place_like(batch.var, leaf) for leaf in old))
+    real = old.var.dtype
+    dtype = mean_dtype(real, old.mean.dtype, batch.shift.dtype)
+    sound = jnp.isfinite(batch.shift + batch.delta) & jnp.isfinite(batch.var) & (batch.count > 0)
+    both = CentredMoments(
+        jnp.stack([old.count, jnp.where(sound, batch.count.astype(real), 0)]),
+        jnp.stack([old.mean.astype(dtype), batch.shift.astype(dtype)]),
+        jnp.stack([old.residue.astype(dtype), batch.delta.astype(dtype)]),
+        jnp.stack([old.var, batch.var.astype(real)]),
+    )
+    merged = merge_centred(0, both)
+    mean, residue = _two_sum(merged.shift, merged.delta)
+    return Measured(
+        count=merged.count,
+        mean=mean,
+        var=merged.var,
+        running_var_ddof=jnp.full_like(old.running_var_ddof, running_var_ddof),
+        by_running=old.by_running + float(by_running),
+        by_batch=old.by_batch + float(by_batch),
+        residue=residue,
+    )
+
+
+def _two_sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rounded sum and, exactly, its rounding error (Knuth)."""
+    total = first + second
+    of_second = total - first
+    return total, (first - (total - of_second)) + (second - of_second)

@@ -1,0 +1,158 @@
+"""Patching NNX models from outside, in place: `freeze`, `unfreeze`, `replace_norms`."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from bn_jax._paths import matches
+from bn_jax.nnx.running import BatchNorm, RunningNorm, WhiteningNorm
+from bn_jax.nnx.stateless import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+
+M = TypeVar("M")
+
+_REPLACEMENTS: dict[type[nnx.Module], type[nnx.Module]] = {
+    nnx.BatchNorm: BatchNorm,
+    nnx.LayerNorm: LayerNorm,
+    nnx.RMSNorm: RMSNorm,
+    nnx.GroupNorm: GroupNorm,
+    nnx.InstanceNorm: InstanceNorm,
+}
+
+
+def freeze(model: M, *paths: str, train_params: bool = False) -> M:
+    """Freezes batch norms in place: running statistics that normalize and do not update.
+
+    Unlike `eval()`, it survives ``model.train()``. To leave the model as it is, freeze a view:
+    ``bn_jax.nnx.freeze(nnx.view(model))`` has switches of its own and the same variables.
+
+    Args:
+        model: a module, or a tree of them.
+        *paths: glob patterns (`fnmatch`; ``*`` also matches ``/``) of the layers' paths in the
+            model, or of modules around them, joined by ``/``: ``"stage0/*"``, ``"layers/1"``. For a
+            layer in several places, any of its paths counts. Without any: every batch norm.
+        train_params: whether ``scale`` and ``bias`` still have a derivative.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a pattern matches no batch norm; the message lists the paths.
+        TypeError: a pattern matches a batch norm of Flax's: call `replace_norms` first.
+
+    Example:
+        >>> import jax.numpy as jnp, bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> bn.nnx.freeze(layer).train()
+        >>> layer(jnp.array([[0.0], [1.0]])).round(3).tolist(), layer.mean[...].tolist()
+        ([[0.0], [1.0]], [0.0])
+    """
+    for layer in _running_norms(model, paths):
+        layer.frozen, layer.train_params = True, train_params
+    return model
+
+
+def unfreeze(model: M, *paths: str) -> M:
+    """Undoes `freeze` in place: ``frozen=False`` and ``train_params=True``.
+
+    Args:
+        model: a module, or a tree of them.
+        *paths: as for `freeze`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError, TypeError: as in `freeze`.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> from flax import nnx
+        >>> layer = bn.nnx.BatchNorm(1, frozen=True, rngs=nnx.Rngs(0))
+        >>> bn.nnx.unfreeze(layer).frozen
+        False
+    """
+    for layer in _running_norms(model, paths):
+        layer.frozen, layer.train_params = False, True
+    return model
+
+
+def replace_norms(model: M) -> M:
+    """Replaces Flax's norms in a model by ours, in place, and returns the model.
+
+    Every layer of a class of Flax's with a namesake here becomes one of that class. It stays the
+    same object with the same variables, wherever and however often it occurs, so that an
+    `nnx.Optimizer` made before continues to work. Subclasses are left alone: they may do anything.
+
+    Args:
+        model: a module, or a tree of them.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        >>> isinstance(bn.nnx.replace_norms(model).layers[0], bn.nnx.BatchNorm)
+        True
+    """
+    for _, layer in nnx.iter_graph(model):
+        ours = _REPLACEMENTS.get(type(layer))
+        if ours is not None:
+            _become(layer, ours)
+    return model
+
+
+def _become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
+    """Makes a layer of Flax's one of ours.
+
+    The object must stay the same: containers, other layers that share it and an `nnx.Optimizer`
+    refer to it, and NNX has no interceptor that could compute its call differently.
+    """
+    known = inspect.signature(type(layer).__init__).parameters
+    object.__setattr__(layer, "__class__", ours)
+    for name, parameter in inspect.signature(ours.__init__).parameters.items():
+        if name not in known:
+            setattr(layer, name, parameter.default)
+
+
+def _running_norms(model: Any, patterns: tuple[str, ...]) -> list[RunningNorm]:
+    """Returns the norms with statistics of which a path, or one around it, matches a pattern."""
+    kinds = (nnx.BatchNorm, WhiteningNorm)
+    layers = [(path, node) for path, node in _nodes(model) if isinstance(node, kinds)]
+    norms: list[RunningNorm] = []
+    for pattern in patterns or ("*",):
+        matching = [(path, layer) for path, layer in layers if matches(pattern, path)]
+        if not matching:
+            raise ValueError(
+                f"No batch norm has a path that matches {pattern!r}; the batch norms have the "
+                f"paths {sorted({path for path, _ in layers})}. Pass patterns of these, "
+                "or of modules around them."
+            )
+        for path, layer in matching:
+            if not isinstance(layer, RunningNorm):
+                raise TypeError(
+                    f"{path!r} is a {type(layer).__module__}.{type(layer).__name__}, "
+                    "which cannot be frozen: call bn_jax.nnx.replace_norms(model) first; derive "
+                    "your own classes from bn_jax.nnx.BatchNorm."
+                )
+            norms.append(layer)
+    return norms
+
+
+def _nodes(node: Any, path: str = "", around: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields the nodes of a model, once for each of their paths; a cycle once around."""
+    if isinstance(node, nnx.Variable) or any(node is parent for parent in around):
+        return
+    yield path, node
+    children = jax.tree.leaves_with_path(
+        node, is_leaf=lambda keys, _: bool(keys), is_leaf_takes_path=True
+    )
+    for keys, child in children:
+        if keys:
+            name = jax.tree_util.keystr(keys, simple=True)
+            yield from _nodes(child, f"{path}/{name}" if path else name, (*around, node))
