@@ -1,1 +1,1 @@
-"""What the figures of the README come from; not part of the installed package."""
+"""The measurements whose figures the README shows; not part of the installed package."""

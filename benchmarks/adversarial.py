@@ -1,7 +1,7 @@
-"""Inputs on which batch norms go wrong, and what is true of them, in float64.
+"""Inputs on which batch norms go wrong, with the true results in float64.
 
-`CASES` is the one list of them, for the benchmark and for the tests. Nothing is computed until a
-case's `make` is called, so that importing this costs no memory.
+The benchmark and the tests both use the list `CASES`. Nothing is computed until `make` of a case is
+called, so importing this module costs no memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ class Layer(NamedTuple):
     Attributes:
         axis: the feature axis or axes.
         epsilon: added to the variance.
-        dtype: of the output; that of the input by default.
-        axis_name: the name of the first axis of x, mask aside, where that is one of shards. Then
-            `axis` must count from the end.
-        virtual_batch_size: the size of a group of rows with statistics of its own.
+        dtype: of the output; None: the dtype of the input.
+        axis_name: the name of the first axis of x and of the mask, if this is an axis of shards.
+            Then `axis` must count from the end.
+        virtual_batch_size: the number of rows in a group with separate statistics.
     """
 
     axis: int | tuple[int, ...] = -1
@@ -38,17 +38,17 @@ class Layer(NamedTuple):
     virtual_batch_size: int | None = None
 
     def feature_axes(self, rank: int) -> tuple[int, ...]:
-        """Returns the feature axes, not negative, in ascending order."""
+        """Returns the feature axes as nonnegative numbers in ascending order."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         return tuple(sorted(axis % rank for axis in axes))
 
     def reduction_axes(self, rank: int) -> tuple[int, ...]:
-        """Returns the axes that are not feature axes."""
+        """Returns all axes that are not feature axes."""
         features = self.feature_axes(rank)
         return tuple(axis for axis in range(rank) if axis not in features)
 
     def expand(self, values: Any, rank: int) -> Any:
-        """Gives values of the shape of the features the rank of the input."""
+        """Reshapes per-feature values to the rank of the input."""
         sizes = dict(zip(self.feature_axes(rank), values.shape, strict=True))
         return values.reshape([sizes.get(axis, 1) for axis in range(rank)])
 
@@ -57,7 +57,7 @@ FEATURES_LAST = Layer()
 
 
 class Batch(NamedTuple):
-    """The arrays of one training step; all but x and mask have the shape of the features."""
+    """The arrays of one training step. All but x and mask have the shape of the features."""
 
     x: Any
     mask: Any
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A named input and the layer that it meets."""
+    """A named input, and the layer that takes it."""
 
     name: str
     make: Callable[[], Batch]
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What a batch norm should give, in float64: its output, and the variance that it recorded."""
+    """The true results of a batch norm in float64: output and batch variance."""
 
     output: np.ndarray
     variance: np.ndarray
@@ -85,8 +85,8 @@ class Truth(NamedTuple):
 def truth(layer: Layer, batch: Batch) -> Truth:
     """Computes output and batch variance from the definition.
 
-    Where nothing is valid, the running statistics take the place of those of the batch. With
-    groups of rows, which must come without a mask, the variance is still that of the whole batch.
+    If nothing is valid, the running statistics replace the statistics of the batch. Groups of rows
+    must come without a mask; the variance is then still the variance of the whole batch.
     """
     x = np.asarray(batch.x, np.float64)
     mean, variance = _moments(layer, batch, x)

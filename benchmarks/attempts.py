@@ -1,9 +1,10 @@
-"""What was tried to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
+"""Attempts to bring norms to their floor on a GPU and to PyTorch's time on a CPU.
 
-``python -m benchmarks.attempts`` compiles ways to write the same backward pass for an H200, ahead
-of time, times on this CPU the phases of which norms consist and ways to take the sums of the first,
-and writes ``benchmarks/results/attempts.json``; `NOTES.md` says what follows from it. The ways are
-written out here, without the package: they differ in what XLA's heuristics see.
+``python -m benchmarks.attempts`` compiles several versions of the same backward pass for an H200,
+ahead of time. On the CPU it times the phases of norms, and several versions of the sums of the
+first phase. It writes ``benchmarks/results/attempts.json``; `NOTES.md` has the conclusions. The
+versions are written out here, without the package, because they differ in what XLA's heuristics
+see.
 """
 
 import time
@@ -35,11 +36,11 @@ class Way(NamedTuple):
     """A way to write the backward pass.
 
     Attributes:
-        sums: how the sums of the gradient g and of g * (x - mean) are taken: "two" reductions,
-            "one" of two results, two, the first "behind" a barrier, or "three", the gradient of the
-            bias apart from that of the mean.
-        again: whether the gradient of x computes g anew behind a barrier, rather than share it.
-        wide: whether the activation and its derivative are taken in float32.
+        sums: how the sums of the gradient g and of g * (x - mean) are computed. "two": two
+            reductions. "one": one reduction with two results. "behind": two, the first after a
+            barrier. "three": the gradient of the bias separately from the gradient of the mean.
+        again: whether the gradient of x recomputes g after a barrier instead of sharing it.
+        wide: whether the activation and its derivative are computed in float32.
     """
 
     sums: str = "two"
@@ -114,18 +115,18 @@ def make_program(row: Row, way: Way) -> tuple[Callable[..., Any], tuple[Any, ...
 
 
 def measure(row: Row, way: Way) -> float:
-    """Returns the bytes that a way moves, in units of the input."""
+    """Returns the bytes that a version moves, in units of the input."""
     return read(compile_for(mesh_of(row.chip), *make_program(row, way))).moved / row.unit
 
 
 def plain_sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums over all but the features of `x` and of ``x * y``, around no shift."""
+    """Returns the sums of `x` and of ``x * y`` over all axes but the features, without a shift."""
     axes = tuple(range(x.ndim - 1))
     return x.sum(axes), (x * y).sum(axes)
 
 
-# Each needs what one before has given, so that no two of them are one pass over memory, but the
-# last two sums of a layer norm, which XLA takes over rows and over columns in a pass each.
+# Each phase needs the result of an earlier one, so no two phases can share a pass over memory. The
+# exception is the last two sums of a layer norm, over rows and over columns: XLA needs two passes.
 PHASES: dict[str, dict[str, tuple[Callable[..., Any], str]]] = {
     "BatchNorm": {
         "sums": (lambda x: plain_sums(x, x), "x"),
@@ -145,14 +146,14 @@ ALL_PHASES = "all phases"
 
 
 def time_phases(norm: str, shape: layer.Shape) -> dict[str, Timing]:
-    """Times what a norm consists of, in float32, beside whole layers.
+    """Times the phases of a norm in float32, together with whole layers.
 
     Args:
         norm: one of `PHASES`.
-        shape: of x, the features last.
+        shape: of x, features last.
 
     Returns:
-        The timings of its phases, and of ours and PyTorch's layer.
+        The timings of its phases, of our layer and of PyTorch's.
     """
     case = layer.Case(norm, "float32", shape)
     batch = layer.draw(case)
@@ -191,7 +192,7 @@ def _in_branches(shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, square
 
 
-# The sum and the sum of squares, of which the shift makes the variance exact.
+# The sum and the sum of squares. The shift makes the variance exact.
 SUMS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]] = {
     "around zero": lambda shift, x: (_total(None, x), _square(None, x)),
     "around the shift": lambda shift, x: (_total(shift, x), _square(shift, x)),
@@ -205,10 +206,10 @@ SUMS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]] =
 
 
 def time_sums(shape: layer.Shape, dtype: str) -> dict[str, Timing]:
-    """Times ways to take the sums of a forward pass.
+    """Times several versions of the sums of a forward pass.
 
     Args:
-        shape: of x, the features last.
+        shape: of x, features last.
         dtype: of x.
 
     Returns:
@@ -221,7 +222,7 @@ def time_sums(shape: layer.Shape, dtype: str) -> dict[str, Timing]:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables: of the ways, of the sums, and of the phases of each norm."""
+    """Returns the tables of the backward passes, of the sums, and of the phases of each norm."""
     return [
         _ways_table(figures["ways"]),
         _sums_table(figures["sums"]),
@@ -254,7 +255,7 @@ def _phases_table(norm: str, by_shape: Mapping[str, Mapping[str, Any]]) -> Table
 
 
 def _sums_table(by_case: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title=f"Sums on a CPU, relative to those {next(iter(SUMS))}", box=SIMPLE_HEAD)
+    table = Table(title=f"Sums on a CPU, relative to the sums {next(iter(SUMS))}", box=SIMPLE_HEAD)
     for column in ("case", *SUMS):
         table.add_column(column, justify="right")
     for case, timings in by_case.items():
@@ -269,7 +270,7 @@ def main() -> None:
     keep_freed_memory()
     ways: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("by the clock", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
+        task = progress.add_task("timing", total=len(layer.SHAPES) + len(WAYS) * len(ROWS))
         phases: dict[str, dict[str, Any]] = {norm: {} for norm in PHASES}
         sums = {}
         for shape in layer.SHAPES:

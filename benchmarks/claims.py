@@ -1,8 +1,9 @@
-"""What the experiments say about the claims, twice, with other seeds the second time.
+"""The verdicts of the experiments on the published claims, with two sets of seeds.
 
-``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` for the seeds from 0 and from 100 on,
-prints the verdicts, and writes ``benchmarks/results/claims.json``. It takes twice a quarter of an
-hour. With two folders that ``bn-jax reproduce all`` has written it takes what it needs from them.
+``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` for the seeds from 0 and for the seeds
+from 100, prints the verdicts, and writes ``benchmarks/results/claims.json``. Each of the two runs
+takes a quarter of an hour. Two folders that ``bn-jax reproduce all`` has written can be passed
+instead.
 """
 
 import json
@@ -23,7 +24,7 @@ KEPT = ("number", "claim", "source", "published", "limits", "verdict", "criteria
 
 
 def reproduce(folder: Path) -> list[Path]:
-    """Runs all experiments from each of `FIRST_SEEDS` on, into folders in the given one."""
+    """Runs all experiments for each of `FIRST_SEEDS`, into subfolders of `folder`."""
     folders = [folder / f"from {first}" for first in FIRST_SEEDS]
     for first, out in zip(FIRST_SEEDS, folders, strict=True):
         command = [sys.executable, "-m", "bn_jax.lab.command", "reproduce", "all", "--first-seed"]
@@ -32,17 +33,17 @@ def reproduce(folder: Path) -> list[Path]:
 
 
 def collect(folders: Sequence[Path]) -> dict[str, Any]:
-    """Reads what the experiments found.
+    """Reads the results of the experiments.
 
     Args:
-        folders: that ``bn-jax reproduce all`` has written, one for each of `FIRST_SEEDS`.
+        folders: written by ``bn-jax reproduce all``, one for each of `FIRST_SEEDS`.
 
     Returns:
-        For each claim, by number, what was found with the first seeds, without curves, and beside
-        it `others`: verdict and measured figures with the other seeds.
+        The results of each claim with the first seeds, without curves, ordered by number. `others`
+        holds the verdict and the measured figures with the other seeds.
 
     Raises:
-        ValueError: the seeds are not those that are wanted.
+        ValueError: a folder has other seeds than `FIRST_SEEDS` says.
     """
     runs = [
         {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -50,7 +51,7 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
     ]
     for first, run in zip(FIRST_SEEDS, runs, strict=True):
         if {found["seeds"][0] for found in run.values()} != {first}:
-            raise ValueError(f"a claim has other seeds than those from {first} on")
+            raise ValueError(f"a claim has other seeds than the seeds from {first}")
     claims = {}
     for name, found in sorted(runs[0].items(), key=lambda one: one[1]["number"]):
         other = runs[1][name]
@@ -67,15 +68,13 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the verdicts, and the figures behind them, as tables."""
+    """Returns a table of the verdicts and a table of the measured figures."""
     first, second = (f"seeds from {one}" for one in figures["first_seeds"])
-    verdicts = Table(
-        title=f"Verdicts with {figures['seeds']} seeds, and with as many others", box=SIMPLE_HEAD
-    )
+    verdicts = Table(title=f"Verdicts with two sets of {figures['seeds']} seeds", box=SIMPLE_HEAD)
     for column in ("claim", "source", first, second):
         verdicts.add_column(column)
     measured = Table(
-        title="What was measured: estimate and 95 % interval, and with the other seeds",
+        title="Measured figures: estimate and 95 % interval, with both sets of seeds",
         box=SIMPLE_HEAD,
     )
     for column in ("claim", "measured", "published", first, "verdict", second, "verdict"):
@@ -97,7 +96,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 
 def _plain(text: str) -> str:
-    """Returns a text without what would end a cell of a Markdown table."""
+    """Escapes what would end a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 

@@ -1,9 +1,9 @@
-"""What accelerators' compilers make of a norm: bytes, memory and kernels, ours against Flax's.
+"""Norms compiled for accelerators: bytes, memory and kernels, ours against Flax's.
 
-``python -m benchmarks.compiled`` compiles, ahead of time and without an accelerator, single layers
-and blocks of convolutions, forward and backward, for the TPUs v5e and v6e and for an H200; it
-prints what the compiled programs hold and writes ``benchmarks/results/compiled.json``. Programs
-that are in there already are not compiled again.
+``python -m benchmarks.compiled`` compiles single layers and blocks of convolutions, forward and
+backward, for the TPUs v5e and v6e and for an H200, ahead of time and without an accelerator. It
+prints the figures of the compiled programs and writes ``benchmarks/results/compiled.json``.
+Programs that this file already holds are not compiled again.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,17 +40,18 @@ NORMS: dict[str, Norm] = {FLAX: nn.BatchNorm, OURS: bn.linen.BatchNorm}
 
 
 class Row(NamedTuple):
-    """What is compiled.
+    """A program to compile.
 
     Attributes:
-        chip: for which accelerator.
+        chip: the accelerator.
         shape: of the input that each chip holds.
         dtype: of the input and of the output.
         activation: the name of a function of `flax.linen` after the norm, or "".
-        residual: whether the input of a block, or of the layer another array, is added before that.
-        convolutions: how many blocks there are, each of a 3x3 convolution and a norm; 0 for the
-            norm alone.
-        chips: over how many the batch is split: 1 or 4.
+        residual: whether an array is added before the activation: the input of a block, or another
+            array for a layer alone.
+        convolutions: the number of blocks, each with a 3x3 convolution and a norm; 0 for the norm
+            alone.
+        chips: the number of chips that share the batch: 1 or 4.
     """
 
     chip: str
@@ -63,7 +64,7 @@ class Row(NamedTuple):
 
     @property
     def unit(self) -> int:
-        """The bytes of the input on a chip."""
+        """The bytes of the input on one chip."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size * jnp.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
@@ -75,7 +76,7 @@ class Row(NamedTuple):
 
 AFTER_THE_NORM = (("", False), ("relu", False), ("silu", False), ("relu", True))
 LAYER_SHAPE = (65536, 256)
-# More than the on-chip memory of a TPU holds, so that nothing stays there from kernel to kernel.
+# Larger than the on-chip memory of a TPU, so that no array stays there between kernels.
 BLOCK_SHAPE = (256, 32, 32, 256)
 ROWS = [
     *(
@@ -107,7 +108,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
-        """Computes the output of the last norm, or of what is after it."""
+        """Computes the output of the last norm, after residual and activation."""
         after = getattr(nn, self.row.activation) if self.row.activation else lambda y: y
         for _ in range(self.row.convolutions):
             y = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=x.dtype)(x)
@@ -125,7 +126,7 @@ class Network(nn.Module):
 def make_program(row: Row, norm: Norm) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns forward and backward pass of a row, and the shapes of its arguments.
 
-    The backward pass begins when the output is there, as it does within a network.
+    The backward pass begins after the output is complete, as in a network.
     """
     network = Network(row, norm)
     x = jax.ShapeDtypeStruct((row.shape[0] * row.chips, *row.shape[1:]), row.dtype)
@@ -147,7 +148,7 @@ def make_program(row: Row, norm: Norm) -> tuple[Callable[..., Any], tuple[Any, .
 
 
 def lower(mesh: Mesh, row: Row, norm: Norm) -> jax.stages.Lowered:
-    """Returns the program of a row for the devices of a mesh, over which its batch is split."""
+    """Returns the program of a row for a mesh, with the batch split over its devices."""
     split = PartitionSpec(DATA_AXIS) if row.chips > 1 else WHOLE
     inputs = (split,) * (2 if row.residual and not row.convolutions else 1)
     given, returned = (WHOLE, split, split, split), (split, WHOLE, (WHOLE, *inputs))
@@ -155,7 +156,7 @@ def lower(mesh: Mesh, row: Row, norm: Norm) -> jax.stages.Lowered:
 
 
 def measure(row: Row, norm: Norm, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles a row with a norm unless its program is known, and reads it."""
+    """Reads a row with a norm; compiles it only if its program is not known yet."""
     mesh = mesh_of(row.chip, "1x1" if row.chips == 1 else "2x2")
     lowered = lower(mesh, row, norm)
     program = identify(mesh, lowered)
@@ -164,7 +165,7 @@ def measure(row: Row, norm: Norm, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_all(rows: Iterable[Row], known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Measures rows with every norm, showing how far it is."""
+    """Measures rows with every norm, with a progress bar."""
     rows, found = list(rows), []
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(rows) * len(NORMS))
@@ -189,18 +190,18 @@ def load(figures: Mapping[str, Any]) -> dict[Row, dict[str, Compiled]]:
 
 
 def floor(row: Row) -> int:
-    """Returns how often arrays like the input must at least be read and written by a layer alone.
+    """Returns how often a single layer must at least read and write arrays like the input.
 
-    Forward two reads and a write, backward two reads for the sums, two for the gradient and a
-    write; a residual is read in each of these but the first, and its gradient is written. Keeping
-    the gradient before the activation instead saves nothing, but with a residual, where it is
-    written anyway.
+    The forward pass takes two reads and one write. The backward pass takes two reads for the sums,
+    two for the gradient, and one write. A residual is read in each of these passes but the first,
+    and its gradient is written. Storing the gradient before the activation saves nothing unless
+    there is a residual, where it is written anyway.
     """
     return 11 if row.residual else 8
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables: of each, Flax's and ours."""
+    """Returns the figures as tables, with both norms in each cell."""
     return [
         _table("A layer, forward and backward: bytes in units of the input", figures, 0),
         _table("Blocks of convolution and norm: bytes in units of the input", figures, 1),

@@ -1,7 +1,7 @@
-"""The compilers of accelerators, which need no accelerator: programs are compiled ahead of time.
+"""Compilers for accelerators. They compile ahead of time and need no accelerator.
 
-libtpu compiles for every TPU, and JAX's CUDA plugin for the GPU that a text describes, convolutions
-aside: their code is cuDNN's, which this machine lacks.
+libtpu compiles for every TPU. JAX's CUDA plugin compiles for a GPU that is described by a text,
+except for convolutions, which need cuDNN.
 """
 
 import logging
@@ -24,7 +24,7 @@ V5E, V6E, H200 = "v5e", "v6e", "H200"
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 WHOLE = PartitionSpec()
 INSTALL = "python -m pip install --editable '.[bench]'"
-# libtpu asks the machine which chip it has, unless it is told, and wants to be alone.
+# Without these, libtpu asks the machine for its chip and refuses to load twice.
 _WITHOUT_A_CHIP = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -59,16 +59,16 @@ device_description_str: "H200"
 
 
 class Compiled(NamedTuple):
-    """What a program that was compiled for an accelerator says of itself.
+    """The figures of a program compiled for an accelerator.
 
     Attributes:
-        moved: bytes that its kernels read from main memory and write to it, branches of guards
-            left out.
-        counted: bytes by the compiler's own account, branches and on-chip memory included; 0 where
-            it gives none.
-        temporary: bytes of main memory beside arguments and results.
-        kernels: how many there are outside of branches.
-        collectives: how many there are outside of branches.
+        moved: bytes that its kernels read from main memory and write to it, without the branches of
+            guards.
+        counted: bytes as the compiler counts them, with branches and on-chip memory; 0 if it does
+            not report them.
+        temporary: bytes of main memory in addition to arguments and results.
+        kernels: number of kernels outside of branches.
+        collectives: number of collectives outside of branches.
     """
 
     moved: int
@@ -79,7 +79,7 @@ class Compiled(NamedTuple):
 
 
 def missing(chip: str) -> str | None:
-    """Says what to install to compile for a chip, or nothing where it is there."""
+    """Says what to install to compile for a chip, or returns None if it is installed."""
     module = "jax_plugins.xla_cuda13" if chip == H200 else "libtpu"
     try:
         found = find_spec(module)
@@ -88,8 +88,8 @@ def missing(chip: str) -> str | None:
     if found is not None:
         return None
     return (
-        f"{module}, the compiler for {chip}, is not installed (Linux has it; no accelerator is "
-        f"needed). Install it with: {INSTALL}"
+        f"{module}, the compiler for {chip}, is not installed (it runs on Linux and needs no "
+        f"accelerator). Install it with: {INSTALL}"
     )
 
 
@@ -124,7 +124,7 @@ def mesh_of(chip: str, layout: str = "1x1") -> Mesh:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps JAX from reporting that there is no GPU, and no cuDNN, for its plugin."""
+    """Suppresses JAX's messages that its plugin finds no GPU and no cuDNN."""
     logger = logging.getLogger("jax")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -144,14 +144,14 @@ def lower_for(
     """Lowers a function.
 
     Args:
-        mesh: of the devices to run on.
-        function: of arrays.
+        mesh: the devices.
+        function: a function of arrays.
         shapes: of its arguments.
-        given: how each argument is split, or None where every device holds them all whole.
-        returned: how the results are split, for all of them or by their structure.
+        given: how each argument is split; None: every device holds all arguments whole.
+        returned: how the results are split, for all results or in their structure.
 
     Returns:
-        The program before the compiler.
+        The lowered program.
     """
     places = given or (WHOLE,) * len(shapes)
     arguments = [
@@ -170,22 +170,22 @@ def lower_for(
 def compile_for(
     mesh: Mesh, function: Callable[..., Any], shapes: tuple[Any, ...]
 ) -> jax.stages.Compiled:
-    """Compiles a function of arrays that every device of the mesh holds whole."""
+    """Compiles a function whose arguments every device of the mesh holds whole."""
     return lower_for(mesh, function, shapes).compile()
 
 
 def identify(mesh: Mesh, lowered: jax.stages.Lowered) -> str:
-    """Returns what stands for a program, the devices that it is for, and the compiler."""
+    """Returns a hash of a program, its devices and its compiler."""
     devices = mesh.devices.size, mesh.devices.flat[0].device_kind
     text = f"{devices} {report.versions(COMPILERS)} {lowered.as_text()}"
     return sha256(text.encode()).hexdigest()
 
 
 def remembered(figures: Any) -> dict[str, Mapping[str, Any]]:
-    """Returns what the JSON of a benchmark holds of every program, by what `identify` returns.
+    """Returns the figures that the JSON of a benchmark holds, by the hash of `identify`.
 
-    What a compiler says is deterministic: as long as neither it nor the program changes, nothing
-    needs to be compiled again.
+    Compilers are deterministic. If neither the compiler nor the program has changed, nothing needs
+    to be compiled again.
     """
     if not isinstance(figures, dict | list):
         return {}

@@ -1,10 +1,10 @@
-"""What a batch norm costs by the clock of a GPU or TPU, beside what copying memory costs there.
+"""Wall-clock time of batch norms on a GPU or TPU, compared with copying memory.
 
 ``python -m benchmarks.device`` runs a layer, a block of convolution, norm and ReLU, and the
 training step of a ResNet-50 with the batch norm of bn_jax and with Flax's, on the first accelerator
-that JAX finds, and writes ``benchmarks/results/device.json``. Layers are timed twice with bn_jax:
-with a running mean near that of the batch, where the guard of the variance rests, and with one so
-far away that it strikes at every step. Without an accelerator it says so and writes nothing.
+that JAX finds. It writes ``benchmarks/results/device.json``. Layers of bn_jax are timed twice: with
+a running mean near the batch mean, where the guard of the variance does not run, and with a distant
+running mean, where it runs at every step. Without an accelerator it says so and writes nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,11 +34,11 @@ from benchmarks.timing import Timing, in_turns
 from bn_jax.lab.models import Norm, ResNet50
 
 ROUNDS = 20
-# Calls between two looks at the clock, so that a device runs one while the next is dispatched.
+# Calls per measurement, so that the device runs one call while the next is dispatched.
 REPEATS = 10
 STRUCK = f"{OURS}, guard strikes"
 FAR_AWAY = 1e3
-# Arrays of the size of x that go through memory at least: forward reads x twice and writes y,
+# The least number of arrays like x that move through memory: forward reads x twice and writes y,
 # backward reads x and the cotangent twice and writes the gradient.
 PASSES = 8
 
@@ -47,11 +47,11 @@ class Sizes(NamedTuple):
     """What runs.
 
     Attributes:
-        layers: shapes of the layers' input.
-        block: shape of the block's input.
-        dtypes: of both.
-        network: that of the training step.
-        copied: how many numbers are copied.
+        layers: input shapes of the layers.
+        block: input shape of the block.
+        dtypes: of layers and block.
+        network: of the training step.
+        copied: number of float32 values to copy.
     """
 
     layers: tuple[tuple[int, ...], ...] = (
@@ -68,28 +68,28 @@ class Sizes(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """An arm of a program: how long a call takes, and the bytes it needs beside its arguments."""
+    """An arm of a program: the time of a call, and its temporary memory in bytes."""
 
     timing: Timing
     temporary: int
 
 
 class Case(NamedTuple):
-    """The same work in every arm, and how many bytes it moves at least, where that is known."""
+    """The same work in every arm, and the least bytes that it moves, if they are known."""
 
     arms: dict[str, Program]
     moved: int | None = None
 
 
 class Found(NamedTuple):
-    """What was measured of a case."""
+    """The measurements of a case."""
 
     arms: dict[str, Measured]
     moved: int | None
 
 
 def struck(program: Program) -> Program:
-    """Returns the program with running means so far away that the guard strikes."""
+    """Returns the program with running means so distant that the guard runs."""
 
     def make_arguments() -> tuple[Any, ...]:
         variables, *others = program.make_arguments()
@@ -107,7 +107,7 @@ def block(norm: Norm, shape: tuple[int, int, int, int], dtype: Any) -> Program:
 
 
 def cases(sizes: Sizes) -> dict[str, Case]:
-    """Returns all that runs, by what it is."""
+    """Returns all cases by name."""
     found = {}
     for dtype in map(jnp.dtype, sizes.dtypes):
         for shape in sizes.layers:
@@ -129,7 +129,7 @@ def measure(
     repeats: int,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Measured]:
-    """Compiles the programs for a device, and times them there in turns."""
+    """Compiles the programs for a device and times them there, interleaved."""
     functions, temporary = {}, {}
     with jax.default_device(device):
         for arm, program in arms.items():
@@ -144,14 +144,14 @@ def measure(
 
 
 def repeated(function: Callable[[], Any], times: int) -> Any:
-    """Calls a function so many times and returns what it returned last."""
+    """Calls a function `times` times and returns its last result."""
     for _ in range(times - 1):
         function()
     return function()
 
 
 def bandwidth(device: jax.Device, numbers: int, rounds: int, repeats: int) -> float:
-    """Returns how many bytes a second a device copies, those read and those written."""
+    """Returns the bytes per second that a device reads and writes in a copy."""
     copy = Program(lambda x: x + 1, lambda: (jnp.zeros(numbers),))
     found = measure({"copy": copy}, device, rounds, repeats)
     return 2 * 4 * numbers / found["copy"].timing.median
@@ -160,7 +160,7 @@ def bandwidth(device: jax.Device, numbers: int, rounds: int, repeats: int) -> fl
 def measure_all(
     sizes: Sizes, device: jax.Device, rounds: int, repeats: int
 ) -> tuple[float, dict[str, Found]]:
-    """Returns the bandwidth, and what was measured of all cases."""
+    """Returns the bandwidth, and the measurements of all cases."""
     with Progress(transient=True) as progress:
         every = cases(sizes)
         task = progress.add_task("copy", total=rounds * len(every))
@@ -197,7 +197,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    """Measures, writes the JSON and prints the table, where there is an accelerator."""
+    """Measures, writes the JSON and prints the table, if there is an accelerator."""
     if jax.default_backend() not in ("gpu", "tpu"):
         print(f"skipped: JAX finds no GPU and no TPU here, but {jax.devices()[0].device_kind}")
         return

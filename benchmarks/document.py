@@ -1,8 +1,8 @@
-"""Writes the tables of `BENCHMARKS.md` and its like anew from the JSON of every benchmark.
+"""Rewrites the tables of `BENCHMARKS.md`, `NOTES.md` and the README from the committed JSON.
 
-``python -m benchmarks.document`` replaces what stands between ``<!-- NAME -->`` and
-``<!-- end -->`` by the tables of ``benchmarks/results/NAME.json``, and what stands behind
-``<!-- NAME 0 -->`` by the first of them. The prose is written by hand.
+``python -m benchmarks.document`` replaces the text between ``<!-- NAME -->`` and ``<!-- end -->``
+by the tables of ``benchmarks/results/NAME.json``. ``<!-- NAME 0 -->`` takes only the first table.
+The prose is written by hand.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Reads from the text of a compiled program what it moves, in memory and between devices."""
+"""Reads the memory traffic and the collectives of a compiled program from its text."""
 
 import re
 from math import prod
@@ -18,7 +18,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
-# What names, groups or ends something, and so moves nothing itself.
+# Operations that only name, group or end something. They move no data themselves.
 _FREE = {
     "after-all",
     "async-done",
@@ -40,9 +40,9 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        elements: how many numbers each device puts in.
-        bytes: how many bytes they take.
-        guarded: whether it is in a branch of a conditional, and so runs only with that.
+        elements: number of values that each device contributes.
+        bytes: size of these values.
+        guarded: whether it is in a branch of a conditional and runs only with this branch.
     """
 
     kind: str
@@ -52,13 +52,13 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled_text: str) -> list[Collective]:
-    """Lists the collectives of a program, each once, whether asynchronous or not.
+    """Lists the collectives of a program. An asynchronous collective counts once.
 
     Args:
         compiled_text: optimized HLO, ``compiled.as_text()``.
 
     Returns:
-        The collectives in the order of the text; one in a loop counts once.
+        The collectives in the order of the text. A collective in a loop counts once.
     """
     computations = _computations(compiled_text)
     guarded = _guarded(computations)
@@ -66,7 +66,7 @@ def collectives(compiled_text: str) -> list[Collective]:
     for computation, lines in computations.items():
         instructions = _instructions(lines)
         for instruction in instructions.values():
-            # Of an asynchronous pair, `-start` has the operands and `-done` only ends it. The other
+            # In an asynchronous pair, `-start` has the operands and `-done` only ends it. The other
             # asynchronous form, async-start, calls a computation that holds the plain operation.
             kind = instruction.kind.removesuffix("-start")
             if kind in KINDS:
@@ -81,13 +81,13 @@ def collectives(compiled_text: str) -> list[Collective]:
 
 
 class Kernel(NamedTuple):
-    """What a device runs as one piece.
+    """An operation that a device runs as one piece.
 
     Attributes:
         kind: the operation, ``fusion`` for several.
-        read: the bytes of main memory that it reads.
-        written: those that it writes.
-        types: the arrays that it reads and writes, wherever they are.
+        read: bytes that it reads from main memory.
+        written: bytes that it writes to main memory.
+        types: the arrays that it reads and writes, in any memory.
     """
 
     kind: str
@@ -97,14 +97,14 @@ class Kernel(NamedTuple):
 
 
 def kernels(compiled_text: str) -> list[Kernel]:
-    """Lists the kernels that run unless a guard strikes: none of a conditional's branches.
+    """Lists the kernels that run if no guard does: no branches of conditionals.
 
     Args:
         compiled_text: optimized HLO, ``compiled.as_text()``.
 
     Returns:
-        The kernels in the order of the text; one in a loop counts once. An operand counts whole,
-        but that of a slice, which counts as what is taken of it.
+        The kernels in the order of the text. A kernel in a loop counts once. Operands count whole,
+        except for a slice, where only the slice counts.
     """
     computations = _computations(compiled_text)
     inside = _guarded(computations) | _fused(computations)
@@ -120,7 +120,7 @@ def kernels(compiled_text: str) -> list[Kernel]:
             operands = [instructions[name].type for name in instruction.operands]
             written = instruction.type
             if kind.endswith("-start"):
-                # The result of a start names its operand beside what is written.
+                # The result of a start also names its operand.
                 written = _split_tuple(written)[0 if kind == "copy-start" else 1]
             read = sum(map(_main_memory, operands))
             if kind in ("slice", "slice-start", "dynamic-slice"):
@@ -131,7 +131,7 @@ def kernels(compiled_text: str) -> list[Kernel]:
 
 
 def traffic(compiled_text: str) -> int:
-    """Returns the bytes that all `kernels` read from main memory and write to it."""
+    """Returns the bytes that all `kernels` read from and write to main memory."""
     return sum(kernel.read + kernel.written for kernel in kernels(compiled_text))
 
 
@@ -142,7 +142,7 @@ class _Instruction(NamedTuple):
 
 
 def _instructions(lines: list[str]) -> dict[str, _Instruction]:
-    """Returns the instructions of a computation by their names."""
+    """Returns the instructions of a computation by name."""
     matches = [match for line in lines if (match := _INSTRUCTION.match(line))]
     return {
         match[1]: _Instruction(
@@ -153,7 +153,7 @@ def _instructions(lines: list[str]) -> dict[str, _Instruction]:
 
 
 def _split_tuple(text: str) -> list[str]:
-    """Returns the types of a tuple's elements, tuples among them flattened."""
+    """Returns the types of the elements of a tuple; nested tuples are flattened."""
     return [match[0] for match in _ARRAY.finditer(text)]
 
 
@@ -162,7 +162,7 @@ def _types(text: str) -> list[str]:
 
 
 def _arrays(text: str) -> list[tuple[int, int]]:
-    """Returns elements and bytes of every array in a type."""
+    """Returns the number of elements and the bytes of every array in a type."""
     return [
         (_elements(shape), _elements(shape) * _itemsize(dtype))
         for dtype, shape, _ in _ARRAY.findall(text)
@@ -170,7 +170,7 @@ def _arrays(text: str) -> list[tuple[int, int]]:
 
 
 def _main_memory(text: str) -> int:
-    """Returns the bytes of those arrays in a type that are in main memory."""
+    """Returns the bytes of the arrays in a type that are in main memory."""
     return sum(
         _elements(shape) * _itemsize(dtype)
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -179,7 +179,7 @@ def _main_memory(text: str) -> int:
 
 
 def _fused(computations: dict[str, list[str]]) -> set[str]:
-    """Returns the computations that are part of a kernel: bodies of fusions, and reducers."""
+    """Returns the computations that are part of a kernel: fusion bodies and reducers."""
     pattern = re.compile(r"(?:to_apply|calls|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
     return {
         name
@@ -204,7 +204,7 @@ def _computations(compiled_text: str) -> dict[str, list[str]]:
 
 
 def _guarded(computations: dict[str, list[str]]) -> set[str]:
-    """Returns the computations that a conditional's branch is, or calls."""
+    """Returns the branches of conditionals and all computations that they call."""
 
     def called(lines: list[str]) -> set[str]:
         return {name for line in lines for name in _NAME.findall(line)} & set(computations)
@@ -224,6 +224,6 @@ def _elements(shape: str) -> int:
 
 
 def _itemsize(dtype: str) -> int:
-    """Returns the bytes of an element of ``f32``, ``bf16``, ``f8e4m3fn`` or ``pred``."""
+    """Returns the bytes of one element of a dtype such as ``f32``, ``bf16`` or ``pred``."""
     bits = re.search(r"\d+", dtype)
     return max(1, int(bits[0]) // 8) if bits else 1

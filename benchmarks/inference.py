@@ -1,9 +1,9 @@
-"""What a folded network saves: evaluation of residual networks with norms, folded, and without.
+"""The cost of norms in evaluation: residual networks with norms, folded, and without norms.
 
-``python -m benchmarks.inference`` measures every arm of every network on this machine's CPU, in
-turns, and reads the compiled programs; it prints both and writes
-``benchmarks/results/inference.json``. The folded network runs on the parameters that `bn_jax.fold`
-made, the one without norms on the same ones: by its definition it computes the same.
+``python -m benchmarks.inference`` times every arm of every network on the CPU, interleaved, and
+reads the compiled programs. It prints both and writes ``benchmarks/results/inference.json``. The
+folded network and the network without norms use the same parameters, made by `bn_jax.fold`, so
+they compute the same function.
 """
 
 import re
@@ -30,7 +30,7 @@ WITHOUT, FOLDED, UNFOLDED, FLAX = "no norm", "folded", "bn_jax", "flax.linen"
 
 
 class Network(NamedTuple):
-    """A network to evaluate: how it is made with a norm or without, and its input."""
+    """A network to evaluate: its constructor, which takes a norm or None, and its input shape."""
 
     make: Callable[..., nn.Module]
     shape: tuple[int, int, int, int]
@@ -40,13 +40,13 @@ class Measured(NamedTuple):
     """An arm of a network.
 
     Attributes:
-        timing: of an evaluation.
-        operations: in the compiled program.
-        roots: among them.
-        flops: that it needs.
-        accessed: bytes that it reads and writes.
-        error: the largest difference from the network with norms of bn_jax, relative to the largest
-            of its outputs.
+        timing: of one evaluation.
+        operations: number of operations in the compiled program.
+        roots: how many of them are square roots.
+        flops: floating-point operations.
+        accessed: bytes that the program reads and writes.
+        error: the largest difference from the outputs of the network with norms of bn_jax, relative
+            to the largest of these outputs.
     """
 
     timing: Timing
@@ -66,7 +66,7 @@ NETWORKS = {
 
 
 def randomized(variables: Any) -> Any:
-    """Gives the variables values far from the initial ones: none is 0, every variance positive."""
+    """Draws variables far from their initial values: none is 0, every variance is positive."""
     rng = np.random.default_rng(0)
 
     def draw(keys: Any, leaf: Any) -> jax.Array:
@@ -102,7 +102,7 @@ def arms(network: Network) -> tuple[dict[str, Callable[..., Any]], dict[str, Any
 
 
 def measure(network: Network, rounds: int, advance: Callable[[], None]) -> dict[str, Measured]:
-    """Compiles every arm of a network and times them in turns."""
+    """Compiles every arm of a network and times the arms interleaved."""
     functions, variables = arms(network)
     images = jax.random.normal(jax.random.key(1), network.shape)
     compiled = {
@@ -174,7 +174,7 @@ def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as tables, one for every network."""
+    """Returns the figures as one table for each network."""
     return [make_table(name, measured) for name, measured in load(figures).items()]
 
 

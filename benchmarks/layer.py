@@ -1,17 +1,17 @@
-"""How long one norm takes on this machine's CPU, in training: ours beside every peer.
+"""The time of one norm in training on a CPU: ours and every peer's.
 
-``python -m benchmarks.layer`` measures the forward pass, and forward and backward pass, of batch,
-layer and RMS norm in float32 and bfloat16, all libraries in turns in one process, beside the time
-in which a copy moves as many bytes; it prints the tables and writes
-``benchmarks/results/layer.json``. `measure` measures less, as its arguments say:
+``python -m benchmarks.layer`` measures the forward pass, and forward plus backward pass, of batch,
+layer and RMS norm in float32 and bfloat16. All libraries run interleaved in one process, together
+with a copy of as many bytes. It prints the tables and writes ``benchmarks/results/layer.json``.
+`measure` takes arguments to measure less:
 
     >>> from benchmarks import layer, report
     >>> found = layer.measure(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
     >>> report.show(layer.tables({"norms": layer.as_json(found)}))
 
-A forward pass takes scale, bias, state and x to the output and the new state. The backward pass
-takes the cotangent of the output to the gradients of x, scale and bias, and JAX compiles it
-together with the forward pass. Before anything is timed, all libraries must agree.
+A forward pass maps scale, bias, state and x to the output and the new state. The backward pass maps
+the cotangent of the output to the gradients of x, scale and bias; JAX compiles it together with the
+forward pass. All libraries must agree before anything is timed.
 """
 
 import os
@@ -45,17 +45,17 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (8, 7, 7, 512),
     (4096, 512),
 )
-# The largest difference that rounding explains, relative to the largest of the values.
+# The largest difference that rounding explains, relative to the largest value.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
-# PyTorch's layer norm sums the gradients of scale and bias in bfloat16: some are off by a fifth.
+# PyTorch's layer norm sums the gradients of scale and bias in bfloat16, with errors up to a fifth.
 TOLERANCES_OF_SUMS = {("torch", "LayerNorm", "bfloat16"): 0.5}
 FORWARD, BOTH = "forward", "forward + backward"
-# Arrays of the size of x that are read and written at least, by a forward pass that ends before
-# the cotangent is known: 2 reads and 1 write, and backward 4 reads and 1 write.
+# The least number of arrays like x that are read and written if the forward pass ends before the
+# cotangent is known: forward 2 reads and 1 write, backward 4 reads and 1 write.
 UNITS = {FORWARD: 3, BOTH: 8}
 OURS, FLAX = "bn_jax.linen", "flax.linen"
 COPY, COPY_UNITS = "copy", 2
-# PyTorch's threads occupy the cores for some milliseconds after a call; they end a round.
+# PyTorch's threads occupy the cores for some milliseconds after a call, so PyTorch ends a round.
 PAUSE = 1e-2
 MOMENTUM, EPSILON = 0.99, 1e-5
 
@@ -64,7 +64,7 @@ Figures = dict[str, dict[str, dict[str, dict[str, dict[str, Timing]]]]]
 
 
 class Case(NamedTuple):
-    """What is measured: a norm of the last axis, trained on x of a dtype and a shape."""
+    """A measurement: a norm over the last axis, trained on x of a dtype and a shape."""
 
     norm: str
     dtype: str
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The arrays that every library is given; scale and bias are float32, RMS norm has no bias."""
+    """The arrays that every library gets. Scale and bias are float32; RMS norm has no bias."""
 
     params: dict[str, np.ndarray]
     x: np.ndarray
@@ -80,7 +80,7 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a program returns, of whatever library; the gradients are None of a forward pass."""
+    """The results of a program of any library. A forward pass has no gradients."""
 
     y: Any
     state: Any
@@ -89,7 +89,7 @@ class Outputs(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of a JAX library as a pure function: params, state and x to y and new state."""
+    """A layer of a JAX library as a pure function from params, state and x to y and new state."""
 
     apply: Callable[[Any, Any, Any], tuple[Any, Any]]
     state: Any
@@ -106,8 +106,8 @@ class Arm(NamedTuple):
     Attributes:
         package: the module that must be importable.
         programs: makes the programs of a case, by direction.
-        norms: those that are measured.
-        install: what installs it.
+        norms: the norms that are measured.
+        install: the arguments of pip that install it.
     """
 
     package: str
@@ -145,7 +145,7 @@ def _nnx(library: Any, case: Case) -> Layer:
 
 
 def _filled(own: Any, params: Any) -> Any:
-    """Puts bias and scale, which come in the same order under any name, into a library's tree."""
+    """Puts bias and scale into the tree of a library; their order is the same under any name."""
     values = zip(jax.tree.leaves(own), jax.tree.leaves(params), strict=True)
     return jax.tree.unflatten(
         jax.tree.structure(own), [value.reshape(like.shape) for like, value in values]
@@ -153,7 +153,7 @@ def _filled(own: Any, params: Any) -> Any:
 
 
 def _in_float32(layer: Layer) -> Layer:
-    """Serves a library that would return, or compute statistics in, another dtype than ours."""
+    """Adapts a library whose outputs or statistics would have another dtype than ours."""
 
     def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
         y, state = layer.apply(params, state, x.astype(jnp.float32))
@@ -247,7 +247,7 @@ def _compiled(make: Callable[[Case], Layer], case: Case, batch: Batch) -> Progra
 
 
 def _torch(case: Case, batch: Batch) -> Programs:
-    """Makes the programs of PyTorch, on as many threads as XLA uses, channels last in memory."""
+    """Makes the programs of PyTorch, with as many threads as XLA uses and channels last."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -269,7 +269,7 @@ def _torch(case: Case, batch: Batch) -> Programs:
         for own, value in zip(learned, batch.params.values(), strict=True):
             own.copy_(torch.from_numpy(value))
     if case.norm == "RMSNorm":
-        module.to(dtype)  # It promotes, where the others take a scale in float32.
+        module.to(dtype)  # RMS norm promotes; the others accept a float32 scale.
     x, cotangent = tensor(batch.x), tensor(batch.cotangent)
     x_with_gradient = x.clone().requires_grad_()
 
@@ -299,7 +299,7 @@ ARMS = {
 
 
 def draw(case: Case) -> Batch:
-    """Returns arrays for a case; the mean of x is near enough to the running mean, 0."""
+    """Returns arrays for a case. The mean of x is near the running mean, 0."""
     rng = np.random.default_rng(0)
     features = case.shape[-1]
     params = {
@@ -315,7 +315,7 @@ def draw(case: Case) -> Batch:
 
 
 def require_agreement(case: Case, programs: Mapping[str, Programs]) -> None:
-    """Runs every program once; raises where a library's results are not those of the first."""
+    """Runs every program once; raises if its results differ from the first library's."""
     expected: dict[str, Any] = {}
     for arm, by_direction in programs.items():
         of_sums = TOLERANCES_OF_SUMS.get((arm, case.norm, case.dtype), TOLERANCES[case.dtype])
@@ -327,35 +327,35 @@ def require_agreement(case: Case, programs: Mapping[str, Programs]) -> None:
                 if not error <= (of_sums if one.ndim == 1 else TOLERANCES[case.dtype]):
                     raise AssertionError(
                         f"{arm} and {next(iter(programs))} differ by {error:.1e} in {direction} "
-                        f"of {case}: they do not compute the same, and are not to be compared."
+                        f"of {case}: they do not compute the same function and cannot be compared."
                     )
 
 
 def _readable(leaf: Any) -> Any:
-    """Returns what NumPy can read: it knows no bfloat16 of PyTorch's, nor gradients."""
+    """Converts a tensor of PyTorch with bfloat16 or gradients to one that NumPy can read."""
     return leaf.detach().float() if hasattr(leaf, "detach") else leaf
 
 
 def programs_of(case: Case, arms: Iterable[str]) -> dict[str, Programs]:
-    """Returns the programs of a case by arm once they agree, and `COPY` before them."""
+    """Returns `COPY` and the programs of a case by arm, after a check that they agree."""
     batch = draw(case)
     programs = {
         arm: ARMS[arm].programs(case, batch) for arm in arms if case.norm in ARMS[arm].norms
     }
     require_agreement(case, programs)
-    # Integers, for a copy of half precision would be one of converted values.
+    # Integers, because a copy in half precision would also convert values.
     integers = jnp.zeros(batch.x.nbytes // 4, jnp.int32)
     return {COPY: dict.fromkeys(UNITS, partial(jax.jit(lambda x: x + 1), integers)), **programs}
 
 
 def after_itself(program: Callable[[], Any]) -> tuple[float, float]:
-    """Times a program that follows itself, and finds its own arrays in the caches."""
+    """Times the second of two calls, which finds its arrays in the caches."""
     jax.block_until_ready(program())
     return seconds_of(program)
 
 
 def missing() -> dict[str, str]:
-    """Returns of each arm that is not installed the command that installs it."""
+    """Returns the install command of each arm that is not installed."""
     return {
         name: f"python -m pip install {arm.install}"
         for name, arm in ARMS.items()
@@ -370,20 +370,21 @@ def measure(
     arms: Sequence[str] = tuple(ARMS),
     rounds: int = ROUNDS,
 ) -> Figures:
-    """Compiles and times everything, showing how far it is.
+    """Compiles and times everything, with a progress bar.
 
-    A round is one call of every arm in every case: what disturbs the machine for some seconds
-    disturbs a few rounds of all, and no median.
+    A round is one call of every arm in every case. A disturbance of some seconds therefore affects
+    a few rounds of all arms, and no median.
 
     Args:
         norms: some of `NORMS`.
         dtypes: some of `TOLERANCES`.
-        shapes: of x, the features last.
-        arms: some of `ARMS`; one that is not installed is left out, `OURS` and `FLAX` never are.
-        rounds: how often each is timed.
+        shapes: of x, features last.
+        arms: some of `ARMS`. `OURS` and `FLAX` are always included; arms that are not installed
+            are left out.
+        rounds: how often each program is timed.
 
     Returns:
-        The timings by norm, dtype, shape, direction and arm, `COPY` among the arms.
+        The timings by norm, dtype, shape, direction and arm; `COPY` is one of the arms.
     """
     wanted = {OURS, FLAX, *arms}.difference(missing())
     cases = list(map(Case._make, product(norms, dtypes, shapes)))
@@ -421,7 +422,7 @@ def _nested(timings: Mapping[Name, Timing]) -> Figures:
 
 
 def as_json(figures: Figures) -> dict[str, Any]:
-    """Returns figures as JSON has them."""
+    """Returns figures in the form of the JSON."""
     return _map_timings(Timing._asdict, figures)
 
 
@@ -431,7 +432,7 @@ def load(known: Mapping[str, Any]) -> Figures:
 
 
 def _map_timings(function: Callable[[Any], Any], tree: Any, depth: int = 5) -> Any:
-    """Applies a function at a depth: norm, dtype, shape, direction, arm."""
+    """Applies a function below norm, dtype, shape, direction and arm."""
     if depth == 0:
         return function(tree)
     return {name: _map_timings(function, branch, depth - 1) for name, branch in tree.items()}
@@ -443,18 +444,18 @@ def named(shape: Shape) -> str:
 
 
 def limit(direction: str, timings: Mapping[str, Timing]) -> float:
-    """Returns the seconds in which a copy moves the bytes that the direction must move."""
+    """Returns the seconds that a copy takes for the bytes that the direction must move."""
     return timings[COPY].median * UNITS[direction] / COPY_UNITS
 
 
 def fastest_peer(timings: Mapping[str, Timing]) -> str:
-    """Returns the fastest arm that is not ours."""
+    """Returns the fastest arm of another library."""
     peers = [arm for arm in timings if arm != COPY and not arm.startswith("bn_jax")]
     return min(peers, key=lambda arm: timings[arm].median)
 
 
 def rows(figures: Figures, norm: str) -> Iterator[tuple[str, str, str, dict[str, Timing]]]:
-    """Yields dtype, shape, direction and the timings of the arms."""
+    """Yields dtype, shape, direction, and the timings of the arms."""
     for dtype, by_shape in figures[norm].items():
         for shape, by_direction in by_shape.items():
             for direction, timings in by_direction.items():
@@ -462,14 +463,14 @@ def rows(figures: Figures, norm: str) -> Iterator[tuple[str, str, str, dict[str,
 
 
 def norm_table(figures: Figures, norm: str) -> Table:
-    """Returns the figures of a norm: milliseconds of ours, and those of the others over them."""
+    """Returns the table of a norm: our milliseconds, and the others' time divided by ours."""
     *_, timings = next(rows(figures, norm))
     peers = [arm for arm in timings if arm not in (COPY, OURS)]
     table = Table(
-        title=f"{norm}: ms of {OURS}; time of the others over it (above 1: {OURS} is faster)",
+        title=f"{norm}: ms of {OURS}; time of the others / {OURS} (above 1: {OURS} is faster)",
         caption=(
-            "limit: the time in which a copy, measured beside, moves as many bytes as are in "
-            f"{UNITS[FORWARD]} arrays like x forward, {UNITS[BOTH]} forward + backward"
+            "limit: the time that a copy, measured in the same run, takes for the bytes of "
+            f"{UNITS[FORWARD]} arrays like x (forward) or {UNITS[BOTH]} (forward + backward)"
         ),
         box=SIMPLE_HEAD,
     )
@@ -484,9 +485,9 @@ def norm_table(figures: Figures, norm: str) -> Table:
 
 
 def headline(figures: Figures) -> Table:
-    """Returns our time over that of the fastest peer, of Flax and of the limit, over all shapes."""
+    """Returns our time relative to the fastest peer, to Flax and to the limit, over all shapes."""
     table = Table(
-        title=f"Time of {OURS} over that of others: geometric mean over the shapes (the worst)",
+        title=f"Time of {OURS} / time of others: geometric mean over the shapes (worst shape)",
         box=SIMPLE_HEAD,
     )
     for column in ("norm", "dtype", "direction", "fastest peer", FLAX, "limit"):
@@ -517,7 +518,7 @@ def _summary(ratios: Sequence[float]) -> str:
 
 
 def tables(known: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures of the JSON as tables: the headline, and one for every norm."""
+    """Returns the figures of the JSON as tables: the headline, and one for each norm."""
     figures = load(known)
     return [headline(figures), *(norm_table(figures, norm) for norm in figures)]
 
@@ -530,7 +531,7 @@ def main() -> None:
     report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
     report.show(tables(report.read("layer")))
     for arm, command in missing().items():
-        print(f"Without {arm}, which is not installed: {command}")
+        print(f"{arm} is not installed and was left out. Install it with: {command}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a step of ResNet-50 keeps for its backward pass under each `bn_jax.remat_policy`.
+"""The memory of a ResNet-50 training step under each `bn_jax.remat_policy`.
 
-``python -m benchmarks.memory`` compiles, ahead of time and without a chip, the training step of
-every arm for a TPU v5e, which takes some minutes each; it prints what the compiled programs hold
-and writes ``benchmarks/results/memory.json``. Programs that are in there already are not compiled
-again.
+``python -m benchmarks.memory`` compiles the training step of every arm for a TPU v5e, ahead of time
+and without a chip. Each program takes some minutes. It prints the figures of the compiled programs
+and writes ``benchmarks/results/memory.json``. Programs that this file already holds are not
+compiled again.
 """
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,7 +29,7 @@ from bn_jax.remat import Keep, Policy
 
 FLAX, OURS = "flax.linen", "bn_jax"
 CHIPS = (V5E,)
-# What a policy is to be put around: blocks have inputs that are kept anyway, a loss has not.
+# Where to apply each policy: the inputs of blocks are kept anyway, those of a loss are not.
 WHERE: dict[Keep, str] = {
     "inputs": "loss",
     "narrow": "blocks",
@@ -39,13 +38,13 @@ WHERE: dict[Keep, str] = {
 
 
 class Sizes(NamedTuple):
-    """The network, on images of three colours, and its batch.
+    """The network, on RGB images, and its batch.
 
     Attributes:
-        examples: images of a batch.
-        side: of a square image.
-        stage_sizes: blocks of each stage.
-        widths: channels of each stage.
+        examples: images in a batch.
+        side: height and width of an image.
+        stage_sizes: number of blocks in each stage.
+        widths: number of channels in each stage.
         classes: number of logits.
     """
 
@@ -61,9 +60,9 @@ class Arm(NamedTuple):
 
     Attributes:
         norm: constructor of the norms.
-        loss: policy of the `jax.checkpoint` around the loss, or None where there is none.
-        blocks: policy of the `nn.remat` around every block, or None where there is none.
-        guarded: whether our norms may measure a batch again; where not, what that costs is seen.
+        loss: policy of the `jax.checkpoint` around the loss; None: there is none.
+        blocks: policy of the `nn.remat` around every block; None: there is none.
+        guarded: whether our norms have their guard. Without it, its cost can be seen.
     """
 
     norm: Norm
@@ -73,14 +72,14 @@ class Arm(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a compiled step says of itself.
+    """The figures of a compiled step.
 
     Attributes:
-        temporary: bytes of main memory beside arguments and results.
-        moved: bytes that the kernels read from main memory and write to it, guards left alone.
-        flops: floating-point operations, the guards' branches included.
-        guards: conditionals: one for every measuring of a batch.
-        kernels: how many there are outside of guards.
+        temporary: bytes of main memory in addition to arguments and results.
+        moved: bytes that the kernels read from main memory and write to it, without the guards.
+        flops: floating-point operations, including the branches of the guards.
+        guards: number of conditionals, one for each measurement of a batch.
+        kernels: number of kernels outside of the guards.
     """
 
     temporary: int
@@ -150,7 +149,7 @@ def make_step(arm: Arm, sizes: Sizes) -> tuple[Callable[..., Any], tuple[Any, An
 
 
 def measure(arm: Arm, mesh: Mesh, sizes: Sizes, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles the step of an arm unless its program is known, and reads it."""
+    """Reads the step of an arm; compiles it only if its program is not known yet."""
     with nullcontext() if arm.guarded else _without_guards():
         lowered = lower_for(mesh, *make_step(arm, sizes))
     program = identify(mesh, lowered)
@@ -173,14 +172,13 @@ def measure(arm: Arm, mesh: Mesh, sizes: Sizes, known: Mapping[str, Any]) -> dic
 
 @contextmanager
 def _without_guards() -> Iterator[None]:
-    """Has no norm find its variance cancelled, in programs that are traced within alone."""
+    """Removes the guards from programs that are traced inside of this context."""
 
     def never(delta: jax.Array, var: jax.Array) -> jax.Array:
         return jnp.zeros_like(var, bool)
 
     jax.clear_caches()
-    # The package has a function of the module's name.
-    with mock.patch.object(sys.modules["bn_jax.moments"], "cancels", never):
+    with mock.patch("bn_jax._core.moments.cancels", never):
         try:
             yield
         finally:
@@ -188,7 +186,7 @@ def _without_guards() -> Iterator[None]:
 
 
 def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
-    """Reads the figures of the JSON: of every chip, those of every arm."""
+    """Reads the figures of the JSON by chip and arm."""
     return {
         chip: {arm: Measured(*map(one.get, Measured._fields)) for arm, one in found.items()}
         for chip, found in figures["chips"].items()
@@ -196,7 +194,7 @@ def load(figures: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
 
 
 def cells(measured: Mapping[str, Measured], arm: str) -> list[str]:
-    """Shows memory, bytes and operations of an arm, relative to those of Flax's norms."""
+    """Shows memory, bytes and operations of an arm, relative to the arm with Flax's norms."""
     one, other = measured[arm], measured[FLAX]
     return [
         f"{one.temporary / other.temporary:.2f}",

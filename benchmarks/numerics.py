@@ -1,8 +1,8 @@
-"""How far each batch norm is from float64 where batch norms go wrong.
+"""The errors of batch norms against float64, on inputs where batch norms go wrong.
 
 ``python -m benchmarks.numerics`` prints the table and writes ``benchmarks/results/numerics.json``.
-Each layer trains one step, jit-compiled, on each of `benchmarks.adversarial.CASES`; with momentum
-0 its new running variance is the variance of the batch.
+Each layer takes one jit-compiled training step on each of `benchmarks.adversarial.CASES`. With
+momentum 0, its new running variance is the variance of the batch.
 """
 
 import json
@@ -29,8 +29,8 @@ from benchmarks.adversarial import CASES, Batch, Case, Layer, truth
 
 RESULTS = Path(__file__).parent / "results" / "numerics.json"
 BOUND = 1e-5
-# Squares under float32's smallest normal number vanish, from the mean square and from the square
-# of the mean alike.
+# Squares under float32's smallest normal number vanish, both from the mean square and from the
+# square of the mean.
 UNDERFLOW = 2 * float(np.finfo(np.float32).tiny)
 TINY_VARIANCE = UNDERFLOW / BOUND
 OURS = "bn_jax"
@@ -42,10 +42,10 @@ class Errors(NamedTuple):
 
     Attributes:
         output: relative to the largest of 1, ``|scale|`` and the true output.
-        variance: relative to the true variance; None where that is under `TINY_VARIANCE`
-            everywhere.
-        tiny_variance: absolute, where the true variance is under `TINY_VARIANCE`; None where it is
-            nowhere so small.
+        variance: relative to the true variance; None if every true variance is under
+            `TINY_VARIANCE`.
+        tiny_variance: absolute, where the true variance is under `TINY_VARIANCE`; None if no true
+            variance is so small.
     """
 
     output: float
@@ -53,13 +53,13 @@ class Errors(NamedTuple):
     tiny_variance: float | None
 
     def within_bound(self) -> bool:
-        """Tells whether every error is under its bound; NaN is not."""
+        """Tells whether every error is under its bound. NaN is not."""
         relative = (self.output, 0.0 if self.variance is None else self.variance)
         absolute = 0.0 if self.tiny_variance is None else self.tiny_variance
         return all(error < BOUND for error in relative) and absolute < UNDERFLOW
 
     def __str__(self) -> str:
-        """Shows output and variance, an absolute error of the variance in bars."""
+        """Shows the errors of output and variance; an absolute error is between bars."""
         figures = [_short(self.output)]
         if self.variance is not None:
             figures.append(_short(self.variance))
@@ -69,7 +69,7 @@ class Errors(NamedTuple):
 
 
 def _short(error: float) -> str:
-    """Gives one digit and the exponent."""
+    """Formats a number with one digit and the exponent."""
     if not np.isfinite(error) or error == 0:
         return "NaN" if np.isnan(error) else f"{error:g}"
     digit, exponent = f"{error:.0e}".split("e")
@@ -80,8 +80,8 @@ class Contestant(NamedTuple):
     """A layer to measure.
 
     Attributes:
-        train: takes the configuration and the arrays to the output and the batch variance.
-        lacks: what it has no argument for, in the words of `needs`.
+        train: maps the configuration and the arrays to the output and the batch variance.
+        lacks: the features that it has no argument for, as `needs` names them.
     """
 
     train: Callable[[Layer, Batch], tuple[jax.Array, jax.Array]]
@@ -89,7 +89,7 @@ class Contestant(NamedTuple):
 
 
 def needs(case: Case, batch: Batch) -> frozenset[str]:
-    """Names the abilities beyond the usual that a layer must have for this case."""
+    """Names the features that a layer must support for this case."""
     needed = {
         "mask": batch.mask is not None and batch.mask.dtype == bool,
         "weights": batch.mask is not None and batch.mask.dtype != bool,
@@ -179,7 +179,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 @lru_cache
 def compiled(contestant: str, layer: Layer) -> Callable[[Batch], tuple[jax.Array, jax.Array]]:
-    """Returns the compiled training step of a contestant, mapped over shards if there are any."""
+    """Returns the compiled training step of a contestant, mapped over shards if there are some."""
     train = partial(CONTESTANTS[contestant].train, layer)
     if layer.axis_name is not None:
         in_axes = Batch(x=0, mask=0, scale=None, bias=None, running_mean=None, running_var=None)
@@ -188,7 +188,7 @@ def compiled(contestant: str, layer: Layer) -> Callable[[Batch], tuple[jax.Array
 
 
 def measure(case: Case, contestants: tuple[str, ...] = (OURS,)) -> dict[str, Errors]:
-    """Returns the errors on one case of every contestant that has the abilities it needs."""
+    """Returns the errors on one case, for every contestant that supports it."""
     batch = case.make()
     output, variance = truth(case.layer, batch)
     smallest_unit = np.maximum(1, np.abs(case.layer.expand(batch.scale, output.ndim)))
@@ -204,7 +204,7 @@ def measure(case: Case, contestants: tuple[str, ...] = (OURS,)) -> dict[str, Err
 
 
 def _output_error(found: np.ndarray, output: np.ndarray, smallest_unit: np.ndarray) -> float:
-    """Returns the largest error where there is a truth: behind a mask there may be NaN."""
+    """Returns the largest error where the true output is finite; masked values may be NaN."""
     unit = np.abs(output)
     np.maximum(unit, smallest_unit, out=unit)
     error = output - found
@@ -214,7 +214,7 @@ def _output_error(found: np.ndarray, output: np.ndarray, smallest_unit: np.ndarr
 
 
 def _variance_errors(found: np.ndarray, variance: np.ndarray) -> tuple[float | None, float | None]:
-    """Returns the relative error of variances that are not tiny and the absolute one of others."""
+    """Returns the relative error of variances that are not tiny, the absolute error of others."""
     error = np.abs(found - variance)
     variance = np.broadcast_to(variance, error.shape)
     tiny = variance < TINY_VARIANCE
@@ -225,12 +225,12 @@ def _variance_errors(found: np.ndarray, variance: np.ndarray) -> tuple[float | N
 
 
 def installed_contestants() -> tuple[str, ...]:
-    """Returns the names of all contestants but those whose package is missing."""
+    """Returns the names of all contestants whose package is installed."""
     return tuple(name for name in CONTESTANTS if name != "haiku" or find_spec("haiku"))
 
 
 def measure_all() -> dict[str, dict[str, Errors]]:
-    """Returns the errors of all contestants on all cases, showing how far it is."""
+    """Returns the errors of all contestants on all cases, with a progress bar."""
     contestants = installed_contestants()
     rows = {}
     with Progress(transient=True) as progress:
@@ -243,7 +243,7 @@ def measure_all() -> dict[str, dict[str, Errors]]:
 
 
 def report(rows: dict[str, dict[str, Errors]]) -> dict[str, Any]:
-    """Returns what the JSON holds: the figures, and how they came about."""
+    """Returns the contents of the JSON: figures, command, versions and machine."""
     packages = ["bn-jax", "jax", "flax", "numpy", *(["dm-haiku"] if find_spec("haiku") else [])]
     return {
         "command": "python -m benchmarks.numerics",
@@ -258,7 +258,7 @@ def report(rows: dict[str, dict[str, Errors]]) -> dict[str, Any]:
 
 
 def _as_json(errors: Errors) -> dict[str, float | str]:
-    """Leaves out what is None and spells out what JSON has no number for."""
+    """Omits None and writes numbers that JSON does not have as strings."""
     return {
         name: error if np.isfinite(error) else str(error)
         for name, error in errors._asdict().items()
@@ -267,7 +267,7 @@ def _as_json(errors: Errors) -> dict[str, float | str]:
 
 
 def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
-    """Reads the rows of a JSON that `report` made."""
+    """Reads the rows of a JSON made by `report`."""
 
     def errors(figures: dict[str, float | str]) -> Errors:
         known = {name: float(figure) for name, figure in figures.items()}
@@ -280,13 +280,13 @@ def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
 
 
 def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
-    """Returns the rows as a table; what is over the bound is red."""
+    """Returns the rows as a table, with errors over the bound in red."""
     table = Table(
         title="Largest error against float64: output / variance",
         caption=(
-            f"Bound: {_short(BOUND)} (over it: red). Where the true variance is under "
-            f"{_short(TINY_VARIANCE)}, its error is |absolute| and the bound is "
-            f"{_short(UNDERFLOW)}: smaller squares vanish."
+            f"Bound: {_short(BOUND)} (errors over it are red). If the true variance is under "
+            f"{_short(TINY_VARIANCE)}, its error is |absolute| and its bound is "
+            f"{_short(UNDERFLOW)}, because smaller squares vanish."
         ),
         box=SIMPLE_HEAD,
     )
@@ -300,7 +300,7 @@ def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
 
 
 def cells(row: dict[str, Errors]) -> list[str]:
-    """Returns what the table shows of a row: a dash where a contestant has no such ability."""
+    """Returns the cells of a row, with a dash for a contestant that does not support the case."""
     return [str(row[name]) if name in row else "-" for name in CONTESTANTS]
 
 

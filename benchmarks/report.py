@@ -1,4 +1,4 @@
-"""Writes and reads the JSON of a benchmark, and shows its tables."""
+"""Writes and reads the JSON of a benchmark, and prints its tables."""
 
 import json
 import os
@@ -16,15 +16,15 @@ TABLE_WIDTH = 160
 
 
 def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> Path:
-    """Writes the figures of a benchmark, and how they came about.
+    """Writes the figures of a benchmark, with the command, the versions and the machine.
 
     Args:
-        benchmark: its module's name.
-        packages: those whose versions matter; one that is not installed is left out.
-        figures: what else the JSON holds; a named tuple becomes an object.
+        benchmark: the name of its module.
+        packages: whose versions matter; a package that is not installed is left out.
+        figures: the rest of the JSON; a named tuple becomes an object.
 
     Returns:
-        Where they are.
+        The path of the JSON.
     """
     path = RESULTS / f"{benchmark}.json"
     known = {
@@ -47,12 +47,12 @@ def read(benchmark: str) -> dict[str, Any]:
 
 
 def read_if_there(benchmark: str) -> dict[str, Any]:
-    """Reads what `write` wrote, or nothing where it has not written yet."""
+    """Reads what `write` wrote, or returns an empty dictionary if there is no file yet."""
     return read(benchmark) if (RESULTS / f"{benchmark}.json").exists() else {}
 
 
 def show(tables: Iterable[Table]) -> None:
-    """Prints tables as wide as they are."""
+    """Prints tables at full width."""
     for table in tables:
         Console(width=TABLE_WIDTH).print(table)
 
@@ -64,7 +64,7 @@ def milliseconds(quartiles: Sequence[float]) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Returns a table as Markdown: the first column to the left, the others to the right."""
+    """Returns a table as Markdown: the first column left-aligned, the others right-aligned."""
     rows = [[str(column.header) for column in table.columns]]
     rows.append([":---", *["---:"] * (len(table.columns) - 1)])
     rows.extend(
@@ -82,7 +82,7 @@ def _as_json(value: Any) -> Any:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed."""
+    """Returns the versions of the packages that are installed."""
     found = {}
     for name in packages:
         try:

@@ -1,9 +1,9 @@
-"""What grows with the number of devices: collectives and memory, from 1 chip to a slice of 256.
+"""Scaling with the number of devices: collectives and memory, from 1 to 256 chips.
 
-``python -m benchmarks.scale`` compiles, ahead of time and without a chip, bn_jax's own training
-step and single layers for slices of TPU v5e, prints what the compiled programs hold, and writes
-``benchmarks/results/scale.json``. Every chip has the same number of examples. Programs that are in
-there already are not compiled again.
+``python -m benchmarks.scale`` compiles the training step of bn_jax and single layers for slices of
+TPU v5e, ahead of time and without a chip. It prints the figures of the compiled programs and writes
+``benchmarks/results/scale.json``. Every chip has the same number of examples. Programs that this
+file already holds are not compiled again.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     Attributes:
         examples: examples on each device.
         image_shape: [H, W, C] of an image of the training step.
-        widths: channels of the stages of its residual network, one block each.
+        widths: channels of the stages of its residual network, one block per stage.
         layer_shape: [H, W, F] of an example of the single layers.
     """
 
@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Collective operations, and the numbers and bytes that each device puts into them."""
+    """Collective operations, and the values and bytes that each device contributes to them."""
 
     operations: int
     elements: int
@@ -56,17 +56,17 @@ class Traffic(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a compiled program says of itself.
+    """The figures of a compiled program.
 
     Attributes:
-        kinds: how many collectives there are of each kind, outside conditionals.
-        always: all of them together.
-        guarded: those in the branches of conditionals.
+        kinds: number of collectives of each kind outside of conditionals.
+        always: all collectives outside of conditionals.
+        guarded: all collectives in branches of conditionals.
         arguments: bytes of the arguments on each device.
         outputs: bytes of the results on each device.
-        temporary: bytes of everything else that each device keeps in its main memory.
-        accessed: bytes that each device reads and writes, branches included.
-        program: what `identify` says of it.
+        temporary: bytes of everything else in the main memory of each device.
+        accessed: bytes that each device reads and writes, including branches.
+        program: its hash from `identify`.
     """
 
     kinds: dict[str, int]
@@ -80,12 +80,12 @@ class Program(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """The bytes of a device's main memory in all."""
+        """All bytes in the main memory of a device."""
         return self.arguments + self.outputs + self.temporary
 
 
 class Layer(NamedTuple):
-    """A norm to compile alone: with an `axis_name` under `shard_map`, else under sharded `jit`."""
+    """A single norm to compile: under `shard_map` with an `axis_name`, else under sharded `jit`."""
 
     norm: Norm
     axis_name: str | None = None
@@ -95,7 +95,7 @@ Programs = dict[str, dict[int, Program]]
 
 
 class Findings(NamedTuple):
-    """The programs of every arm by number of devices; of the steps also what they normalize."""
+    """The programs of every arm by number of devices, and the number of norms in a step."""
 
     sizes: Sizes
     norm_layers: int
@@ -105,7 +105,7 @@ class Findings(NamedTuple):
 
 
 def arms(examples: int) -> dict[str, Norm | None]:
-    """Returns the norms of the training step; ghost groups line up with the devices."""
+    """Returns the norms of the training step. Ghost groups are the examples of one device."""
     ours = partial(bn.linen.BatchNorm, momentum=0.9)
     return {
         NO_NORM: None,
@@ -116,7 +116,7 @@ def arms(examples: int) -> dict[str, Norm | None]:
 
 
 def single_layers(examples: int) -> dict[str, Layer]:
-    """Returns the layers that are compiled alone."""
+    """Returns the single layers."""
     ours = partial(bn.linen.BatchNorm, dtype=jnp.bfloat16)
     flax = partial(nn.BatchNorm, dtype=jnp.bfloat16)
     return {
@@ -129,7 +129,7 @@ def single_layers(examples: int) -> dict[str, Layer]:
 
 
 def placed(tree: Any, mesh: Mesh, *axes: str) -> Any:
-    """Returns the shapes of a tree on the devices of a mesh, the leading axis split over `axes`."""
+    """Returns the shapes of a tree on a mesh, with the leading axis split over `axes`."""
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
@@ -137,7 +137,7 @@ def placed(tree: Any, mesh: Mesh, *axes: str) -> Any:
 
 
 def initial_state(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> Any:
-    """Returns the shapes of the training step's state."""
+    """Returns the shapes of the state of the training step."""
     model = ResNet(10, (1,) * len(sizes.widths), sizes.widths, norm=norm)
     optimizer = training.make_optimizer(0.1, total_steps=100)
     create = partial(training.create_state, model, optimizer, sizes.image_shape, 0, mesh)
@@ -158,7 +158,7 @@ def lower_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowere
 
 
 def lower_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
-    """Lowers the output, new running statistics and gradients of a layer on bfloat16, masked."""
+    """Lowers output, new running statistics and gradients of a layer on masked bfloat16 input."""
     examples = sizes.examples * mesh.size
     x = jax.ShapeDtypeStruct((examples, *sizes.layer_shape), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((examples, 1, 1, 1), jnp.bool_)
@@ -188,7 +188,7 @@ def lower_layer(layer: Layer, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
 
 
 def measure(lowered: jax.stages.Lowered, mesh: Mesh, known: Mapping[str, Program]) -> Program:
-    """Compiles a program unless it is known, and reads it."""
+    """Reads a program; compiles it only if it is not known yet."""
     program = identify(mesh, lowered)
     if program in known:
         return known[program]
@@ -214,7 +214,7 @@ def _traffic(found: Sequence[Collective]) -> Traffic:
 
 
 def measure_all(meshes: Sequence[Mesh], sizes: Sizes, known: Mapping[str, Program]) -> Findings:
-    """Measures every arm on every mesh, showing how far it is."""
+    """Measures every arm on every mesh, with a progress bar."""
     programs: dict[str, dict[str, Callable[[Mesh], jax.stages.Lowered]]] = {
         "steps": {
             arm: partial(lower_step, norm, sizes=sizes)
@@ -239,13 +239,13 @@ def measure_all(meshes: Sequence[Mesh], sizes: Sizes, known: Mapping[str, Progra
 
 
 def _normalized(mesh: Mesh, sizes: Sizes) -> tuple[int, int]:
-    """Returns the number of norm layers of the training step and of their features."""
+    """Returns the number of norm layers of the training step, and of all their features."""
     stats = jax.tree.leaves(initial_state(bn.linen.BatchNorm, mesh, sizes).batch_stats)
     return len(stats) // 2, sum(leaf.size for leaf in stats) // 2
 
 
 def per_layer(findings: Findings, arm: str, devices: int) -> tuple[float, float]:
-    """Returns how many collectives and how many bytes in them a norm layer adds to a step."""
+    """Returns the collectives, and their bytes, that a norm layer adds to a step."""
     one, other = (findings.steps[name][devices].always for name in (arm, NO_NORM))
     return (
         (one.operations - other.operations) / findings.norm_layers,
@@ -254,7 +254,7 @@ def per_layer(findings: Findings, arm: str, devices: int) -> tuple[float, float]
 
 
 def step_cell(findings: Findings, arm: str, devices: int) -> str:
-    """Shows a step: collectives and bytes in them per norm layer, and memory."""
+    """Formats a step: collectives and their bytes per norm layer, and memory."""
     memory = f"{findings.steps[arm][devices].memory / 1e6:.1f} MB"
     if arm == NO_NORM:
         return memory
@@ -263,7 +263,7 @@ def step_cell(findings: Findings, arm: str, devices: int) -> str:
 
 
 def layer_cell(findings: Findings, arm: str, devices: int) -> str:
-    """Shows a layer: collectives and their numbers, those in a guard's branch in parentheses."""
+    """Formats a layer: collectives and their values; in parentheses, in the guard's branch."""
     program = findings.layers[arm][devices]
     guarded = program.guarded
     branch = f" ({guarded.operations} / {guarded.elements})" if guarded.operations else ""
@@ -271,21 +271,21 @@ def layer_cell(findings: Findings, arm: str, devices: int) -> str:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures as two tables, of the layers and of the step, a column for each slice."""
+    """Returns tables of the layers and of the step, with a column for each slice."""
     findings = load(figures)
     features = findings.sizes.layer_shape[-1]
     shown = (
         (
             f"A layer of {features} features, forward and backward, with a mask: collectives / "
-            "numbers that a device puts in (those of the guard's branch, which is rarely taken)",
+            "values per device (in parentheses: in the guard's branch, which is rarely taken)",
             findings.layers,
             layer_cell,
         ),
         (
             f"A training step of {findings.norm_layers} norm layers, of {findings.norm_features:,} "
-            "features in all: collectives / bytes that a device puts in, each per norm layer and "
-            "beyond those of the network without norms, whose convolutions have biases / memory "
-            "of a device",
+            "features in all: collectives per norm layer / their bytes per device and norm layer / "
+            "memory per device. The first two exclude the collectives of the network without "
+            "norms, whose convolutions have biases",
             findings.steps,
             step_cell,
         ),
@@ -330,7 +330,7 @@ def _program(figures: Mapping[str, Any]) -> Program:
 
 
 def known_programs(figures: Any) -> dict[str, Program]:
-    """Returns the programs of the JSON, if there is one, by what `identify` says of them."""
+    """Returns the programs of the JSON, if there is one, by their hash from `identify`."""
     return {
         program: _program({**found, "program": program})
         for program, found in remembered(figures).items()

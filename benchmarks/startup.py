@@ -1,9 +1,9 @@
-"""What comes before the first step: import, tracing, lowering, compiling; and a call's own cost.
+"""Start-up time: import, tracing, lowering and compiling, and the overhead of a call.
 
-``python -m benchmarks.startup`` imports in fresh processes, builds the training step of a ResNet-50
-phase by phase with the batch norm of bn_jax and with Flax's, forgetting everything in between, and
-calls the modules on an array so small that nothing but the call takes time. It counts equations and
-operations, which the machine has no part in, prints all of it, and writes
+``python -m benchmarks.startup`` imports in fresh processes. It builds the training step of a
+ResNet-50 phase by phase with the batch norm of bn_jax and with Flax's, and clears all caches in
+between. It calls the modules on an array so small that only the call takes time. It also counts
+equations and operations, which do not depend on the machine. It prints all figures and writes
 ``benchmarks/results/startup.json``.
 """
 
@@ -37,7 +37,7 @@ STEP_ROUNDS = 3
 CALL_ROUNDS = 30
 OURS, FLAX = "bn_jax", "Flax"
 NORMS: dict[str, Norm] = {OURS: bn.linen.BatchNorm, FLAX: nn.BatchNorm}
-# What each arm imports, and what has been imported before.
+# What each arm imports, and what is imported before that.
 IMPORTS = {
     "jax": ("jax", "sys"),
     FLAX: ("flax.linen, flax.nnx", "jax"),
@@ -57,17 +57,17 @@ CALL_SHAPE = (2, 3)
 
 
 class Program(NamedTuple):
-    """A function, and what makes arguments for it; the latter may be given to `jax.eval_shape`."""
+    """A function, and a function that makes its arguments and works under `jax.eval_shape`."""
 
     function: Callable[..., Any]
     make_arguments: Callable[[], tuple[Any, ...]]
 
 
 class Size(NamedTuple):
-    """How large a program is before XLA sees it.
+    """The size of a program before XLA sees it.
 
     Attributes:
-        equations: of the jaxpr, those of nested ones included.
+        equations: of the jaxpr and of all nested jaxprs.
         operations: of the StableHLO module.
     """
 
@@ -76,14 +76,14 @@ class Size(NamedTuple):
 
 
 class Built(NamedTuple):
-    """How large a program is, and how long every phase of building it takes."""
+    """The size of a program, and the time of every phase of building it."""
 
     size: Size
     phases: dict[str, Timing]
 
 
 def forward_and_backward(module: nn.Module, shape: tuple[int, ...], dtype: Any) -> Program:
-    """Returns output, new statistics and gradients of a module that has no argument but x."""
+    """Returns output, new statistics and gradients of a module whose only argument is x."""
 
     def run(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
         def forward(params: Any, x: jax.Array) -> Any:
@@ -126,7 +126,7 @@ def training_step(network: Network, norm: Norm | None) -> Program:
 
 
 def import_seconds(modules: str, before: str) -> tuple[float, float]:
-    """Imports modules in a fresh process after others; returns seconds by the clock, of the CPU."""
+    """Imports modules in a fresh process after others; returns wall-clock and CPU seconds."""
     program = TIMED_IMPORT.format(modules=modules, before=before)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -135,13 +135,13 @@ def import_seconds(modules: str, before: str) -> tuple[float, float]:
 
 
 def measure_imports(rounds: int, advance: Callable[[], object]) -> dict[str, Timing]:
-    """Times the imports in turns."""
+    """Times the imports interleaved."""
     functions = {arm: partial(import_seconds, *modules) for arm, modules in IMPORTS.items()}
     return in_turns(functions, rounds, advance, measure=lambda function: function())
 
 
 def count_equations(jaxpr: Jaxpr) -> int:
-    """Returns the number of equations of a jaxpr and of those nested in it."""
+    """Returns the number of equations of a jaxpr and of all nested jaxprs."""
 
     def inside(option: Any) -> int:
         if isinstance(option, (tuple, list)):
@@ -154,7 +154,7 @@ def count_equations(jaxpr: Jaxpr) -> int:
 
 
 class _Build:
-    """Builds a program phase by phase, each time as if for the first time."""
+    """Builds a program phase by phase, without caches from earlier builds."""
 
     def __init__(self, program: Program) -> None:
         self.function = program.function
@@ -179,7 +179,7 @@ class _Build:
 
 
 def measure_size(program: Program) -> Size:
-    """Traces and lowers a program, and counts."""
+    """Traces and lowers a program, and returns its size."""
     build = _Build(program)
     build.trace()
     build.lower()
@@ -187,7 +187,7 @@ def measure_size(program: Program) -> Size:
 
 
 def measure_steps(network: Network, rounds: int, advance: Callable[[], object]) -> dict[str, Built]:
-    """Builds the training step of a network in turns."""
+    """Builds the training step of a network with all arms interleaved."""
     builds = {arm: _Build(training_step(network, norm)) for arm, norm in NORMS.items()}
     functions = {
         f"{arm} {phase}": getattr(build, phase)
@@ -202,7 +202,7 @@ def measure_steps(network: Network, rounds: int, advance: Callable[[], object]) 
 
 
 def calls(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Returns calls of the modules in training, by their kind and the arm."""
+    """Returns calls of the modules in training, by kind and arm."""
     x = jnp.arange(2.0)[:, None] * jnp.ones(shape)
     compiled = nnx.jit(lambda module, x: module(x))
     found: dict[str, dict[str, Callable[[], Any]]] = {
@@ -220,7 +220,7 @@ def calls(shape: tuple[int, ...]) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def measure_calls(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, Timing]]:
-    """Times the calls in turns; what they compile has been compiled before."""
+    """Times the calls interleaved, after a first call that compiles."""
     found = {}
     for kind, functions in calls(shape).items():
         for function in functions.values():
@@ -230,7 +230,7 @@ def measure_calls(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, Ti
 
 
 def comparison(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns timings as a table: milliseconds of both arms, and how many times Flax's ours are."""
+    """Returns timings as a table: milliseconds of both arms, and the ratio of ours to Flax's."""
     table = Table(title=title, box=SIMPLE_HEAD)
     for column in ("", f"{OURS}, ms (quartiles)", f"{FLAX}, ms (quartiles)", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -242,7 +242,7 @@ def comparison(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def import_table(imports: Mapping[str, Any]) -> Table:
-    """Returns the imports, each after what it needs."""
+    """Returns the table of the imports, each after the modules that it needs."""
     table = Table(title="Imports in fresh processes", box=SIMPLE_HEAD)
     for column in ("", "ms (quartiles)", "CPU ms (quartiles)"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -254,7 +254,7 @@ def import_table(imports: Mapping[str, Any]) -> Table:
 
 
 def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns the sizes of programs before XLA sees them."""
+    """Returns the table of the sizes of programs before XLA sees them."""
     table = Table(title="Before XLA: jaxpr equations / StableHLO operations", box=SIMPLE_HEAD)
     for column in ("", OURS, FLAX, "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -267,7 +267,7 @@ def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns the figures of the JSON as tables: imports, sizes, phases of building, calls."""
+    """Returns the figures of the JSON as tables: imports, sizes, build phases, calls."""
     steps = figures["steps"]
     phases = {phase: {arm: one["phases"][phase] for arm, one in steps.items()} for phase in PHASES}
     sizes = {

@@ -1,10 +1,10 @@
-"""Many trainings at once: a grid of learning rates and seeds as one compiled program.
+"""A sweep over learning rates and seeds as one compiled program.
 
 ``python -m benchmarks.sweep`` trains a small network with batch norm on handwritten digits for
-every learning rate and seed of a grid, with JAX as one program that `jax.vmap` makes of all runs,
-and as one for a single run that is compiled once and called for each; with PyTorch one run after
-another. All start from the same parameters and see the same batches. It compares the final losses,
-prints how long each way takes, and writes ``benchmarks/results/sweep.json``.
+every learning rate and seed of a grid. JAX makes all runs in one program with `jax.vmap`, and also
+one after another with a program that is compiled once. PyTorch makes one run after another. All
+start from the same parameters and see the same batches. It compares the final losses, prints how
+long each way takes, and writes ``benchmarks/results/sweep.json``.
 """
 
 import gc
@@ -34,21 +34,21 @@ NORMS: dict[str, Norm] = {OURS: bn.linen.BatchNorm, "flax.linen": nn.BatchNorm}
 VMAPPED, SEQUENTIAL = "vmapped", "one after another"
 WAYS = VMAPPED, SEQUENTIAL
 TORCH = f"PyTorch, {SEQUENTIAL}"
-# Of the final losses, between both ways of JAX, relative. Sums of another order differ by some
-# 1e-7, which in a few runs, most of them at high learning rates, the steps multiply by a thousand.
+# The relative difference of the final losses between both ways of JAX. Another order of summation
+# changes a loss by some 1e-7. In a few runs, mostly at high rates, the steps amplify this by 1000.
 TOLERANCE = 5e-3
 
 
 class Sizes(NamedTuple):
-    """What is trained.
+    """The grid and the network.
 
     Attributes:
         rates: learning rates, from 0.001 to 0.3 in equal ratios.
         seeds: seeds of the initial parameters and of the batches.
-        steps: of each run.
-        examples: of each batch.
-        width: features of both hidden layers.
-        torch_runs: how many of the runs PyTorch makes; its time is scaled up.
+        steps: number of steps of each run.
+        examples: number of examples in each batch.
+        width: number of features of both hidden layers.
+        torch_runs: number of runs with PyTorch; its time is scaled up.
     """
 
     rates: int = 64
@@ -68,12 +68,12 @@ class Measured(NamedTuple):
     """A way of making all runs.
 
     Attributes:
-        runs: how many of the runs were made.
-        timing: of all runs, scaled up where fewer were made; compiled before.
+        runs: number of runs that were made.
+        timing: of all runs, without compiling; scaled up if fewer were made.
         build: of tracing, lowering and compiling; None without a compiler.
-        losses: the lowest and the highest of the final losses.
-        difference: the largest relative one of a run's final loss from that of the same run with
-            the same norm one after another; of PyTorch's from those with bn_jax.
+        losses: the lowest and the highest final loss.
+        difference: the largest relative difference of a final loss from the same run with the same
+            norm one after another. PyTorch is compared with bn_jax.
     """
 
     runs: int
@@ -99,7 +99,7 @@ class Net(nn.Module):
 
 
 class Task(NamedTuple):
-    """Examples [N, 64], their labels, and which of them enter each step [seeds, steps, n]."""
+    """Examples [N, 64], their labels, and the rows of each batch [seeds, steps, n]."""
 
     x: Any
     y: Any
@@ -126,12 +126,12 @@ def initial(norm: Norm, sizes: Sizes, task: Task, seed: Any) -> Any:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean over the examples."""
+    """Returns the mean loss of the examples."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def train(norm: Norm, sizes: Sizes, task: Task, rate: jax.Array, seed: jax.Array) -> jax.Array:
-    """Makes one run, and returns the loss over all examples by the running statistics."""
+    """Makes one run, and returns the loss of all examples in evaluation mode."""
     model = Net(norm, sizes.width)
     x, y, rows = map(jnp.asarray, task)
 
@@ -151,7 +151,7 @@ def train(norm: Norm, sizes: Sizes, task: Task, rate: jax.Array, seed: jax.Array
 
 
 class _Build:
-    """Builds the program of a way of JAX, as if for the first time, and makes the runs."""
+    """Builds the program of a way of JAX, without caches, and makes the runs."""
 
     def __init__(self, norm: Norm, way: str, sizes: Sizes, task: Task) -> None:
         self.vmapped = way == VMAPPED
@@ -177,7 +177,7 @@ class _Build:
 
 
 def torch_runs(sizes: Sizes) -> list[tuple[float, int]]:
-    """Returns those runs that PyTorch makes, spread over the grid."""
+    """Returns the runs that PyTorch makes, spread over the grid."""
     runs = grid(sizes)
     return [runs[i * len(runs) // sizes.torch_runs] for i in range(sizes.torch_runs)]
 
@@ -208,7 +208,7 @@ def torch_train(sizes: Sizes, task: Task, variables: Any, rate: float, seed: int
 
 
 def make_torch(sizes: Sizes, task: Task) -> Callable[[], list[float]]:
-    """Returns what makes PyTorch's runs."""
+    """Returns a function that makes PyTorch's runs."""
     make = jax.jit(partial(initial, NORMS[OURS], sizes, task))
     variables = [jax.tree.map(np.asarray, make(seed)) for seed in range(sizes.seeds)]
     return lambda: [
@@ -219,10 +219,10 @@ def make_torch(sizes: Sizes, task: Task) -> Callable[[], list[float]]:
 def measure(
     sizes: Sizes, task: Task, rounds: int, advance: Callable[[], object]
 ) -> dict[str, Measured]:
-    """Builds and makes all runs in every way, in turns.
+    """Builds and makes all runs in every way, interleaved.
 
     Raises:
-        ValueError: both ways of JAX disagree about a run.
+        ValueError: both ways of JAX disagree on a run.
     """
     builds = {
         f"{name}, {way}": _Build(norm, way, sizes, task)
@@ -253,10 +253,10 @@ def measure(
 
 
 def difference(arm: str, losses: Mapping[str, Any], sizes: Sizes) -> float:
-    """Returns how far the losses of an arm are from the expected ones.
+    """Returns the largest relative difference of the losses of an arm from the expected ones.
 
     Raises:
-        ValueError: it is an arm of JAX, and they are further than `TOLERANCE`.
+        ValueError: for an arm of JAX, the difference is more than `TOLERANCE`.
     """
     if arm == TORCH:
         expected = dict(zip(grid(sizes), losses[f"{OURS}, {SEQUENTIAL}"], strict=True))
@@ -277,7 +277,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         f"steps on {sizes.examples} examples"
     )
     table = Table(title=title, box=SIMPLE_HEAD)
-    for column in ("", "s (quartiles)", "ms a run", "times vmapped", "build, s", "difference"):
+    for column in ("", "s (quartiles)", "ms per run", "times vmapped", "build, s", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
     fastest = figures["arms"][f"{OURS}, {VMAPPED}"]["timing"]["quartiles"][1]
     for arm, one in figures["arms"].items():
@@ -306,7 +306,7 @@ def main() -> None:
     report.write("sweep", ("flax", "optax", "scikit-learn", "torch"), figures)
     report.show(tables(report.read("sweep")))
     if TORCH not in arms:
-        print("PyTorch is left out. Install it with: python -m pip install torch")
+        print("PyTorch was left out. Install it with: python -m pip install torch")
 
 
 if __name__ == "__main__":

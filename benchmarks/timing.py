@@ -1,4 +1,4 @@
-"""Times functions in turns, in one process: what disturbs the machine disturbs all of them."""
+"""Times functions interleaved in one process, so that disturbances affect all of them alike."""
 
 import ctypes
 import sys
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-# By glibc's numbers: M_TRIM_THRESHOLD at its largest value, and M_MMAP_MAX, for larger arrays too.
+# glibc's option numbers: M_TRIM_THRESHOLD at its largest value, and M_MMAP_MAX for larger arrays.
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0}
 Name = TypeVar("Name", bound=Hashable)
 Quartiles = tuple[float, float, float]
@@ -19,9 +19,9 @@ class Timing(NamedTuple):
     """How long a function takes.
 
     Attributes:
-        quartiles: of the seconds by the clock.
-        cpu_quartiles: of the seconds that it occupies processors, all cores together, which other
-            programs on the machine disturb less.
+        quartiles: of the wall-clock seconds.
+        cpu_quartiles: of the CPU seconds, summed over all cores. Other programs on the machine
+            disturb them less.
     """
 
     quartiles: Quartiles
@@ -29,7 +29,7 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The median of the seconds by the clock."""
+        """The median of the wall-clock seconds."""
         return self.quartiles[1]
 
     @classmethod
@@ -38,12 +38,12 @@ class Timing(NamedTuple):
         return cls(*map(tuple, known.values()))  # type: ignore[arg-type]
 
     def scaled(self, factor: float) -> "Timing":
-        """Returns the timing of so many times as much work."""
+        """Returns the timing of `factor` times as much work."""
         return Timing(*((factor * low, factor * mid, factor * high) for low, mid, high in self))
 
 
 def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
-    """Calls a function, waits for what it returns, and returns the seconds: clock, processors."""
+    """Calls a function, waits for its result, and returns wall-clock and CPU seconds."""
     start = time.perf_counter(), time.process_time()
     jax.block_until_ready(function())
     end = time.perf_counter(), time.process_time()
@@ -56,16 +56,16 @@ def in_turns(
     advance: Callable[[], object] = lambda: None,
     measure: Callable[[Callable[[], Any]], tuple[float, float]] = seconds_of,
 ) -> dict[Name, Timing]:
-    """Calls every function once a round, and waits for what it returns.
+    """Calls every function once per round and waits for its result.
 
     Args:
-        functions: by name; compiled and called once before, unless that is to be measured.
-        rounds: how often, at least 2.
-        advance: is called after every round.
+        functions: by name. Compile and call them once before, unless that is to be measured.
+        rounds: the number of rounds, at least 2.
+        advance: called after every round.
         measure: calls a function and returns the seconds as `seconds_of` does.
 
     Returns:
-        The `Timing` of each.
+        The `Timing` of each function.
     """
     seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -79,10 +79,10 @@ def in_turns(
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next allocation; no other C library is asked.
+    """Makes glibc keep freed memory for the next allocation; other C libraries are not changed.
 
-    It returns large arrays to the system otherwise, and the next call has every page of its outputs
-    made anew, which takes longer than many a function that is to be timed.
+    By default glibc returns large arrays to the system. The next call then allocates every page of
+    its outputs again, which can take longer than the function that is timed.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option, value in _MALLOC_OPTIONS.items():

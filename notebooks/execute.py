@@ -1,6 +1,6 @@
-"""Executes a notebook from its first cell to its last; `--refresh` writes its outputs anew.
+"""Executes a notebook from its first cell to its last; `--refresh` writes its new outputs.
 
-An exception fails, and so does anything on standard error, where warnings go.
+An exception is a failure, and so is any text on standard error, where warnings go.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-# Nothing of the machine or the moment, so that a file differs only where a result does.
+# Nothing about the machine or the time, so that a file changes only if a result does.
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -21,10 +21,10 @@ SECONDS_A_CELL = 1800
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """Executes a notebook in its own folder and a kernel of this environment.
+    """Executes a notebook in its folder, with a kernel of this environment.
 
     Args:
-        path: of the `.ipynb` file, which stays as it is.
+        path: the `.ipynb` file, which is not changed.
 
     Returns:
         The notebook with its new outputs.
@@ -55,13 +55,13 @@ def main() -> str | None:
     """Executes the notebook that the command line names.
 
     Returns:
-        What went wrong, or None.
+        An error message, or None.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--refresh", action="store_true", help="write the new outputs")
     arguments = parser.parse_args()
-    # XLA's alarm at a slow compilation is about the machine, not about the notebook.
+    # XLA's warning about slow compilation concerns the machine, not the notebook.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
         notebook = execute(arguments.notebook)

@@ -192,7 +192,7 @@ def test_the_tables_have_every_arm():
 
 def test_what_the_readme_says_of_the_committed_figures():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## What grows with the number of devices")[1].split("\n## ")[0]
+    section = readme.split("## Scaling with the number of devices")[1].split("\n## ")[0]
     assert f"{Sizes().examples} examples" in section
     assert f"{Sizes().layer_shape[-1]} features, forward and backward" in section
     assert (
