@@ -49,7 +49,7 @@ Example:
     ((3, 2), 7)
 """
 
-from bn_jax.convert.conversion import (
+from bn_jax.convert.models import (
     attributes_from_library,
     attributes_to_library,
     from_library,

@@ -301,7 +301,7 @@ def test_a_norm_comes_back_bit_for_bit(library, wanted):
             continue  # whose every array lies in a module
         like = norm_structs(library, prefix, wanted)
         there = bn.convert.to_library(tree, library, names=names, like=like)
-        flat = convert.conversion._flatten(there)
+        flat = convert.models._flatten(there)
         assert {key: array.shape for key, array in flat.items()} == {
             key: struct.shape for key, struct in like.items()
         }
