@@ -18,7 +18,7 @@ from golden.make_convert import CONV, GROUPED, UP, drawn, images
 from support import assert_close, standard_normal
 
 import bn_jax as bn
-from bn_jax import convert
+from bn_jax.convert.arrays import flatten
 from bn_jax.lab import models
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -301,7 +301,7 @@ def test_a_norm_comes_back_bit_for_bit(library, wanted):
             continue  # whose every array lies in a module
         like = norm_structs(library, prefix, wanted)
         there = bn.convert.to_library(tree, library, names=names, like=like)
-        flat = convert.models._flatten(there)
+        flat = flatten(there)
         assert {key: array.shape for key, array in flat.items()} == {
             key: struct.shape for key, struct in like.items()
         }
@@ -485,7 +485,7 @@ def test_all_that_does_not_agree_is_said_at_once():
     arrays["dense.weight"] = np.ones((3, 5), np.float32)
     del arrays["norm.running_var"]
     like = abstract(Net(2), images(2, 6))
-    expected = """arrays is not what the variables here are in the other library.
+    expected = """arrays does not fit the variables of Flax.
 missing from arrays, 2 in all:
   norm.running_var (4,) for batch_stats/norm/var
   norm.weight (4,) for params/norm/scale; did you mean norm.wieght?
@@ -495,9 +495,9 @@ unknown in arrays, 2 in all:
 of another shape in arrays, 2 in all:
   dense.weight (3, 5), expected (2, 5) for params/dense/kernel
   up.weight (8, 5, 3, 2), expected (5, 8, 3, 2) for params/up/kernel
-Say with names={'path here': 'path there'} or a function which layer is which, and with \
-transposed=['path here'] which are ConvTranspose; leave out or rename what is unknown in arrays \
-yourself where no name of a layer can say it."""
+Pass names={'path in Flax': 'path in the library'} or a function to say which layer is which, and \
+transposed=['path in Flax'] to say which layers are ConvTranspose. Where no name of a layer helps, \
+rename or remove the unknown keys of arrays yourself."""
     with pytest.raises(ValueError) as raised:
         bn.convert.from_library(arrays, "pytorch", like=like)
     assert str(raised.value) == expected
@@ -624,11 +624,12 @@ ERRORS = {
             "pytorch",
             names={"a": "fc", "b": "fc"},
         ),
-        "names takes both params/a/bias and params/b/bias to fc.bias, expected a key each",
+        "names takes both params/a/bias and params/b/bias to fc.bias, expected a key for each",
     ),
     "names of no layer": (
         lambda: bn.convert.to_library(unsaid_net(), "pytorch", names={"a": "b", "a/Conv": "c"}),
-        r"names has \['a/Conv'\], expected layers here or beg.* \['ConvTranspose_0', 'Conv_0', 'a/",
+        r"names has \['a/Conv'\], expected paths of layers in Flax or beginnings of them; "
+        r"the layers are \['ConvTranspose_0', 'Conv_0', 'a/",
     ),
     "transposed": (
         lambda: bn.convert.to_library(
@@ -653,7 +654,7 @@ ERRORS = {
     ),
     "like": (
         lambda: bn.convert.to_library(norm(), "haiku"),
-        "like is missing: shapes of haiku .* Pass the arrays of the model there",
+        "like is missing: shapes of haiku .* Pass the arrays of the library's model",
     ),
 }
 
@@ -737,11 +738,11 @@ KINDS = {
     ),
     "names": (
         lambda: bn.convert.to_library(norm(), "pytorch", names="bn1"),
-        "names is a str, expected a mapping of paths here to paths there, a function",
+        "names is a str, expected a mapping from paths in Flax to paths in the other library",
     ),
     "names has": (
         lambda: bn.convert.to_library(norm(), "pytorch", names={"": None}),
-        "names has {'': None}, expected paths there, of type str",
+        "names has {'': None}, expected paths in the other library, of type str",
     ),
     "names returns": (
         lambda: bn.convert.to_library(unsaid_net(), "equinox", names={"Conv_0": "c"}.get),
@@ -877,7 +878,11 @@ def test_translated_attributes_normalize_as_haiku_does():
             dict(use_running_average=False, update_running_average=False, momentum=None),
             "momentum=None, .*; use_running_average=False with update_running_average=False",
         ),
-        ("equinox-ema", {}, "equinox-ema's batch norm cannot say: batches that are normalized"),
+        (
+            "equinox-ema",
+            {},
+            "equinox-ema's batch norm does not support normalizing by the batch in training",
+        ),
         ("keras", dict(axis=1), r"attributes \['axis'\], expected some of \['epsilon', 'momentum'"),
     ],
 )
