@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_close, define_affine, define_moments, exact, standard_normal
 
 import bn_jax as bn
-from bn_jax._recalibrate import LayerChange, Recalibration, _pooled, _steps, recalibrate
+from bn_jax._recalibrate.passes import LayerChange, Recalibration, _pooled, _steps, recalibrate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 X = standard_normal(0, (13, 6, 6, 2)) * 3 + 1
