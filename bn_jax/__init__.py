@@ -1,7 +1,7 @@
 """Batch normalization for JAX and Flax: right where others are wrong, over a norm's whole life."""
 
 from bn_jax import convert, linen, nnx, optim
-from bn_jax._audit.findings import Audit, Finding, audit
+from bn_jax._audit import Audit, Finding, audit
 from bn_jax._core.batch_norm import (
     BatchStats,
     Measured,

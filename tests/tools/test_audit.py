@@ -11,7 +11,7 @@ from flax import nnx
 from support import assert_close, define_moments, standard_normal
 
 import bn_jax as bn
-from bn_jax._audit.findings import is_initial
+from bn_jax._audit import is_initial
 from bn_jax.lab import models
 
 EXAMPLES = 64
@@ -134,6 +134,20 @@ def test_a_healthy_model_has_no_finding(sound):
     assert first.var_error == pytest.approx(np.sqrt(2 / EXAMPLES), rel=0.25)
     assert first.saturated == 0
     assert 0 < second.saturated < 0.1
+
+
+def test_notebooks_show_a_short_line_and_tables(sound):
+    report = audited(Net(), sound)
+    assert repr(report) == "<Audit of 2 norms: 0 findings>"
+    html = report._repr_html_()
+    assert html.startswith("<table><thead><tr><th>layer</th><th>features</th><th>values</th>")
+    assert "<tr><td>norm_0</td><td>8</td><td>64</td>" in html
+    assert html.endswith("</table><p>No findings.</p>")
+    finding = bn.Finding("stale", "", "The mean is < 1.", "Measure it.")
+    html = report._replace(findings=(finding,))._repr_html_()
+    assert "<th>finding</th><th>norm</th><th>message</th><th>advice</th>" in html
+    row = "stale", "the top-level norm", "The mean is &lt; 1.", "Measure it."
+    assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in html
 
 
 def inputs_as_images(seed):
@@ -332,11 +346,15 @@ def test_what_is_not_finite(sound):
     variables = broken(variables, "batch_stats/norm_1/mean", at(1, -np.inf))
     assert_finds(
         audited(Net(), variables),
-        ("not finite", "norm_1", r"^batch_stats/norm_1/mean holds 1 values of 8 that are NaN"),
-        ("not finite", "dense_1/kernel", r"^params/dense_1/kernel holds 1 values of 64"),
-        ("not finite", "norm_1", r"^params/norm_1/bias holds 1 values of 8"),
-        ("not finite", "norm_1", r"takes is not finite in feature 5 \(1 of 8\)\."),
-        ("not finite", "norm_1", r"returns is not finite in features 1, 2 \(2 of 8\)"),
+        ("not finite", "norm_1", r"^batch_stats/norm_1/mean: 1 of 8 values are NaN"),
+        ("not finite", "dense_1/kernel", r"^params/dense_1/kernel: 1 of 64 values"),
+        ("not finite", "norm_1", r"^params/norm_1/bias: 1 of 8 values"),
+        ("not finite", "norm_1", r"^Its input is not finite in feature 5 \(1 of 8\)\."),
+        (
+            "not finite",
+            "norm_1",
+            r"^Its output is not finite in features 1, 2 \(2 of 8\), though its input is",
+        ),
     )
 
 
@@ -344,8 +362,10 @@ def test_an_input_that_is_not_finite(sound):
     x = inputs(1).at[7, 2].set(np.inf)
     report = audited(Net(), sound, x)
     assert kinds(report) == [("not finite", "norm_0")]
-    assert "takes is not finite in features 0, 1, 2, 3, ... (8 of 8), and so" in str(report)
-    assert "what 1 norms after it take" in str(report)
+    assert "Its input is not finite in features 0, 1, 2, 3, ... (8 of 8), and neither" in str(
+        report
+    )
+    assert "the inputs of 1 of the norms after it" in str(report)
 
 
 def test_what_is_behind_a_mask_may_be_anything(sound):
@@ -386,9 +406,7 @@ def test_a_scan_in_which_nothing_is_finite():
         return y, {"batch_stats": {"inner": inner}}
 
     report = bn.audit(forward, {"params": {}, "batch_stats": stats}, jnp.full((4, 6), jnp.nan))
-    message = (
-        r"No value that it takes is valid and finite in features .* \(6 of 6\), unless the mask"
-    )
+    message = r"No input value is valid and finite in features .* \(6 of 6\), unless the mask"
     assert_finds(report, ("not finite", "inner", message))
 
 
@@ -503,7 +521,11 @@ def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
     assert_finds(
         report,
         ("small batch", "norm_1", r"each ghost batch of 8 examples .* independent values, 5\d%"),
-        ("redundant scale", "norm_1", r"norm_1/bias and norm_1/scale .* 'classifier/kernel' alone"),
+        (
+            "redundant scale",
+            "norm_1",
+            r"norm_1/bias and norm_1/scale .* directly and only into 'classifier/kernel'",
+        ),
     )
     assert report.findings[0].advice.startswith("Raise virtual_batch_size or leave it out, or use")
     assert report.layers[1].saturated is None
@@ -681,9 +703,9 @@ def test_functions_that_are_not_finite_in_evaluation_alone():
     report = bn.audit(forward, variables, inputs(1))
     assert_finds(
         report,
-        ("not finite", "a", "holds 1 values"),
-        ("not finite", "b", r"takes is not finite in feature 1 \(1 of 8\)\."),
-        ("not finite", "a", r"returns is not finite in feature 1 \(1 of 8\)"),
+        ("not finite", "a", "^batch_stats/a/var: 1 of 8 values"),
+        ("not finite", "b", r"^Its input is not finite in feature 1 \(1 of 8\)\."),
+        ("not finite", "a", r"^Its output is not finite in feature 1 \(1 of 8\)"),
     )
 
 
@@ -830,7 +852,9 @@ def test_variables_without_a_batch_norm():
 
 
 def test_variables_that_are_no_mapping(sound):
-    with pytest.raises(TypeError, match=r"variables is a list, expected a mapping.*state\.params"):
+    with pytest.raises(
+        TypeError, match=r"variables is a list; expected an nnx.Module or a mapping.*state\.params"
+    ):
         bn.audit(forward_of(Net()), [sound], inputs(1))
 
 

@@ -16,7 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_close, define_affine, define_moments, exact, standard_normal
 
 import bn_jax as bn
-from bn_jax._recalibrate.passes import LayerChange, Recalibration, _pooled, _steps, recalibrate
+from bn_jax._recalibrate import LayerChange, Recalibration, passes, recalibrate
+from bn_jax._recalibrate.measuring import _steps
+from bn_jax._recalibrate.pooling import pooled
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 X = standard_normal(0, (13, 6, 6, 2)) * 3 + 1
@@ -470,7 +472,7 @@ def test_a_norm_that_is_called_twice_is_measured_by_both_calls():
 
 
 def test_a_norm_that_never_settles_is_told(monkeypatch):
-    monkeypatch.setattr(sys.modules["bn_jax.recalibrate"], "PASSES_OF_A_LOOP", 5)
+    monkeypatch.setattr(passes, "PASSES_OF_A_LOOP", 5)
     model, other = Twice(), iter([standard_normal(seed, (9, 3)) for seed in range(9)])
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), np.ones((9, 3)))
     found = recalibrate(evaluate(model), variables, lambda: [next(other)])
@@ -510,7 +512,7 @@ def test_counts_beyond_those_of_float32():
     large = bn.Measured(2.0**24 * ones, 0 * ones, ones, *4 * [0 * ones])
     pools = {}
     for count in (2.0**24, 1.0, 1.0):
-        pools = _pooled(pools, {"norm": large._replace(count=count * ones)})
+        pools = pooled(pools, {"norm": large._replace(count=count * ones)})
     assert pools["norm"].count == 2**24 + 2
 
 
@@ -573,12 +575,10 @@ def test_one_value_that_is_not_finite_leaves_out_its_batch_and_that_is_said():
         return model.apply(variables, x, mutable=["batch_stats"])
 
     text = str(recalibrate(forward, variables, [x]))
-    assert (
-        "keeps the statistics of 1 features, which no batch entered: a batch does not where" in text
-    )
-    assert "a single value is not finite" in text
+    assert "keeps the statistics of 1 features, which no batch entered: a batch with" in text
+    assert "a single value that is not finite, does not enter" in text
     text = str(recalibrate(forward, variables, [x[:, 1:].repeat(2, 1)]))
-    assert "in every batch nothing was valid or something was not finite" in text
+    assert "every batch had no valid value or a value that was not finite" in text
 
 
 def test_poisoned_statistics_heal():
@@ -592,18 +592,34 @@ def test_poisoned_statistics_heal():
     assert all(np.isinf(one.mean) and np.isinf(one.var) for one in found.layers)
 
 
-def test_the_table_begins_with_the_largest_change():
+def some_changes():
     layers = (
         LayerChange("small", 0.1, 1.01, 10.0, 0),
         LayerChange("", 0.2, 30.0, 5.0, 0),
         LayerChange("moved", 2.0, 1.0, 12345678.0, 0),
     )
-    assert str(Recalibration({}, layers, 1, True)).splitlines() == [
+    return Recalibration({}, layers, 1, True)
+
+
+def test_the_table_begins_with_the_largest_change():
+    assert str(some_changes()).splitlines() == [
         "norm                mean moved by  variance changed  values",
         "the top-level norm  0.2 std        30 times          5",
         "moved               2 std          1 times           12345678",
         "small               0.1 std        1.01 times        10",
     ]
+
+
+def test_notebooks_show_a_short_line_and_a_table():
+    result = some_changes()
+    assert repr(result) == "<Recalibration of 3 norms: passes=1, settled=True>"
+    html = result._repr_html_()
+    assert html.startswith("<table><thead><tr><th>norm</th><th>mean moved by</th>")
+    assert "<tr><td>moved</td><td>2 std</td><td>1 times</td><td>12345678</td></tr>" in html
+    assert html.endswith("</table>")
+    unsettled = result._replace(settled=False)
+    assert repr(unsettled) == "<Recalibration of 3 norms: passes=1, settled=False>"
+    assert "</table><p>The statistics had not settled after passes=1" in unsettled._repr_html_()
 
 
 # --- the state keeps its type -------------------------------------------------------------------
