@@ -25,7 +25,7 @@ def audit(
 
     - "never updated": the running statistics are the initial ones.
     - "stale": they are far from those of the batch, both in training and in evaluation, by more
-      than chance explains (positions of one example are not taken for independent) and by enough
+      than chance explains (positions of an example are not counted as independent) and by enough
       to matter.
     - "differs in evaluation": they are far from those of the batch in evaluation alone, in more
       than a fifth of the features. Dropout before a norm has this effect.
@@ -35,7 +35,7 @@ def audit(
     - "dead features": a scale near 0 where others are not, or a variance under epsilon. A layer
       all of whose scales are 0, as the last of a residual branch starts, is healthy.
     - "bias without effect": a bias that is added directly before the norm, which removes it, and
-      nowhere else. It is reported after other such biases in front of it have been removed.
+      nowhere else. It is not reported if another such bias before it turns out to have an effect.
     - "weight decay": it applies to scale or bias of a norm, according to the mask.
     - "small batch": the variance that training normalizes by is a poor estimate.
     - "saturated": the activation after the norm, found in the program and differentiated, passes no

@@ -45,7 +45,7 @@ class Distance(NamedTuple):
         mean_errors: the same difference in standard errors.
         log_var: the logarithm of the measured variance over the running variance.
         var_errors: its absolute value in standard errors.
-        is_far: whether one of both is more than chance explains, and enough to matter.
+        is_far: whether mean or variance is farther than chance explains, and enough to matter.
     """
 
     mean: np.ndarray
@@ -128,7 +128,7 @@ class Evidence(NamedTuple):
         """Returns the row of the report."""
         distance = self.in_training or self.in_evaluation
         if distance and self.in_evaluation:
-            # A norm that agrees in one of both modes is not stale.
+            # Only a norm that is far off in both modes is stale: show the mode that agrees more.
             distance = min(distance, self.in_evaluation, key=lambda each: each.is_far.sum())
         batch = self.trained or self.evaluated
         largest = _largest(distance)

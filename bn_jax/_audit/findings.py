@@ -22,7 +22,7 @@ FAR_IN_EVALUATION = 0.2
 # of two or more. Wu & He 2018 show what batch norm loses with fewer.
 LARGEST_VAR_ERROR = 0.5
 # As a share of the median scale of a layer, divided by the number of features. Scales that start at
-# 0 cross it again in training: of the smallest one of a layer, one in a thousand is below this.
+# 0 cross it again in training: of the smallest scales of layers, one in a thousand is below this.
 DEAD_SCALE = 1e-3
 # More than half of the values, for a bounded activation. For others more than a tenth of the units
 # that pass no gradient for any example, because every trained network has a few of them.
@@ -198,8 +198,8 @@ def _about_stale(norm: Evidence) -> str:
     if share is None:
         return message
     return (
-        f"{message} They are those of the batch mixed with {share:.0%} of the initial mean 0 and "
-        "variance 1: too few updates for the momentum."
+        f"{message} They are those of the batch with {share:.0%} of the initial mean 0 and "
+        "variance 1 in them: too few updates for the momentum."
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = [
     "LAYOUTS",
-    "Attributes",
+    "AttributeNames",
     "Extra",
     "LayerKeys",
     "Layout",
@@ -73,7 +73,7 @@ class Extra(NamedTuple):
     copy_of: Literal["mean", "var"] | None = None
 
 
-class Attributes(NamedTuple):
+class AttributeNames(NamedTuple):
     """The names of a batch norm's attributes, by what Flax calls them.
 
     Attributes:
@@ -118,7 +118,7 @@ class Layout(NamedTuple):
     transposed_kernel: str
     flips_transposed: bool
     extras: tuple[Extra, ...]
-    attributes: Attributes
+    attributes: AttributeNames
     defaults: Mapping[str, Any]
     source: str
     separator: str = "."
@@ -141,7 +141,7 @@ _PYTORCH = Layout(
     transposed_kernel="ios",
     flips_transposed=True,
     extras=(Extra("{}.num_batches_tracked", np.array(0, np.int64)),),
-    attributes=Attributes("momentum", "eps", "affine", "bias"),
+    attributes=AttributeNames("momentum", "eps", "affine", "bias"),
     defaults=dict(momentum=0.1, eps=1e-5, affine=True, bias=True, track_running_stats=True),
     source="model.state_dict()",
     momentum_weighs_new=True,
@@ -157,7 +157,7 @@ _KERAS = Layout(
     transposed_kernel="soi",
     flips_transposed=True,
     extras=(),
-    attributes=Attributes("momentum", "epsilon", "scale", "center"),
+    attributes=AttributeNames("momentum", "epsilon", "scale", "center"),
     defaults=dict(momentum=0.99, epsilon=1e-3, scale=True, center=True),
     source="{w.path: w.numpy() for w in model.weights}",
     separator="/",
@@ -181,7 +181,7 @@ _HAIKU = Layout(
         Extra("state/{}/~/var_ema/hidden", copy_of="var"),
         Extra("state/{}/~/var_ema/counter", np.array(SETTLED_COUNTER, np.int32)),
     ),
-    attributes=Attributes("decay_rate", "eps", "create_scale", "create_offset"),
+    attributes=AttributeNames("decay_rate", "eps", "create_scale", "create_offset"),
     defaults=dict(eps=1e-5),
     source='{"params": params, "state": state}',
     separator="/",
@@ -200,7 +200,7 @@ _EQUINOX = Layout(
     transposed_kernel="ois",
     flips_transposed=False,
     extras=(Extra("{}.batch_counter", np.array(SETTLED_COUNTER, np.int32)),),
-    attributes=Attributes("momentum", "eps", "channelwise_affine", "channelwise_affine"),
+    attributes=AttributeNames("momentum", "eps", "channelwise_affine", "channelwise_affine"),
     defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="legacy"),
     source="its leaves by their path, as the docstring of bn_jax.convert makes them",
     counter="{}.batch_counter",
