@@ -107,7 +107,7 @@ class Audit(NamedTuple):
         return "\n\n".join(filter(None, (self.table(), self._sentences(), whitening)))
 
     def __repr__(self) -> str:
-        return f"<Audit of {len(self.layers)} norms: {len(self.findings)} findings>"
+        return f"Audit({len(self.layers)} norms, {len(self.findings)} findings)"
 
     def _repr_html_(self) -> str:
         layers = as_html(_HEADER, self._rows())

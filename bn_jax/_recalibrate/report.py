@@ -50,8 +50,8 @@ class Recalibration(NamedTuple):
         return "\n".join([as_text(_HEADER, self._rows()), *self._sentences()])
 
     def __repr__(self) -> str:
-        outcome = f"passes={self.passes}, settled={self.settled}"
-        return f"<Recalibration of {len(self.layers)} norms: {outcome}>"
+        norms = f"{len(self.layers)} norms"
+        return f"Recalibration({norms}, passes={self.passes}, settled={self.settled})"
 
     def _repr_html_(self) -> str:
         sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in self._sentences())

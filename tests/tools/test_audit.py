@@ -138,7 +138,7 @@ def test_a_healthy_model_has_no_finding(sound):
 
 def test_notebooks_show_a_short_line_and_tables(sound):
     report = audited(Net(), sound)
-    assert repr(report) == "<Audit of 2 norms: 0 findings>"
+    assert repr(report) == "Audit(2 norms, 0 findings)"
     html = report._repr_html_()
     assert html.startswith("<table><thead><tr><th>layer</th><th>features</th><th>values</th>")
     assert "<tr><td>norm_0</td><td>8</td><td>64</td>" in html

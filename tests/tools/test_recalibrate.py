@@ -612,13 +612,13 @@ def test_the_table_begins_with_the_largest_change():
 
 def test_notebooks_show_a_short_line_and_a_table():
     result = some_changes()
-    assert repr(result) == "<Recalibration of 3 norms: passes=1, settled=True>"
+    assert repr(result) == "Recalibration(3 norms, passes=1, settled=True)"
     html = result._repr_html_()
     assert html.startswith("<table><thead><tr><th>norm</th><th>mean moved by</th>")
     assert "<tr><td>moved</td><td>2 std</td><td>1 times</td><td>12345678</td></tr>" in html
     assert html.endswith("</table>")
     unsettled = result._replace(settled=False)
-    assert repr(unsettled) == "<Recalibration of 3 norms: passes=1, settled=False>"
+    assert repr(unsettled) == "Recalibration(3 norms, passes=1, settled=False)"
     assert "</table><p>The statistics had not settled after passes=1" in unsettled._repr_html_()
 
 
