@@ -3,9 +3,18 @@
 Each has a test in `tests/test_compat.py`, so that a release that changes one is noticed there.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax import lax
 from jax.extend import core as extend_core
+
+# Raised where sizes cannot be compared, because a symbolic one decides. JAX 0.9 has it in
+# `jax.core`, from which later releases remove it.
+InconclusiveDimensionOperation: type[Exception] = getattr(
+    jax.errors, "InconclusiveDimensionOperation", None
+) or getattr(jax.core, "InconclusiveDimensionOperation")  # noqa: B009
 
 
 def vmap_axes() -> list[str]:
@@ -41,3 +50,18 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     if hasattr(kind, "manual_axis_type"):
         return frozenset(kind.manual_axis_type.varying)
     return frozenset(kind.vma)
+
+
+def bind(equation: extend_core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Computes the outputs of a traced equation from the values of its inputs, differentiably.
+
+    The parameters of a call hold its body as a jaxpr, and `bind` wants it as a function.
+    `get_bind_params` of the primitive translates; JAX 0.9 returns the functions apart. Modes such
+    as `jax.threefry_partitionable`, and the names of scopes for profilers, are those of the trace.
+    """
+    primitive = equation.primitive
+    translated = primitive.get_bind_params(equation.params)
+    functions, params = translated if isinstance(translated, tuple) else ((), translated)
+    with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
+        outputs = primitive.bind(*functions, *values, **params)
+    return list(outputs) if primitive.multiple_results else [outputs]

@@ -23,6 +23,11 @@ def matches(pattern: str, path: str) -> bool:
     return any(fnmatchcase(around, pattern) for around in _enclosing(path))
 
 
+def matches_whole(pattern: str, path: str) -> bool:
+    """Tells whether a glob pattern matches a path itself, whatever is around it."""
+    return fnmatchcase(path, pattern)
+
+
 def matched(patterns: Iterable[str], path: str) -> set[str]:
     """Returns those of the patterns that match a path, or that of a module around it."""
     return {pattern for pattern in patterns if matches(pattern, path)}

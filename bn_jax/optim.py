@@ -1,4 +1,4 @@
-"""Masks for Optax: which parameters belong to a norm, and which are not to decay.
+"""Masks for Optax: which parameters belong to norms, and which should not decay.
 
 Example:
     >>> import jax, jax.numpy as jnp, optax, bn_jax as bn
@@ -13,7 +13,7 @@ Example:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
@@ -21,22 +21,29 @@ from flax.core.meta import AxisMetadata
 
 from bn_jax._paths import batch_stats_by_path, format_path
 
+__all__ = ["no_weight_decay_mask", "norm_params_mask"]
+
+# Keys of a node of a tree, as JAX gives them.
+_Keys: TypeAlias = tuple[Any, ...]
+# What holds `scale`, `bias` or both, and nothing else.
+_Affine: TypeAlias = Mapping[str, Any]
+
 
 def no_weight_decay_mask(params: Any) -> Any:
-    """Masks weight decay: False, no decay, for scale and bias of norms and for every other bias.
+    """Masks weight decay: False (no decay) for scale and bias of norms and for all other biases.
 
-    True is where Optax decays, whatever the name suggests, so that this function is the ``mask``
-    itself: ``optax.adamw(1e-3, weight_decay=1e-2, mask=bn_jax.optim.no_weight_decay_mask)``, and
-    likewise that of `optax.add_decayed_weights`, `optax.lamb` and `optax.lion`.
+    As Optax expects, True is where weights decay. Pass the function itself as ``mask``:
+    ``optax.adamw(1e-3, weight_decay=1e-2, mask=bn_jax.optim.no_weight_decay_mask)``. It also works
+    with `optax.add_decayed_weights`, `optax.lamb` and `optax.lion`.
 
-    Norms are recognized as `norm_params_mask` does. A bias is any parameter of that name. The scale
-    of `flax.linen.WeightNorm` is the length of a weight, no norm's, and decays.
+    Norms are recognized as in `norm_params_mask`. A bias is any parameter of that name. The scale
+    of `flax.linen.WeightNorm` is the length of a weight and not part of a norm, so it decays.
 
     Args:
-        params: parameters as of `norm_params_mask`.
+        params: the parameters, as in `norm_params_mask`.
 
     Returns:
-        The tree of `params` with a bool for every parameter.
+        The tree of `params`, with a bool for each parameter.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -51,15 +58,15 @@ def no_weight_decay_mask(params: Any) -> Any:
     """
     return _mask(
         params,
-        of_affine=lambda path, affine: False,
-        of_other=lambda path: _name(path) != "bias",
+        of_affine=lambda keys, affine: False,
+        of_other=lambda keys: _name(keys) != "bias",
     )
 
 
 def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
     """Masks norms: True for their scale and bias, False for every other parameter.
 
-    A function to pass as the mask of `optax.masked`, or whose tree becomes labels::
+    Pass it as the mask of `optax.masked`, or make labels of its tree::
 
         optax.chain(optimizer, optax.masked(optax.set_to_zero(), norm_params_mask))  # freezes them
 
@@ -69,19 +76,20 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
 
         optax.partition({"norms": optax.sgd(1e-2), "rest": optax.adamw(1e-3)}, labels)
 
-    A norm is recognized by structure, whatever it is called and whoever wrote it: a mapping that
-    holds the parameter ``scale`` and nothing else but possibly ``bias``. A lone ``bias`` is that of
-    a norm if `batch_stats` has a ``mean`` and a ``var`` at its path or if its module's name has
-    "norm" in it; a lone bias at the top level, if `batch_stats` says so.
+    A norm is recognized by its structure, not by its name or class: a mapping that holds the
+    parameter ``scale`` and nothing else except ``bias``. A mapping that holds ``bias`` alone is a
+    norm if `batch_stats` has a ``mean`` and a ``var`` at its path, or if the name of its module
+    contains "norm".
 
     Args:
-        params: parameters of Linen (mappings, frozen or not, boxed or not, stacked by a lifted
-            transform or not) or of NNX (`nnx.state(model, nnx.Param)` or its pure dictionary).
-        batch_stats: the running statistics beside `params`, or `nnx.state(model, nnx.BatchStat)`.
+        params: the parameters of a Linen model (mappings, possibly frozen, boxed, or stacked by a
+            lifted transform) or of an NNX model (`nnx.state(model, nnx.Param)` or its pure
+            dictionary).
+        batch_stats: the running statistics of the model, or `nnx.state(model, nnx.BatchStat)`.
 
     Returns:
-        The tree of `params` with a bool for every parameter; an `nnx.Variable` counts as one, since
-        `nnx.Optimizer` hands Optax parameters with and without it.
+        The tree of `params`, with a bool for each parameter. A bool replaces a whole
+        `nnx.Variable`, because `nnx.Optimizer` passes parameters to Optax with and without it.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -91,37 +99,38 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
     """
     running = batch_stats_by_path(batch_stats)
 
-    def is_norm(path: tuple[Any, ...], affine: Mapping[str, Any]) -> bool:
-        return "scale" in affine or format_path(path) in running or "norm" in _name(path).lower()
+    def is_norm(keys: _Keys, affine: _Affine) -> bool:
+        return "scale" in affine or format_path(keys) in running or "norm" in _name(keys).lower()
 
-    return _mask(params, of_affine=is_norm, of_other=lambda path: False)
+    return _mask(params, of_affine=is_norm, of_other=lambda keys: False)
 
 
 def _mask(
     params: Any,
-    of_affine: Callable[[tuple[Any, ...], Mapping[str, Any]], bool],
-    of_other: Callable[[tuple[Any, ...]], bool],
+    of_affine: Callable[[_Keys, _Affine], bool],
+    of_other: Callable[[_Keys], bool],
 ) -> Any:
-    """Masks what holds a scale and a bias, or one of them alone, and every other parameter."""
+    """Returns the tree of `params` with a bool for each parameter, by what holds it."""
 
-    def mask(path: tuple[Any, ...], node: Any) -> Any:
-        chosen = of_affine(path, node) if _is_affine(node) else of_other(path)
-        return jax.tree.map(
-            lambda _: chosen, node, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-        )
+    def mask(keys: _Keys, node: Any) -> Any:
+        is_chosen = of_affine(keys, node) if _is_affine(node) else of_other(keys)
+        return jax.tree.map(lambda _: is_chosen, node, is_leaf=_is_variable)
 
-    return jax.tree.map_with_path(
-        mask,
-        params,
-        is_leaf=lambda node: _is_affine(node) or isinstance(node, nnx.Variable | AxisMetadata),
-    )
+    def is_node(node: Any) -> bool:
+        return _is_affine(node) or _is_variable(node) or isinstance(node, AxisMetadata)
+
+    return jax.tree.map_with_path(mask, params, is_leaf=is_node)
 
 
 def _is_affine(node: Any) -> bool:
-    if not isinstance(node, Mapping) or any(isinstance(one, Mapping) for one in node.values()):
+    if not isinstance(node, Mapping) or any(isinstance(leaf, Mapping) for leaf in node.values()):
         return False
     return set(node) <= {"scale", "bias"}
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return format_path(path[-1:])
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _name(keys: _Keys) -> str:
+    return format_path(keys[-1:])

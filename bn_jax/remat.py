@@ -1,12 +1,14 @@
 """Policies for `jax.checkpoint`: what a network with norms keeps for its backward pass."""
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
 from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME
+from bn_jax._program.primitives import LINEAR
 
 Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
 Policy: TypeAlias = Callable[..., Any]
@@ -81,7 +83,7 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
 
 def _is_narrow(primitive: Any, *operands: Any, **options: Any) -> bool:
     """Says whether a convolution or a product gives no more values than it takes."""
-    if primitive.name not in ("conv_general_dilated", "dot_general"):
+    if primitive.name not in LINEAR:
         return False
-    output, _ = primitive.abstract_eval(*operands, **options)
+    output = jax.eval_shape(partial(primitive.bind, **options), *operands)
     return prod(output.shape) <= max(prod(operand.shape) for operand in operands)

@@ -1,5 +1,7 @@
-"""Auditing the batch norms of a model."""
+"""Auditing a trained model: faults of its batch norms, found by running it on one batch."""
 
-from bn_jax._audit.findings import Audit, Finding, Layer, audit
+from bn_jax._audit.auditing import audit
+from bn_jax._audit.evidence import is_initial
+from bn_jax._audit.report import Audit, Finding, Layer
 
-__all__ = ["Audit", "Finding", "Layer", "audit"]
+__all__ = ["Audit", "Finding", "Layer", "audit", "is_initial"]

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from bn_jax._core.checks import as_params, statistics_dtype
-from bn_jax._core.types import Activation, BatchStats, Options, Params
+from bn_jax import _compat
+from bn_jax._core.types import BatchStats
+from bn_jax._core.checks import statistics_dtype
+from bn_jax._core.types import Activation, Params
+from bn_jax._core.checks import as_params
+from bn_jax._core.standardize import check_epsilon
 from bn_jax._paths import format_path
-from bn_jax._program.reading import (
-    MARKS,
+from bn_jax._program import (
     Affine,
     Equation,
     Linear,
@@ -28,24 +30,21 @@ from bn_jax._program.reading import (
     Program,
     as_affine_step,
     as_linear,
-    evaluate,
-    exact,
+    as_pure,
     find_norms,
-    name_of,
+    in_double,
+    inputs_of,
     parent_of,
     recipe_of,
-    state_of,
+    run_steps,
+    steps_to,
     trace,
 )
+from bn_jax._program.primitives import KEEPS_REALS, LAYOUT, MARKS, SHAPES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-# Equations that move numbers without changing them. Those of variables stay in the folded program,
-# so that its parameters have the shapes and dtypes of the variables that they come from.
-_SHAPES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
 _ADDING = {"add", "sub", "from"}
-_KEEPING_REALS = {"add", "sub", "mul", "div", "neg"}
-_LAYOUT = {*_SHAPES, *MARKS, "rev", "tile", "convert_element_type"}
 
 
 class FoldedNorm(NamedTuple):
@@ -147,14 +146,15 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
 
     Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2.
     """
-    call, variables = _as_function(forward, variables)
+    pure, variables = as_pure(forward, variables)
+    pure = pure.in_mode(variables, train=False)
     leaves = jax.tree.leaves(variables)
     _check_concrete(leaves)
     _check_no_switch(args)
     shapes = jax.tree.map(_abstract, variables)
-    plan = _make_plan(trace(call, shapes, *jax.tree.map(_abstract, args)))
+    plan = _make_plan(trace(pure, shapes, *jax.tree.map(_abstract, args)))
     params = _compute_params(plan, leaves)
-    return Folded(_make_apply(call, shapes, plan), params, plan.report)
+    return Folded(_make_apply(pure, shapes, plan), params, plan.report)
 
 
 def as_affine(
@@ -186,7 +186,7 @@ def as_affine(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
     """
     params = as_params(params)
-    epsilon = Options(epsilon=epsilon).epsilon
+    check_epsilon(epsilon)
     missing = {"mean", "var"} - set(batch_stats)
     if missing:
         raise ValueError(
@@ -295,30 +295,16 @@ class _Known:
     def __init__(self, program: Program, leaves: Sequence[Any]) -> None:
         self.program = program
         self.folded: dict[int, tuple[Array, Array]] = {}
-        self.values = {**program.constants, **dict(zip(program.leaves, leaves, strict=True))}
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        self.values = inputs_of(program, arrays)
 
     def __getitem__(self, value: int) -> Any:
-        if value not in self.values:
-            equation = self.program.equations[self.program.producers[value]]
-            outputs = evaluate(equation, [jnp.asarray(self[one]) for one in equation.inputs])
-            self.values.update(zip(equation.outputs, outputs, strict=True))
+        run_steps(steps_to(self.program, [value], self.values), self.values)
         return self.values[value]
 
-    def exact(self, value: int) -> Array:
-        """Returns a value in double precision."""
-        return exact(self[value])
-
-
-def _as_function(forward: Callable[..., Any], variables: Any) -> tuple[Callable[..., Any], Any]:
-    """Returns a pure function of a tree of arrays, and that tree."""
-    if not isinstance(variables, nnx.Module):
-        return forward, variables
-    definition, state = state_of(variables)
-
-    def call(state: Any, *args: Any) -> Any:
-        return forward(nnx.merge(definition, state), *args)
-
-    return call, state
+    def in_double(self, value: int) -> Array:
+        """Returns a value on the host, in double precision."""
+        return in_double(self[value])
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -395,15 +381,15 @@ def _make_plan(program: Program) -> _Plan:
 def _decide(program: Program) -> _Decisions:
     """Folds each norm into the layer before it, or else into those after it."""
     found = (as_linear(program, index) for index in range(len(program.equations)))
-    linears = {one.number: one for one in found if one is not None}
+    linears = {one.equation: one for one in found if one is not None}
     decided = _Decisions(find_norms(program), linears, {}, {}, {}, {}, {})
     norms = {number: norm for number, norm in enumerate(decided.norms) if norm.obstacle is None}
     for linear in linears.values():
         chain = _follow(program, linear, norms.values())
         inside = [number for number, norm in norms.items() if {*norm.steps} <= {*chain.passed}]
         if inside:
-            decided.chains[linear.number] = chain
-            decided.homes.update((number, [linear.number]) for number in inside)
+            decided.chains[linear.equation] = chain
+            decided.homes.update((number, [linear.equation]) for number in inside)
     for number, norm in enumerate(decided.norms):
         if number not in norms:
             decided.reasons[number] = _obstacle_of(norm)
@@ -449,7 +435,7 @@ def _follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> _Chain:
 
     Behind its last norm it takes in steps by variables only.
     """
-    value = program.equations[linear.number].outputs[0]
+    value = program.equations[linear.equation].outputs[0]
     kernel_shape = program.avals[linear.kernel].shape
     sizes = [kernel_shape[dimension] for dimension in linear.kernel_outputs]
     rank = len(program.avals[value].shape)
@@ -535,7 +521,7 @@ def _may_be_complex(program: Program, value: int) -> bool:
         return False
     if value in program.constants:
         return bool(np.any(np.imag(program.constants[value])))
-    if equation is None or equation.name not in {*_LAYOUT, *_KEEPING_REALS}:
+    if equation is None or equation.name not in LAYOUT | KEEPS_REALS:
         return True
     return any(_may_be_complex(program, one) for one in equation.inputs)
 
@@ -578,7 +564,7 @@ def _moved(
     Returns None for another equation, or where an axis would be free in part; `spreads` repeats
     the values along it instead.
     """
-    if equation.name not in _SHAPES:
+    if equation.name not in SHAPES:
         return None
     before, after = (program.avals[one[0]].shape for one in (equation.inputs, equation.outputs))
     if equation.name == "transpose":
@@ -615,7 +601,7 @@ def _common_factors(
         while prod(before[old : ends[0]]) != prod(after[new : ends[1]]):
             try:
                 side = int(prod(before[old : ends[0]]) > prod(after[new : ends[1]]))
-            except jax.core.InconclusiveDimensionOperation:
+            except _compat.InconclusiveDimensionOperation:
                 return None
             if ends[side] == len((before, after)[side]):
                 return None
@@ -658,7 +644,7 @@ def _targets(
             output = equation.outputs[0]
             inner, obstacle = _targets(program, linears, output, moved, (*passed, number))
         else:
-            inner, obstacle = [], f"its output goes to `{name_of(equation)}`"
+            inner, obstacle = [], f"its output goes to `{equation.function}`"
         if obstacle is not None:
             return [], obstacle
         found += inner
@@ -715,8 +701,8 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
             if is_real and any(_multiplies_by_complex(program, one) for one in steps):
                 return f"Its scale is complex, but {kernel} is stored as real numbers"
             return f"It, or what is before it, varies along more than the features of {kernel}"
-        if step is None and equation.name not in _SHAPES:
-            return f"Its input comes from `{name_of(equation)}`, no linear layer with known weights"
+        if step is None and equation.name not in SHAPES:
+            return f"Its input comes from `{equation.function}`, no linear layer with known weights"
         value = equation.inputs[0] if step is None else step.input
     return "Its input is an argument of the model"
 
@@ -736,7 +722,7 @@ def _live_actions(program: Program, decided: _Decisions) -> tuple[_Action, ...]:
             continue
         else:
             action = _as_action(equation)
-        if action is not None and (needed.intersection(action.outputs) or equation.source.effects):
+        if action is not None and (needed.intersection(action.outputs) or equation.has_effects):
             live.append(action)
             needed.update(action.inputs)
     return tuple(reversed(live))
@@ -748,7 +734,7 @@ def _stays(program: Program, equation: Equation) -> bool:
     Constants are, since they may depend on the batch size; so are changes of layout.
     """
     is_constant = not equation.outputs or not program.origins[equation.outputs[0]]
-    return equation.name in _LAYOUT or is_constant
+    return equation.name in LAYOUT or is_constant
 
 
 def _replacements(program: Program, decided: _Decisions) -> dict[int, _Action | None]:
@@ -769,7 +755,7 @@ def _replacements(program: Program, decided: _Decisions) -> dict[int, _Action | 
 
 def _as_action(equation: Equation) -> _Action:
     def run(values: Sequence[Any], _: Mapping[Hashable, Any]) -> Sequence[Any]:
-        return evaluate(equation, values)
+        return equation.run(values)
 
     return _Action((), equation.inputs, equation.outputs, run)
 
@@ -804,8 +790,8 @@ def _fold_action(program: Program, decided: _Decisions, number: int) -> _Action:
     def run(values: Sequence[Any], params: Mapping[Hashable, Any]) -> Sequence[Any]:
         operands = {linear.data: values[0], linear.kernel: params[number, "kernel"]}
         for one in layout:
-            (operands[linear.kernel],) = evaluate(one, [operands[linear.kernel]])
-        (y,) = evaluate(equation, [operands[one] for one in equation.inputs])
+            (operands[linear.kernel],) = one.run([operands[linear.kernel]])
+        (y,) = equation.run([operands[one] for one in equation.inputs])
         if adds:
             shape = [1] * y.ndim
             for dimension in linear.outputs:
@@ -813,8 +799,8 @@ def _fold_action(program: Program, decided: _Decisions, number: int) -> _Action:
             y = y.astype(wide) + params[number, "bias"].astype(wide).reshape(shape)
         y = y.astype(dtype)
         for one in passed:
-            if one.name in _SHAPES:
-                (y,) = evaluate(one, [y])
+            if one.name in SHAPES:
+                (y,) = one.run([y])
         return [y]
 
     return _Action(keys, (linear.data,), (chain.output,), run)
@@ -829,7 +815,7 @@ def _widest(program: Program, numbers: Iterable[int]) -> Any:
 def _root_of(program: Program, value: int) -> tuple[int, tuple[Equation, ...]]:
     """Returns what a kernel is a rearrangement of, and the equations that rearrange it."""
     layout: list[Equation] = []
-    while (equation := program.producer(value)) is not None and equation.name in _LAYOUT:
+    while (equation := program.producer(value)) is not None and equation.name in LAYOUT:
         before, after = (program.avals[one[0]] for one in (equation.inputs, equation.outputs))
         if prod(before.shape) != prod(after.shape) or not jnp.issubdtype(before.dtype, jnp.inexact):
             break
@@ -959,7 +945,7 @@ class _Collapsed(NamedTuple):
         sign, shift = _compose(known, steps[:first], a.size)
         wide = _widest(known.program, self.norm.steps)
         with np.errstate(over="ignore"):
-            rest = a - exact(a.astype(wide))
+            rest = a - in_double(a.astype(wide))
         return np.where(np.isfinite(rest), b - rest * shift / sign, b)
 
     def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
@@ -975,9 +961,9 @@ class _Multiplied(NamedTuple):
     position: int
 
     def __call__(self, known: _Known) -> Array:
-        if self.linear.number not in known.folded:
-            known.folded[self.linear.number] = self._multiplied(known)
-        return known.folded[self.linear.number][self.position]
+        if self.linear.equation not in known.folded:
+            known.folded[self.linear.equation] = self._multiplied(known)
+        return known.folded[self.linear.equation][self.position]
 
     def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
         before: Hashable = None
@@ -991,7 +977,7 @@ class _Multiplied(NamedTuple):
     def _multiplied(self, known: _Known) -> tuple[Array, Array]:
         linear = self.linear
         root, layout = _root_of(known.program, linear.kernel)
-        values = known.exact(root)
+        values = known.in_double(root)
         positions = _rearranged(np.arange(values.size).reshape(values.shape), layout)
         kernel = values.reshape(-1)[positions]
         sizes = [kernel.shape[one] for one in linear.kernel_outputs]
@@ -1019,7 +1005,7 @@ def _rearranged(positions: Array, layout: Sequence[Equation]) -> Array:
     """Returns where each number of a rearranged kernel was before."""
     for equation in layout:
         if equation.name != "convert_element_type":
-            (moved,) = evaluate(equation, [jnp.asarray(positions)])
+            (moved,) = equation.run([jnp.asarray(positions)])
             positions = np.asarray(moved)
     return positions
 
@@ -1088,7 +1074,7 @@ def _by_feature(known: _Known, step: _Step) -> Array:
     """Returns the operand of a step for each feature."""
     assert step.operand is not None
     root, shape = _spread(known.program, step.operand)
-    operand = known.exact(root).reshape(shape)
+    operand = known.in_double(root).reshape(shape)
     values = np.empty(step.features.size, operand.dtype)
     values[step.features.reshape(-1)] = np.broadcast_to(operand, step.features.shape).reshape(-1)
     return values
@@ -1130,7 +1116,7 @@ def _rounded(entry: _Entry, value: Array) -> Array:
         value = value.real
     with np.errstate(over="ignore"):
         rounded = value.astype(entry.dtype).reshape(entry.shape)
-    overflows = np.isfinite(value) & ~np.isfinite(exact(rounded)).reshape(value.shape)
+    overflows = np.isfinite(value) & ~np.isfinite(in_double(rounded)).reshape(value.shape)
     if overflows.any():
         raise ValueError(
             f"{entry.path!r} with its norm is as large as {np.abs(value[overflows]).max():.3g}, "
@@ -1172,8 +1158,7 @@ def _run(plan: _Plan, params: Any, arguments: Sequence[Any]) -> Any:
     _check_given(plan, given)
     by_key = {key: given[entry.path] for key, entry in plan.entries.items()}
     program = plan.program
-    values: dict[int, Any] = {**program.constants}
-    values.update(zip(program.arguments, arguments, strict=True))
+    values = inputs_of(program, arguments=arguments)
     values.update((key, by_key[key]) for key in plan.entries if isinstance(key, int))
     for action in plan.actions:
         outputs = action.run([values[one] for one in action.inputs], by_key)

@@ -1,1 +1,47 @@
-"""A traced forward function as data: its equations, the norms in it, and its evaluator."""
+"""A traced forward function as data: its equations, the norms in it, and its evaluator.
+
+- `as_pure`: a model of Linen, of NNX or of plain functions as a pure function of arrays;
+- `trace`: such a function as a flat `Program`;
+- `find_norms`, `as_affine_step`, `as_linear`: what its equations compute;
+- `evaluate`: values of a program, computed from others.
+"""
+
+from bn_jax._program.evaluator import (
+    Step,
+    evaluate,
+    in_double,
+    inputs_of,
+    run_steps,
+    steps_to,
+)
+from bn_jax._program.forward import PureForward, as_pure, is_variable, value_of
+from bn_jax._program.norms import Norm, find_norms
+from bn_jax._program.operations import Affine, Linear, as_affine_step, as_linear
+from bn_jax._program.program import Equation, Program, Value, parent_of
+from bn_jax._program.recipes import recipe_of
+from bn_jax._program.tracing import trace
+
+__all__ = [
+    "Affine",
+    "Equation",
+    "Linear",
+    "Norm",
+    "Program",
+    "PureForward",
+    "Step",
+    "Value",
+    "as_affine_step",
+    "as_linear",
+    "as_pure",
+    "evaluate",
+    "find_norms",
+    "in_double",
+    "inputs_of",
+    "is_variable",
+    "parent_of",
+    "recipe_of",
+    "run_steps",
+    "steps_to",
+    "trace",
+    "value_of",
+]

@@ -1,6 +1,6 @@
-"""Weights from and to PyTorch, Keras, Haiku and Equinox, as mappings of arrays.
+"""Conversion of weights from and to PyTorch, Keras, Haiku and Equinox, as mappings of arrays.
 
-None of these libraries is imported. The arrays come and go as
+None of these libraries is imported. Their arrays have these forms:
 
 ================  ==================================================================================
 ``pytorch``       ``model.state_dict()``, or `load_safetensors` of a file of it
@@ -10,16 +10,16 @@ None of these libraries is imported. The arrays come and go as
 ``equinox-ema``   the same with norms in mode "ema"
 ================  ==================================================================================
 
-Equinox keeps running statistics beside the model; put in place of their indices, they have a path::
+Equinox keeps running statistics beside the model. Put in place of their indices, they have a path::
 
     is_index = lambda node: isinstance(node, eqx.nn.StateIndex)
     whole = jax.tree.map(lambda n: state.get(n) if is_index(n) else n, model, is_leaf=is_index)
     leaves = jax.tree.leaves_with_path(eqx.filter(whole, eqx.is_array))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): a for path, a in leaves}
 
-and go back, leaf by leaf, weights by `equinox.tree_at` and what lies beside the model so; Equinox
-would divide by ``1 - momentum**counter`` again if the counter stayed what it was, and takes but a
-plain int for it, since the one that it has is weakly typed::
+In the other direction, set the weights by `equinox.tree_at` and the running statistics as below.
+The counter must be set too, or Equinox would divide by ``1 - momentum**counter`` a second time. It
+must come from a plain int, because the counter in the state is weakly typed::
 
     state = state.set(norm.batch_state_index, (mean, var))
     state = state.set(norm.batch_counter, jnp.asarray(int(counter)))  # in mode "batch"
@@ -49,15 +49,10 @@ Example:
     ((3, 2), 7)
 """
 
-from bn_jax.convert.conversion import (
-    attributes_from_library,
-    attributes_to_library,
-    from_library,
-    load_safetensors,
-    resnet_names,
-    save_safetensors,
-    to_library,
-)
+from bn_jax.convert.attributes import attributes_from_library, attributes_to_library
+from bn_jax.convert.files import load_safetensors, save_safetensors
+from bn_jax.convert.models import from_library, to_library
+from bn_jax.convert.torchvision import resnet_names
 
 __all__ = [
     "attributes_from_library",

@@ -1,4 +1,4 @@
-"""Makes ``convert.json``: what models of other libraries compute, from weights that NumPy draws.
+"""Makes ``convert.json``: what models of other libraries compute, from weights drawn by NumPy.
 
 The weights are drawn by key, shape and dtype (`drawn`), so that they need not be stored.
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-# Sizes of kernels, of which a model of rank n takes the first n.
+# Sizes of kernels; a model of rank n takes the first n.
 CONV, GROUPED, UP = (3, 2, 4), (2, 3, 1), (3, 2, 4)
 STAGES = {"ResNet18": (2, 2, 2, 2), "ResNet50": (3, 4, 6, 3)}
 
 
 def drawn(key, shape, dtype):
-    """An array of a model: a kernel as He et al. initialize it, else numbers about one."""
+    """An array of a model: a kernel as He et al. initialize it, or else numbers around 1."""
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     if dtype in ("bool", "int32", "int64"):
         return rng.integers(1, 100, shape).astype(dtype)
@@ -39,7 +39,7 @@ def described(arrays):
 
 
 def torch_case(model, x):
-    """Loads what is drawn and evaluates in double precision."""
+    """Loads the drawn weights and evaluates in double precision."""
     import torch
 
     arrays = described({key: value.numpy() for key, value in model.state_dict().items()})
@@ -50,7 +50,7 @@ def torch_case(model, x):
 
 
 def torch_net(rank):
-    """Every kind of layer, as in the models of the other libraries below."""
+    """A model with every kind of layer, the same as in the other libraries below."""
     from torch import nn
 
     conv, up = (getattr(nn, f"{kind}{rank}d") for kind in ("Conv", "ConvTranspose"))
@@ -72,7 +72,7 @@ def torch_net(rank):
 
 
 def torch_resnet(stages, expansion):
-    """A residual network for ImageNet whose layers have the names of torchvision's."""
+    """A residual network for ImageNet with the names of torchvision."""
     from torch import nn
 
     class Block(nn.Module):
@@ -126,7 +126,7 @@ def torch_resnet(stages, expansion):
 
 
 def keras_case(rank, x):
-    """As `torch_net`, evaluated in single precision; a depthwise convolution where there is one."""
+    """Keras: the model of `torch_net` in single precision, with depthwise convolutions."""
     import keras
     from keras import layers
 
@@ -157,7 +157,7 @@ def keras_case(rank, x):
 
 
 def equinox_case(rank, x, mode):
-    """As `torch_net`, evaluated in single precision, with the statistics put into the model."""
+    """Equinox: the model of `torch_net` in single precision, with the statistics in the model."""
     import equinox as eqx
     import jax
 

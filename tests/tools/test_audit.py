@@ -11,7 +11,7 @@ from flax import nnx
 from support import assert_close, define_moments, standard_normal
 
 import bn_jax as bn
-from bn_jax._audit.findings import is_initial
+from bn_jax._audit import is_initial
 from bn_jax.lab import models
 
 EXAMPLES = 64
@@ -24,7 +24,7 @@ Norm = partial(bn.linen.BatchNorm, momentum=0.0)
 
 
 class Net(nn.Module):
-    """Dense, norm and activation, twice, and a classifier; the options break it."""
+    """Dense layer, norm and activation, twice, then a classifier; the options add faults."""
 
     norm: type = Norm
     activation: object = nn.tanh
@@ -56,7 +56,7 @@ def inputs(seed, examples=EXAMPLES):
 
 
 def healthy(model, x):
-    """Variables whose running statistics are those of another batch than the one to audit."""
+    """Variables with the running statistics of another batch than the audited one."""
 
     @jax.jit
     def prepare(x):
@@ -73,12 +73,12 @@ def audited(model, variables=None, x=None, **options):
 
 
 def with_statistics(model, variables, x):
-    """The same with the running statistics of a batch."""
+    """The same variables with the running statistics of a batch."""
     return jax.tree.map(np.array, {**variables, **forward_of(model)(variables, x, True)[1]})
 
 
 def kinds(report):
-    return [(one.kind, one.path) for one in report.findings]
+    return [(finding.kind, finding.path) for finding in report.findings]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def sound():
 
 
 def broken(variables, path, change):
-    """A copy in which the leaf at a path is changed in place, or replaced by what is returned."""
+    """A copy with the leaf at a path changed in place, or replaced by what `change` returns."""
     variables = jax.tree.map(np.copy, variables)
     *parents, name = path.split("/")
     node = variables
@@ -105,7 +105,7 @@ def at(index, value):
     return change
 
 
-# --- nothing is wrong ---------------------------------------------------------------------------
+# --- healthy models -----------------------------------------------------------------------------
 
 
 def test_a_healthy_model_has_no_finding(sound):
@@ -136,12 +136,26 @@ def test_a_healthy_model_has_no_finding(sound):
     assert 0 < second.saturated < 0.1
 
 
+def test_notebooks_show_a_short_line_and_tables(sound):
+    report = audited(Net(), sound)
+    assert repr(report) == "Audit(2 norms, 0 findings)"
+    html = report._repr_html_()
+    assert html.startswith("<table><thead><tr><th>layer</th><th>features</th><th>values</th>")
+    assert "<tr><td>norm_0</td><td>8</td><td>64</td>" in html
+    assert html.endswith("</table><p>No findings.</p>")
+    finding = bn.Finding("stale", "", "The mean is < 1.", "Measure it.")
+    html = report._replace(findings=(finding,))._repr_html_()
+    assert "<th>finding</th><th>norm</th><th>message</th><th>advice</th>" in html
+    row = "stale", "the top-level norm", "The mean is &lt; 1.", "Measure it."
+    assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in html
+
+
 def inputs_as_images(seed):
     return standard_normal(seed, (32, 6, 6, 1))
 
 
 class EveryBlock(nn.Module):
-    """A block of every kind, one after another."""
+    """One block of every kind, in a row."""
 
     norm: object = Norm
 
@@ -203,8 +217,8 @@ def test_stale_statistics(sound):
     assert float(errors) == pytest.approx(float(shares) * np.sqrt(EXAMPLES / 2), rel=0.2)
 
 
-def test_what_does_not_matter_is_not_stale(sound):
-    # Thousands of examples tell a small difference well.
+def test_small_differences_are_not_stale(sound):
+    # With thousands of examples a small difference is significant.
     variables = with_statistics(Net(), sound, inputs(0, 4096))
     variables = shifted(shifted(variables, 3, 0.4), 5, 0.6)
     variables["batch_stats"]["norm_1"]["var"] *= np.float32([6, 1.7, 1 / 6, 1, 1, 1, 1 / 1.7, 1])
@@ -250,7 +264,7 @@ def test_positions_of_one_image_are_not_independent():
     assert in_groups.var_error == pytest.approx(error * np.sqrt(3), rel=1e-4)
 
 
-def test_statistics_that_no_step_has_updated(sound):
+def test_statistics_without_updates(sound):
     fresh = {name: np.array(values) for name, values in bn.init_batch_stats(8).items()}
     one = {**sound, "batch_stats": {**sound["batch_stats"], "norm_1": fresh}}
     report = audited(Net(), one)
@@ -274,7 +288,7 @@ def test_a_count_of_zero_is_never_updated(sound):
 
 
 def test_too_few_updates_leave_initial_values(sound):
-    # Inputs that are larger make statistics that the initial ones do not resemble.
+    # Larger inputs, so that their statistics do not resemble the initial ones.
     x = 3 * inputs(1)
     few = broken(
         with_statistics(Net(), sound, x), "batch_stats/norm_0/mean", lambda mean: 0.3 * mean
@@ -314,16 +328,16 @@ def test_evaluation_by_the_batch(sound, kind):
     assert ("normalizes by the batch", "norm_0") in kinds(report)
 
 
-# --- one instance of every other kind, and what is nearly one -----------------------------------
+# --- the other kinds of findings, and models just within bounds ---------------------------------
 
 
 def assert_finds(report, *expected):
-    """Compares the findings with rows of kind, path, and what the message says."""
+    """Compares the findings with rows of kind, path, and a pattern in the message."""
     assert kinds(report) == [(kind, path) for kind, path, _ in expected]
-    for one, (_, _, message) in zip(report.findings, expected, strict=True):
-        assert re.search(message, one.message), one.message
-        assert one.message in str(report)
-        assert one.advice in str(report)
+    for finding, (_, _, message) in zip(report.findings, expected, strict=True):
+        assert re.search(message, finding.message), finding.message
+        assert finding.message in str(report)
+        assert finding.advice in str(report)
 
 
 def test_what_is_not_finite(sound):
@@ -332,11 +346,15 @@ def test_what_is_not_finite(sound):
     variables = broken(variables, "batch_stats/norm_1/mean", at(1, -np.inf))
     assert_finds(
         audited(Net(), variables),
-        ("not finite", "norm_1", r"^batch_stats/norm_1/mean holds 1 values of 8 that are NaN"),
-        ("not finite", "dense_1/kernel", r"^params/dense_1/kernel holds 1 values of 64"),
-        ("not finite", "norm_1", r"^params/norm_1/bias holds 1 values of 8"),
-        ("not finite", "norm_1", r"takes is not finite in feature 5 \(1 of 8\)\."),
-        ("not finite", "norm_1", r"returns is not finite in features 1, 2 \(2 of 8\)"),
+        ("not finite", "norm_1", r"^batch_stats/norm_1/mean: 1 of 8 values are NaN"),
+        ("not finite", "dense_1/kernel", r"^params/dense_1/kernel: 1 of 64 values"),
+        ("not finite", "norm_1", r"^params/norm_1/bias: 1 of 8 values"),
+        ("not finite", "norm_1", r"^Its input is not finite in feature 5 \(1 of 8\)\."),
+        (
+            "not finite",
+            "norm_1",
+            r"^Its output is not finite in features 1, 2 \(2 of 8\), though its input is",
+        ),
     )
 
 
@@ -344,11 +362,13 @@ def test_an_input_that_is_not_finite(sound):
     x = inputs(1).at[7, 2].set(np.inf)
     report = audited(Net(), sound, x)
     assert kinds(report) == [("not finite", "norm_0")]
-    assert "takes is not finite in features 0, 1, 2, 3, ... (8 of 8), and so" in str(report)
-    assert "what 1 norms after it take" in str(report)
+    assert "Its input is not finite in features 0, 1, 2, 3, ... (8 of 8), and neither" in str(
+        report
+    )
+    assert "the inputs of 1 of the norms after it" in str(report)
 
 
-def test_what_is_behind_a_mask_may_be_anything(sound):
+def test_masked_values_may_be_anything(sound):
     x = jnp.concatenate([inputs(1), jnp.full((8, 6), np.nan)])
     mask = jnp.arange(72)[:, None] < 64
 
@@ -364,7 +384,7 @@ def test_what_is_behind_a_mask_may_be_anything(sound):
     assert report.layers[0].var_error == pytest.approx(np.sqrt(5 / 64))
 
 
-def test_features_that_are_masked_as_a_whole_are_finite(sound):
+def test_fully_masked_features_count_as_finite(sound):
     mask = np.ones((EXAMPLES, 8), bool)
     mask[:, 3] = False
 
@@ -374,7 +394,7 @@ def test_features_that_are_masked_as_a_whole_are_finite(sound):
     assert bn.audit(forward, sound, inputs(1)).findings == ()
 
 
-def test_a_scan_in_which_nothing_is_finite():
+def test_a_scan_without_finite_values():
     stats = {"inner": {"mean": 1 + jnp.zeros(6), "var": 2 * jnp.ones(6)}}
 
     def forward(variables, x, train):
@@ -386,9 +406,7 @@ def test_a_scan_in_which_nothing_is_finite():
         return y, {"batch_stats": {"inner": inner}}
 
     report = bn.audit(forward, {"params": {}, "batch_stats": stats}, jnp.full((4, 6), jnp.nan))
-    message = (
-        r"No value that it takes is valid and finite in features .* \(6 of 6\), unless the mask"
-    )
+    message = r"No input value is valid and finite in features .* \(6 of 6\), unless the mask"
     assert_finds(report, ("not finite", "inner", message))
 
 
@@ -440,8 +458,8 @@ def test_several_faults_of_one_norm(sound):
     )
 
 
-def test_nearly_those_faults(sound):
-    # What is added after the bias is no constant; half of the values are less than half.
+def test_faults_just_within_bounds(sound):
+    # What is added after the bias is not constant, and under half of the values are saturated.
     model = Net(
         use_bias=True,
         between=lambda x, train: x + jnp.mean(x, -1, keepdims=True),
@@ -457,8 +475,8 @@ def test_nearly_those_faults(sound):
     assert 0.3 < report.layers[1].saturated < 0.5
 
 
-def test_a_bias_before_a_norm_that_is_frozen_counts(sound):
-    # Neither is a whole layer of zero scales dead, nor the flatter side of a leaky ReLU.
+def test_a_bias_before_a_frozen_norm_has_an_effect(sound):
+    # A layer of zero scales is not dead, and the flatter side of a leaky ReLU is not flat.
     model = Net(use_bias=True, options={"frozen": True}, activation=nn.leaky_relu)
     variables = broken(sound, "params/norm_1/scale", at(slice(None), 0.0))
     variables = broken(variables, "params/norm_1/bias", at(slice(2, 6), -20.0))
@@ -486,7 +504,7 @@ def test_an_activation_of_one_side_is_not_judged_by_its_flat_values(sound):
     assert kinds(audited(Net(activation=nn.relu6), variables)) == [("saturated", "norm_1")]
 
 
-def test_an_activation_that_has_a_derivative_in_reverse_alone(sound):
+def test_an_activation_with_a_derivative_only_in_reverse_mode(sound):
     @jax.custom_vjp
     def activation(x):
         return jnp.tanh(x)
@@ -497,13 +515,17 @@ def test_an_activation_that_has_a_derivative_in_reverse_alone(sound):
     assert report.layers[1].saturated == 0
 
 
-def test_ghost_batches_and_a_scale_that_what_follows_could_hold(sound):
+def test_ghost_batches_and_a_scale_that_the_next_layer_could_hold(sound):
     model = Net(options={"virtual_batch_size": 8}, activation=lambda x: x.astype(jnp.bfloat16))
     report = audited(model, sound)
     assert_finds(
         report,
         ("small batch", "norm_1", r"each ghost batch of 8 examples .* independent values, 5\d%"),
-        ("redundant scale", "norm_1", r"norm_1/bias and norm_1/scale .* 'classifier/kernel' alone"),
+        (
+            "redundant scale",
+            "norm_1",
+            r"norm_1/bias and norm_1/scale .* directly and only into 'classifier/kernel'",
+        ),
     )
     assert report.findings[0].advice.startswith("Raise virtual_batch_size or leave it out, or use")
     assert report.layers[1].saturated is None
@@ -530,11 +552,11 @@ def test_a_variance_under_epsilon(sound):
     assert_finds(report, ("dead features", "norm_1", message))
 
 
-# --- functions, and what of a program is found --------------------------------------------------
+# --- plain functions, and what is found in programs-----------------------------------------------
 
 
 def plain(build):
-    """A model of plain functions, and healthy variables of it."""
+    """A model of plain functions, and healthy variables for it."""
 
     def forward(variables, x, train):
         norms = dict(variables["batch_stats"])
@@ -659,7 +681,7 @@ def test_what_is_around_a_norm(name):
     assert all(layer.is_found for layer in report.layers)
 
 
-def test_functions_have_their_faults_found_too():
+def test_faults_of_plain_functions():
     forward, variables = plain(lambda norm, p, x: jnp.tanh(norm("a", x @ p["w"])) @ p["v"])
     _, updates = forward(variables, inputs(0), True)
     stats = {"a": {name: np.array(one) for name, one in updates["batch_stats"]["a"].items()}}
@@ -674,21 +696,21 @@ def test_functions_have_their_faults_found_too():
     assert layer.saturated > 0.7
 
 
-def test_functions_that_are_not_finite_in_evaluation_alone():
+def test_functions_that_are_not_finite_only_in_evaluation():
     forward, variables = plain(lambda norm, p, x: norm("b", nn.relu(norm("a", x @ p["w"]))))
     _, updates = forward(variables, inputs(0), True)
     variables = broken({**variables, **updates}, "batch_stats/a/var", at(1, np.nan))
     report = bn.audit(forward, variables, inputs(1))
     assert_finds(
         report,
-        ("not finite", "a", "holds 1 values"),
-        ("not finite", "b", r"takes is not finite in feature 1 \(1 of 8\)\."),
-        ("not finite", "a", r"returns is not finite in feature 1 \(1 of 8\)"),
+        ("not finite", "a", "^batch_stats/a/var: 1 of 8 values"),
+        ("not finite", "b", r"^Its input is not finite in feature 1 \(1 of 8\)\."),
+        ("not finite", "a", r"^Its output is not finite in feature 1 \(1 of 8\)"),
     )
 
 
 def scanned(variables, x, train):
-    """A norm inside of a scan, whose statistics are carried, and one behind it."""
+    """A norm inside a scan, which carries its statistics, and a norm after it."""
     params = variables["params"]
     options = {"use_running_average": not train, "momentum": 0.0}
 
@@ -702,7 +724,7 @@ def scanned(variables, x, train):
     return jnp.tanh(y), {"batch_stats": {"inner": inner, "outer": outer}}
 
 
-def test_a_norm_inside_of_a_scan_is_unknown_where_the_program_is_needed():
+def test_a_norm_inside_a_scan_is_not_found_in_the_program():
     def images(seed):
         return jnp.repeat(standard_normal(seed, (32, 1, 6)), 4, axis=1)
 
@@ -719,7 +741,7 @@ def test_a_norm_inside_of_a_scan_is_unknown_where_the_program_is_needed():
         128,
         None,
     )
-    # Every example counts once, in a distribution that is not known.
+    # Every example counts once, with the assumed kurtosis.
     assert inner.var_error == pytest.approx(np.sqrt(5 / 32))
     assert ("stale", "inner") in kinds(report)
     assert inner.mean_errors == pytest.approx(inner.mean_off / np.sqrt(2 / 32), rel=0.3)
@@ -727,7 +749,7 @@ def test_a_norm_inside_of_a_scan_is_unknown_where_the_program_is_needed():
 
 
 class Shared(nn.Module):
-    """One norm of Flax's for both halves of the batch, with features along axis 1."""
+    """One norm of Flax for both halves of the batch, with features along axis 1."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -776,7 +798,7 @@ def call(model, x):
     return model(x)
 
 
-def test_a_healthy_module_has_no_finding_and_stays_as_it_is():
+def test_a_healthy_module_has_no_finding_and_is_not_changed():
     model = make_module(use_bias=False)
     before = jax.tree.map(np.array, nnx.state(model))
     classes = [type(layer) for layer in model.layers]
@@ -811,13 +833,13 @@ def test_faults_of_a_module():
     assert "nnx.update(model, bn.recalibrate(" in report.findings[0].advice
 
 
-def test_a_module_that_no_step_has_updated():
+def test_a_module_without_updates():
     model = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     report = bn.audit(call, model, inputs(1))
     assert kinds(report) == [("never updated", "layers/1"), ("bias without effect", "layers/1")]
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def test_variables_without_a_batch_norm():
@@ -829,8 +851,10 @@ def test_variables_without_a_batch_norm():
         bn.audit(call, nnx.Linear(6, 2, rngs=nnx.Rngs(0)), inputs(1))
 
 
-def test_variables_that_are_no_mapping(sound):
-    with pytest.raises(TypeError, match=r"variables is a list, expected a mapping.*state\.params"):
+def test_variables_that_are_not_a_mapping(sound):
+    with pytest.raises(
+        TypeError, match=r"variables is a list; expected an nnx.Module or a mapping.*state\.params"
+    ):
         bn.audit(forward_of(Net()), [sound], inputs(1))
 
 

@@ -18,7 +18,7 @@ from golden.make_convert import CONV, GROUPED, UP, drawn, images
 from support import assert_close, standard_normal
 
 import bn_jax as bn
-from bn_jax import convert
+from bn_jax.convert.arrays import flatten
 from bn_jax.lab import models
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 class NNXNet(nnx.Module):
-    """The same in NNX, for images."""
+    """The same model in NNX, for images."""
 
     def __init__(self, rngs):
         conv = functools.partial(nnx.Conv, padding="VALID", rngs=rngs)
@@ -92,10 +92,10 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize(
     "name, transpose_kernel",
-    # With transpose_kernel=True Flax runs through a kernel the other way, which Equinox cannot.
+    # With transpose_kernel=True Flax reverses a kernel, which Equinox cannot.
     [(name, flag) for name in NETS for flag in (False, True) if not (flag and "equinox" in name)],
 )
-def test_every_layer_computes_what_it_did(name, transpose_kernel):
+def test_every_layer_computes_the_same(name, transpose_kernel):
     library, rank = name.split()
     arrays, x = arrays_of(name), images(int(rank), 6)
     model = Net(int(rank), library, transpose_kernel)
@@ -145,7 +145,7 @@ def test_larger_resnets_have_every_key_of_torchvision(name, entries):
 
 
 def haiku_net(rank, x, is_training):
-    """As `Net`, by Haiku's own modules."""
+    """The same model as `Net`, made of Haiku's modules."""
     hk = pytest.importorskip("haiku")
     conv = functools.partial(getattr(hk, f"Conv{rank}D"), padding="VALID")
     x = conv(4, CONV[:rank], name="conv")(x)
@@ -159,7 +159,7 @@ def haiku_net(rank, x, is_training):
 
 
 def haiku_model(rank):
-    """A model of Haiku as a function, images, and what it holds."""
+    """A model of Haiku as a function, images, and its arrays."""
     hk = pytest.importorskip("haiku")
     model = hk.without_apply_rng(hk.transform_with_state(functools.partial(haiku_net, rank)))
     x = jnp.asarray(images(rank, 6))
@@ -183,7 +183,7 @@ def test_haiku_there_and_back(rank):
     assert_same(bn.convert.to_library(variables, "haiku", like=arrays, **options), arrays)
 
 
-def test_statistics_that_changed_here_go_on_in_haiku():
+def test_statistics_changed_in_flax_continue_in_haiku():
     theirs, x, arrays = haiku_model(1)
     variables = bn.convert.from_library(arrays, "haiku", like=abstract(Net(1), x), transposed="u*")
     changed = variables | {
@@ -204,7 +204,7 @@ def test_statistics_that_changed_here_go_on_in_haiku():
 
 
 @pytest.mark.parametrize("library, divisor", [("equinox", True), ("equinox-ema", False)])
-def test_statistics_that_changed_here_go_on_in_equinox(library, divisor):
+def test_statistics_changed_in_flax_continue_in_equinox(library, divisor):
     arrays, x = arrays_of(f"{library} 1"), images(1, 6)
     options = {"transposed": ["up"]}
     variables = bn.convert.from_library(arrays, library, like=abstract(Net(1), x), **options)
@@ -251,7 +251,7 @@ def norm(*, scale=True, bias=True, stats=True, count=False):
     return tree
 
 
-# Scale, bias and statistics of a norm at a path there, with the shape of those that count.
+# The keys of scale, bias and statistics of a norm in each library.
 NORM_KEYS = {
     "pytorch": ("weight", "bias", "running_mean running_var num_batches_tracked"),
     "keras": ("gamma", "beta", "moving_mean moving_variance"),
@@ -268,7 +268,7 @@ SCALARS = ("num_batches_tracked", "counter", "ema_first_time_index")
 
 
 def norm_structs(library, prefix, wanted):
-    """What the library has of a norm of three features."""
+    """The arrays of a norm of three features in a library, as shapes."""
     shape = (1, 1, 3) if library == "haiku" else (3,)
     keys = " ".join(
         keys for keys, is_wanted in zip(NORM_KEYS[library], wanted, strict=True) if is_wanted
@@ -298,10 +298,10 @@ def test_a_norm_comes_back_bit_for_bit(library, wanted):
         prefix = place.replace("/", separator) + separator if place else ""
         names = {"": prefix[:-1]} if place else None
         if library == "haiku" and not place:
-            continue  # whose every array lies in a module
+            continue  # in Haiku every array is in a module
         like = norm_structs(library, prefix, wanted)
         there = bn.convert.to_library(tree, library, names=names, like=like)
-        flat = convert.conversion._flatten(there)
+        flat = flatten(there)
         assert {key: array.shape for key, array in flat.items()} == {
             key: struct.shape for key, struct in like.items()
         }
@@ -439,7 +439,7 @@ def test_dtypes_stay_unless_asked(dtype):
     assert_same(cast["params"]["scale"], arrays["weight"].astype(np.float32))
 
 
-def test_statistics_are_no_narrower_than_they_were_here():
+def test_statistics_are_never_narrower_than_in_flax():
     tree = norm(count=True)
     tree["batch_stats"]["count"] = jnp.full(3, 301.0)  # which bfloat16 lacks
     arrays = bn.convert.to_library(tree, "pytorch")
@@ -464,7 +464,7 @@ def test_averages_of_equinox_in_half_precision():
     assert_same(bn.convert.to_library(variables, "equinox", like=arrays), arrays)
 
 
-def test_results_share_no_memory_with_what_they_were_made_from():
+def test_results_share_no_memory_with_the_arguments():
     arrays = {"weight": np.ones((3, 2)), "bias": np.zeros(3)}
     like = {"params": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
     variables = bn.convert.from_library(arrays, "pytorch", like=like)
@@ -478,14 +478,14 @@ def test_results_share_no_memory_with_what_they_were_made_from():
     assert back["weight"].max() == 1
 
 
-def test_all_that_does_not_agree_is_said_at_once():
+def test_one_error_lists_all_disagreements():
     arrays = arrays_of("pytorch 2")
     arrays["norm.wieght"] = arrays.pop("norm.weight")
     arrays["extra"] = np.ones(7)
     arrays["dense.weight"] = np.ones((3, 5), np.float32)
     del arrays["norm.running_var"]
     like = abstract(Net(2), images(2, 6))
-    expected = """arrays is not what the variables here are in the other library.
+    expected = """arrays does not fit the variables of Flax.
 missing from arrays, 2 in all:
   norm.running_var (4,) for batch_stats/norm/var
   norm.weight (4,) for params/norm/scale; did you mean norm.wieght?
@@ -495,9 +495,9 @@ unknown in arrays, 2 in all:
 of another shape in arrays, 2 in all:
   dense.weight (3, 5), expected (2, 5) for params/dense/kernel
   up.weight (8, 5, 3, 2), expected (5, 8, 3, 2) for params/up/kernel
-Say with names={'path here': 'path there'} or a function which layer is which, and with \
-transposed=['path here'] which are ConvTranspose; leave out or rename what is unknown in arrays \
-yourself where no name of a layer can say it."""
+Pass names={'path in Flax': 'path in the library'} or a function to say which layer is which, and \
+transposed=['path in Flax'] to say which layers are ConvTranspose. Where no name of a layer helps, \
+rename or remove the unknown keys of arrays yourself."""
     with pytest.raises(ValueError) as raised:
         bn.convert.from_library(arrays, "pytorch", like=like)
     assert str(raised.value) == expected
@@ -536,8 +536,8 @@ def test_only_a_depthwise_kernel_of_keras_is_reshaped(shape):
         bn.convert.from_library({"kernel": arrays["kernel"].reshape(-1)}, "keras", like=like)
 
 
-def unsaid_net():
-    """Variables with names as Linen gives them."""
+def net_with_default_names():
+    """Variables with the default names of Linen."""
     kernel = standard_normal(0, (3, 2, 4, 4))
     return {
         "params": {
@@ -548,8 +548,8 @@ def unsaid_net():
     }
 
 
-def test_whether_convolutions_are_transposed_is_said():
-    tree = unsaid_net()
+def test_transposed_convolutions_are_named():
+    tree = net_with_default_names()
     kernel = tree["params"]["Conv_0"]["kernel"]
     none = bn.convert.to_library(tree, "pytorch", transposed=())
     assert_same(none["ConvTranspose_0.weight"], none["Conv_0.weight"])
@@ -559,12 +559,14 @@ def test_whether_convolutions_are_transposed_is_said():
     turned = kernel[::-1, ::-1].transpose(2, 3, 0, 1)
     assert_same(some["a.ConvTranspose_12.weight"], turned)
     like = {key: np.zeros((4, 4, 3, 2)) for key in none}
-    alike = bn.convert.to_library(tree, "equinox", like=like)  # which turns no kernel
+    alike = bn.convert.to_library(
+        tree, "equinox", like=like
+    )  # Equinox keeps the order of all kernels
     assert_same(alike, none)
 
 
 class Decoder(nnx.Module):
-    """A layer of each kind with as many features in as out."""
+    """One layer of each kind, with as many inputs as outputs."""
 
     def __init__(self, rngs):
         shape = 4, 4, (3, 2)
@@ -604,12 +606,12 @@ def test_a_module_knows_its_transposed_convolutions():
     assert_same(more["plain.weight"], turned)
 
 
-def test_a_count_that_counts_no_batches_and_a_lone_average_are_any_parameter():
+def test_a_count_of_something_else_and_a_mean_alone_are_plain_parameters():
     tree = {"params": {"a": {"count": np.ones(3)}, "b": {"mean": np.arange(2.0)}}}
     for library in ("pytorch", "keras"):
         there = bn.convert.to_library(tree, library)
         assert_same(next(iter(there.values())), np.ones(3))
-        assert len(there) == 2  # no count of batches beside a lone mean
+        assert len(there) == 2  # a mean alone has no count of batches
         assert_same(bn.convert.from_library(there, library, like=tree), tree)
 
 
@@ -624,17 +626,24 @@ ERRORS = {
             "pytorch",
             names={"a": "fc", "b": "fc"},
         ),
-        "names takes both params/a/bias and params/b/bias to fc.bias, expected a key each",
+        "names takes both params/a/bias and params/b/bias to fc.bias, expected a key for each",
     ),
     "names of no layer": (
-        lambda: bn.convert.to_library(unsaid_net(), "pytorch", names={"a": "b", "a/Conv": "c"}),
-        r"names has \['a/Conv'\], expected layers here or beg.* \['ConvTranspose_0', 'Conv_0', 'a/",
+        lambda: bn.convert.to_library(
+            net_with_default_names(), "pytorch", names={"a": "b", "a/Conv": "c"}
+        ),
+        r"names has \['a/Conv'\], expected paths of layers in Flax or beginnings of them; "
+        r"the layers are \['ConvTranspose_0', 'Conv_0', 'a/",
     ),
     "transposed": (
         lambda: bn.convert.to_library(
             {"params": {"up": {"kernel": np.ones((2, 2, 2))}}}, "pytorch", transposed=["ip"]
         ),
         r"transposed has 'ip', expected globs of ConvTranspose .* which are \['up'\]",
+    ),
+    "transposed of a module around a convolution": (
+        lambda: bn.convert.to_library(net_with_default_names(), "pytorch", transposed=["a"]),
+        r"transposed has 'a', expected globs of ConvTranspose .* 'a/ConvTranspose_12'\]",
     ),
     "transposed of dense layers": (
         lambda: bn.convert.to_library(
@@ -643,7 +652,7 @@ ERRORS = {
         r"transposed has 'fc', expected globs of ConvTranspose .* which are \[\]",
     ),
     "transposed is not said": (
-        lambda: bn.convert.to_library(unsaid_net(), "pytorch"),
+        lambda: bn.convert.to_library(net_with_default_names(), "pytorch"),
         r"transposed is None, but \['ConvTranspose_0', 'a/ConvTranspose_12'\] are .* pass "
         r"transposed=\['ConvTranspose_0', 'a/ConvTranspose_12'\], without .* transposed=\(\)",
     ),
@@ -653,7 +662,7 @@ ERRORS = {
     ),
     "like": (
         lambda: bn.convert.to_library(norm(), "haiku"),
-        "like is missing: shapes of haiku .* Pass the arrays of the model there",
+        "like is missing: shapes of haiku .* Pass the arrays of the library's model",
     ),
 }
 
@@ -666,7 +675,7 @@ def test_errors(name):
 
 
 class Unreadable:
-    """What NumPy cannot take."""
+    """A value that NumPy cannot convert."""
 
     shape = (3,)
 
@@ -675,7 +684,7 @@ class Unreadable:
 
 
 class Tensor(Unreadable):
-    """As one of PyTorch in bfloat16 or on another device."""
+    """Like a tensor of PyTorch in bfloat16 or on another device."""
 
     __module__ = "torch.nn"
 
@@ -696,7 +705,7 @@ class Tensor(Unreadable):
         (None, "weight is a NoneType, expected an array"),
     ],
 )
-def test_what_is_no_array_is_named(value, message):
+def test_values_that_are_not_arrays_are_named(value, message):
     with pytest.raises(TypeError, match=message):
         bn.convert.from_library(
             {"weight": value}, "pytorch", like={"params": {"scale": np.ones(3)}}
@@ -717,34 +726,36 @@ def weight_like(dtype, received=np.float32):
     )
 
 
-NO_MAPPING = "is a (list|ndarray|tuple), expected a mapping of arrays by their keys: pass "
+NOT_A_MAPPING = "is a (list|ndarray|tuple), expected a mapping of arrays by their keys: pass "
 KINDS = {
     "arrays of pytorch": (
         lambda: bn.convert.from_library([np.ones(3)], "pytorch", like=norm()),
-        f"arrays {NO_MAPPING}" + r"model.state_dict\(\)$",
+        f"arrays {NOT_A_MAPPING}" + r"model.state_dict\(\)$",
     ),
     "like of keras": (
         lambda: bn.convert.to_library(norm(), "keras", like=[np.ones(3)]),
-        f"like {NO_MAPPING}" + r"\{w.path: w.numpy\(\) for w in model.weights\}$",
+        f"like {NOT_A_MAPPING}" + r"\{w.path: w.numpy\(\) for w in model.weights\}$",
     ),
     "arrays of haiku": (
         lambda: bn.convert.from_library(({}, {}), "haiku", like=norm()),
-        f"arrays {NO_MAPPING}" + r"\{\"params\": params, \"state\": state\}$",
+        f"arrays {NOT_A_MAPPING}" + r"\{\"params\": params, \"state\": state\}$",
     ),
     "arrays of equinox": (
         lambda: bn.convert.from_library([np.ones(3)], "equinox-ema", like=norm()),
-        f"arrays {NO_MAPPING}its leaves by their path, as the docstring of bn_jax.convert",
+        f"arrays {NOT_A_MAPPING}its leaves by their path, as the docstring of bn_jax.convert",
     ),
     "names": (
         lambda: bn.convert.to_library(norm(), "pytorch", names="bn1"),
-        "names is a str, expected a mapping of paths here to paths there, a function",
+        "names is a str, expected a mapping from paths in Flax to paths in the other library",
     ),
     "names has": (
         lambda: bn.convert.to_library(norm(), "pytorch", names={"": None}),
-        "names has {'': None}, expected paths there, of type str",
+        "names has {'': None}, expected paths in the other library, of type str",
     ),
     "names returns": (
-        lambda: bn.convert.to_library(unsaid_net(), "equinox", names={"Conv_0": "c"}.get),
+        lambda: bn.convert.to_library(
+            net_with_default_names(), "equinox", names={"Conv_0": "c"}.get
+        ),
         r"names\('ConvTranspose_0'\) is None, expected a str.*layer.replace\('/', '.'\)",
     ),
     "dtype": (lambda: weight_like(np.int8), "dtype=int8, expected a floating-point or complex one"),
@@ -877,11 +888,15 @@ def test_translated_attributes_normalize_as_haiku_does():
             dict(use_running_average=False, update_running_average=False, momentum=None),
             "momentum=None, .*; use_running_average=False with update_running_average=False",
         ),
-        ("equinox-ema", {}, "equinox-ema's batch norm cannot say: batches that are normalized"),
+        (
+            "equinox-ema",
+            {},
+            "equinox-ema's batch norm does not support normalizing by the batch in training",
+        ),
         ("keras", dict(axis=1), r"attributes \['axis'\], expected some of \['epsilon', 'momentum'"),
     ],
 )
-def test_what_a_library_cannot_say(library, ours, message):
+def test_attributes_that_a_library_does_not_support(library, ours, message):
     with pytest.raises(ValueError, match=message):
         bn.convert.attributes_to_library(library, **ours)
 
@@ -896,7 +911,7 @@ def test_what_a_library_cannot_say(library, ours, message):
         ("keras", dict(renorm=True), r"attributes \['renorm'\], expected some of \['center'"),
     ],
 )
-def test_what_ours_cannot_say(library, theirs, message):
+def test_attributes_that_bn_jax_does_not_support(library, theirs, message):
     with pytest.raises(ValueError, match=message):
         bn.convert.attributes_from_library(library, **theirs)
 
@@ -918,7 +933,7 @@ def test_safetensors_there_and_back(tmp_path):
 
 
 class Harmful:
-    """What a pickle can do to who loads it."""
+    """Runs code when a pickle of it is loaded."""
 
     def __reduce__(self):
         return (exec, ("raise SystemExit('the pickle ran')",))
@@ -952,7 +967,7 @@ def test_pickles_are_refused(tmp_path, name, content):
         bn.convert.load_safetensors(path)
 
 
-def test_safetensors_that_start_as_a_pickle_or_are_called_so_are_loaded(tmp_path):
+def test_safetensors_that_look_like_a_pickle_are_loaded(tmp_path):
     pytest.importorskip("safetensors")
     for length in range(600, 720, 8):
         path = tmp_path / f"{length}.bin"
@@ -983,7 +998,7 @@ def test_damaged_and_missing_files(tmp_path, change, message):
         bn.convert.load_safetensors(path)
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_arrays_that_cannot_be_saved(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=r"arrays\['params'\] is a mapping.*to_library\(variables"):

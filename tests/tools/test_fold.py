@@ -856,7 +856,7 @@ def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
 
 
 def test_an_imaginary_part_is_never_dropped(monkeypatch):
-    module = importlib.import_module("bn_jax.fold")
+    module = importlib.import_module("bn_jax._fold.folding")
     monkeypatch.setattr(module, "_may_be_complex", lambda program, value: False)
     norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
     model = nn.Sequential([dense, norm])

@@ -25,7 +25,7 @@ NNX_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.Insta
 
 
 def boxed(kind, **options):
-    """A norm whose scale lies in an `nn.Partitioned`."""
+    """A norm whose scale is in an `nn.Partitioned`."""
     return kind(scale_init=nn.with_partitioning(nn.initializers.ones, (None,)), **options)
 
 
@@ -57,7 +57,7 @@ class Scaled(nn.Module):
 
 
 class Net(nn.Module):
-    """Every norm of Flax's, under names that say nothing, beside layers that look like norms."""
+    """Every norm of Flax, under names that do not say so, beside layers that look like norms."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -110,7 +110,7 @@ TOKENS = jnp.arange(10).reshape(2, 5) % 5
 
 @functools.cache
 def linen_net():
-    """Variables away from their initial values, and the paths of the modules that are norms."""
+    """Variables far from their initial values, and the paths of the norms."""
     norms = set()
 
     def note(call, arguments, keywords, context):
@@ -120,7 +120,7 @@ def linen_net():
 
     with nn.intercept_methods(note):
         variables = jax.jit(Net().init)(jax.random.key(0), TOKENS)
-    norms.discard("")  # So Flax calls what a lifted transform has inside.
+    norms.discard("")  # The path of a module inside a lifted transform.
     return far_from_initial(variables), norms
 
 
@@ -136,7 +136,7 @@ def nnx_net():
 
 
 def flat(tree):
-    """Leaves by their path, without the boxes they lie in."""
+    """Leaves by their path, without their boxes."""
     leaves = jax.tree.leaves_with_path(tree)
     parts = ((jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves)
     return {path.removesuffix("/value"): leaf for path, leaf in parts}
@@ -217,7 +217,7 @@ class Shifted(nn.Module):
         return x + self.param("bias", nn.initializers.zeros, (1, 3))
 
 
-def test_a_lone_bias_is_that_of_a_norm_where_something_says_so():
+def test_a_bias_alone_belongs_to_a_norm_by_its_statistics_or_name():
     variables = Shifted().init(jax.random.key(0), jnp.ones((4, 3)))
     params, batch_stats = variables["params"], variables["batch_stats"]
 
@@ -241,7 +241,7 @@ def test_a_lone_bias_is_that_of_a_norm_where_something_says_so():
 
 
 def linen_step(optimizer, gradient=1.0):
-    """Norms, and parameters before and after one step on gradients that are all the same."""
+    """The paths of norms, and the parameters before and after a step on equal gradients."""
     variables, norms = linen_net()
     state = train_state.TrainState.create(apply_fn=None, params=variables["params"], tx=optimizer)
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), state.params)
@@ -309,8 +309,8 @@ def labels(params):
 
 
 @STEPS
-def test_norms_have_a_learning_rate_of_their_own(step):
-    # The mask inside sees only the rest: in the place of the norms stands an optax.MaskedNode.
+def test_norms_can_have_another_learning_rate(step):
+    # The inner mask sees only the rest: norms are replaced by optax.MaskedNode.
     rest = optax.chain(
         optax.add_decayed_weights(0.5, bn.optim.no_weight_decay_mask), optax.sgd(0.1)
     )
@@ -331,8 +331,8 @@ def test_a_mask_made_beforehand(step):
         linen_step: linen_net()[0]["params"],
         nnx_step: nnx.state(nnx_net()[0], nnx.Param),
     }[step]
-    given = bn.optim.norm_params_mask(params)
-    norms, before, after = step(optax.masked(optax.set_to_zero(), given))
+    mask = bn.optim.norm_params_mask(params)
+    norms, before, after = step(optax.masked(optax.set_to_zero(), mask))
     for path, old in before.items():
         expected = old if parent(path) in norms else old + 1
         np.testing.assert_array_equal(after[path], expected, err_msg=path)

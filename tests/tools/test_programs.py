@@ -1,5 +1,7 @@
 """Programs are read as they run, and norms are found by what they do."""
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,28 +12,26 @@ from jax import lax
 from support import assert_close, standard_normal
 
 import bn_jax as bn
-from bn_jax._program.reading import (
+from bn_jax._program import (
     as_affine_step,
     as_linear,
+    as_pure,
     evaluate,
     find_norms,
-    name_of,
+    inputs_of,
     parent_of,
-    state_of,
+    run_steps,
+    steps_to,
     trace,
 )
 from bn_jax.lab.models import ResNet
 
 
 def run(program, variables, *args):
-    """Evaluates a program, equation by equation."""
-    values = dict(program.constants)
-    values.update(zip(program.leaves, jax.tree.leaves(variables), strict=True))
-    values.update(zip(program.arguments, jax.tree.leaves(args), strict=True))
-    for equation in program.equations:
-        outputs = evaluate(equation, [values[one] for one in equation.inputs])
-        values.update(zip(equation.outputs, outputs, strict=True))
-    return jax.tree.unflatten(program.tree, [values[one] for one in program.outputs])
+    """Evaluates a whole program."""
+    values = inputs_of(program, jax.tree.leaves(variables), jax.tree.leaves(args))
+    values = evaluate(program, values, program.outputs)
+    return jax.tree.unflatten(program.tree, [values[output] for output in program.outputs])
 
 
 def busy(variables, x):
@@ -70,7 +70,7 @@ def test_a_program_keeps_derivatives():
     program = trace(forward, jnp.zeros(2), jnp.ones(2))
     gradient = jax.grad(lambda x: run(program, jnp.zeros(2), x))(jnp.ones(2))
     assert gradient.tolist() == [0.0, 0.0]
-    (relu,) = (one for one in program.equations if name_of(one) == "relu")
+    (relu,) = (one for one in program.equations if one.function == "relu")
     assert relu.name == "custom_jvp_call"
 
 
@@ -181,7 +181,7 @@ def test_norms_are_found_where_they_are(norm):
         assert convolution is not None and convolution.name == "conv_general_dilated"
         assert program.avals[one.input].shape == program.avals[one.output].shape
         assert one.obstacle is None
-    ends = [{name_of(program.equations[n]) for n in program.consumers[one.output]} for one in norms]
+    ends = [{program.equations[n].function for n in program.consumers[one.output]} for one in norms]
     assert ends == [{"relu"}, {"relu"}, {"add"}, {"relu"}, {"add"}, {"add"}]
 
 
@@ -231,12 +231,122 @@ def test_norms_that_stand_in_the_way():
     assert find_norms(trace(lambda k, x: jnp.sqrt(x) @ k, jnp.ones((3, 3)), jnp.ones((3, 3)))) == ()
 
 
-def test_the_state_of_an_nnx_model_is_that_of_a_copy_in_evaluation():
+def test_an_evaluation_computes_what_is_wanted_alone():
+    def forward(variables, x):
+        hidden = jnp.sin(variables["weight"] * x)
+        return jnp.exp(hidden), jnp.cos(variables["weight"])
+
+    weight, x = jnp.float32(2.0), jnp.float32(3.0)
+    program = trace(forward, {"weight": weight}, x)
+    hidden, of_weight = program.equations[1].outputs[0], program.outputs[1]
+    values = inputs_of(program, [weight])
+    assert set(evaluate(program, values, [of_weight])) - set(values) == {of_weight}
+    with pytest.raises(KeyError):
+        evaluate(program, values, [hidden])
+    # A value that is given is not computed again, nor what only it needs.
+    values = evaluate(program, {hidden: jnp.zeros(())}, program.outputs[:1])
+    assert values[program.outputs[0]] == 1 and len(values) == 2
+
+    def after_hidden(value):
+        return evaluate(program, {hidden: value}, program.outputs[:1])[program.outputs[0]]
+
+    assert jax.grad(after_hidden)(1.0) == pytest.approx(np.e)
+
+
+class Doubling(NamedTuple):
+    """A step that takes the place of others."""
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[int, ...]
+
+    def run(self, values):
+        return [2 * values[0] + values[1]]
+
+
+def test_steps_take_the_place_of_equations():
+    def forward(weight, x):
+        jax.debug.callback(lambda: None)
+        return jnp.exp(jnp.cos(jnp.sin(x)) * weight)
+
+    program = trace(forward, jnp.ones(()), jnp.ones(()))
+    names = [equation.name for equation in program.equations]
+    sine, printing = names.index("sin"), names.index("debug_callback")
+    product = program.equations[names.index("mul")].outputs
+    step = Doubling((*program.arguments, "offset"), product)
+    given = {*program.arguments, "offset"}
+    steps = steps_to(program, program.outputs, given, replaced={sine: step}, always=[printing])
+    assert steps == (program.equations[printing], step, program.equations[-1])
+    values = {program.arguments[0]: jnp.float32(1.0), "offset": jnp.float32(-2.0)}
+    run_steps(steps, values)
+    assert values[program.outputs[0]] == 1
+
+
+def linen_model():
+    model = nn.Sequential([nn.Dense(2), bn.linen.BatchNorm(use_running_average=True)])
+    return model.apply, model.init(jax.random.key(0), jnp.ones((4, 3)))
+
+
+def nnx_model():
     model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
-    model.train()
-    definition, state = state_of(model)
-    assert nnx.merge(definition, state).layers[1].use_running_average is True
-    assert model.layers[1].use_running_average is False
-    program = trace(lambda state, x: nnx.merge(definition, state)(x), state, jnp.ones((2, 3)))
-    assert sorted(program.paths)[:2] == ["layers/0/bias", "layers/0/kernel"]
-    assert [one.path for one in find_norms(program)] == ["layers/1"]
+    model.eval()
+    return lambda model, x: model(x), model
+
+
+def plain_model():
+    norm = {"layers_1": bn.init_params(2)}
+    variables = {
+        "params": {"kernel": standard_normal(0, (3, 2)), **norm},
+        "batch_stats": {"layers_1": bn.init_batch_stats(2)},
+    }
+
+    def forward(variables, x):
+        params, batch_stats = (variables[name]["layers_1"] for name in ("params", "batch_stats"))
+        x = x @ variables["params"]["kernel"]
+        return bn.batch_norm(params, batch_stats, x, use_running_average=True)[0]
+
+    return forward, variables
+
+
+@pytest.mark.parametrize("make", [linen_model, nnx_model, plain_model])
+def test_every_model_is_a_pure_function_of_arrays(make):
+    forward, model = make()
+    x = standard_normal(1, (4, 3))
+    pure, variables = as_pure(forward, model)
+    assert_close(jax.jit(pure)(variables, x), forward(model, x))
+    doubled = pure(jax.tree.map(lambda leaf: 2 * leaf, variables), x)
+    assert jnp.abs(doubled - forward(model, x)).max() > 0.1
+    params = jax.tree.leaves(pure.params(variables))
+    batch_stats, others = pure.batch_stats(variables), pure.others(variables)
+    leaves = jax.tree.leaves(variables)
+    assert len(params) == len(jax.tree.leaves(others)) == len(leaves) - 2
+    joined = pure.join(batch_stats, others)
+    assert jax.tree.structure(joined) == jax.tree.structure(variables)
+    assert_close(joined, variables)
+    statistics = pure.statistics(variables)
+    assert {path.replace("/", "_") for path in statistics.values()} == {"layers_1"}
+    assert [leaves[index].tolist() for index in statistics] == [[0, 0], [1, 1]]
+    assert [one.path.replace("/", "_") for one in find_norms(trace(pure, variables, x))] == [
+        "layers_1"
+    ]
+
+
+def test_a_pure_nnx_model_has_its_mode_and_changes_nothing():
+    forward, model = nnx_model()
+    x = standard_normal(1, (4, 3)) + 5
+    pure, variables = as_pure(forward, model)
+    training = pure.in_mode(variables, train=True)
+    y = training(variables, x)
+    assert_close(y.mean(0), jnp.zeros(2), tolerance=1e-5)
+    assert model.layers[1].mean[...].tolist() == [0, 0]
+    assert model.layers[1].use_running_average is True
+    assert_close(training.in_mode(variables, train=False)(variables, x), forward(model, x))
+    assert training.in_mode(variables, train=False) == pure != training
+    compiled = jax.jit(lambda pure, variables, x: pure(variables, x), static_argnums=0)
+    assert_close(compiled(training, variables, x), y)
+
+
+def test_collections_are_needed_where_they_are_asked_for():
+    pure, variables = as_pure(lambda weights, x: x * weights[0], [jnp.ones(2)])
+    assert pure.in_mode(variables, train=True) == pure
+    with pytest.raises(TypeError, match=r"variables is a list; expected an nnx.Module or a map"):
+        pure.batch_stats(variables)

@@ -16,7 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_close, define_affine, define_moments, exact, standard_normal
 
 import bn_jax as bn
-from bn_jax._recalibrate import LayerChange, Recalibration, _pooled, _steps, recalibrate
+from bn_jax._recalibrate import LayerChange, Recalibration, passes, recalibrate
+from bn_jax._recalibrate.measuring import _steps
+from bn_jax._recalibrate.pooling import pooled
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 X = standard_normal(0, (13, 6, 6, 2)) * 3 + 1
@@ -24,7 +26,7 @@ NORMS = ("norm_0", "norm_1", "norm_2", "norm_3")
 
 
 class Net(nn.Module):
-    """Convolutions and a dense layer, norms between, one of them behind a shortcut."""
+    """Convolutions and a dense layer with norms between them, one after a shortcut."""
 
     norm: type = bn.linen.BatchNorm
     options: tuple = ()
@@ -49,7 +51,7 @@ class Net(nn.Module):
 
 
 def make(model):
-    """Variables whose scales are not one and whose statistics are far from those of `X`."""
+    """Variables with scales other than 1, and statistics far from those of `X`."""
     return dict(made(model))
 
 
@@ -125,7 +127,7 @@ def split(x, sizes):
     "sizes,norm",
     [("uneven", bn.linen.BatchNorm), ("one at a time", bn.linen.BatchNorm), ("two", nn.BatchNorm)],
 )
-def test_the_statistics_of_the_whole_data_set_however_it_is_split(sizes, norm):
+def test_the_statistics_of_the_whole_data_set_for_any_split(sizes, norm):
     model = Net(norm)
     variables = make(model)
     found = recalibrate(evaluate(model), variables, split(X, SPLITS[sizes]))
@@ -155,7 +157,7 @@ def test_every_norm_then_gives_mean_zero_and_variance_one():
         assert_close(standard.var(axes), np.ones(y.shape[-1]), tolerance=1e-4)
 
 
-def test_padding_behind_a_mask_does_not_enter():
+def test_masked_padding_does_not_enter():
     model = Net()
     variables = make(model)
     padded = np.full((16, *X.shape[1:]), np.nan, np.float32)
@@ -183,7 +185,7 @@ def test_unbiased_variances_and_counts_of_batches():
 
 @pytest.mark.parametrize("kind", ["SWA", "EMA"])
 def test_averaged_weights(kind):
-    """Their statistics are no average of the statistics that training has gone through."""
+    """Their statistics are not the average of the statistics in training."""
     model = Net()
     steps = [make(model) for _ in range(3)]
     steps = [
@@ -251,7 +253,7 @@ def test_batches_normalized_by_themselves_are_pooled_in_one_pass():
 
 
 def test_averages_of_variances_are_not_the_variance():
-    """What PyTorch's update_bn computes: cumulative averages, every batch weighing the same."""
+    """What PyTorch's update_bn computes: cumulative averages with equal weight for each batch."""
     batches = [standard_normal(seed, (8, 3)) + 3 * seed for seed in range(3)]
     _, mean, var = define_moments(np.concatenate(batches))
     stats = bn.init_batch_stats(3, use_count=True)
@@ -272,14 +274,14 @@ def test_averages_of_variances_are_not_the_variance():
 
 
 def adapting(model):
-    """Variables of a training on other data, in float32."""
+    """Variables trained on other data, in float32."""
     variables = make(model)
     old = define(variables["params"], 2 - X[::-1] ** 2)
     return {**variables, "batch_stats": jax.tree.map(jnp.float32, old)}
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.3, 15 / 16])
-def test_every_norm_mixes_what_it_sees_behind_norms_that_mix(prior):
+def test_every_norm_mixes_its_input_after_norms_that_mix(prior):
     model = Net()
     variables = adapting(model)
     old = variables["batch_stats"]
@@ -322,7 +324,7 @@ def test_a_mixture_with_the_pooled_statistics_of_batches_that_normalize_themselv
 
 
 def test_old_statistics_that_are_not_finite_have_no_share():
-    """And batches go on weighing the same: what is kept counts as three times as many."""
+    """And batches keep equal weights: the kept share counts as three times as many batches."""
     x = standard_normal(5, (8, 3)) + 1
     old = {
         "mean": jnp.array([np.nan, 2, 3]), "var": jnp.array([1, np.inf, 2.0]), "count": jnp.ones(3)
@@ -394,7 +396,7 @@ def test_an_iterator_is_refused_after_the_first_batch():
     assert len(taken) == 1
 
 
-def test_an_iterator_will_do_where_one_norm_evaluates():
+def test_an_iterator_is_enough_if_one_norm_evaluates():
     model = nn.BatchNorm(use_running_average=True)
     x = X.reshape(-1, 2)
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -408,7 +410,7 @@ def test_an_iterator_will_do_where_one_norm_evaluates():
 
 
 @pytest.mark.parametrize("kind", ["two feature axes", "members"])
-def test_an_iterator_will_do_where_no_norm_is_behind_another(kind):
+def test_an_iterator_is_enough_if_no_norm_is_after_another(kind):
     x = np.array(standard_normal(3, (9, 4, 3)) + 2)
     shape = (4, 3)
 
@@ -429,7 +431,7 @@ def test_an_iterator_will_do_where_no_norm_is_behind_another(kind):
     assert_close(found.batch_stats, {"mean": np.mean(x, 0, float), "var": np.var(np.float64(x), 0)})
 
 
-def test_an_iterator_is_refused_where_members_of_a_scan_are_behind_each_other():
+def test_an_iterator_is_refused_for_layers_of_a_scan():
     model, x = Deep(), standard_normal(0, (9, 4)) + 1
     variables = jax.jit(model.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match="once only, but up to 3 norms"):
@@ -469,8 +471,8 @@ def test_a_norm_that_is_called_twice_is_measured_by_both_calls():
     assert not once.settled
 
 
-def test_a_norm_that_never_settles_is_told(monkeypatch):
-    monkeypatch.setattr(sys.modules["bn_jax.recalibrate"], "PASSES_OF_A_LOOP", 5)
+def test_a_norm_that_never_settles_is_reported(monkeypatch):
+    monkeypatch.setattr(passes, "PASSES_OF_A_LOOP", 5)
     model, other = Twice(), iter([standard_normal(seed, (9, 3)) for seed in range(9)])
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), np.ones((9, 3)))
     found = recalibrate(evaluate(model), variables, lambda: [next(other)])
@@ -492,7 +494,7 @@ def test_each_shape_is_traced_once_in_all_passes_and_calls():
     assert shapes == [(4, 3), (1, 3), (8, 3)]
 
 
-def test_a_step_is_forgotten_with_its_forward_function():
+def test_a_step_is_freed_with_its_forward_function():
     x = standard_normal(0, (4, 3))
     variables = {"params": {"first": {}, "second": {}}}
     variables["batch_stats"] = {name: bn.init_batch_stats(3) for name in variables["params"]}
@@ -510,7 +512,7 @@ def test_counts_beyond_those_of_float32():
     large = bn.Measured(2.0**24 * ones, 0 * ones, ones, *4 * [0 * ones])
     pools = {}
     for count in (2.0**24, 1.0, 1.0):
-        pools = _pooled(pools, {"norm": large._replace(count=count * ones)})
+        pools = pooled(pools, {"norm": large._replace(count=count * ones)})
     assert pools["norm"].count == 2**24 + 2
 
 
@@ -518,11 +520,11 @@ def test_counts_beyond_those_of_float32():
 
 
 class OfTheUser(nn.BatchNorm):
-    """What a subclass does is its own business."""
+    """A subclass, whose statistics are not touched."""
 
 
 class Kept(nn.Module):
-    """Norms that measure, and others that do not."""
+    """Norms that measure, and norms that do not."""
 
     @nn.compact
     def __call__(self, x, train=False, reach=True):
@@ -534,7 +536,7 @@ class Kept(nn.Module):
         return x
 
 
-def test_what_measures_nothing_keeps_its_statistics_and_is_reported():
+def test_norms_that_measure_nothing_keep_their_statistics_and_are_reported():
     model, x = Kept(), np.array(standard_normal(0, (8, 3)))
     x[:4, 1], x[4:, 1] = np.nan, np.inf
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -563,7 +565,7 @@ def test_what_measures_nothing_keeps_its_statistics_and_is_reported():
     assert "measured keeps the statistics of 1 features, which no batch entered" in str(found)
 
 
-def test_one_value_that_is_not_finite_leaves_out_its_batch_and_that_is_said():
+def test_a_batch_with_a_value_that_is_not_finite_is_left_out_and_reported():
     model = nn.BatchNorm(use_running_average=True)
     x = np.array(standard_normal(0, (8, 2)))
     x[0, 1] = np.inf
@@ -573,16 +575,14 @@ def test_one_value_that_is_not_finite_leaves_out_its_batch_and_that_is_said():
         return model.apply(variables, x, mutable=["batch_stats"])
 
     text = str(recalibrate(forward, variables, [x]))
-    assert (
-        "keeps the statistics of 1 features, which no batch entered: a batch does not where" in text
-    )
-    assert "a single value is not finite" in text
+    assert "keeps the statistics of 1 features, which no batch entered: a batch with" in text
+    assert "a single value that is not finite, does not enter" in text
     text = str(recalibrate(forward, variables, [x[:, 1:].repeat(2, 1)]))
-    assert "in every batch nothing was valid or something was not finite" in text
+    assert "every batch had no valid value or a value that was not finite" in text
 
 
 def test_poisoned_statistics_heal():
-    """Behind them nothing is finite before they are."""
+    """Nothing after poisoned statistics is finite before they are."""
     model = Net()
     variables = make(model)
     expected = define(variables["params"], X)
@@ -592,18 +592,34 @@ def test_poisoned_statistics_heal():
     assert all(np.isinf(one.mean) and np.isinf(one.var) for one in found.layers)
 
 
-def test_the_table_begins_with_the_largest_change():
+def some_changes():
     layers = (
         LayerChange("small", 0.1, 1.01, 10.0, 0),
         LayerChange("", 0.2, 30.0, 5.0, 0),
         LayerChange("moved", 2.0, 1.0, 12345678.0, 0),
     )
-    assert str(Recalibration({}, layers, 1, True)).splitlines() == [
+    return Recalibration({}, layers, 1, True)
+
+
+def test_the_table_begins_with_the_largest_change():
+    assert str(some_changes()).splitlines() == [
         "norm                mean moved by  variance changed  values",
         "the top-level norm  0.2 std        30 times          5",
         "moved               2 std          1 times           12345678",
         "small               0.1 std        1.01 times        10",
     ]
+
+
+def test_notebooks_show_a_short_line_and_a_table():
+    result = some_changes()
+    assert repr(result) == "Recalibration(3 norms, passes=1, settled=True)"
+    html = result._repr_html_()
+    assert html.startswith("<table><thead><tr><th>norm</th><th>mean moved by</th>")
+    assert "<tr><td>moved</td><td>2 std</td><td>1 times</td><td>12345678</td></tr>" in html
+    assert html.endswith("</table>")
+    unsettled = result._replace(settled=False)
+    assert repr(unsettled) == "Recalibration(3 norms, passes=1, settled=False)"
+    assert "</table><p>The statistics had not settled after passes=1" in unsettled._repr_html_()
 
 
 # --- the state keeps its type -------------------------------------------------------------------
@@ -719,7 +735,7 @@ def test_a_vmapped_ensemble():
 
 
 class Deep(nn.Module):
-    """A scan over three layers that norm and relate features."""
+    """A scan over three layers, each a norm and a ReLU beside a shortcut."""
 
     @nn.compact
     def __call__(self, x):
@@ -863,7 +879,7 @@ def test_the_progress_bar_counts_batches(known, capsys):
     assert "2/2" in shown
 
 
-def test_the_progress_bar_says_what_it_needs(monkeypatch):
+def test_the_progress_bar_needs_rich(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     model = Net()
     with pytest.raises(ModuleNotFoundError, match="pip install rich, or leave progress out"):

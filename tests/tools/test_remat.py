@@ -299,7 +299,7 @@ def test_names_are_free(name, monkeypatch):
 
     with_names = lowered().as_text()
     for name in ("moments", "batch_norm", "feature_norms"):
-        module = importlib.import_module(f"bn_jax.{name}")
+        module = importlib.import_module(f"bn_jax._core.{name}")
         monkeypatch.setattr(module, "named", lambda name, values: values)
     jax.clear_caches()
     assert lowered().as_text() == with_names

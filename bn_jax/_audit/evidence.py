@@ -1,0 +1,343 @@
+"""The evidence on each norm: its running statistics beside those of the batch, and their errors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from bn_jax._audit.calls import Calls
+from bn_jax._audit.model import Attributes, leaves_by_path
+from bn_jax._audit.observations import Measurement, Observations, flat
+from bn_jax._audit.report import Layer
+from bn_jax._audit.sites import Site
+
+# Standard errors beyond sqrt(2 log F), the expected largest of F normal errors. Of a thousand
+# healthy layers, fewer than one has a feature that is so far off by chance. A higher limit would
+# hide little, because what matters (below) is usually dozens of standard errors away.
+FAR_ERRORS = 4.0
+# A shift of half a standard deviation, or a deviation off by a factor of sqrt(2), changes what an
+# activation lets through. Less than that makes no difference to models.
+FAR_MEAN = 0.5
+FAR_VAR = 2.0
+# The kurtosis that is assumed where it is unknown: that of a double exponential distribution.
+ASSUMED_KURTOSIS = 6.0
+
+
+class Noise(NamedTuple):
+    """How uncertain the statistics of one batch are, by feature.
+
+    Attributes:
+        mean: the standard error of the mean.
+        var: the relative standard error of the variance.
+    """
+
+    mean: np.ndarray
+    var: np.ndarray
+
+
+class Distance(NamedTuple):
+    """How far the running statistics are from measured ones, by feature.
+
+    Attributes:
+        mean: the difference of the means in standard deviations.
+        mean_errors: the same difference in standard errors.
+        log_var: the logarithm of the measured variance over the running variance.
+        var_errors: its absolute value in standard errors.
+        is_far: whether mean or variance is farther than chance explains, and enough to matter.
+    """
+
+    mean: np.ndarray
+    mean_errors: np.ndarray
+    log_var: np.ndarray
+    var_errors: np.ndarray
+    is_far: np.ndarray
+
+
+class GhostBatch(NamedTuple):
+    """A part of the batch that training normalizes alone.
+
+    Attributes:
+        examples: the number of examples in it.
+        share: the same as a share of the batch.
+    """
+
+    examples: int
+    share: float
+
+
+class Evidence(NamedTuple):
+    """All that is known about one norm, with features flattened.
+
+    Attributes:
+        path: the path of the norm in ``batch_stats``.
+        features: the shape of its statistics.
+        is_initial: whether its running statistics are the initial ones.
+        mean: the running mean.
+        var: the running variance.
+        scale: the scale, if there is one.
+        epsilon: the epsilon of the norm.
+        trained: measurements in training, if there were values.
+        evaluated: measurements in evaluation, if there were values.
+        calls: what its calls in evaluation took and returned, if they are found in the program.
+        has_bad_input: whether something that is not masked is not finite.
+        sites: its calls in the program.
+        in_training: the distance from the statistics in training.
+        in_evaluation: the distance from the statistics in evaluation.
+        var_error: the relative standard error of the variance that training normalizes by.
+        ghost: the ghost batch, if training normalizes parts of the batch.
+    """
+
+    path: str
+    features: tuple[int, ...]
+    is_initial: bool
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray | None
+    epsilon: float
+    trained: Measurement | None
+    evaluated: Measurement | None
+    calls: Calls | None
+    has_bad_input: np.ndarray
+    sites: tuple[Site, ...]
+    in_training: Distance | None
+    in_evaluation: Distance | None
+    var_error: float | None
+    ghost: GhostBatch | None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its statistics are far off both in training and in evaluation."""
+        both = (self.in_training, self.in_evaluation)
+        return all(distance is not None and distance.is_far.any() for distance in both)
+
+    def feature(self, index: int) -> str:
+        """Returns how a message calls a feature."""
+        indices = np.unravel_index(index, self.features) if self.features else ()
+        return str(indices[0]) if len(indices) == 1 else str(tuple(map(int, indices)))
+
+    def list_features(self, chosen: np.ndarray) -> str:
+        """Returns how a message calls some features: the first four, and how many there are."""
+        indices = np.flatnonzero(chosen)
+        names = ", ".join(map(self.feature, indices[:4])) + (", ..." if len(indices) > 4 else "")
+        noun = "feature" if len(indices) == 1 else "features"
+        return f"{noun} {names} ({len(indices)} of {chosen.size})"
+
+    def as_layer(self) -> Layer:
+        """Returns the row of the report."""
+        distance = self.in_training or self.in_evaluation
+        if distance and self.in_evaluation:
+            # Only a norm that is far off in both modes is stale: show the mode that agrees more.
+            distance = min(distance, self.in_evaluation, key=lambda each: each.is_far.sum())
+        batch = self.trained or self.evaluated
+        largest = _largest(distance)
+        saturation = self.calls.saturation() if self.calls else None
+        return Layer(
+            path=self.path,
+            features=math.prod(self.features),
+            values=None if batch is None else int(batch.values.max()),
+            running_mean=self.mean.reshape(self.features),
+            running_var=self.var.reshape(self.features),
+            batch_mean=None if batch is None else batch.mean.reshape(self.features),
+            batch_var=None if batch is None else batch.var.reshape(self.features),
+            mean_off=largest.mean_off,
+            mean_errors=largest.mean_errors,
+            var_off=largest.var_off,
+            var_errors=largest.var_errors,
+            var_error=self.var_error,
+            saturated=None if saturation is None else float(saturation.share),
+            is_found=bool(self.sites),
+        )
+
+
+def collect_evidence(observed: Observations) -> list[Evidence]:
+    """Returns the evidence on every norm, in the order of the program as far as it is known."""
+    in_program = [site.path for site in observed.sites]
+    paths = dict.fromkeys([*in_program, *observed.model.norms])
+    return [_evidence_on(path, observed) for path in paths]
+
+
+def is_initial(norm: Mapping[str, Any]) -> bool:
+    """Tells whether no batch has entered the running statistics of a norm.
+
+    Args:
+        norm: ``mean``, ``var`` and possibly ``count`` of the norm, boxed or not.
+
+    Returns:
+        True for a `count` of 0 in every feature; without one, for means of 0 and variances of 1.
+    """
+    (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
+    if "count" in norm:
+        (count,) = jax.tree.leaves(norm["count"])
+        return not np.any(count)
+    return not np.any(mean) and bool(np.all(var == 1))
+
+
+def _evidence_on(path: str, observed: Observations) -> Evidence:
+    norm = observed.model.norms[path]
+    attributes = observed.attributes.get(path, Attributes())
+    mean, var = flat(norm["mean"]), flat(norm["var"])
+    calls = observed.calls.get(path)
+    trained, evaluated = observed.trained.get(path), observed.evaluated.get(path)
+    has_bad_input = _has_bad_input(trained, evaluated, calls, mean.size)
+    trained, evaluated = _if_any_value(trained), _if_any_value(evaluated)
+    noise = None if evaluated is None else _noise(evaluated, calls, observed.examples)
+
+    def distance_from(measured: Measurement | None) -> Distance | None:
+        if measured is None or noise is None:
+            return None
+        return _distance(mean, var, measured, noise, attributes.epsilon)
+
+    scale = leaves_by_path(observed.model.params).get(f"{path}/scale" if path else "scale")
+    ghost = _ghost_batch(attributes.virtual_batch_size, observed.examples)
+    return Evidence(
+        path=path,
+        features=np.shape(norm["mean"]),
+        is_initial=is_initial(cast(Mapping[str, Any], norm)),
+        mean=mean,
+        var=var,
+        scale=None if scale is None else flat(scale),
+        epsilon=attributes.epsilon,
+        trained=trained,
+        evaluated=evaluated,
+        calls=calls,
+        has_bad_input=has_bad_input,
+        sites=tuple(site for site in observed.sites if site.path == path),
+        in_training=distance_from(trained),
+        in_evaluation=distance_from(evaluated),
+        var_error=_var_error(evaluated, noise, 1.0 if ghost is None else ghost.share),
+        ghost=ghost,
+    )
+
+
+def _if_any_value(measured: Measurement | None) -> Measurement | None:
+    return measured if measured is not None and measured.values.any() else None
+
+
+def _ghost_batch(size: int | None, examples: int) -> GhostBatch | None:
+    if size is None or size >= examples:
+        return None
+    return GhostBatch(size, size / examples)
+
+
+# --- errors and distances -----------------------------------------------------------------------
+
+
+def _noise(measured: Measurement, calls: Calls | None, examples: int) -> Noise:
+    """Estimates how far the statistics of a batch are from those of all batches.
+
+    Positions of an example resemble each other. So the mean of a batch is a mean of as many
+    independent values as there are examples, and so is its variance. The errors are never less than
+    those of independent values. Where examples cannot be told apart, or some are masked, they are
+    those of one value per example.
+    """
+    independent = np.maximum(np.minimum(measured.values, examples), 1)
+    mean_error = np.sqrt(measured.var / independent)
+    var_error = np.sqrt((ASSUMED_KURTOSIS - 1) / independent)
+    is_unmasked = calls is not None and np.all(measured.values == calls.values)
+    if calls is not None and is_unmasked and len(calls.means) > 1:
+        root = math.sqrt(len(calls.means))
+        square = calls.squares.mean(0)
+        mean_error = calls.means.std(0, ddof=1) / root
+        spread = calls.squares.std(0, ddof=1) / root
+        var_error = np.divide(spread, square, out=np.zeros_like(square), where=square > 0)
+    return Noise(
+        np.maximum(mean_error, np.sqrt(measured.var / np.maximum(measured.values, 1))),
+        np.maximum(var_error, _least_var_error(measured.values)),
+    )
+
+
+def _least_var_error(values: np.ndarray) -> np.ndarray:
+    """Returns the relative standard error of the variance of independent normal values."""
+    return np.sqrt(2 / np.maximum(values - 1, 0.5))
+
+
+def _distance(
+    mean: np.ndarray, var: np.ndarray, measured: Measurement, noise: Noise, epsilon: float
+) -> Distance:
+    """Compares running statistics with measured ones.
+
+    The difference has the noise of both. That of a running average is at most that of one batch
+    with the running variance.
+    """
+    is_known = (measured.values > 0) & np.isfinite(mean) & np.isfinite(var) & (var >= 0)
+    var = np.where(is_known, var, 1)
+    difference = np.where(is_known, np.abs(measured.mean - mean), 0)
+    deviation = np.sqrt(np.minimum(var, measured.var) + epsilon)
+    log_var = np.where(is_known, np.log((measured.var + epsilon) / (var + epsilon)), 0)
+    tiny = np.finfo(np.float64).tiny
+    mean_errors = difference / np.maximum(noise.mean * np.sqrt(1 + np.exp(-log_var)), tiny)
+    var_errors = np.abs(log_var) / (math.sqrt(2) * noise.var)
+    limit = FAR_ERRORS + math.sqrt(2 * math.log(mean.size))
+    in_deviations = difference / deviation
+    is_far = (in_deviations >= FAR_MEAN) & (mean_errors >= limit)
+    # A feature that is constant in this batch may be one that few examples have.
+    varies = measured.var > epsilon
+    is_far |= varies & (np.abs(log_var) >= math.log(FAR_VAR)) & (var_errors >= limit)
+    return Distance(in_deviations, mean_errors, log_var, var_errors, is_far)
+
+
+class _Largest(NamedTuple):
+    """The distances of a row of the report."""
+
+    mean_off: float | None = None
+    mean_errors: float | None = None
+    var_off: float | None = None
+    var_errors: float | None = None
+
+
+def _largest(distance: Distance | None) -> _Largest:
+    if distance is None:
+        return _Largest()
+    mean_worst = distance.mean.argmax()
+    log_var = np.abs(distance.log_var)
+    return _Largest(
+        mean_off=float(distance.mean[mean_worst]),
+        mean_errors=float(distance.mean_errors[mean_worst]),
+        var_off=float(np.exp(log_var.max())),
+        var_errors=float(distance.var_errors[log_var.argmax()]),
+    )
+
+
+def _var_error(measured: Measurement | None, noise: Noise | None, share: float) -> float | None:
+    """Returns the relative standard error of a variance by which training normalizes.
+
+    The `share` is that of the batch from which the variance is taken.
+    """
+    if measured is None or noise is None:
+        return None
+    varies = measured.var > 0
+    if not varies.any():
+        return None
+    errors = np.maximum(noise.var / math.sqrt(share), _least_var_error(measured.values * share))
+    return float(np.median(errors[varies]))
+
+
+# --- input that is not finite -------------------------------------------------------------------
+
+
+def _has_bad_input(
+    trained: Measurement | None,
+    evaluated: Measurement | None,
+    calls: Calls | None,
+    features: int,
+) -> np.ndarray:
+    """Tells for each feature whether something that is not masked is not finite.
+
+    A norm measures no value of a feature that is not finite, but also none that is masked as a
+    whole; the input, where it is known, tells both apart.
+    """
+    in_training = _without_values(trained, features)
+    in_evaluation = _without_values(evaluated, features)
+    if calls is None:
+        return in_training | in_evaluation
+    if evaluated is None or not evaluated.is_called:
+        return in_training | ~calls.finite_input
+    return in_evaluation & ~calls.finite_input | in_training & ~in_evaluation
+
+
+def _without_values(measured: Measurement | None, features: int) -> np.ndarray:
+    if measured is None or not measured.is_called:
+        return np.zeros(features, bool)
+    return np.asarray(measured.values == 0)

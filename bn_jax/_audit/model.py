@@ -1,0 +1,122 @@
+"""The audited model: a pure function in both modes, its norms, and what they say of themselves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from bn_jax import nnx as bn_nnx
+from bn_jax._core.types import BatchStats, Measured
+from bn_jax._paths import batch_stats_by_path, format_path, whitening_paths
+from bn_jax._program import PureForward, as_pure, is_variable, value_of
+from bn_jax._recalibrate.measuring import measure, require_updates
+
+DEFAULT_EPSILON = 1e-5
+LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
+_ADVICE_FOR_FUNCTIONS = (
+    "batch_stats = bn.recalibrate(lambda variables, x: model.apply(variables, x, "
+    "train=False, mutable=['batch_stats']), variables, batches).batch_stats"
+)
+_ADVICE_FOR_MODULES = (
+    "nnx.update(model, bn.recalibrate(lambda model, x: model(x), model, "
+    "batches).batch_stats), after model.eval()"
+)
+
+
+class Attributes(NamedTuple):
+    """Attributes of a layer that are not among its variables."""
+
+    epsilon: float = DEFAULT_EPSILON
+    virtual_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of Linen, of plain functions or of NNX.
+
+    Attributes:
+        training: the model as a pure function, an NNX module in training.
+        evaluation: the same, an NNX module in evaluation.
+        variables: its arrays.
+        params: the parameters among them.
+        norms: the running statistics of each norm, by path.
+        statistics: the path of the norm for each leaf of `variables` that is its mean or variance.
+        attributes: the attributes of norms that are known without a call, by path.
+        advice: the line that recalibrates the model.
+        whitening: the paths of whitening norms.
+    """
+
+    training: PureForward
+    evaluation: PureForward
+    variables: Any
+    params: Any
+    norms: dict[str, BatchStats]
+    statistics: dict[int, str]
+    attributes: dict[str, Attributes]
+    advice: str
+    whitening: tuple[str, ...]
+
+    def evaluate(self, variables: Any, batch: Any) -> Any:
+        """Returns the output in evaluation."""
+        if self.evaluation.graph is not None:
+            return self.evaluation(variables, batch)
+        returned = self.evaluation(variables, batch, False)
+        require_updates(returned, LINE)
+        return returned[0]
+
+    def measure(self, variables: Any, batch: Any, *, train: bool) -> dict[str, Measured]:
+        """Returns what each norm measures in one mode, by path."""
+        pure = self.training if train else self.evaluation
+        if pure.graph is not None:
+            return measure(pure, variables, batch, line=LINE)
+        return measure(pure, variables, batch, train, line=LINE)
+
+
+def model_of(forward: Callable[..., Any], variables: Any) -> Model:
+    """Returns the model; a module is copied, with norms that can measure."""
+    attributes = {}
+    if isinstance(variables, nnx.Module):
+        variables = bn_nnx.replace_norms(nnx.clone(variables))
+        attributes = {
+            "/".join(map(str, keys)): attributes_of(layer)
+            for keys, layer in nnx.iter_graph(variables)
+            if isinstance(layer, nnx.BatchNorm)
+        }
+    elif isinstance(variables, Mapping):
+        variables = nn.meta.unbox(dict(variables))
+    pure, arrays = as_pure(forward, variables)
+    batch_stats = pure.batch_stats(arrays)
+    norms = {
+        path: cast(BatchStats, {name: value_of(node[name]) for name in node})
+        for path, node in batch_stats_by_path(batch_stats).items()
+    }
+    if not norms:
+        raise ValueError(
+            "variables hold no batch norm, nothing with a mean and a var in batch_stats: pass all "
+            "that init returned, {'params': params, 'batch_stats': batch_stats}, or the module."
+        )
+    return Model(
+        training=pure.in_mode(arrays, train=True),
+        evaluation=pure.in_mode(arrays, train=False),
+        variables=arrays,
+        params=pure.params(arrays),
+        norms=norms,
+        statistics=pure.statistics(arrays),
+        attributes=attributes,
+        advice=_ADVICE_FOR_FUNCTIONS if pure.graph is None else _ADVICE_FOR_MODULES,
+        whitening=tuple(whitening_paths(batch_stats)),
+    )
+
+
+def attributes_of(layer: Any) -> Attributes:
+    """Returns the attributes of a batch norm of this library or of Flax."""
+    return Attributes(layer.epsilon, getattr(layer, "virtual_batch_size", None))
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths; of variables of NNX, the values."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_variable)
+    return {format_path(keys): value_of(leaf) for keys, leaf in leaves}

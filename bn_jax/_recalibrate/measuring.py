@@ -1,0 +1,167 @@
+"""One batch: a forward function in which every batch norm measures its input."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary, ref
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bn_jax._core.types import BatchStats, Measured
+from bn_jax._core.running import start_measuring
+from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
+from bn_jax._program import PureForward
+from bn_jax.linen.patching import norms_replaced
+from bn_jax.nnx import BatchNorm, replace_norms
+
+Forward: TypeAlias = Callable[[Any, Any], Any]
+# Measures a batch, given running statistics, the batch and its number.
+Measure: TypeAlias = Callable[[Any, Any, int], dict[str, Measured]]
+
+# More random numbers than a module of NNX draws in a batch.
+DRAWS_PER_BATCH = 2**16
+LINE = (
+    "lambda variables, batch: model.apply(variables, batch, train=False, mutable=['batch_stats'])"
+)
+
+
+def measure(pure: PureForward, variables: Any, *args: Any, line: str = LINE) -> dict[str, Measured]:
+    """Calls a model in which every batch norm measures.
+
+    Args:
+        pure: the model, called as ``forward(variables, *args)``.
+        variables: its variables, as `as_pure` returned them.
+        *args: the batch, and further arguments of the forward function.
+        line: a correct forward function, for the error if there are no updated statistics.
+
+    Returns:
+        What each norm has measured, by path; norms that are not called have measured nothing.
+
+    Raises:
+        ValueError: the forward function returns no updated statistics.
+    """
+    if pure.graph is not None:
+        return _measure_module(pure.forward, pure.bind(variables), args)
+
+    def start(node: Any) -> Any:
+        if not is_batch_stats(node):
+            return node
+        return {**node, "measured": start_measuring(statistics_in(node))["measured"]}
+
+    marked = jax.tree.map(start, variables["batch_stats"], is_leaf=is_batch_stats)
+    with norms_replaced():
+        returned = pure({**variables, "batch_stats": marked}, *args)
+    return _measured_in(require_updates(returned, line))
+
+
+def _measure_module(
+    forward: Callable[..., Any], module: nnx.Module, args: tuple[Any, ...]
+) -> dict[str, Measured]:
+    for _, layer in nnx.iter_graph(replace_norms(module)):
+        if isinstance(layer, BatchNorm):
+            batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
+            layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
+    forward(module, *args)
+    return _measured_in(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+
+
+def _measured_in(batch_stats: Any) -> dict[str, Measured]:
+    return {
+        path: node["measured"]
+        for path, node in batch_stats_by_path(batch_stats).items()
+        if "measured" in node
+    }
+
+
+def statistics_in(node: Any) -> Any:
+    """Returns the statistics of a norm without their boxes or variables, by name."""
+    return {format_path(path[:1]): leaf for path, leaf in jax.tree.leaves_with_path(node)}
+
+
+def require_updates(returned: Any, line: str) -> Any:
+    """Returns the statistics that a forward function returned.
+
+    Args:
+        returned: what it returned, expected as ``(y, updates)``.
+        line: a correct forward function, for the error.
+
+    Returns:
+        ``updates["batch_stats"]``.
+
+    Raises:
+        ValueError: it returned anything else.
+    """
+    received = "an array" if isinstance(returned, jax.Array) else f"a {type(returned).__name__}"
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        updates = returned[1]
+        if "batch_stats" in updates:
+            return updates["batch_stats"]
+        received = f"(y, updates) with the collections {sorted(updates)} in updates"
+    raise ValueError(
+        f"forward returned {received}, expected (y, updates) with the new statistics in "
+        f"updates['batch_stats']. Write forward = {line}"
+    )
+
+
+# --- the compiled step --------------------------------------------------------------------------
+
+_Step: TypeAlias = Callable[..., dict[str, Measured]]
+
+# A step stays compiled as long as its forward function lives.
+_steps: WeakKeyDictionary[Forward, _Step] = WeakKeyDictionary()
+
+
+def prepare(pure: PureForward, others: Any) -> Measure:
+    """Returns the compiled function that measures one batch.
+
+    Args:
+        pure: the model.
+        others: its variables without the running statistics.
+    """
+    try:
+        hash(pure.graph)
+    except TypeError:
+        # A graph that holds a dict or a list cannot be a static argument.
+        step = jax.jit(partial(_step(lambda: pure.forward), pure.graph))
+        return partial(step, others)
+    return partial(_step_of(pure.forward), pure.graph, others)
+
+
+def _step_of(forward: Forward) -> _Step:
+    """Returns the compiled step of a forward function, which the caller keeps alive."""
+    try:
+        if forward in _steps:
+            return _steps[forward]
+        reference = ref(forward)
+    except TypeError:
+        # A function without a hash or weak references is compiled again each time.
+        return jax.jit(_step(lambda: forward), static_argnums=0)
+    _steps[forward] = jax.jit(_step(cast(Callable[[], Forward], reference)), static_argnums=0)
+    return _steps[forward]
+
+
+def _step(reference: Callable[[], Forward]) -> _Step:
+    # The reference is weak, or else the step would keep its forward function in `_steps` forever.
+    def step(
+        graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
+    ) -> dict[str, Measured]:
+        pure = PureForward(reference(), graph)
+        if graph is not None:
+            others = _with_draws_advanced(others, number)
+        return measure(pure, pure.join(batch_stats, others), batch)
+
+    return step
+
+
+def _with_draws_advanced(variables: Any, number: int) -> Any:
+    """Advances counters of random numbers, so that every batch draws others.
+
+    Each batch starts from the same variables.
+    """
+    advanced = jax.tree.map(
+        lambda count: count + jnp.asarray(number * DRAWS_PER_BATCH, count.dtype),
+        nnx.filter_state(variables, nnx.RngCount),
+    )
+    return nnx.merge_state(variables, advanced)

@@ -1,0 +1,288 @@
+"""Passes over a data set that make the statistics of one norm after another exact.
+
+The statistics of the n-th norm depend on the outputs of the norms before it. In each pass, every
+norm normalizes by given statistics and measures its input. The first pass makes the first norm
+exact, whatever statistics were given. The second pass normalizes by what the first one measured,
+and makes the second norm exact, and so on. So nothing depends on how the data is split into
+batches; single examples are enough. Batches that are normalized by their own statistics (PreciseBN,
+`update_bn`) need only one pass, but what follows the first norm then comes from a network that
+normalizes every batch differently.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from bn_jax._core.types import Measured
+from bn_jax._paths import batch_stats_by_path, whitening_paths
+from bn_jax._program import as_pure
+from bn_jax._recalibrate.measuring import Forward, Measure, prepare
+from bn_jax._recalibrate.pooling import (
+    Pools,
+    agree,
+    as_double,
+    changes,
+    is_measured_again,
+    passes_needed,
+    pooled,
+    replace_statistics,
+)
+from bn_jax._recalibrate.report import Recalibration
+
+# The limit where a norm depends on itself: statistics that settle at all have settled by then.
+PASSES_OF_A_LOOP = 100
+
+
+def recalibrate(
+    forward: Forward,
+    variables: Any,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]],
+    *,
+    prior: float = 0.0,
+    passes: int | None = None,
+    progress: bool = False,
+) -> Recalibration:
+    """Measures the exact population statistics of every batch norm over a data set.
+
+    If `forward` evaluates, every pass over the batches normalizes by the statistics of the previous
+    pass. After `k` passes the first `k` norms on any path have ::
+
+        mean = sum(x) / n,    var = sum(|x - mean|**2) / (n - running_var_ddof)
+
+    with the sums over all `n` values of a feature in the whole data set, however it is split: in
+    uneven or masked batches, or into single examples. Passes continue until no statistic changes
+    beyond rounding, at most as many as there are norms (each norm under a lifted transform counts);
+    every pass costs an evaluation of the data set. A norm that is called several times is measured
+    by all its calls together. Its statistics depend on themselves, and passes continue until they
+    settle. Dropout is off. Use this where the running statistics were not averaged under these
+    weights or on this data: for averaged weights (SWA, EMA), and pruned, quantized or converted
+    ones.
+
+    If `forward` trains, every batch is normalized by its own statistics, and these are pooled by
+    their counts in a single pass: what PreciseBN and PyTorch's `update_bn` approximate.
+
+    With a `prior`, every norm keeps that share of its old statistics (test-time adaptation to data
+    from another distribution than the training data) ::
+
+        new_mean = prior * old_mean + (1 - prior) * mean
+        new_var = prior * old_var + (1 - prior) * var
+
+    where `mean` and `var` are those of the input if the norms before it normalize by their new,
+    mixed statistics. With little data, keep much: `N` pseudo-examples of the training data beside
+    the `n` examples in `batches`, as Schneider et al. count, are ``prior = N / (N + n)``. AdaBN (Li
+    et al.) keeps nothing, ``prior=0``.
+
+    Each batch is one compiled step, and its moments are merged in double precision on the host;
+    memory does not grow with the number of batches. Flax's norms are measured like those of
+    `bn_jax`; a subclass of a norm of Flax keeps its statistics.
+
+    Args:
+        forward: called as ``forward(variables, batch)``. It returns ``(y, updates)`` with the new
+            statistics in ``updates["batch_stats"]``, as ``model.apply(variables, x, train=False,
+            mutable=["batch_stats"])`` does; for an `nnx.Module`, which ``model.eval()`` makes
+            evaluate, it may return anything. It is compiled once for all passes and calls, and
+            again for batches of another shape. As with `jax.jit`, values that it reads from outside
+            are those of the first call.
+        variables: ``{"params": ..., "batch_stats": ...}``, or an `nnx.Module`. They are not
+            changed.
+        batches: trees of arrays, as `forward` takes them: an iterable that can be iterated once per
+            pass, or a function without arguments that returns an iterator.
+        prior: the share of the old statistics in the new ones, in [0, 1). Old statistics that are
+            not finite get no share.
+        passes: the largest number of passes. None: as many as are needed.
+        progress: whether to show a progress bar on standard error; it needs rich.
+
+    Returns:
+        `Recalibration`: the new statistics, and what changed. A norm that measured nothing, because
+        it is frozen or because `forward` does not reach it, keeps its statistics, and so does a
+        feature that no batch enters; the printed table says which. A single valid value that is not
+        finite keeps its whole batch out of the feature. A ``count`` of batches becomes the number
+        of batches here, divided by ``1 - prior``, so that later updates still weigh all batches the
+        same.
+
+    Raises:
+        ValueError: `prior` is not in [0, 1); there is no batch norm, or there is a whitening norm;
+            there are no batches; `forward` returns no updated statistics; or a second pass is
+            needed over an iterator that gives its batches once.
+        TypeError: `variables` is neither a mapping nor a module, or `batches` is one batch.
+        ModuleNotFoundError: ``progress=True`` without rich.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = jnp.array([[1.0], [3.0], [8.0]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> def forward(variables, batch):
+        ...     return model.apply(variables, batch, mutable=["batch_stats"])
+        >>> result = bn.recalibrate(forward, variables, [x[:1], x[1:]])
+        >>> result.batch_stats["mean"].tolist(), round(result.batch_stats["var"].item(), 4)
+        ([4.0], 8.6667)
+        >>> print(result)
+        norm                mean moved by  variance changed  values
+        the top-level norm  4 std          8.667 times       3
+        >>> adapted = bn.recalibrate(forward, variables, [x], prior=9 / (9 + len(x)))
+        >>> round(adapted.batch_stats["mean"].item(), 4)  # 3/4 of 0 and 1/4 of 4
+        1.0
+
+    Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+    https://arxiv.org/abs/2105.07576 (batches normalized by their own statistics); Schneider et
+    al. 2020, "Improving robustness against common corruptions by covariate shift adaptation",
+    https://arxiv.org/abs/2006.16971 (the prior); Li et al. 2016, "Revisiting Batch Normalization
+    For Practical Domain Adaptation", https://arxiv.org/abs/1603.04779 (adaptation without a prior).
+    """
+    if not 0 <= prior < 1:
+        raise ValueError(
+            f"prior={prior} must be in [0, 1): it is the share of the old statistics in the new. "
+            "For N pseudo-examples beside n examples write prior=N / (N + n)."
+        )
+    if passes is not None and passes < 1:
+        raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
+    pure, arrays = as_pure(forward, variables)
+    initial = pure.batch_stats(arrays)
+    _require_batch_norms(initial)
+    measure = prepare(pure, pure.others(arrays))
+    limit: float = PASSES_OF_A_LOOP if passes is None else passes
+    is_iterator = isinstance(batches, Iterator) and limit > 1
+    current, number, settled = initial, 0, False
+    with _progress_bar(progress) as show:
+        while not settled and number < limit:
+            number += 1
+            shown = show(_opened(batches), f"pass {number}")
+            pools, count = _measure_all(measure, current, shown, is_iterator)
+            if count == 0:
+                raise ValueError(_about_no_batches(batches, number))
+            before = current
+            current = replace_statistics(before, pools, count, initial, prior)
+            needed = 1 if is_iterator else passes_needed(pools)
+            settled = number >= needed or agree(before, current)
+            if passes is None and needed < math.inf:
+                limit = needed
+    layers = tuple(changes(initial, current, pools))
+    return Recalibration(current, layers, number, settled)
+
+
+def _require_batch_norms(batch_stats: Any) -> None:
+    if paths := whitening_paths(batch_stats):
+        raise ValueError(
+            f"variables holds whitening norms, {paths}, whose covariances are not measured and "
+            "would be stale; expected batch norms alone. Average them over the data instead: in a "
+            "model with WhiteningNorm(momentum=None) and new initial statistics, in training mode "
+            "without steps of the optimizer."
+        )
+    if not batch_stats_by_path(batch_stats):
+        raise ValueError(
+            "variables holds no batch norm: expected a mean and a var of each in "
+            "variables['batch_stats'], or in the nnx.BatchStat variables of a module. Pass "
+            "{'params': params, 'batch_stats': batch_stats} with what model.init or training "
+            "returned."
+        )
+
+
+def _measure_all(
+    measure: Measure, batch_stats: Any, batches: Iterable[Any], is_iterator: bool
+) -> tuple[Pools, int]:
+    """Returns what all batches have measured together, and how many there were."""
+    pools: Pools = {}
+    waiting: Pools = {}
+    count = 0
+    for batch in batches:
+        measured = measure(batch_stats, batch, count)
+        if is_iterator and count == 0:
+            _require_one_pass(measure, batch_stats, batch, measured)
+        # Read one step late, so that the device computes the next one meanwhile.
+        pools = pooled(pools, waiting)
+        waiting, count = measured, count + 1
+    return pooled(pools, waiting), count
+
+
+# --- iterators that give their batches once -----------------------------------------------------
+
+
+def _require_one_pass(measure: Measure, batch_stats: Any, batch: Any, measured: Pools) -> None:
+    """Raises an error if a further pass over the data is needed."""
+    measured = jax.device_get(measured)
+    needed = passes_needed(measured)
+    if needed > 1 and _depends_on_statistics(measure, batch_stats, batch, measured):
+        if needed == math.inf:
+            reason = "a norm is called several times and normalizes"
+        else:
+            reason = f"up to {needed} norms normalize"
+        raise ValueError(
+            f"batches can be iterated once only, but {reason} by running statistics, so that those "
+            "of later calls may still change in further passes. Pass a list, a data loader "
+            "that can be iterated again, or a function that returns a new iterator: "
+            "recalibrate(forward, variables, lambda: iter(loader)). Or pass passes=1 for "
+            "statistics of later calls that depend on the old ones."
+        )
+
+
+def _depends_on_statistics(measure: Measure, batch_stats: Any, batch: Any, measured: Pools) -> bool:
+    """Tells whether inputs of norms depend on the running statistics; True if in doubt.
+
+    It measures the batch a second time, with other statistics than the old ones and the batch's.
+    """
+    others = {path: _changed(as_double(norm)) for path, norm in measured.items()}
+    statistics = replace_statistics(batch_stats, others, 1, batch_stats, 0.0)
+    again = jax.device_get(measure(statistics, batch, 0))
+    return not all(
+        is_measured_again(norm, again[path])
+        for path, norm in measured.items()
+        if np.any(norm.by_running)
+    )
+
+
+def _changed(measured: Measured) -> Measured:
+    return measured._replace(
+        mean=measured.mean + np.sqrt(measured.var) / 2,
+        var=2 * measured.var,
+        running_var_ddof=0 * measured.count,
+    )
+
+
+# --- the batches --------------------------------------------------------------------------------
+
+
+def _opened(batches: Any) -> Iterable[Any]:
+    if callable(batches) and not isinstance(batches, Iterable):
+        return cast(Iterable[Any], batches())
+    if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which is one batch; expected an iterable of "
+            "batches: write [batch]."
+        )
+    return cast(Iterable[Any], batches)
+
+
+def _about_no_batches(batches: Any, number: int) -> str:
+    if number == 1:
+        return (
+            f"batches is empty: expected at least one batch, received none from the "
+            f"{type(batches).__name__}. An iterator that has been used up gives none: pass a list."
+        )
+    return (
+        f"batches gave nothing in pass {number}: expected the same as in the first. A function "
+        "must return a new iterator each time: recalibrate(forward, variables, lambda: "
+        "iter(loader))."
+    )
+
+
+@contextmanager
+def _progress_bar(is_shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
+    if not is_shown:
+        yield lambda batches, description: batches
+        return
+    try:
+        from rich import console, progress
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "progress=True draws its bar with rich, which is not installed: pip install rich, or "
+            "leave progress out.",
+            name=error.name,
+        ) from error
+    columns = *progress.Progress.get_default_columns(), progress.MofNCompleteColumn()
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        yield lambda batches, description: bar.track(batches, description=description)

@@ -1,0 +1,199 @@
+"""Whole models, from and to other libraries."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from bn_jax.convert.agreement import require_agreement
+from bn_jax.convert.arrays import as_array, flatten, require_mapping, unflatten, variables_of
+from bn_jax.convert.kernels import read, write
+from bn_jax.convert.keys import Leaf, Names, at_layer, leaves_of, running_statistics
+from bn_jax.convert.layouts import Layout, Library, layout_of
+
+__all__ = ["from_library", "to_library"]
+
+
+def from_library(
+    arrays: Mapping[str, Any],
+    library: Library,
+    *,
+    like: Any,
+    names: Names = None,
+    transposed: str | Iterable[str] | None = None,
+    dtype: DTypeLike | None = None,
+    momentum: float = 0.99,
+) -> Any:
+    """Converts the arrays of another library's model into variables of Flax.
+
+    Kernels become ``[*spatial, in, out]``, a depthwise kernel of Keras ``[*spatial, 1, out]``. The
+    stored averages of Equinox are divided by ``1 - momentum**counter``, as Equinox does in
+    evaluation; Haiku stores them divided. A linear layer after a flattened image needs its inputs
+    reordered by hand: channels come first in PyTorch and Equinox, last in Flax. Layers stacked by
+    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries. Unstack them
+    first, with ``jax.tree.map(lambda a: a[i], stacked)`` for each if they are stacked along axis 0.
+
+    Args:
+        arrays: the arrays by their keys, as the docstring of `bn_jax.convert` describes: of NumPy
+            or JAX, or anything that `numpy.asarray` takes, such as tensors of PyTorch on the host.
+        library: the library that `arrays` come from.
+        like: what to convert to: variables of Linen, an `nnx.Module`, its `nnx.State` or its pure
+            dictionary, with arrays or the result of `jax.eval_shape`. For norms without running
+            statistics, leave out ``batch_stats``.
+        names: the path of each layer in the library by its path in Flax: a function, such as
+            `resnet_names`, or a mapping of paths or of their beginnings, of which the longest
+            counts. Other layers keep their path, with the library's separator for ``/``.
+        transposed: one or more glob patterns of the paths in Flax of `ConvTranspose` layers, and of
+            no other convolutions: ``transposed=["decoder/up*"]``. Leave out layers with
+            ``transpose_kernel=True``: their kernels of PyTorch or Keras are converted as those of
+            any convolution. ``transposed=()`` states that there are none. An `nnx.Module` knows its
+            layers, and these patterns add to them.
+        dtype: the dtype of floating-point arrays; None keeps the dtypes of `arrays`. Running
+            statistics are never narrower than in `like`, and a ``count`` keeps the dtype of `like`.
+        momentum: the momentum of Equinox's norms in mode "batch"; ignored for other libraries.
+
+    Returns:
+        The tree of `like` (for an `nnx.Module` the state for `nnx.update`) with copies of the
+        arrays as NumPy arrays: put them on a device once, with `jax.device_put`. A ``count``, the
+        number of batches in a cumulative average, is float32 and exact up to 2**24.
+
+    Raises:
+        ValueError: keys are missing, unknown or have another shape, all listed in one message; two
+            layers get the same name, or `names` names no layer; the library has no counterpart of
+            something in `like`; or `transposed` is None although layers have the default names of
+            Linen's `ConvTranspose`.
+        TypeError: something is not an array; `arrays`, `names` or `dtype` is of the wrong type, or
+            `dtype` is real and an array complex.
+
+    Example:
+        >>> import numpy as np, bn_jax as bn
+        >>> weights = {"norm/gamma": np.full(2, 3.0), "norm/beta": np.zeros(2)}
+        >>> like = {"params": {"norm": bn.init_params(2)}}
+        >>> bn.convert.from_library(weights, "keras", like=like)["params"]["norm"]["scale"]
+        array([3., 3.])
+    """
+    layout = layout_of(library)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype)}, expected a floating-point or complex one, such as "
+            "dtype=jnp.float32, or None"
+        )
+    require_mapping("arrays", arrays, layout.source)
+    flat = {key: as_array(key, value) for key, value in flatten(arrays).items()}
+    leaves = leaves_of(like, layout, names, transposed)
+    require_agreement("arrays", leaves, flat, layout)
+    values = [read(leaf, flat, layout, momentum, dtype) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(variables_of(like)), values)
+
+
+def to_library(
+    variables: Any,
+    library: Library,
+    *,
+    names: Names = None,
+    transposed: str | Iterable[str] | None = None,
+    like: Mapping[str, Any] | None = None,
+    momentum: float = 0.99,
+) -> dict[str, Any]:
+    """Converts variables of Flax into the arrays of another library's model.
+
+    With the arrays that `from_library` converted as `like`, its result is converted back bit for
+    bit. Without `like`, depthwise kernels for Keras stay ``[h, w, 1, out]``, where Keras has ``[h,
+    w, in, multiplier]``. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
+    counterpart in other libraries: unstack them first, as for `from_library`.
+
+    Args:
+        variables: the variables, as `like` of `from_library`, with arrays.
+        library: the library to convert to.
+        names: as in `from_library`, the same in both directions.
+        transposed: as in `from_library`.
+        like: the arrays that the library's model has now; the result has their keys and shapes.
+            Haiku and Equinox need it, because their shapes depend on more than the variables of
+            Flax know. It also supplies what Flax does not have (``num_batches_tracked`` unless
+            averages are cumulative, the counters of Haiku and Equinox) for norms whose statistics
+            have not changed since. Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox
+            that their division by ``1 - momentum**counter`` divides by 1.
+        momentum: as in `from_library`.
+
+    Returns:
+        Copies of the arrays by their keys in the library, as NumPy arrays; for Haiku the mapping of
+        ``params`` and ``state``.
+
+    Raises:
+        ValueError: as in `from_library`, about `like`; `like` is missing where the library needs
+            it; or a norm has a ``count`` that the library cannot hold.
+        TypeError: as in `from_library`.
+
+    Example:
+        >>> import bn_jax as bn
+        >>> variables = {"params": {"norm": bn.init_params(2)}}
+        >>> sorted(bn.convert.to_library(variables, "pytorch", names={"norm": "bn1"}))
+        ['bn1.bias', 'bn1.weight']
+    """
+    layout = layout_of(library)
+    leaves = leaves_of(variables, layout, names, transposed)
+    values = jax.tree.leaves(variables_of(variables))
+    written = {
+        leaf.key: write(leaf, as_array(leaf.path, value), layout)
+        for leaf, value in zip(leaves, values, strict=True)
+    }
+    _add_extras(written, leaves, layout)
+    if like is not None:
+        require_mapping("like", like, layout.source)
+        flat = flatten(like)
+        require_agreement("like", leaves, flat, layout)
+        written = {key: written[key].reshape(np.shape(array)) for key, array in flat.items()}
+        _keep_unchanged(written, flat, leaves, layout, momentum)
+    elif layout.needs_like:
+        raise ValueError(
+            f"like is missing: shapes of {library} depend on more than the variables of Flax. Pass "
+            "the arrays of the library's model, initialized or trained: like=arrays."
+        )
+    return unflatten(written) if library == "haiku" else written
+
+
+def _add_extras(written: dict[str, np.ndarray], leaves: list[Leaf], layout: Layout) -> None:
+    """Adds what the library's running statistics have beside mean and variance."""
+    for layer, statistics in running_statistics(leaves).items():
+        for extra in layout.extras:
+            if extra.copy_of is not None:
+                array = written[statistics[extra.copy_of].key]
+            else:
+                array = np.asarray(extra.fresh)
+            # The count of a cumulative average is written already.
+            written.setdefault(at_layer(extra.key, layer), array.copy())
+
+
+def _keep_unchanged(
+    written: dict[str, np.ndarray],
+    like: Mapping[str, Any],
+    leaves: list[Leaf],
+    layout: Layout,
+    momentum: float,
+) -> None:
+    """Restores the statistics of `like`, extras included, of norms that have not changed.
+
+    Debiased averages are rounded, so that multiplying them back would not give the same bits.
+    """
+    arrays = {
+        key: as_array(key, value)
+        for key, value in like.items()
+        if not isinstance(value, jax.ShapeDtypeStruct)
+    }
+    from_flax = {leaf.key for leaf in leaves}
+    for layer, statistics in running_statistics(leaves).items():
+        keys = {leaf.key for leaf in statistics.values()}
+        if not keys <= set(arrays):
+            continue
+        converted = {leaf: read(leaf, arrays, layout, momentum) for leaf in statistics.values()}
+        if all(_is_same(array, written[leaf.key]) for leaf, array in converted.items()):
+            keys |= {at_layer(extra.key, layer) for extra in layout.extras} - from_flax
+            for key in keys & set(arrays):
+                written[key] = arrays[key].copy()
+
+
+def _is_same(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.dtype == second.dtype and first.tobytes() == second.tobytes()
