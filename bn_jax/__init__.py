@@ -17,7 +17,7 @@ from bn_jax._core.feature_norms import group_norm, instance_norm, layer_norm, rm
 from bn_jax._core.moments import Moments, merge_moments, moments
 from bn_jax._core.standardize import Params
 from bn_jax._core.whitening import WhiteningStats, init_whitening_stats, whitening_norm
-from bn_jax._fold.folding import FoldedNorm, absorb_scale, as_affine, fold
+from bn_jax._fold import FoldedNorm, absorb_scale, as_affine, fold
 from bn_jax._recalibrate import LayerChange, Recalibration, recalibrate
 from bn_jax.remat import remat_policy
 
