@@ -139,4 +139,5 @@ def _may_be_smaller(size: int, other: int) -> bool:
     try:
         return size < other
     except _compat.InconclusiveDimensionOperation:
-        return True
+        is_multiple = size % other == 0
+        return not is_multiple
