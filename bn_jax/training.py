@@ -20,8 +20,8 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bn_jax._audit import is_initial
-from bn_jax._core.types import Moments
 from bn_jax._core.moments import merge_moments
+from bn_jax._core.types import Moments
 from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
 from bn_jax.lab.data import Batch, Dataset, batches
 

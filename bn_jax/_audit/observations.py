@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax.linen.patching import norms_replaced
 from bn_jax._audit.calls import Calls, gather, summarize, wanted_values
 from bn_jax._audit.model import Attributes, Model, attributes_of, model_of
 from bn_jax._audit.sites import Site, find_sites
 from bn_jax._core.types import Measured
 from bn_jax._program import Program, evaluate, in_double, inputs_of, trace
+from bn_jax.linen.patching import norms_replaced
 
 # How exactly a mean must be moved by 1, relative to the values; less exactly in half precision.
 MOVED_BY_ONE = 1e-4

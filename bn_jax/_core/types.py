@@ -114,6 +114,12 @@ Correction: TypeAlias = Callable[[Transform, Transform], Transform]
 """Maps the transforms by the batch and by the running statistics to the one to compute."""
 
 
+def check_epsilon(epsilon: float | jax.Array) -> None:
+    """Raises the ValueError for a number that is not positive; a traced one passes."""
+    if isinstance(epsilon, Real) and not float(epsilon) > 0:
+        raise ValueError(f"epsilon={epsilon} must be positive: 1e-5 is usual.")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
     """The configuration of a norm, checked when it is made.
@@ -144,8 +150,7 @@ class Options:
                 f"momentum={self.momentum} is outside [0, 1]: it is the weight of the old value, "
                 "for example 0.9 or 0.99 (PyTorch's momentum is 1 minus this)."
             )
-        if isinstance(self.epsilon, Real) and not float(self.epsilon) > 0:
-            raise ValueError(f"epsilon={self.epsilon} must be positive: 1e-5 is usual.")
+        check_epsilon(self.epsilon)
         if self.running_var_ddof not in (0, 1):
             raise ValueError(
                 f"running_var_ddof={self.running_var_ddof} must be 0 (biased, as Flax) or 1 "

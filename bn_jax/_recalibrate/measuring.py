@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bn_jax._core.types import BatchStats, Measured
 from bn_jax._core.running import start_measuring
+from bn_jax._core.types import BatchStats, Measured
 from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
 from bn_jax._program import PureForward
 from bn_jax.linen.patching import norms_replaced

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from bn_jax._core.types import Measured
 from bn_jax._core.checks import statistics_dtype
+from bn_jax._core.types import Measured
 from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
 from bn_jax._program import in_double
 from bn_jax._recalibrate.measuring import statistics_in

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bn_jax import convert, linen, training
 from bn_jax._audit import Audit, audit
-from bn_jax._fold.folding import Folded, fold
+from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models
 

@@ -1,7 +1,6 @@
 """Folded models compute what they did before, without a norm, with no more work than without."""
 
 import gc
-import importlib
 import re
 import weakref
 from collections import Counter
@@ -21,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 from support import assert_close, exact, standard_normal
 
 import bn_jax as bn
+from bn_jax._fold import FoldReport, kernels
 from bn_jax._paths import format_path
 from bn_jax.lab import models
 
@@ -653,6 +653,40 @@ def test_export_with_any_batch_size():
     assert "rsqrt" not in exported.mlir_module()
 
 
+def swapped(x):
+    """Exchanges the first two sizes by a reshape, so that their order is unknown if symbolic."""
+    return x.reshape(x.shape[1], x.shape[0], x.shape[2])
+
+
+def joined(x):
+    """Makes one axis of the first two."""
+    return x.reshape(-1, x.shape[2])
+
+
+@pytest.mark.parametrize("reshape", [swapped, joined])
+def test_reshapes_of_symbolic_sizes(reshape):
+    case = sequential(nn.Dense(5), reshape, ours(), shape=(2, 3, 4))
+    height, width = jax.export.symbolic_shape("h, w")
+    symbolic = jax.ShapeDtypeStruct((height, width, 4), np.float32)
+    folded = bn.fold(case.forward, case.variables, symbolic)
+    assert [norm.into for norm in folded.report] == ["layers_0/kernel"]
+    assert bn.fold(case.forward, case.variables, case.x).report == folded.report
+    exported = jax.export.export(folded.apply)(folded.params, symbolic)
+    x = standard_normal(2, (3, 2, 4))
+    assert error_of(exported.call(folded.params, x), case.forward(case.variables, x)) < 2e-6
+
+
+def test_a_reshape_of_symbolic_sizes_that_may_mix_features_is_in_the_way():
+    case = sequential(nn.Dense(6), lambda x: x.reshape(-1, 3), ours(), shape=(2, 4))
+    (size,) = jax.export.symbolic_shape("n")
+    given = jax.ShapeDtypeStruct((size, 4), np.float32)
+    folded = bn.fold(case.forward, case.variables, given)
+    assert [norm.into for norm in folded.report] == [None]
+    exported = jax.export.export(folded.apply)(folded.params, given)
+    actual = exported.call(folded.params, case.x)
+    assert error_of(actual, case.forward(case.variables, case.x)) < 2e-6
+
+
 def test_nothing_of_the_variables_is_kept():
     model = nn.Sequential([nn.Conv(5, (3, 3)), ours(), nn.relu, nn.Dense(3)])
     x = standard_normal(1, (4, 6, 6, 4))
@@ -693,6 +727,19 @@ def test_the_report_is_a_table():
     layer = ours()
     report = bn.fold(layer.apply, layer.init(jax.random.key(0), x), x).report
     assert str(report).startswith("the top-level norm  left: Its input is an argument")
+
+
+def test_a_folded_model_shows_a_line_and_in_a_notebook_a_table():
+    folded = small()[-1]
+    assert repr(folded) == "Folded(1 of 1 norms folded, 203 parameters in 4 arrays)"
+    assert repr(folded.report) == "FoldReport(1 of 1 norms folded)"
+    expected = "<tr><td>layers_1</td><td>into layers_0/kernel</td></tr>"
+    assert expected in folded._repr_html_() == folded.report._repr_html_()
+    assert "<caption>1 of 1 norms folded</caption>" in folded._repr_html_()
+    report = bn.fold(*CASES["two consumers"]()[:3]).report
+    assert repr(report) == "FoldReport(0 of 1 norms folded)"
+    assert "used elsewhere too" in report._repr_html_()
+    assert repr(FoldReport()) == "FoldReport(no norms)"
 
 
 def test_folding_under_a_transform_is_an_error():
@@ -856,8 +903,7 @@ def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
 
 
 def test_an_imaginary_part_is_never_dropped(monkeypatch):
-    module = importlib.import_module("bn_jax._fold.folding")
-    monkeypatch.setattr(module, "_may_be_complex", lambda program, value: False)
+    monkeypatch.setattr(kernels, "may_be_complex", lambda program, value: False)
     norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
     model = nn.Sequential([dense, norm])
     x = standard_normal(1, (3, 4), np.complex64)

@@ -345,8 +345,39 @@ def test_a_pure_nnx_model_has_its_mode_and_changes_nothing():
     assert_close(compiled(training, variables, x), y)
 
 
+def whitened_in_linen():
+    model = bn.linen.WhiteningNorm(use_running_average=True)
+    return model.apply, model.init(jax.random.key(0), jnp.ones((4, 2)))
+
+
+def whitened_in_nnx():
+    return lambda model, x: model(x), bn.nnx.WhiteningNorm(2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [whitened_in_linen, whitened_in_nnx])
+def test_the_mean_of_a_whitening_norm_is_of_no_batch_norm(make):
+    pure, variables = as_pure(*make())
+    assert len(jax.tree.leaves(pure.batch_stats(variables))) >= 2
+    assert pure.statistics(variables) == {}
+
+
 def test_collections_are_needed_where_they_are_asked_for():
     pure, variables = as_pure(lambda weights, x: x * weights[0], [jnp.ones(2)])
     assert pure.in_mode(variables, train=True) == pure
     with pytest.raises(TypeError, match=r"variables is a list; expected an nnx.Module or a map"):
         pure.batch_stats(variables)
+
+
+def test_equations_keep_the_scopes_and_the_modes_of_their_trace():
+    def forward(key, x):
+        with jax.named_scope("noise"):
+            return x + jax.random.normal(key, x.shape)
+
+    key, x = jax.random.key(0), jnp.zeros(4)
+    with jax.threefry_partitionable(False):
+        program = trace(forward, key, x)
+        expected = forward(key, x)
+    assert jnp.abs(expected - forward(key, x)).max() > 0.1
+    assert_close(run(program, key, x), expected)
+    lowered = jax.jit(lambda key, x: run(program, key, x)).lower(key, x)
+    assert "noise" in lowered.as_text(debug_info=True)

@@ -143,9 +143,9 @@ def test_the_moments_alone_are_kept(capsys):
     assert {one.split()[0] for one in named} == {"bn_jax.moments"}
 
 
-@pytest.mark.parametrize(("width", "is_kept"), [(2, True), (6, False)])
+@pytest.mark.parametrize(("width", "is_kept"), [(2, True), (FEATURES, True), (6, False)])
 @pytest.mark.parametrize("convolved", [True, False])
-def test_narrow_keeps_what_is_no_larger_than_what_it_is_made_from(width, is_kept, convolved):
+def test_narrow_keeps_what_is_no_larger_than_its_input(width, is_kept, convolved):
     x = standard_normal(2, (2, 8, 8, FEATURES))
     linear = nn.Conv(width, (3, 3)) if convolved else nn.Dense(width)
     variables = linear.init(jax.random.key(0), x)
@@ -294,7 +294,7 @@ def test_names_are_free(name, monkeypatch):
     norm = NORMS[name]
 
     def lowered():
-        # Anew, or the trace would be that of the time before.
+        # A new function, or JAX would take the trace of the call before from its cache.
         return jax.jit(gradients_of(lambda *args: chain(norm, *args))).lower(PARAMS, STATS, X)
 
     with_names = lowered().as_text()

@@ -13,7 +13,7 @@ import optax
 from bn_jax._core.batch_norm import batch_norm, identity_params
 from bn_jax._core.running import init_batch_stats
 from bn_jax._core.types import Params
-from bn_jax._fold.folding import absorb_scale, fold
+from bn_jax._fold import absorb_scale, fold
 from bn_jax.lab.experiments.nets import MLP, Position
 from bn_jax.lab.experiments.sweeps import accuracy, draw_batches, load_digits, sweep, train
 from bn_jax.lab.experiments.verdicts import (

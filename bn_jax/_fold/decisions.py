@@ -1,0 +1,213 @@
+"""Where each norm of a program can go, decided by shapes and equations alone."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from bn_jax._fold.chains import Chain, follow
+from bn_jax._fold.features import Array, features_of_norm, moved
+from bn_jax._fold.kernels import is_stored_real, multiplies_by_complex, path_of
+from bn_jax._program import Linear, Norm, Program, as_affine_step, as_linear, find_norms
+from bn_jax._program.primitives import SHAPES
+
+
+class Before(NamedTuple):
+    """A norm before a linear layer.
+
+    Attributes:
+        norm: the norm.
+        features: the feature of each position of its input.
+        passed: the indices of the changes of shape and dtype between norm and layer.
+    """
+
+    norm: Norm
+    features: Array
+    passed: tuple[int, ...]
+
+
+class Decisions(NamedTuple):
+    """Where the norms of a program go. Norms are numbered in the order of the program.
+
+    Attributes:
+        norms: all norms found.
+        linears: the linear layers, by the index of their equation.
+        chains: what follows a linear layer and goes into it, by the same index.
+        before: the norm that goes into the linear layer after it, by the same index.
+        homes: for each folded norm, the indices of the linear layers that it goes into.
+        features: the feature of each position of a norm's input, for a norm that goes into the
+            layers after it or becomes one multiplication and one addition.
+        reasons: for each norm that is left, why.
+    """
+
+    norms: tuple[Norm, ...]
+    linears: Mapping[int, Linear]
+    chains: dict[int, Chain]
+    before: dict[int, Before]
+    homes: dict[int, list[int]]
+    features: dict[int, Array]
+    reasons: dict[int, str]
+
+
+class _Target(NamedTuple):
+    """A linear layer that a norm feeds, and the changes of shape and dtype on the way."""
+
+    linear: Linear
+    passed: tuple[int, ...]
+
+
+def decide(program: Program) -> Decisions:
+    """Folds each norm into the linear layer before it, or else into those after it."""
+    found = (as_linear(program, index) for index in range(len(program.equations)))
+    linears = {linear.equation: linear for linear in found if linear is not None}
+    decisions = Decisions(find_norms(program), linears, {}, {}, {}, {}, {})
+    by_statistics = {
+        number: norm for number, norm in enumerate(decisions.norms) if norm.obstacle is None
+    }
+    for index, linear in linears.items():
+        chain = follow(program, linear, by_statistics.values())
+        inside = [
+            number for number, norm in by_statistics.items() if {*norm.steps} <= {*chain.passed}
+        ]
+        if inside:
+            decisions.chains[index] = chain
+            decisions.homes.update((number, [index]) for number in inside)
+    for number, norm in enumerate(decisions.norms):
+        if norm.obstacle is not None:
+            decisions.reasons[number] = _reason_of_obstacle(norm.obstacle)
+        elif number not in decisions.homes:
+            _decide_backward(program, decisions, number)
+    return decisions
+
+
+def _decide_backward(program: Program, decisions: Decisions, number: int) -> None:
+    """Folds a norm into the linear layers that it feeds, or notes why it is left."""
+    norm = decisions.norms[number]
+    features = features_of_norm(program, norm)
+    if features is None:
+        decisions.reasons[number] = "It changes the shape of its input."
+        return
+    decisions.features[number] = features
+    targets, obstacle = _targets(program, decisions.linears, norm.output, features, ())
+    for target in targets:
+        obstacle = obstacle or _why_not_across(program, norm, target)
+    if obstacle is not None:
+        before = _why_not_before(program, decisions.linears, norm)
+        decisions.reasons[number] = f"{before}, and {obstacle}."
+        return
+    decisions.homes[number] = [target.linear.equation for target in targets]
+    others = [other for other in decisions.norms if other is not norm]
+    for target in targets:
+        index = target.linear.equation
+        decisions.before[index] = Before(norm, features, target.passed)
+        if index not in decisions.chains:
+            decisions.chains[index] = follow(program, target.linear, others)
+
+
+def _targets(
+    program: Program,
+    linears: Mapping[int, Linear],
+    value: int,
+    features: Array,
+    passed: tuple[int, ...],
+) -> tuple[list[_Target], str | None]:
+    """Returns the linear layers that a value goes to, or why it cannot go into all of them."""
+    if program.uses[value] > len(program.consumers[value]):
+        return [], "its output is returned"
+    targets: list[_Target] = []
+    for index in program.consumers[value]:
+        equation = program.equations[index]
+        after = moved(program, equation, features, spreads=True)
+        step = as_affine_step(program, equation)
+        if step is not None and step.kind == "same":
+            after = features
+        if index in linears:
+            obstacle = _why_not_into(linears[index], features)
+            further = [_Target(linears[index], passed)]
+        elif after is not None:
+            output = equation.outputs[0]
+            further, obstacle = _targets(program, linears, output, after, (*passed, index))
+        else:
+            further, obstacle = [], f"its output goes to `{equation.function}`"
+        if obstacle is not None:
+            return [], obstacle
+        targets += further
+    return targets, None
+
+
+# --- reasons, the ends of sentences -------------------------------------------------------------
+
+
+def _reason_of_obstacle(obstacle: str) -> str:
+    if obstacle == "input":
+        return (
+            "It normalizes by its input: evaluate with use_running_average=True, or it is a norm "
+            "without running statistics."
+        )
+    return f"It is inside of a {obstacle}, which is left as it is."
+
+
+def _why_not_into(linear: Linear, features: Array) -> str | None:
+    """Returns why a norm with these features cannot go into the linear layer after it."""
+    if linear.is_padded:
+        return (
+            "its output goes to a convolution with padding, where a bias would be missing at the "
+            "border"
+        )
+    others = [size for axis, size in enumerate(features.shape) if axis not in linear.inputs]
+    if any(size != 1 for size in others):
+        return "the linear layer after it shares its kernel between what the norm tells apart"
+    return None
+
+
+def _why_not_across(program: Program, norm: Norm, target: _Target) -> str | None:
+    """Returns why the kernel of the layer after a norm cannot take over its arithmetic."""
+    linear = target.linear
+    steps = [program.equations[index] for index in norm.steps]
+    if is_stored_real(program, linear.kernel) and any(
+        multiplies_by_complex(program, step) for step in steps
+    ):
+        return "the kernel after it is stored as real numbers, but its scale is complex"
+    between = [program.equations[index].outputs[0] for index in target.passed]
+    dtypes = [program.avals[value].dtype for value in (norm.output, *between, linear.data)]
+    digits = [jnp.finfo(dtype).nmant for dtype in dtypes]
+    narrowest = min(range(len(dtypes)), key=digits.__getitem__)
+    widest = max(digits[0], jnp.finfo(program.avals[norm.input].dtype).nmant)
+    is_half = digits[-1] < jnp.finfo(jnp.float32).nmant
+    # A folded norm takes the mean off last, so that its input is rounded with the mean in it.
+    if digits[narrowest] < widest or is_half:
+        return (
+            f"the linear layer after it computes in {dtypes[narrowest].name}, where its input "
+            "would be rounded before its mean is taken off"
+        )
+    return None
+
+
+def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm) -> str:
+    """Returns why a norm is not folded into what is before it."""
+    value, is_shared = norm.input, False
+    while value in program.producers:
+        is_shared = is_shared or program.uses[value] > 1
+        index = program.producers[value]
+        equation = program.equations[index]
+        step = as_affine_step(program, equation)
+        if index in linears:
+            return _why_not_into_kernel_before(program, linears[index], norm, is_shared)
+        if step is None and equation.name not in SHAPES:
+            return f"Its input comes from `{equation.function}`, no linear layer with known weights"
+        value = equation.inputs[0] if step is None else step.input
+    return "Its input is an argument of the model"
+
+
+def _why_not_into_kernel_before(
+    program: Program, linear: Linear, norm: Norm, is_shared: bool
+) -> str:
+    kernel = path_of(program, linear.kernel, "kernel")
+    if is_shared:
+        return f"What {kernel} gives is used elsewhere too"
+    steps = [program.equations[index] for index in norm.steps]
+    if is_stored_real(program, linear.kernel) and any(
+        multiplies_by_complex(program, step) for step in steps
+    ):
+        return f"Its scale is complex, but {kernel} is stored as real numbers"
+    return f"It, or what is before it, varies along more than the features of {kernel}"

@@ -1,0 +1,86 @@
+"""The kernels of linear layers: the variables they come from, their dtypes and their paths."""
+
+from collections.abc import Iterable
+from functools import reduce
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bn_jax._program import Equation, Program, as_affine_step, parent_of
+from bn_jax._program.primitives import KEEPS_REALS, LAYOUT
+
+
+def kernel_root(program: Program, value: int) -> tuple[int, tuple[Equation, ...]]:
+    """Returns the value that a kernel is a rearrangement of, and the equations between them."""
+    layout: list[Equation] = []
+    while (equation := program.producer(value)) is not None and equation.name in LAYOUT:
+        before, after = (program.avals[ends[0]] for ends in (equation.inputs, equation.outputs))
+        if prod(before.shape) != prod(after.shape) or not jnp.issubdtype(before.dtype, jnp.inexact):
+            break
+        layout.append(equation)
+        value = equation.inputs[0]
+    return value, tuple(reversed(layout))
+
+
+def is_stored_real(program: Program, kernel: int) -> bool:
+    """Returns whether a kernel is real where it is stored or rearranged.
+
+    An imaginary part would be lost there.
+    """
+    root, layout = kernel_root(program, kernel)
+    values = [root, *(equation.outputs[0] for equation in layout)]
+    return any(not _is_complex(program, value) for value in values)
+
+
+def multiplies_by_complex(program: Program, equation: Equation) -> bool:
+    """Returns whether an equation is an affine step that makes complex numbers of real ones."""
+    step = as_affine_step(program, equation)
+    if step is None or step.operand is None or step.kind not in ("mul", "div"):
+        return False
+    return may_be_complex(program, step.operand)
+
+
+def may_be_complex(program: Program, value: int) -> bool:
+    """Returns whether a known value is complex, and not real numbers in a complex dtype."""
+    equation = program.producer(value)
+    if not _is_complex(program, value):
+        return False
+    if value in program.constants:
+        return bool(np.any(np.imag(program.constants[value])))
+    if equation is None or equation.name not in LAYOUT | KEEPS_REALS:
+        return True
+    return any(may_be_complex(program, operand) for operand in equation.inputs)
+
+
+def _is_complex(program: Program, value: int) -> bool:
+    return bool(jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating))
+
+
+def widest_dtype(program: Program, indices: Iterable[int]) -> np.dtype[Any]:
+    """Returns the dtype that holds the outputs of all of these equations."""
+    dtypes = [program.avals[program.equations[index].outputs[0]].dtype for index in indices]
+    return reduce(jnp.promote_types, dtypes)
+
+
+def path_of(program: Program, value: int, default: str | None = None) -> str:
+    """Returns the path of a leaf, or of a computed value one that tells what it comes from.
+
+    Args:
+        program: of `trace`.
+        value: one that is known.
+        default: the last part of the path of a computed value; by default the names of the leaves
+            that it comes from, and of the primitive that computes it.
+    """
+    if value in program.leaves:
+        return program.paths[program.leaves.index(value)] or "variables"
+    paths = program.leaf_paths(value)
+    if default is None:
+        names = list(dict.fromkeys(path.split("/")[-1] for path in paths))
+        equation = program.producer(value)
+        if equation is not None:
+            names.append(equation.name)
+        default = "_".join(names)
+    parent = parent_of(paths)
+    return f"{parent}/{default}" if parent else default
