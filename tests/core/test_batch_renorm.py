@@ -340,8 +340,7 @@ def test_freezing_and_replacing():
     assert_close(y, Net().apply(variables, X, train=False))
     assert_close(updates["batch_stats"], variables["batch_stats"])
     apply = jax.jit(partial(Net().apply, train=True, mutable="batch_stats"))
-    with bn.linen.replace_norms():
-        replaced = apply(variables, X)
+    replaced = bn.linen.replace_norms(apply)(variables, X)
     assert_close(replaced, apply(variables, X))
     layer = bn.nnx.BatchRenorm(4, r_max=2.0, rngs=nnx.Rngs(0))
     assert type(bn.nnx.replace_norms(layer)) is bn.nnx.BatchRenorm
