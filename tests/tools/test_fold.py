@@ -301,7 +301,9 @@ def with_constants():
         "params": {"kernel": jnp.ones((4, 5)), "norm": bn.init_params(5), "logarithm": jnp.ones(5)},
         "batch_stats": {"norm": bn.init_batch_stats(5)},
     }
-    return Case(forward, randomized(variables), standard_normal(1, (3, 4)), ("varies along more",))
+    return Case(
+        forward, randomized(variables), standard_normal(1, (3, 4)), ("varies along more axes",)
+    )
 
 
 def in_complex_numbers():
@@ -392,7 +394,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "activation": lambda: sequential(nn.Conv(5, (3, 3)), ours(activation=nn.relu)),
     "residual": lambda: of(WithResidual(), "conv/kernel"),
     "remat": lambda: of(nn.remat(AfterAddition)(), ADDITION),
-    "two consumers": lambda: of(TwoConsumers(), "conv/kernel gives is used elsewhere"),
+    "two consumers": lambda: of(TwoConsumers(), "output of conv/kernel is used elsewhere"),
     "after an addition": lambda: of(AfterAddition(), ADDITION),
     "alone": lambda: sequential("norm", fates=("Its input is an argument of the model",)),
     "returned": lambda: sequential(nn.relu, "norm", fates=("its output is returned",)),
@@ -435,15 +437,15 @@ CASES: dict[str, Callable[[], Case]] = {
         nn.Dense(5),
         bn.linen.BatchNorm(use_running_average=True, axis=1),
         shape=(3, 6, 4),
-        fates=("varies along more than the features of layers_0/kernel",),
+        fates=("varies along more axes than the features of layers_0/kernel",),
     ),
     "before dense, other axis": lambda: sequential(
         bn.linen.BatchNorm(use_running_average=True, axis=1),
         nn.Dense(5),
         shape=(3, 6, 4),
-        fates=("shares its kernel between what the norm tells apart",),
+        fates=("applies the same kernel to several of its features",),
     ),
-    "scan": lambda: of(Stack(), "inside of a scan", shape=(2, 4)),
+    "scan": lambda: of(Stack(), "inside a scan", shape=(2, 4)),
     "training": lambda: sequential(
         nn.Dense(5),
         ours(use_running_average=False, update_running_average=False),
@@ -463,7 +465,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "NNX, Flax's": lambda: nnx_model(nnx.BatchNorm),
     "constants": with_constants,
     "complex": in_complex_numbers,
-    "branch": lambda: of(Branch(), "No output depends on it", "inside of a cond", shape=(3, 4)),
+    "branch": lambda: of(Branch(), "No output depends on it", "inside a cond", shape=(3, 4)),
     "no norm": lambda: sequential(nn.Dense(5), nn.gelu, nn.Dense(2), fates=()),
 }
 KEEPS_A_ROOT = ("branch", "scan", "training", "layer norm", "RMS norm, no scale")
@@ -720,7 +722,7 @@ def test_the_report_is_a_table():
     case = CASES["two consumers"]()
     report = bn.fold(*case[:3]).report
     assert str(report) == (
-        "norm  left: What conv/kernel gives is used elsewhere too, and its output goes to `add`."
+        "norm  left: The output of conv/kernel is used elsewhere too, and its output goes to `add`."
     )
     assert str(bn.fold(*CASES["no norm"]()[:3]).report) == "There is no norm."
     x = jnp.ones((2, 3))
