@@ -91,7 +91,7 @@ def arms(network: Network) -> tuple[dict[str, Callable[..., Any]], dict[str, Any
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     variables = randomized(shapes)
     folded = bn.fold(evaluate(bn.linen.BatchNorm), variables, images)
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         WITHOUT: evaluate(None),
         FOLDED: folded.apply,
         UNFOLDED: evaluate(bn.linen.BatchNorm),

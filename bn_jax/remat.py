@@ -10,17 +10,20 @@ import jax
 from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME
 from bn_jax._program.primitives import LINEAR
 
+__all__ = ["Keep", "Policy", "remat_policy"]
+
 Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
 Policy: TypeAlias = Callable[..., Any]
 
 
 def remat_policy(keep: Keep = "inputs") -> Policy:
-    """Returns a policy by which a network with norms keeps less for its backward pass.
+    """Returns a policy for `jax.checkpoint` with which a network with norms saves memory.
 
-    For `jax.checkpoint`, `flax.linen.remat` and `flax.nnx.remat`. What is not kept is computed
-    again, but for the moments of this package's norms: no policy repeats the reductions, the
-    collective or the guard of a norm, and none changes a number. The training step of ResNet-50 on
-    128 images in bfloat16, compiled for a TPU v5e, relative to the same with Flax's norms:
+    It also works for `flax.linen.remat` and `flax.nnx.remat`. Values that the policy does not keep
+    are computed again in the backward pass, except the moments of this package's norms: no policy
+    repeats the reductions, the collective or the guard of a norm, and none changes a number.
+    The training step of ResNet-50 on 128 images in bfloat16, compiled for a TPU v5e, relative to
+    the same step with Flax's norms:
 
     | keep | around | memory | bytes | operations |
     |---|---|---|---|---|
@@ -28,24 +31,24 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     | "narrow" | every block | 0.67 | 1.13 | 1.08 |
     | "moments" | every block | 0.45 | 1.18 | 1.32 |
 
-    `memory` is what a step holds beside variables, images and results, `bytes` what its kernels
+    `memory` is what a step holds besides variables, images and results, `bytes` what its kernels
     read and write; without a policy these are 1.01 and 1.02.
 
-    - ``"inputs"`` keeps the input of every norm, and is to be put around the whole loss: it repeats
-      no convolution.
+    - ``"inputs"`` keeps the input of every norm. Put it around the whole loss: it repeats no
+      convolution.
 
-    The others are to be put around every block, ``nn.remat(Block, policy=...)``, whose inputs are
-    kept anyway; around the whole loss they would save nothing.
+    Put the others around every block, ``nn.remat(Block, policy=...)``. The inputs of a block are
+    always kept; around the whole loss these policies would save nothing.
 
-    - ``"narrow"`` keeps the results of those convolutions and products that are no larger than what
-      they are made from. Those that widen are computed again.
-    - ``"moments"`` keeps nothing but the moments.
+    - ``"narrow"`` keeps the results of convolutions and products that are no larger than their
+      largest input. Those that widen are computed again.
+    - ``"moments"`` keeps only the moments.
 
-    Without a policy, rematerialized blocks measure every batch twice. Norms of other packages have
-    no moments that a policy knows: they are computed again.
+    Without a policy, rematerialized blocks measure every batch twice. The moments of norms of other
+    packages have no names that a policy could keep, and are computed again.
 
     Args:
-        keep: what is kept beside the moments: "inputs", "narrow" or "moments".
+        keep: what is kept besides the moments: "inputs", "narrow" or "moments".
 
     Returns:
         What `jax.checkpoint` takes as `policy`.
@@ -62,7 +65,7 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
         ...     return jnp.sum(y**3)
         >>> params, x = bn.init_params(1), jnp.array([[1.0], [2.0], [4.0]])
         >>> lean = jax.checkpoint(loss, policy=bn.remat_policy("inputs"))
-        >>> scale, again = (jax.grad(one)(params, x)["scale"] for one in (loss, lean))
+        >>> scale, again = (jax.grad(f)(params, x)["scale"] for f in (loss, lean))
         >>> bool(jnp.allclose(scale, again))
         True
 
@@ -71,8 +74,8 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     """
     if keep not in get_args(Keep):
         raise ValueError(
-            f"keep={keep!r} is no policy, expected one of {get_args(Keep)}: pass what this "
-            'function returns, policy=bn_jax.remat_policy("inputs").'
+            f"keep={keep!r} is no policy, expected one of {get_args(Keep)}. Pass the result, not "
+            'the name, to jax.checkpoint: policy=bn_jax.remat_policy("inputs").'
         )
     policies = jax.checkpoint_policies
     if keep == "inputs":
@@ -82,7 +85,10 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
 
 
 def _is_narrow(primitive: Any, *operands: Any, **options: Any) -> bool:
-    """Says whether a convolution or a product gives no more values than it takes."""
+    """Returns whether this is a convolution or product no larger than its largest input.
+
+    JAX calls it with a primitive, the types of its inputs, and its parameters.
+    """
     if primitive.name not in LINEAR:
         return False
     output = jax.eval_shape(partial(primitive.bind, **options), *operands)

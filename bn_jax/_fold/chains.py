@@ -31,7 +31,7 @@ class Chain(NamedTuple):
     Attributes:
         steps: the affine ones among them.
         passed: the indices of all of them; those that are no steps change the shape.
-        output: what the last one returns.
+        output: the value that the last one returns.
     """
 
     steps: tuple[ChainStep, ...]

@@ -141,22 +141,21 @@ def _targets(
 def _reason_of_obstacle(obstacle: str) -> str:
     if obstacle == "input":
         return (
-            "It normalizes by its input: evaluate with use_running_average=True, or it is a norm "
-            "without running statistics."
+            "It normalizes by its input. If it has running statistics, evaluate the model with "
+            "use_running_average=True."
         )
-    return f"It is inside of a {obstacle}, which is left as it is."
+    return f"It is inside a {obstacle}, which stays as it is."
 
 
 def _why_not_into(linear: Linear, features: Array) -> str | None:
     """Returns why a norm with these features cannot go into the linear layer after it."""
     if linear.is_padded:
         return (
-            "its output goes to a convolution with padding, where a bias would be missing at the "
-            "border"
+            "its output goes to a convolution with padding, which would lack the bias at the border"
         )
     others = [size for axis, size in enumerate(features.shape) if axis not in linear.inputs]
     if any(size != 1 for size in others):
-        return "the linear layer after it shares its kernel between what the norm tells apart"
+        return "the linear layer after it applies the same kernel to several of its features"
     return None
 
 
@@ -194,7 +193,10 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
         if index in linears:
             return _why_not_into_kernel_before(program, linears[index], norm, is_shared)
         if step is None and equation.name not in SHAPES:
-            return f"Its input comes from `{equation.function}`, no linear layer with known weights"
+            return (
+                f"Its input comes from `{equation.function}`, not from a linear layer with known "
+                "weights"
+            )
         value = equation.inputs[0] if step is None else step.input
     return "Its input is an argument of the model"
 
@@ -204,10 +206,10 @@ def _why_not_into_kernel_before(
 ) -> str:
     kernel = path_of(program, linear.kernel, "kernel")
     if is_shared:
-        return f"What {kernel} gives is used elsewhere too"
+        return f"The output of {kernel} is used elsewhere too"
     steps = [program.equations[index] for index in norm.steps]
     if is_stored_real(program, linear.kernel) and any(
         multiplies_by_complex(program, step) for step in steps
     ):
         return f"Its scale is complex, but {kernel} is stored as real numbers"
-    return f"It, or what is before it, varies along more than the features of {kernel}"
+    return f"It, or a step before it, varies along more axes than the features of {kernel}"

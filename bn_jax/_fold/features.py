@@ -42,9 +42,9 @@ def broadcast_root(program: Program, value: int) -> tuple[int, tuple[int, ...]]:
 
 
 def features_of_norm(program: Program, norm: Norm) -> Array | None:
-    """Returns the features of a norm's input: a feature is what its operands have one value for.
+    """Returns the features of a norm's input; None for a norm that changes the shape.
 
-    Returns None for a norm that changes the shape of its input.
+    Its features are all positions along the axes that any of its operands varies along.
     """
     input_shape = program.avals[norm.input].shape
     shape = (1,) * len(input_shape)

@@ -25,13 +25,14 @@ class Folded(NamedTuple):
     """A model without its norms. In a notebook it shows what became of each norm.
 
     Attributes:
-        apply: ``apply(params, *args)`` computes what ``forward(variables, *args)`` did.
+        apply: ``apply(params, *args)`` computes what ``forward(variables, *args)`` did. It is
+            compiled by `jax.jit`.
         params: nested dictionaries by the paths of the variables: kernels with the norms in them,
             a bias beside each, and all other variables that are needed.
         report: what became of each norm.
     """
 
-    apply: Callable[..., Any]
+    apply: jax.stages.Wrapped
     params: dict[str, Any]
     report: FoldReport
 
@@ -173,7 +174,7 @@ def _rounded(entry: Entry, value: Array) -> Array:
 # --- the folded function ------------------------------------------------------------------------
 
 
-def _make_apply(pure: PureForward, shapes: Any, signature: Signature) -> Callable[..., Any]:
+def _make_apply(pure: PureForward, shapes: Any, signature: Signature) -> jax.stages.Wrapped:
     """Returns the folded program as a function for arguments of any shape that it is right for.
 
     For each shape the forward function is traced and planned again, since a program depends on the

@@ -65,11 +65,11 @@ def widest_dtype(program: Program, indices: Iterable[int]) -> np.dtype[Any]:
 
 
 def path_of(program: Program, value: int, default: str | None = None) -> str:
-    """Returns the path of a leaf, or of a computed value one that tells what it comes from.
+    """Returns the path of a leaf; for a computed value, a path made of what it is computed from.
 
     Args:
         program: of `trace`.
-        value: one that is known.
+        value: a known value.
         default: the last part of the path of a computed value; by default the names of the leaves
             that it comes from, and of the primitive that computes it.
     """

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What must be the same for all arguments that one folded model takes.
+    """What must be the same for all arguments of a folded model.
 
     Attributes:
         parameters: path, shape and dtype of each, and how it is computed.
@@ -208,7 +208,7 @@ def _live_steps(program: Program, decisions: Decisions) -> tuple[Step, ...]:
             if program.is_known(value) and not _stays(program, equation)
         ),
     }
-    printing = [index for index, one in enumerate(program.equations) if one.has_effects]
+    printing = [index for index, equation in enumerate(program.equations) if equation.has_effects]
     return steps_to(program, program.outputs, given, replaced=replaced, always=printing)
 
 
@@ -298,8 +298,8 @@ def _entries_of_layer(
 def _add_entries(entries: dict[Value, Entry], new: Mapping[Value, Entry]) -> None:
     """Adds entries under paths that are free. All of the new ones get the same number.
 
-    A path is not free where an entry has it, is inside of it or around it. The number goes after
-    the path, and for a path inside of an entry's after its first name.
+    A path is not free if an entry has the same path, or one inside or around it. The number goes
+    after the path; where the path is inside that of an entry, after its first name.
     """
     taken = [f"{entry.path}/" for entry in entries.values()]
     paths = [entry.path for entry in new.values()]

@@ -7,7 +7,7 @@ Tools take a model as ``(forward, variables)``, as users write it:
 - NNX: ``lambda model, x: model(x)`` and the module, which holds its arrays itself;
 - plain functions: any function of a tree of arrays, and the tree.
 
-`as_pure` makes one thing of the three: a function of a tree of arrays.
+`as_pure` turns each of them into a function of a tree of arrays.
 """
 
 from collections.abc import Callable, Mapping

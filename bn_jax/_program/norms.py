@@ -19,7 +19,7 @@ class Norm(NamedTuple):
         input: the value that it normalizes; with an obstacle, the first input of the equation.
         output: the value that it returns; with an obstacle, the first output of the equation.
         obstacle: None for a norm by known statistics; "input" for one that takes its statistics
-            from its input; otherwise the name of the equation that it is inside of ("scan").
+            from its input; otherwise the name of the equation around it, such as "scan".
     """
 
     path: str
@@ -41,7 +41,7 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
 
     Returns:
         The norms in the order of the program. One that normalizes by its input (in training, or a
-        layer norm), and one that is inside of a scan or the like, have an obstacle.
+        layer norm), and one that is inside a scan or the like, have an obstacle.
     """
     rooted = _rooted(program)
     norms: list[Norm] = []

@@ -9,7 +9,7 @@ from bn_jax._program.program import Equation, Program
 
 
 class Affine(NamedTuple):
-    """What an equation with one unknown input does to it, where it is affine and elementwise.
+    """An affine, elementwise step: what an equation does to its only unknown input.
 
     Attributes:
         kind: ``y = x + k``, ``x - k``, ``k - x``, ``x * k``, ``x / k``, ``-x`` or ``x`` in another

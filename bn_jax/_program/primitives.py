@@ -18,7 +18,7 @@ CAST = "convert_element_type"
 COPIES_AND_CASTS = COPIES | {CAST}
 
 # What changes neither numbers nor shapes: copies, and casts of the mesh axes that an array varies
-# over inside of `jax.shard_map`.
+# over inside `jax.shard_map`.
 MARKS = COPIES | {"pvary", "pcast"}
 
 # What changes the shape and moves numbers without changing them.

@@ -53,7 +53,7 @@ def _bytes_of(value: Any) -> tuple[str, bytes]:
 def _plain_options(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Returns what is the same for two equations that compute the same.
 
-    Shardings differ where a function is traced inside of `jax.shard_map`.
+    Shardings differ where a function is traced inside `jax.shard_map`.
     """
     return [
         (name, _plain(option)) for name, option in sorted(options.items()) if "sharding" not in name

@@ -180,7 +180,7 @@ def _union(origins: Sequence[Origins]) -> Origins:
 
 
 def _function_of(eqn: JaxprEqn) -> str:
-    """Returns the name of the function that a call of one with a derivative rule is of."""
+    """Returns the name of the called function, which has a derivative rule."""
     for jaxpr, _ in _jaxprs(eqn.params):
         return str(jaxpr.debug_info.func_name)
     return str(eqn.primitive.name)

@@ -320,7 +320,6 @@ def test_every_model_is_a_pure_function_of_arrays(make):
     leaves = jax.tree.leaves(variables)
     assert len(params) == len(jax.tree.leaves(others)) == len(leaves) - 2
     joined = pure.join(batch_stats, others)
-    assert jax.tree.structure(joined) == jax.tree.structure(variables)
     assert_close(joined, variables)
     statistics = pure.statistics(variables)
     assert {path.replace("/", "_") for path in statistics.values()} == {"layers_1"}

@@ -307,4 +307,4 @@ def test_names_are_free(name, monkeypatch):
 
 def test_an_unknown_policy_is_an_error():
     with pytest.raises(ValueError, match=r"keep='input' is no policy, expected .*'inputs', "):
-        bn.remat_policy("input")
+        bn.remat_policy("input")  # type: ignore[arg-type]
