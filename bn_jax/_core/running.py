@@ -173,8 +173,9 @@ def _average_moments(
     batch_stats: BatchStats,
     batch: CentredMoments,
 ) -> dict[str, jax.Array]:
-    var, degrees = batch.var, batch.count - running_var_ddof
+    var, degrees = batch.var, batch.count
     if running_var_ddof:
+        degrees = degrees - running_var_ddof
         var = var * (batch.count / jnp.where(degrees > 0, degrees, 1)).astype(var.dtype)
     new = {"mean": batch.shift + batch.delta, "var": var}
     old = cast(dict[str, jax.Array], batch_stats)
