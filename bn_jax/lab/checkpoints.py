@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from bn_jax.training import Evaluation, Report, TrainState
+from bn_jax.lab.fitting import Report
+from bn_jax.training import Evaluation, TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

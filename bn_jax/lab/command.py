@@ -29,6 +29,7 @@ from bn_jax.lab import checkpoints, data, processes, runs
 from bn_jax.lab.experiments import EXPERIMENTS, verdicts
 from bn_jax.lab.experiments.reproduce import choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Interval, Setting
+from bn_jax.lab.fitting import Report, fit, make_optimizer, shard_dataset
 from bn_jax.lab.runs import ARMS
 
 try:
@@ -53,7 +54,7 @@ INTERRUPTED = 130
 COMPILED_QUICKLY = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 LOST = "another process was lost, or JAX's runtime failed as it says above"
 
-Show = Callable[[str, training.Report], None]
+Show = Callable[[str, Report], None]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train has written.")]
 
 app = typer.Typer(
@@ -105,7 +106,7 @@ class UnfinishedRun(NamedTuple):
 class Result(NamedTuple):
     """A trained arm: its reports, its state after the last step, and its test evaluation."""
 
-    reports: list[training.Report]
+    reports: list[Report]
     state: training.TrainState
     test: training.Evaluation
 
@@ -884,7 +885,7 @@ def _train_arm(
     state, rng, reports = _last_position(positions, arm, problem, config, mesh)
     if reports:
         show(arm, reports[-1])
-    for reached in training.fit(
+    for reached in fit(
         state,
         train,
         validation,
@@ -900,7 +901,7 @@ def _train_arm(
         if report.step % steps_per_epoch == 0 and jax.process_index() == 0:
             checkpoints.save_position(positions, checkpoints.Position(state, rng, reports))
         show(arm, report)
-    test_batches = training.shard_dataset(test, config.batch_size, mesh)
+    test_batches = shard_dataset(test, config.batch_size, mesh)
     return Result(reports, state, training.evaluate(state, test_batches))
 
 
@@ -909,7 +910,7 @@ def _last_position(
 ) -> checkpoints.Position:
     state = training.create_state(
         runs.make_model(arm, problem.num_classes, config.batch_size // config.devices),
-        training.make_optimizer(
+        make_optimizer(
             config.learning_rate, config.epochs * _steps_per_epoch(problem, config)
         ),
         problem.test_images.shape[1:],
@@ -964,17 +965,17 @@ def _progress(steps_per_epoch: int, epochs: int) -> Iterator[Show]:
         yield lambda arm, report: _move_bar(bar, tasks[arm], report)
 
 
-def _move_bar(bar: "Progress", task: "TaskID", report: training.Report) -> None:
+def _move_bar(bar: "Progress", task: "TaskID", report: Report) -> None:
     bar.start_task(task)
     bar.update(task, completed=report.step, reached=_reached(report))
 
 
-def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, report: training.Report) -> None:
+def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, report: Report) -> None:
     if report.step % steps_per_epoch == 0:
         print(f"{arm}: epoch {report.epoch} of {epochs}, {_reached(report)}", flush=True)
 
 
-def _reached(report: training.Report) -> str:
+def _reached(report: Report) -> str:
     return f"loss {report.training.loss:.4f}, validation accuracy {report.validation.accuracy:.2%}"
 
 
@@ -1064,7 +1065,7 @@ def _evaluate_run(run: Path, data_file: Path | None, mesh: Mesh) -> training.Eva
     saved = runs.read_run(run)
     dataset = runs.load_like(saved, data_file)
     state = runs.restore(saved, mesh)
-    return training.evaluate(state, training.shard_dataset(dataset, saved.batch_size, mesh))
+    return training.evaluate(state, shard_dataset(dataset, saved.batch_size, mesh))
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import numpy.typing as npt
+
+from bn_jax.training import Batch, pad_batch
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -25,17 +26,6 @@ class Splits(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset
-
-
-class Batch(NamedTuple):
-    """Images, labels, and a boolean `mask` [N] that is False on padding.
-
-    The leaves are NumPy arrays where batches are made, and `jax.Array`s once they are on devices.
-    """
-
-    x: FloatArray | jax.Array
-    y: IntArray | jax.Array
-    mask: npt.NDArray[np.bool_] | jax.Array
 
 
 def load_digits() -> Dataset:
@@ -199,33 +189,6 @@ def standardize(dataset: Dataset, mean: float, std: float) -> Dataset:
     """
     # In float64: in float32 an x of mean 1e6 and std 1 would lose its digits in the subtraction.
     return dataset._replace(x=((dataset.x.astype(np.float64) - mean) / std).astype(np.float32))
-
-
-def pad_batch(x: FloatArray, y: IntArray, batch_size: int) -> Batch:
-    """Pads examples with zeros to `batch_size` and masks the padding.
-
-    Args:
-        x: images [n, H, W, C].
-        y: labels [n].
-        batch_size: the size wanted, at least n.
-
-    Returns:
-        A batch of `batch_size` examples, the first n of them real.
-
-    Raises:
-        ValueError: there are more than `batch_size` examples.
-    """
-    padding = batch_size - len(y)
-    if padding < 0:
-        raise ValueError(
-            f"received {len(y)} examples, expected at most batch_size = {batch_size}; "
-            "cut them with `batches`"
-        )
-    return Batch(
-        np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)),
-        np.pad(y, (0, padding)),
-        np.arange(batch_size) < len(y),
-    )
 
 
 def batches(

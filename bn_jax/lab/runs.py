@@ -23,6 +23,7 @@ from bn_jax._audit.findings import Audit, audit
 from bn_jax._fold.folding import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab.fitting import shard_dataset
 
 NO_NORM = "no normalization"
 PER_DEVICE = "per-device batch norm"
@@ -230,19 +231,19 @@ def recalibrate_run(
     images = _training_part(saved, judged) if data_file is None else judged
     model = _model_of(saved)
 
-    def evaluate(variables: Any, batch: data.Batch) -> Any:
+    def evaluate(variables: Any, batch: training.Batch) -> Any:
         options: dict[str, Any] = {"mask": batch.mask, "mutable": ["batch_stats"]}
         return model.apply(variables, batch.x, train=False, **options)
 
     found = recalibrate(
         evaluate,
         checkpoints.variables_of(state),
-        training.shard_dataset(images, saved.batch_size, mesh),
+        shard_dataset(images, saved.batch_size, mesh),
         prior=prior,
         progress=progress,
     )
     recalibrated = state.replace(batch_stats=found.batch_stats)
-    change = _compare(state, recalibrated, training.shard_dataset(judged, saved.batch_size, mesh))
+    change = _compare(state, recalibrated, shard_dataset(judged, saved.batch_size, mesh))
     facts = {
         "data": str(data_file or saved.data_file or "scikit-learn's digits"),
         "examples": len(images.y),
@@ -278,7 +279,7 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]
         checkpoints.variables_of(state),
         jnp.zeros((saved.batch_size, *saved.image_shape)),
     )
-    test_batches = training.shard_dataset(load_like(saved, None), saved.batch_size, mesh)
+    test_batches = shard_dataset(load_like(saved, None), saved.batch_size, mesh)
     change = _compare(state, _folded_state(folded.apply, folded.params, mesh), test_batches)
     facts = {"norms": [norm._asdict() for norm in folded.report]}
     with _written(saved, folder, "folded", facts, change) as checkpoint:
@@ -308,7 +309,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     images = load_like(saved, data_file)
     argument = "DIR" if data_file is None else "--data"
     examples = _audited_examples(saved, len(images.y), argument)
-    batch = training.shard_dataset(images, examples, mesh)[0]
+    batch = shard_dataset(images, examples, mesh)[0]
     # Without the mask, which hides nothing here, but the activations from the audit.
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
     found = audit(forward, checkpoints.variables_of(state), batch.x)
@@ -397,7 +398,7 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
 
 
 def _compare(
-    before: training.TrainState, after: training.TrainState, batches: list[data.Batch]
+    before: training.TrainState, after: training.TrainState, batches: list[training.Batch]
 ) -> Change:
     states = (before, after)
     evaluations = [training.evaluate(state, batches) for state in states]
