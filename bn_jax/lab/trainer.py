@@ -1,5 +1,6 @@
 """The command `bn-jax train`: starts or resumes a run, and trains its arms."""
 
+import contextlib
 import json
 import math
 import sys
@@ -188,12 +189,17 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
 
 def _train(folder: Path, loaded: Problem, config: Config, mesh: Mesh) -> None:
     with launch.explain_failures(folder):
-        steps_per_epoch = config.steps_per_epoch(loaded)
-        with progress.training(runs.ARMS, steps_per_epoch, config.epochs) as show:
+        with _progress(config.steps_per_epoch(loaded), config.epochs) as show:
             trained = {arm: train_arm(arm, loaded, config, mesh, folder, show) for arm in runs.ARMS}
         if jax.process_index() == 0:
             results.finish(folder, loaded, config, trained, mesh.local_mesh)
         jax.distributed.shutdown()
+
+
+def _progress(steps_per_epoch: int, epochs: int) -> contextlib.AbstractContextManager[ShowReport]:
+    if jax.process_index() == 0:
+        return progress.training(runs.ARMS, steps_per_epoch, epochs)
+    return contextlib.nullcontext(lambda arm, report: None)
 
 
 def train_arm(
