@@ -44,10 +44,6 @@ class Config(NamedTuple):
     learning_rate: float
     seed: int
 
-    def steps_per_epoch(self, problem: Problem) -> int:
-        """Returns the steps of an epoch; the last one may be on a padded batch."""
-        return math.ceil(len(problem.splits.train.y) / self.batch_size)
-
 
 class Result(NamedTuple):
     """A trained arm.

@@ -52,6 +52,31 @@ class UnfinishedRun(NamedTuple):
     data_sha256: str
 
 
+class Run(NamedTuple):
+    """A run in progress.
+
+    Attributes:
+        folder: for checkpoints and results.
+        problem: the data.
+        config: the options.
+        mesh: the devices.
+    """
+
+    folder: Path
+    problem: Problem
+    config: Config
+    mesh: Mesh
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The steps of an epoch; the last one may be on a padded batch."""
+        return math.ceil(len(self.problem.splits.train.y) / self.config.batch_size)
+
+    def checkpoints(self, arm: str) -> Path:
+        """Returns the folder for the checkpoints of an arm."""
+        return self.folder / "checkpoints" / arm.replace(" ", "-")
+
+
 def start(request: Request, launched: Launch) -> None:
     """Trains all arms, and saves a run.
 
@@ -70,10 +95,10 @@ def start(request: Request, launched: Launch) -> None:
         learning_rate=request.learning_rate,
         seed=request.seed,
     )
-    folder = _agree(request.folder, config, loaded, mesh, is_resumed=False)
+    run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
     if jax.process_index() == 0:
-        _begin(folder, config, loaded)
-    _train(folder, loaded, config, mesh)
+        _begin(run)
+    _train(run)
 
 
 def resume(folder: Path, devices: int | None, launched: Launch) -> None:
@@ -99,8 +124,7 @@ def resume(folder: Path, devices: int | None, launched: Launch) -> None:
             f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
             f"{config.batch_size}; use --devices {config.devices} as before"
         )
-    folder = _agree(folder, config, loaded, mesh, is_resumed=True)
-    _train(folder, loaded, config, mesh)
+    _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True))
 
 
 def _require_packages(data_file: Path | None) -> None:
@@ -109,19 +133,21 @@ def _require_packages(data_file: Path | None) -> None:
         require("sklearn")
 
 
-def _agree(folder: Path, config: Config, loaded: Problem, mesh: Mesh, *, is_resumed: bool) -> Path:
-    return launch.agree(
-        folder,
+def _agree(run: Run, *, is_resumed: bool) -> Run:
+    """Checks that all processes have the same options, and gives them the folder of process 0."""
+    folder = launch.agree(
+        run.folder,
         {
             "--resume": is_resumed,
-            "--data": loaded.sha256,
-            "--devices": mesh.size,
-            "--epochs": config.epochs,
-            "--batch-size": config.batch_size,
-            "--learning-rate": config.learning_rate,
-            "--seed": config.seed,
+            "--data": run.problem.sha256,
+            "--devices": run.mesh.size,
+            "--epochs": run.config.epochs,
+            "--batch-size": run.config.batch_size,
+            "--learning-rate": run.config.learning_rate,
+            "--seed": run.config.seed,
         },
     )
+    return run._replace(folder=folder)
 
 
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
@@ -149,14 +175,15 @@ def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
     return nearest
 
 
-def _begin(folder: Path, config: Config, loaded: Problem) -> None:
+def _begin(run: Run) -> None:
+    data_file = run.config.data
     started = {
-        "config": config._asdict(),
-        "data_file": None if config.data is None else str(Path(config.data).absolute()),
-        "data_sha256": loaded.sha256,
+        "config": run.config._asdict(),
+        "data_file": None if data_file is None else str(Path(data_file).absolute()),
+        "data_sha256": run.problem.sha256,
     }
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints/config.json").write_text(json.dumps(started, indent=2) + "\n")
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "checkpoints/config.json").write_text(json.dumps(started, indent=2) + "\n")
 
 
 def _read_unfinished(folder: Path) -> UnfinishedRun:
@@ -187,74 +214,69 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
         ) from error
 
 
-def _train(folder: Path, loaded: Problem, config: Config, mesh: Mesh) -> None:
-    with launch.explain_failures(folder):
-        with _progress(config.steps_per_epoch(loaded), config.epochs) as show:
-            trained = {arm: train_arm(arm, loaded, config, mesh, folder, show) for arm in runs.ARMS}
+def _train(run: Run) -> None:
+    with launch.explain_failures(run.folder):
+        with _progress(run) as show:
+            trained = {arm: train_arm(arm, run, show) for arm in runs.ARMS}
         if jax.process_index() == 0:
-            results.finish(folder, loaded, config, trained, mesh.local_mesh)
+            local = run.mesh.local_mesh
+            results.finish(run.folder, run.problem, run.config, trained, local)
         jax.distributed.shutdown()
 
 
-def _progress(steps_per_epoch: int, epochs: int) -> contextlib.AbstractContextManager[ShowReport]:
+def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
     if jax.process_index() == 0:
-        return progress.training(runs.ARMS, steps_per_epoch, epochs)
+        return progress.training(runs.ARMS, run.steps_per_epoch, run.config.epochs)
     return contextlib.nullcontext(lambda arm, report: None)
 
 
-def train_arm(
-    arm: str, loaded: Problem, config: Config, mesh: Mesh, folder: Path, show: ShowReport
-) -> Result:
+def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
     """Trains an arm from its newest checkpoint to the end.
 
     Args:
         arm: one of `runs.ARMS`.
-        loaded: the data.
-        config: the options of the run.
-        mesh: the devices.
-        folder: of the run; a checkpoint is saved there after every epoch.
+        run: the run; a checkpoint is saved in its folder after every epoch.
         show: called with the arm and each report.
 
     Returns:
         All reports, the last state and its test evaluation.
     """
-    positions = folder / "checkpoints" / arm.replace(" ", "-")
-    last = _last_position(positions, arm, loaded, config, mesh)
+    last = _last_position(arm, run)
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
         show(arm, reports[-1])
     for reached, report in fitting.fit(
         last.state,
-        loaded.splits.train,
-        loaded.splits.validation,
-        mesh,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
+        run.problem.splits.train,
+        run.problem.splits.validation,
+        run.mesh,
+        batch_size=run.config.batch_size,
+        epochs=run.config.epochs,
         seed=rng,
         report_every=results.REPORT_EVERY,
         after=reports[-1] if reports else None,
     ):
         state = reached
         reports.append(report)
-        if report.step % config.steps_per_epoch(loaded) == 0 and jax.process_index() == 0:
-            checkpoints.save_position(positions, checkpoints.Position(state, rng, reports))
+        if report.step % run.steps_per_epoch == 0 and jax.process_index() == 0:
+            position = checkpoints.Position(state, rng, reports)
+            checkpoints.save_position(run.checkpoints(arm), position)
         show(arm, report)
-    test_batches = fitting.shard_dataset(loaded.splits.test, config.batch_size, mesh)
-    return Result(reports, state, training.evaluate(state, test_batches))
+    test = fitting.shard_dataset(run.problem.splits.test, run.config.batch_size, run.mesh)
+    return Result(reports, state, training.evaluate(state, test))
 
 
-def _last_position(
-    folder: Path, arm: str, loaded: Problem, config: Config, mesh: Mesh
-) -> checkpoints.Position:
+def _last_position(arm: str, run: Run) -> checkpoints.Position:
     """Returns the newest intact checkpoint that process 0 finds, else the start."""
-    total_steps = config.epochs * config.steps_per_epoch(loaded)
+    config = run.config
     state = training.create_state(
-        runs.make_model(arm, loaded.num_classes, config.batch_size // config.devices),
-        fitting.make_optimizer(config.learning_rate, total_steps),
-        loaded.test_images.shape[1:],
+        runs.make_model(arm, run.problem.num_classes, config.batch_size // config.devices),
+        fitting.make_optimizer(config.learning_rate, config.epochs * run.steps_per_epoch),
+        run.problem.test_images.shape[1:],
         config.seed,
-        mesh,
+        run.mesh,
     )
+    folder = run.checkpoints(arm)
     newest = _newest_intact(folder, arm) if jax.process_index() == 0 else FROM_START
     newest = processes.from_first(newest)
     if newest == FROM_START:
