@@ -478,7 +478,7 @@ def drop_in_a_scan(state, x):
     return jax.lax.scan(lambda state, x: (drop(state, x), None), state, x[None])[0]
 
 
-def compile_anew(step):
+def compile_again(step):
     """What is compiled twice is traced once, and tells once."""
     return jax.jit(lambda state, x: step(state, x))
 
@@ -496,7 +496,7 @@ def take_steps(step, state, steps=25):
     "step", [keep, keep_in_two_lines, keep_later, keep_after_compiled_update, mean_to_keep]
 )
 def test_kept_statistics_are_no_reason_to_warn(step, compiled):
-    _, caught = take_steps(compile_anew(step) if compiled else step, small_state())
+    _, caught = take_steps(compile_again(step) if compiled else step, small_state())
     assert caught == []
     assert training.state._omissions == {}
 
@@ -509,7 +509,7 @@ def test_states_without_values_are_not_counted():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: drop, *(functools.partial(compile_anew, step) for step in (drop, drop_in_a_scan))],
+    [lambda: drop, *(functools.partial(compile_again, step) for step in (drop, drop_in_a_scan))],
     ids=["as it is", "compiled", "scanned"],
 )
 @pytest.mark.parametrize("fields", [{}, {"kind": OwnState, "own": 0}], ids=["ours", "a subclass"])
@@ -528,7 +528,7 @@ def test_dropped_statistics_are_told_once_at_their_line(make, fields):
 
 
 def test_dropped_statistics_as_an_error():
-    step, state = compile_anew(drop), small_state()
+    step, state = compile_again(drop), small_state()
     with pytest.raises(UserWarning, match="batch_stats of ours, theirs as they were"):
         for _ in range(25):
             state = step(state, INPUT)
@@ -538,7 +538,7 @@ def test_every_line_is_told_once():
     take_steps(drop, small_state())
     assert take_steps(drop, small_state())[1] == []
     assert take_steps(drop_in_a_scan, small_state())[1] == []
-    drop_elsewhere = compile_anew(lambda state, x: state.apply_gradients(grads=state.params))
+    drop_elsewhere = compile_again(lambda state, x: state.apply_gradients(grads=state.params))
     assert len(take_steps(drop_elsewhere, small_state())[1]) == 1
 
 
@@ -569,7 +569,7 @@ class NoNorm(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_without_norms_drops_nothing(compiled):
-    step = compile_anew(drop) if compiled else drop
+    step = compile_again(drop) if compiled else drop
     assert take_steps(step, small_state(model=NoNorm()))[1] == []
 
 
