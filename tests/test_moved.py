@@ -38,13 +38,14 @@ with warnings.catch_warnings(record=True) as caught:
     from bn_jax import models
     from bn_jax.data import load_digits
     import bn_jax.experiments.sweeps
+    bn_jax.experiments.sweeps
 assert [warning.filename for warning in caught] == ["<string>"] * 3, caught
 assert [warning.lineno for warning in caught] == [5, 7, 8]
-import bn_jax.lab
-assert Setting is bn_jax.lab.experiments.verdicts.Setting
-assert figures is bn_jax.lab.experiments.figures
-assert bn_jax.experiments.sweeps is bn_jax.lab.experiments.sweeps
-assert models is bn_jax.lab.models and load_digits is bn_jax.lab.data.load_digits
+for name, module in sys.modules.items():
+    if name.startswith(("bn_jax.experiments", "bn_jax.models", "bn_jax.data")):
+        assert module is sys.modules[name.replace("bn_jax.", "bn_jax.lab.")], name
+from bn_jax.lab.experiments.verdicts import Setting as same
+assert Setting is same
 """
 
 
