@@ -24,7 +24,7 @@ from benchmarks import report
 from benchmarks.compilers import V5E, identify, mesh_of, remembered
 from benchmarks.hlo import Collective, collectives
 from bn_jax import training
-from bn_jax.lab.data import Batch
+from bn_jax.lab.fitting import make_optimizer
 from bn_jax.lab.models import Norm, ResNet
 
 SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
@@ -139,15 +139,15 @@ def placed(tree: Any, mesh: Mesh, *axes: str) -> Any:
 def initial_state(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> Any:
     """Returns the shapes of the state of the training step."""
     model = ResNet(10, (1,) * len(sizes.widths), sizes.widths, norm=norm)
-    optimizer = training.make_optimizer(0.1, total_steps=100)
+    optimizer = make_optimizer(0.1, total_steps=100)
     create = partial(training.create_state, model, optimizer, sizes.image_shape, 0, mesh)
     return placed(jax.eval_shape(create), mesh)
 
 
 def lower_step(norm: Norm | None, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
-    """Lowers `bn_jax.training.train_step` as `bn_jax.training.fit` does."""
+    """Lowers `bn_jax.training.train_step` as `bn_jax.lab.fitting.fit` does."""
     examples = sizes.examples * mesh.size
-    batch: Any = Batch(
+    batch: Any = training.Batch(
         jax.ShapeDtypeStruct((examples, *sizes.image_shape), jnp.float32),  # type: ignore[arg-type]
         jax.ShapeDtypeStruct((examples,), jnp.int32),  # type: ignore[arg-type]
         jax.ShapeDtypeStruct((examples,), jnp.bool_),  # type: ignore[arg-type]

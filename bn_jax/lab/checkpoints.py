@@ -1,4 +1,4 @@
-"""Checkpoints: written and read by one process, and recognized when they are damaged."""
+"""Checkpoints: written and read by one process, with a SHA-256 that reveals damage."""
 
 import hashlib
 import json
@@ -10,16 +10,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from bn_jax.training import Evaluation, Report, TrainState
+from bn_jax.lab.fitting import Report
+from bn_jax.training import Evaluation, TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+__all__ = [
+    "Position",
+    "is_intact",
+    "positions",
+    "restore_position",
+    "restore_variables",
+    "save_position",
+    "save_variables",
+    "sha256",
+    "variables_of",
+]
+
+# The newest positions that are kept: if the last is damaged, a training resumes from the other.
 KEPT = 2
 
 
 class Position(NamedTuple):
-    """All that a training at the end of an epoch needs to go on: also its reports so far."""
+    """What a training needs at the end of an epoch to continue later.
+
+    Attributes:
+        state: the model and the optimizer.
+        rng: the generator of the order of examples.
+        reports: all reports so far.
+    """
 
     state: TrainState
     rng: np.random.Generator
@@ -30,7 +50,7 @@ def save_variables(path: Path, state: TrainState) -> None:
     """Saves params and batch_stats with Orbax.
 
     Args:
-        path: a folder that does not exist yet.
+        path: a new folder.
         state: the model's state, replicated over its devices.
     """
     _save(path, variables_of(state))
@@ -44,21 +64,21 @@ def restore_variables(path: Path, state: TrainState) -> TrainState:
         state: a state of the same model, e.g. newly created.
 
     Returns:
-        `state` with the saved values, on the devices that it was on.
+        `state` with the saved values, on the same devices.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint belongs to another model.
     """
     return state.replace(**_restore(path, variables_of(state)))
 
 
 def save_position(folder: Path, position: Position) -> None:
-    """Saves where a training stands, and deletes all but the newest positions of the folder.
+    """Saves the position of a training, and deletes all but the newest positions in the folder.
 
-    The SHA-256 of the files is written last, so that a position saved in part is none.
+    The SHA-256 of the files is written last, so a position without it is incomplete.
 
     Args:
-        folder: of the positions of this training; made where it is missing.
+        folder: of the positions of this training; made if it is missing.
         position: at the end of an epoch.
     """
     path = folder / str(position.reports[-1].epoch)
@@ -72,10 +92,10 @@ def save_position(folder: Path, position: Position) -> None:
 
 
 def positions(folder: Path) -> list[Path]:
-    """Lists the positions that `save_position` has saved, also in part.
+    """Lists the positions that `save_position` saved, complete or not.
 
     Args:
-        folder: of the positions; it need not exist.
+        folder: of the positions, or a missing one.
 
     Returns:
         Their folders, the newest first.
@@ -85,13 +105,13 @@ def positions(folder: Path) -> list[Path]:
 
 
 def is_intact(path: Path) -> bool:
-    """Says whether a position is what was saved, by its SHA-256.
+    """Tells whether a position is as it was saved, by its SHA-256.
 
     Args:
         path: one of `positions`.
 
     Returns:
-        Whether it may be restored. Orbax's threads print tracebacks where a file is damaged.
+        Whether to restore it. From damaged files, Orbax's threads print tracebacks.
     """
     return _seal(path).is_file() and _seal(path).read_text() == sha256(path)
 
@@ -104,7 +124,7 @@ def restore_position(path: Path, state: TrainState) -> Position:
         state: a state of the same model and optimizer, e.g. newly created.
 
     Returns:
-        The position, its state on the devices that `state` was on.
+        The position, with its state on the devices of `state`.
     """
     saved = json.loads((path / "position.json").read_text())
     rng = np.random.default_rng()
@@ -112,7 +132,7 @@ def restore_position(path: Path, state: TrainState) -> Position:
     return Position(
         state.replace(**_restore(path / "state", _training_variables(state))),
         rng,
-        [_report(*fields) for fields in saved["reports"]],
+        [_read_report(fields) for fields in saved["reports"]],
     )
 
 
@@ -120,7 +140,7 @@ def sha256(folder: Path) -> str:
     """Computes the SHA-256 of the names and contents of all files that are not hidden.
 
     Args:
-        folder: any; a missing one counts as empty.
+        folder: any folder; a missing one counts as empty.
 
     Returns:
         The digest, in hexadecimal.
@@ -132,15 +152,12 @@ def sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _report(
-    step: int,
-    epoch: int,
-    training: Sequence[Any],
-    validation: Sequence[Any],
-    examples: int,
-    seconds: float,
-) -> Report:
-    return Report(step, epoch, Evaluation(*training), Evaluation(*validation), examples, seconds)
+def _read_report(fields: Sequence[Any]) -> Report:
+    """Returns a report that was saved as JSON, which has lists instead of named tuples."""
+    report = Report(*fields)
+    return report._replace(
+        training=Evaluation(*report.training), validation=Evaluation(*report.validation)
+    )
 
 
 def _seal(path: Path) -> Path:
@@ -154,7 +171,7 @@ def _delete(path: Path) -> None:
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """Returns what a model is applied to, and what `save_variables` saves.
+    """Returns the variables of a model, which `save_variables` saves.
 
     Args:
         state: the model's state.
@@ -190,7 +207,7 @@ def _restore(path: Path, tree: Any) -> Any:
 def _checkpointer() -> "ocp.StandardCheckpointer":
     import orbax.checkpoint as ocp
 
-    # Otherwise Orbax waits until every process has come to save or restore too.
+    # Otherwise Orbax waits until every process saves or restores.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )

@@ -1,41 +1,49 @@
-"""Labelled images: loading, splitting, standardizing, and padded batches."""
+"""Labelled images: loaded, split, standardized, and cut into padded batches."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import numpy.typing as npt
+
+from bn_jax.training import Batch, pad_batch
+
+__all__ = [
+    "Dataset",
+    "FloatArray",
+    "IntArray",
+    "Splits",
+    "batches",
+    "load_digits",
+    "load_npz",
+    "mean_and_std",
+    "split",
+    "standardize",
+]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
 
 class Dataset(NamedTuple):
-    """Images `x`, float32 [N, H, W, C], and their labels `y`, int32 [N]."""
+    """Labelled images.
+
+    Attributes:
+        x: images, float32 [N, H, W, C].
+        y: labels, int32 [N].
+    """
 
     x: FloatArray
     y: IntArray
 
 
 class Splits(NamedTuple):
-    """Three disjoint parts that cover a dataset."""
+    """The three parts of a dataset; each example is in exactly one of them."""
 
     train: Dataset
     validation: Dataset
     test: Dataset
-
-
-class Batch(NamedTuple):
-    """Images, labels, and a boolean `mask` [N] that is False on padding.
-
-    The leaves are NumPy arrays where batches are made, and `jax.Array`s once they are on devices.
-    """
-
-    x: FloatArray | jax.Array
-    y: IntArray | jax.Array
-    mask: npt.NDArray[np.bool_] | jax.Array
 
 
 def load_digits() -> Dataset:
@@ -61,13 +69,13 @@ def load_npz(path: Path, num_classes: int | None = None) -> Dataset:
     Args:
         path: a file with the arrays `x`, real numbers [N, H, W] or [N, H, W, C], and `y`, integers
             [N] from 0 to the number of classes minus one.
-        num_classes: how many classes there are. None: as many as examples at most.
+        num_classes: number of classes. None: at most the number of examples.
 
     Returns:
         The dataset; `x` has a channel axis.
 
     Raises:
-        ValueError: the file cannot be read, or an array is missing or is not as described.
+        ValueError: the file cannot be read, or an array is missing or not as described.
     """
     arrays = _read_arrays(path)
     x = _checked_images(arrays["x"])
@@ -77,19 +85,19 @@ def load_npz(path: Path, num_classes: int | None = None) -> Dataset:
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     arrays = {}
     try:
-        # NumPy leaves a file that it opens itself open when it is not a zip archive.
+        # Opened here, because NumPy does not close a file that is no zip archive.
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
+                raise ValueError("it holds a single array without a name")
             missing = {"x", "y"} - set(file.files)
             if not missing:
                 arrays = {name: np.asarray(file[name]) for name in ("x", "y")}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the path of an .npz file") from None
     except Exception as error:
-        # The bytes are anybody's: zip, zlib, NumPy's header parser and the file system each
-        # raise their own kinds.
+        # The file may hold anything: zip, zlib, NumPy's header parser and the file system raise
+        # errors of different types.
         raise ValueError(
             f"{path} cannot be read as an .npz file of numbers ({error}); "
             "write it with numpy.savez(file, x=images, y=labels)"
@@ -156,7 +164,7 @@ def split(dataset: Dataset, seed: int) -> Splits:
     examples = len(dataset.y)
     if examples < 3:
         raise ValueError(
-            f"received {examples} examples, expected at least 3, one each to train, validate and "
+            f"received {examples} examples, expected at least 3, for training, validation and "
             "test; add examples"
         )
     order = np.random.default_rng(seed).permutation(examples)
@@ -169,7 +177,7 @@ def mean_and_std(dataset: Dataset) -> tuple[float, float]:
     """Computes the mean and standard deviation over all pixels and channels.
 
     Args:
-        dataset: the training part, so that nothing of the other parts leaks into the inputs.
+        dataset: the training part, so that the inputs do not depend on the other parts.
 
     Returns:
         Two Python floats.
@@ -180,8 +188,8 @@ def mean_and_std(dataset: Dataset) -> tuple[float, float]:
     std = float(dataset.x.std(dtype=np.float64))
     if std == 0:
         raise ValueError(
-            f"every pixel of x in the training part is {dataset.x.flat[0]}, expected images that "
-            "differ; check how x was written"
+            f"every pixel of x in the training part is {dataset.x.flat[0]}, expected different "
+            "images; check how x was written"
         )
     return float(dataset.x.mean(dtype=np.float64)), std
 
@@ -195,37 +203,10 @@ def standardize(dataset: Dataset, mean: float, std: float) -> Dataset:
         std: a positive scalar.
 
     Returns:
-        The dataset with new images and the same labels.
+        A dataset of standardized images with the same labels.
     """
-    # In float64: in float32 an x of mean 1e6 and std 1 would lose its digits in the subtraction.
+    # In float64, because the subtraction would leave no digits of a float32 x of mean 1e6, std 1.
     return dataset._replace(x=((dataset.x.astype(np.float64) - mean) / std).astype(np.float32))
-
-
-def pad_batch(x: FloatArray, y: IntArray, batch_size: int) -> Batch:
-    """Pads examples with zeros to `batch_size` and masks the padding.
-
-    Args:
-        x: images [n, H, W, C].
-        y: labels [n].
-        batch_size: the size wanted, at least n.
-
-    Returns:
-        A batch of `batch_size` examples, the first n of them real.
-
-    Raises:
-        ValueError: there are more than `batch_size` examples.
-    """
-    padding = batch_size - len(y)
-    if padding < 0:
-        raise ValueError(
-            f"received {len(y)} examples, expected at most batch_size = {batch_size}; "
-            "cut them with `batches`"
-        )
-    return Batch(
-        np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)),
-        np.pad(y, (0, padding)),
-        np.arange(batch_size) < len(y),
-    )
 
 
 def batches(
@@ -234,13 +215,13 @@ def batches(
     rng: np.random.Generator | None = None,
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Yields every example exactly once, in batches of one size.
+    """Yields every example exactly once, in batches of equal size.
 
     Args:
         dataset: the examples.
-        batch_size: the size of every batch; the last is padded by `pad_batch`.
-        rng: shuffles the examples. None: they come in order.
-        rows: the part of every batch to make, where other processes make the rest.
+        batch_size: the size of every batch; the last is padded and masked.
+        rng: shuffles the examples. None: they stay in order.
+        rows: the rows of every batch that this process needs (see `bn_jax.training.process_rows`).
 
     Yields:
         The `rows` of batches of `batch_size`.

@@ -1,7 +1,8 @@
 """Residual networks in Flax Linen, for small images and for ImageNet, with any norm or none.
 
-A norm keeps the residual branches small beside what the shortcuts carry, the more so the deeper.
-Without, SkipInit and Fixup start the branches at zero, which is enough to train deep networks.
+A norm keeps the residual branches small beside the shortcuts, the more so the deeper the network.
+Without a norm, SkipInit and Fixup start the branches at zero, which suffices to train deep
+networks.
 """
 
 import inspect
@@ -12,8 +13,34 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from bn_jax.linen import BatchNorm
+
+__all__ = [
+    "BasicBlock",
+    "Block",
+    "Bottleneck",
+    "BranchInit",
+    "ConvNorm",
+    "DenseBlock",
+    "DepthwiseBlock",
+    "Norm",
+    "Padding",
+    "PlainBlock",
+    "PreActivationBlock",
+    "ResNet",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
+    "ResNet101",
+    "ResNet152",
+    "ResidualBlock",
+    "ResidualMLP",
+    "Scalar",
+    "apply_norm",
+    "fixup_normal",
+]
 
 Norm = Callable[..., nn.Module]
 Padding = Literal["SAME", "symmetric"]
@@ -21,7 +48,7 @@ BranchInit = Literal["plain", "skipinit", "fixup"]
 
 
 def fixup_normal(depth: int, layers: int) -> jax.nn.initializers.Initializer:
-    """Returns Fixup's initializer of the kernels in a residual branch, all but the last, of zeros.
+    """Returns Fixup's initializer of all kernels in a residual branch but the last, which is zero.
 
     He's normal distribution with ``depth ** (-1 / (2 * layers - 2))`` times its standard deviation.
 
@@ -30,14 +57,14 @@ def fixup_normal(depth: int, layers: int) -> jax.nn.initializers.Initializer:
         layers: kernels in a branch, m in the paper; at least 2.
 
     Returns:
-        An initializer as those of `jax.nn.initializers`.
+        An initializer like those in `jax.nn.initializers`.
 
     Raises:
         ValueError: `depth` is under 1 or `layers` under 2.
 
     Example:
         >>> import jax
-        >>> from bn_jax import models
+        >>> from bn_jax.lab import models
         >>> kernel = models.fixup_normal(depth=16, layers=3)(jax.random.key(0), (200, 300))
         >>> round(float(kernel.std() / (2 / 200) ** 0.5), 2)  # 16 ** (-1 / 4)
         0.5
@@ -63,8 +90,8 @@ def _branch_kernels(
         raise ValueError(f"branch_init={branch_init!r}, expected 'plain', 'skipinit' or 'fixup'")
     if branch_init != "plain" and norm is not None:
         raise ValueError(
-            f"branch_init={branch_init!r} is there instead of norms, but norm={norm} is one: pass "
-            "norm=None, or branch_init='plain'."
+            f"branch_init={branch_init!r} is there instead of norms, but norm={norm} is given: "
+            "pass norm=None, or branch_init='plain'."
         )
     if branch_init == "fixup":
         return [fixup_normal(depth, layers)] * (layers - 1) + [nn.initializers.zeros]
@@ -77,12 +104,12 @@ class Scalar(nn.Module):
     Attributes:
         kind: "scale" or "bias", the name of the parameter, of shape [].
         initial: its initial value.
-        dtype: of the result; None for that of input and parameter promoted.
+        dtype: of the result. None: that to which input and parameter promote.
     """
 
     kind: Literal["scale", "bias"]
     initial: float
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,12 +119,12 @@ class Scalar(nn.Module):
         return x * number if self.kind == "scale" else x + number
 
 
-def _shift(branch_init: BranchInit, x: jax.Array, dtype: Any) -> jax.Array:
-    """Adds what Fixup adds before every weight layer and activation."""
+def _shift(branch_init: BranchInit, x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """Adds Fixup's scalar, which it has before every weight layer and activation."""
     return Scalar("bias", 0.0, dtype)(x) if branch_init == "fixup" else x
 
 
-def _scale_branch(branch_init: BranchInit, y: jax.Array, dtype: Any) -> jax.Array:
+def _scale_branch(branch_init: BranchInit, y: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     """Multiplies a residual branch by the scalar of SkipInit or Fixup."""
     if branch_init == "plain":
         return y
@@ -119,15 +146,16 @@ class ConvNorm(nn.Module):
         features: output channels.
         kernel_size: height and width of the kernel.
         strides: strides along height and width.
-        norm: constructor of the norm, or None. A norm with an attribute `use_running_average` takes
-            its statistics from the batch; it is given the mask, and whether to train unless that
-            attribute says so. Any other norm is applied to the convolution's result alone.
-        norm_scale_init: initializer of the norm's scale; None for that of `norm`.
-        dtype: of the computation and the result; None for that of input and parameters promoted.
-        padding: "SAME", or "symmetric" for as much on either side, as PyTorch pads. They differ
-            where strides leave something over.
-        feature_group_count: groups of channels that are convolved apart.
-        use_bias: whether the convolution has a bias; None: if and only if there is no norm.
+        norm: constructor of the norm, or None. A norm with an attribute `use_running_average`
+            normalizes by the batch, so it is called with the mask, and with
+            ``use_running_average=not train`` if the attribute is None. Any other norm is called
+            with the convolution's result alone.
+        norm_scale_init: initializer of the norm's scale. None: that of `norm`.
+        dtype: of the computation and the result. None: that to which input and parameters promote.
+        padding: "SAME", or "symmetric" for equal padding on both sides, as in PyTorch. They differ
+            if the strides do not divide the image.
+        feature_group_count: groups of channels that are convolved separately.
+        use_bias: whether the convolution has a bias. None: if and only if there is no norm.
         kernel_init: initializer of the kernel.
     """
 
@@ -136,7 +164,7 @@ class ConvNorm(nn.Module):
     strides: tuple[int, int] = (1, 1)
     norm: Norm | None = None
     norm_scale_init: jax.nn.initializers.Initializer | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     padding: Padding = "SAME"
     feature_group_count: int = 1
     use_bias: bool | None = None
@@ -149,7 +177,7 @@ class ConvNorm(nn.Module):
         Args:
             x: [N, H, W, C].
             train: whether to normalize by the batch's statistics and update the running ones.
-            mask: broadcastable to the output; what enters the statistics.
+            mask: broadcastable to the output; which values enter the statistics.
 
         Returns:
             [N, H', W', features].
@@ -165,10 +193,10 @@ class ConvNorm(nn.Module):
             kernel_init=self.kernel_init,
             name="conv",
         )(x)
-        of_scale: dict[str, Any] = (
-            {} if self.norm_scale_init is None else {"scale_init": self.norm_scale_init}
-        )
-        return apply_norm(self.norm, x, train, mask, self.dtype, **of_scale)
+        if self.norm_scale_init is None:
+            return apply_norm(self.norm, x, train, mask, self.dtype)
+        scale_init = self.norm_scale_init
+        return apply_norm(self.norm, x, train, mask, self.dtype, scale_init=scale_init)
 
 
 def _conv_padding(padding: Padding, kernel_size: Sequence[int]) -> str | list[tuple[int, int]]:
@@ -184,40 +212,38 @@ def apply_norm(
     x: jax.Array,
     train: bool,
     mask: jax.Array | None,
-    dtype: Any,
+    dtype: DTypeLike | None,
     name: str = "norm",
     **attributes: Any,
 ) -> jax.Array:
-    """Applies a norm, a child of the enclosing module; `ConvNorm` says how it is called.
+    """Applies a norm as a child of the enclosing module; `ConvNorm` describes the call.
 
     Args:
-        norm: its constructor; None: `x` is returned as it is.
-        x: what is normalized.
+        norm: its constructor, or None.
+        x: the input.
         train: see `ConvNorm`.
         mask: see `ConvNorm`.
         dtype: see `ConvNorm`.
         name: of the module.
-        **attributes: of the norm.
+        **attributes: more attributes of the norm.
 
     Returns:
-        The normalized array.
+        The normalized array, or `x` if there is no norm.
     """
     if norm is None:
         return x
     if dtype is not None:
         attributes["dtype"] = dtype
     layer: Any = norm(name=name, **attributes)
-    options: dict[str, Any] = {}
-    if hasattr(layer, "use_running_average"):
-        options["mask"] = mask
-        if layer.use_running_average is None:
-            options["use_running_average"] = not train
-    y: jax.Array = layer(x, **options)
-    return y
+    if not hasattr(layer, "use_running_average"):
+        return layer(x)
+    if layer.use_running_average is None:
+        return layer(x, use_running_average=not train, mask=mask)
+    return layer(x, mask=mask)
 
 
 class Block(nn.Module):
-    """What the blocks of a `ResNet` are made with.
+    """The base of the blocks of a `ResNet`.
 
     Attributes:
         features: output channels; of a `Bottleneck`, a quarter of them.
@@ -230,42 +256,42 @@ class Block(nn.Module):
     features: int
     strides: tuple[int, int] = (1, 1)
     norm: Norm | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     padding: Padding = "SAME"
 
     def conv_norm(
-        self, features: int, kernel_size: tuple[int, int] = (3, 3), **options: Any
+        self, features: int, kernel_size: tuple[int, int] = (3, 3), **attributes: Any
     ) -> ConvNorm:
-        """Makes a convolution and its norm as the attributes say.
+        """Makes a convolution and its norm with the attributes of the block.
 
         Args:
             features: output channels.
             kernel_size: height and width of the kernel.
-            **options: other attributes of `ConvNorm`.
+            **attributes: other attributes of `ConvNorm`.
 
         Returns:
-            The module, a child of this one.
+            The module, a child of this module.
         """
-        common = {"dtype": self.dtype, "padding": self.padding}
-        return ConvNorm(features, kernel_size, **{"norm": self.norm, **common, **options})
+        attributes.setdefault("norm", self.norm)
+        return ConvNorm(features, kernel_size, dtype=self.dtype, padding=self.padding, **attributes)
 
 
 class PlainBlock(Block):
-    """Two 3x3 convolutions, one after another (Simonyan & Zisserman 2015)."""
+    """Two 3x3 convolutions in a row (Simonyan & Zisserman 2015)."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, H, W, C]; for arguments and result, see `ConvNorm`."""
         x = nn.relu(self.conv_norm(self.features, strides=self.strides)(x, train, mask))
         return nn.relu(self.conv_norm(self.features)(x, train, mask))
 
 
 class DepthwiseBlock(Block):
-    """A 3x3 convolution of each channel alone, then a 1x1 convolution (Howard et al. 2017)."""
+    """A 3x3 convolution of each channel, then a 1x1 convolution (Howard et al. 2017)."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, H, W, C]; for arguments and result, see `ConvNorm`."""
         channels = x.shape[-1]
         depthwise = self.conv_norm(channels, strides=self.strides, feature_group_count=channels)
         x = nn.relu(depthwise(x, train, mask))
@@ -273,14 +299,14 @@ class DepthwiseBlock(Block):
 
 
 class ResidualBlock(Block):
-    """What blocks with a shortcut are made with.
+    """The base of blocks with a shortcut, which is added to a residual branch.
 
     Attributes:
-        branch_init: how what is beside the shortcut starts. "plain": from He's initialization.
-            "skipinit": the same, times a learned scalar that starts at zero (De & Smith 2020).
-            "fixup": `fixup_normal`, the last kernel zero, a learned scalar that is added before
-            every convolution and activation instead of biases of channels, and one that multiplies
-            the end (Zhang et al. 2019). The latter two are without norm.
+        branch_init: how the branch is initialized. "plain": by He's initialization. "skipinit": the
+            same, times a learned scalar that starts at zero (De & Smith 2020). "fixup": by
+            `fixup_normal`, with a last kernel of zeros, a learned scalar added before every
+            convolution and activation instead of biases of channels, and a learned scalar that
+            multiplies the result (Zhang et al. 2019). SkipInit and Fixup require ``norm=None``.
         depth: blocks in the network, for Fixup.
     """
 
@@ -288,15 +314,15 @@ class ResidualBlock(Block):
     depth: int = 1
 
     def conv_norm(
-        self, features: int, kernel_size: tuple[int, int] = (3, 3), **options: Any
+        self, features: int, kernel_size: tuple[int, int] = (3, 3), **attributes: Any
     ) -> ConvNorm:
         """Makes a convolution and its norm; see `Block`."""
         if self.branch_init == "fixup":
-            options["use_bias"] = False
-        return super().conv_norm(features, kernel_size, **options)
+            attributes["use_bias"] = False
+        return super().conv_norm(features, kernel_size, **attributes)
 
     def activate(self, x: jax.Array) -> jax.Array:
-        """Applies ReLU, to `x` and Fixup's scalar."""
+        """Applies ReLU to `x`, plus Fixup's scalar."""
         return nn.relu(_shift(self.branch_init, x, self.dtype))
 
     def branch(
@@ -306,23 +332,26 @@ class ResidualBlock(Block):
         train: bool,
         mask: jax.Array | None,
     ) -> jax.Array:
-        """Applies what is beside the shortcut: convolutions, with ReLU between.
+        """Applies the residual branch: convolutions, with ReLU between them.
 
         Args:
-            x: what the first convolution takes.
-            layers: `conv_norm` with its arguments. The scale of the last norm starts at zero.
+            x: the input of the first convolution.
+            layers: constructors of the convolutions and their norms. The scale of the last norm
+                starts at zero.
             train: see `ConvNorm`.
             mask: see `ConvNorm`.
 
         Returns:
-            What is to be added to the shortcut.
+            The array to add to the shortcut.
         """
         kernels = _branch_kernels(self.branch_init, self.norm, self.depth, len(layers))
-        options: list[dict[str, Any]] = [{"kernel_init": one} for one in kernels]
-        options[-1]["norm_scale_init"] = nn.initializers.zeros
-        for number, (layer, own) in enumerate(zip(layers, options, strict=True)):
-            x = self.activate(x) if number > 0 else x
-            x = layer(**own)(_shift(self.branch_init, x, self.dtype), train, mask)
+        last = len(layers) - 1
+        for number, (layer, kernel_init) in enumerate(zip(layers, kernels, strict=True)):
+            if number > 0:
+                x = self.activate(x)
+            scale_init = nn.initializers.zeros if number == last else None
+            conv_norm = layer(kernel_init=kernel_init, norm_scale_init=scale_init)
+            x = conv_norm(_shift(self.branch_init, x, self.dtype), train, mask)
         return _scale_branch(self.branch_init, x, self.dtype)
 
     def add_shortcut(
@@ -331,29 +360,29 @@ class ResidualBlock(Block):
         y: jax.Array,
         train: bool,
         mask: jax.Array | None,
-        taken: jax.Array | None = None,
-        **options: Any,
+        conv_input: jax.Array | None = None,
+        **attributes: Any,
     ) -> jax.Array:
-        """Adds what came in to what the convolutions made of it.
+        """Adds the shortcut to the residual branch.
 
         Args:
             x: the input of the block.
             y: the output of `branch`.
             train: see `ConvNorm`.
             mask: see `ConvNorm`.
-            taken: what the convolution of the shortcut takes; None for `x`.
-            **options: of that convolution.
+            conv_input: the input of the shortcut's convolution. None: `x`.
+            **attributes: of that convolution.
 
         Returns:
-            The sum. Where strides or channels change, whatever the image, `x` is replaced by a
-            convolution and its norm.
+            The sum. The shortcut is `x`, or a convolution and its norm if strides or channels
+            change, whatever the image.
         """
         if tuple(self.strides) != (1, 1) or x.shape[-1] != y.shape[-1]:
-            shortcut = self.conv_norm(
-                y.shape[-1], (1, 1), strides=self.strides, name="shortcut", **options
+            conv_norm = self.conv_norm(
+                y.shape[-1], (1, 1), strides=self.strides, name="shortcut", **attributes
             )
-            taken = x if taken is None else taken
-            x = shortcut(_shift(self.branch_init, taken, self.dtype), train, mask)
+            conv_input = x if conv_input is None else conv_input
+            x = conv_norm(_shift(self.branch_init, conv_input, self.dtype), train, mask)
         return x + y
 
 
@@ -365,7 +394,7 @@ class BasicBlock(ResidualBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, H, W, C]; for arguments and result, see `ConvNorm`."""
         layers = [
             partial(self.conv_norm, self.features, strides=self.strides),
             partial(self.conv_norm, self.features),
@@ -377,13 +406,13 @@ class BasicBlock(ResidualBlock):
 class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016, figure 5).
 
-    Of version 1.5: the strides are those of the 3x3 convolution (version 1 has them in the first).
+    This is version 1.5: the 3x3 convolution has the strides (in version 1, the first one has them).
     The last norm's scale starts at zero, so that the block starts as its shortcut.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, H, W, C]; for arguments and result, see `ConvNorm`."""
         layers = [
             partial(self.conv_norm, self.features, (1, 1)),
             partial(self.conv_norm, self.features, strides=self.strides),
@@ -396,29 +425,31 @@ class Bottleneck(ResidualBlock):
 class PreActivationBlock(ResidualBlock):
     """Norm, ReLU and a 3x3 convolution, twice, beside a shortcut (He et al. 2016b, figure 4e).
 
-    What the blocks hand on is a sum without norm and ReLU: `ResNet` has them after its last block
-    where `pre_activation` is True.
+    The output of a block is a sum without norm and ReLU. They follow the last block of a `ResNet`
+    with `pre_activation`.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, H, W, C]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, H, W, C]; for arguments and result, see `ConvNorm`."""
         activated = self.activate(apply_norm(self.norm, x, train, mask, self.dtype))
-        bare: dict[str, Any] = {"norm": None, "use_bias": self.norm is None}
+        use_bias = self.norm is None
         layers = [
             partial(self.conv_norm, self.features, strides=self.strides),
-            partial(self.conv_norm, self.features, **bare),
+            partial(self.conv_norm, self.features, norm=None, use_bias=use_bias),
         ]
         y = self.branch(activated, layers, train, mask)
-        return self.add_shortcut(x, y, train, mask, taken=activated, **bare)
+        return self.add_shortcut(
+            x, y, train, mask, conv_input=activated, norm=None, use_bias=use_bias
+        )
 
 
 class ResNet(nn.Module):
     """A residual network (He et al. 2016).
 
-    A stem, stages of blocks of which each after the first halves the image, the mean over
-    positions, and a linear classifier. `ResNet18`, `ResNet34`, `ResNet50`, `ResNet101` and
-    `ResNet152` are those for ImageNet, version 1.5, with batch norm unless `norm` is given.
+    It has a stem, stages of blocks, the mean over positions, and a linear classifier. Every stage
+    after the first halves the image. `ResNet18`, `ResNet34`, `ResNet50`, `ResNet101` and
+    `ResNet152` are the networks for ImageNet, version 1.5, with batch norm unless `norm` is given.
 
     Attributes:
         num_classes: number of logits.
@@ -426,25 +457,24 @@ class ResNet(nn.Module):
         widths: channels of each stage.
         block: constructor of a block: `BasicBlock`, `Bottleneck`, `PreActivationBlock`, or without
             shortcuts `PlainBlock` or `DepthwiseBlock`.
-        norm: constructor of the norms, any of Flax's or ours, e.g.
-            `functools.partial(bn_jax.linen.BatchNorm, momentum=0.9)` or `flax.linen.LayerNorm`; or
-            None: convolutions with biases and no norm.
-        stem: "3x3", a convolution that keeps the size of small images, or "7x7", one that halves
-            it before a maximum over 3x3 positions halves it again.
-        dtype: of the computation; None for that of images and parameters promoted. Parameters and
-            logits are in at least float32.
-        padding: of convolutions and the maximum, but for the 7x7 convolution, which is always
-            padded symmetrically: "SAME", or "symmetric" as in PyTorch, whose weights need it (see
-            `ConvNorm`).
-        pre_activation: whether the blocks begin with their norm, as `PreActivationBlock` does: then
-            none follows the stem, and one follows the last block.
-        branch_init: how the residual branches of a network without norm start: "plain", "skipinit"
-            or "fixup", as `ResidualBlock` says. With Fixup the classifier starts at zero; the
-            biases of the stem and the classifier remain.
+        norm: constructor of the norms of Flax or bn_jax, e.g.
+            `functools.partial(bn_jax.linen.BatchNorm, momentum=0.9)` or `flax.linen.LayerNorm`.
+            None: convolutions with biases and without norm.
+        stem: "3x3", a convolution that keeps the size of small images; or "7x7", a convolution that
+            halves it, before a maximum over 3x3 positions halves it again.
+        dtype: of the computation. None: that to which images and parameters promote. Parameters
+            and logits are in at least float32.
+        padding: of the convolutions and the maximum: "SAME", or "symmetric" as in PyTorch, which
+            its weights need (see `ConvNorm`). The 7x7 convolution is always padded symmetrically.
+        pre_activation: whether the blocks begin with their norm, as `PreActivationBlock` does. Then
+            the last block is followed by a norm, and the stem is not.
+        branch_init: how the residual branches of a network without norm are initialized: "plain",
+            "skipinit" or "fixup" (see `ResidualBlock`). With Fixup the classifier starts at zero;
+            the stem and the classifier keep their biases.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from bn_jax import models
+        >>> from bn_jax.lab import models
         >>> model, images = models.ResNet18(1000), jnp.zeros((1, 64, 64, 3))
         >>> shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
         >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
@@ -453,7 +483,7 @@ class ResNet(nn.Module):
     Reference: He et al. 2016, "Deep Residual Learning for Image Recognition",
     https://arxiv.org/abs/1512.03385. For SkipInit: De & Smith 2020, "Batch Normalization Biases
     Residual Blocks Towards the Identity Function in Deep Networks",
-    https://arxiv.org/abs/2002.10444. For Fixup: see `fixup_normal`.
+    https://arxiv.org/abs/2002.10444. For Fixup, see `fixup_normal`.
     """
 
     num_classes: int
@@ -462,7 +492,7 @@ class ResNet(nn.Module):
     block: Callable[..., Any] = BasicBlock
     norm: Norm | None = None
     stem: Literal["3x3", "7x7"] = "3x3"
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     padding: Padding = "SAME"
     pre_activation: bool = False
     branch_init: BranchInit = "plain"
@@ -480,7 +510,7 @@ class ResNet(nn.Module):
             Logits [N, num_classes].
 
         Raises:
-            ValueError: `stage_sizes` and `widths` differ in length, `stem` is none of the two, or
+            ValueError: `stage_sizes` and `widths` differ in length, `stem` is unknown, or
                 `branch_init` does not fit `block` or `norm`.
         """
         if len(self.stage_sizes) != len(self.widths):
@@ -491,20 +521,12 @@ class ResNet(nn.Module):
         if mask is not None:
             mask = jnp.asarray(mask)[:, None, None, None]
         x = self._stem(x, train, mask)
-        common = {"norm": self.norm, "dtype": self.dtype, "padding": self.padding}
-        if self.branch_init != "plain":
-            if "branch_init" not in inspect.signature(self.block).parameters:
-                raise ValueError(
-                    f"branch_init={self.branch_init!r} starts residual branches, but "
-                    f"block={self.block} has none: pass a block with a shortcut such as "
-                    "bn_jax.lab.models.BasicBlock, or branch_init='plain'."
-                )
-            common |= {"branch_init": self.branch_init, "depth": sum(self.stage_sizes)}
+        make_block = _block_constructor(self)
         for stage, (blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):
             for index in range(blocks):
                 strides = (2, 2) if stage > 0 and index == 0 else (1, 1)
-                name = f"stage{stage}_block{index}"
-                x = self.block(width, strides, **common, name=name)(x, train, mask)
+                block = make_block(width, strides, name=f"stage{stage}_block{index}")
+                x = block(x, train, mask)
         if self.pre_activation:
             x = apply_norm(self.norm, x, train, mask, self.dtype)
             x = nn.relu(_shift(self.branch_init, x, self.dtype))
@@ -532,6 +554,19 @@ class ResNet(nn.Module):
         raise ValueError(f"stem={self.stem!r}, expected '3x3' or '7x7'")
 
 
+def _block_constructor(model: ResNet) -> Callable[..., Any]:
+    constructor = partial(model.block, norm=model.norm, dtype=model.dtype, padding=model.padding)
+    if model.branch_init == "plain":
+        return constructor
+    if "branch_init" not in inspect.signature(model.block).parameters:
+        raise ValueError(
+            f"branch_init={model.branch_init!r} starts residual branches, but "
+            f"block={model.block} has none: pass a block with a shortcut such as "
+            "bn_jax.lab.models.BasicBlock, or branch_init='plain'."
+        )
+    return partial(constructor, branch_init=model.branch_init, depth=sum(model.stage_sizes))
+
+
 _ImageNet = partial(
     ResNet, widths=(64, 128, 256, 512), norm=partial(BatchNorm, momentum=0.9), stem="7x7"
 )
@@ -555,13 +590,13 @@ class DenseBlock(nn.Module):
 
     features: int
     norm: Norm | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     branch_init: BranchInit = "plain"
     depth: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Applies the block to [N, features]; arguments and result as of `ConvNorm`."""
+        """Applies the block to [N, features]; for arguments and result, see `ConvNorm`."""
         shift = partial(_shift, self.branch_init, dtype=self.dtype)
         kernels = _branch_kernels(self.branch_init, self.norm, self.depth, layers=2)
         use_bias = self.norm is None and self.branch_init != "fixup"
@@ -580,23 +615,24 @@ class DenseBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A fully connected residual network with pre-activation, the blocks as one scan.
+    """A fully connected residual network with pre-activation, whose blocks are one `nn.scan`.
 
-    A dense layer from the input to `width` features, `depth` times `DenseBlock`, a norm, ReLU and a
-    linear classifier. Of white input the second moment after `l` blocks is about ``2**l`` at the
-    start without a norm, ``l + 1`` with batch norm, and 1 with SkipInit and Fixup.
+    It has a dense layer from the input to `width` features, `depth` blocks (`DenseBlock`), a norm,
+    ReLU and a linear classifier. For white input, the second moment after `l` blocks is initially
+    about ``2**l`` without a norm, ``l + 1`` with batch norm, and 1 with SkipInit and Fixup.
 
     Attributes:
-        depth: blocks. However many, one is compiled; the variables are stacked on the first axis.
+        depth: number of blocks. Only one is compiled; the variables of all are stacked on the first
+            axis.
         width: features between the blocks.
         num_classes: number of logits.
-        norm: constructor of the norms, as of `ResNet`; or None.
+        norm: constructor of the norms as in `ResNet`, or None.
         branch_init: see `ResNet`.
         dtype: see `ResNet`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from bn_jax import models
+        >>> from bn_jax.lab import models
         >>> model = models.ResidualMLP(depth=5, width=256, num_classes=10)
         >>> x = jax.random.normal(jax.random.key(0), (64, 32))
         >>> variables = model.init(jax.random.key(1), x, train=False)
@@ -617,7 +653,7 @@ class ResidualMLP(nn.Module):
     num_classes: int
     norm: Norm | None = None
     branch_init: BranchInit = "plain"
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -629,16 +665,23 @@ class ResidualMLP(nn.Module):
             mask: booleans or weights [N]: which examples enter the statistics. None: all.
 
         Returns:
-            Logits [N, num_classes]. ``stream``, [depth + 1, N, width], is what the blocks take and
-            the last one gives.
+            Logits [N, num_classes]. ``stream``, [depth + 1, N, width], holds the inputs of all
+            blocks, and the output of the last.
 
         Raises:
-            ValueError: `branch_init` is none of the three, or not "plain" in spite of a norm.
+            ValueError: `branch_init` is unknown, or not "plain" although there is a norm.
         """
         mask = None if mask is None else jnp.asarray(mask)[:, None]
-        x = first = nn.Dense(self.width, self.norm is None, self.dtype, name="stem")(x)
-
-        common = (self.width, self.norm, self.dtype, self.branch_init, self.depth)
+        stem = nn.Dense(self.width, use_bias=self.norm is None, dtype=self.dtype, name="stem")
+        x = first = stem(x)
+        block = DenseBlock(
+            self.width,
+            norm=self.norm,
+            dtype=self.dtype,
+            branch_init=self.branch_init,
+            depth=self.depth,
+            name="block",
+        )
 
         def apply_block(block: DenseBlock, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             y = block(x, train, mask)
@@ -647,7 +690,7 @@ class ResidualMLP(nn.Module):
         scan = nn.scan(
             apply_block, variable_axes={True: 0}, split_rngs={True: True}, length=self.depth
         )
-        x, later = scan(DenseBlock(*common, name="block"), x, None)
+        x, later = scan(block, x, None)
         self.sow("intermediates", "stream", jnp.concatenate([first[None], later]))
         x = apply_norm(self.norm, x, train, mask, self.dtype)
         x = nn.relu(_shift(self.branch_init, x, self.dtype))

@@ -1,4 +1,4 @@
-"""Several processes that train together on JAX's distributed runtime."""
+"""Several processes that train together, on JAX's distributed runtime."""
 
 import ctypes
 import os
@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+__all__ = ["CONNECTION_TIMEOUT", "connect", "from_first", "launched_processes", "on_abort"]
+
 CONNECTION_TIMEOUT = 60
 HEARTBEAT_TIMEOUT = 20
 
@@ -19,10 +21,10 @@ _abort_handlers: list[Any] = []
 
 
 def launched_processes() -> int:
-    """Says how many processes were launched together, where JAX recognizes the launcher.
+    """Returns how many processes were launched together, if JAX recognizes the launcher.
 
     Returns:
-        The number that Open MPI, Slurm's `srun` or Cloud TPU names in the environment, or 1.
+        The number that Open MPI, Slurm's `srun` or Cloud TPU sets in the environment, or 1.
     """
     for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if (number := os.environ.get(variable, "")).isdecimal():
@@ -31,20 +33,22 @@ def launched_processes() -> int:
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects this process with the others, before JAX has looked for its devices.
+    """Connects this process with the others, before JAX initializes its devices.
+
+    All arguments are None if a launcher provides them.
 
     Args:
-        coordinator: `HOST:PORT` of process 0. None, as the two others: as the launcher says.
-        num_processes: how many processes there are.
-        process_id: which one this is, from 0.
+        coordinator: `HOST:PORT` of process 0.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
 
     Raises:
         ValueError: JAX finds no launcher in the environment.
         OSError: process 0 cannot listen at its port.
-        RuntimeError: JAX has looked for its devices already.
+        RuntimeError: JAX has initialized its devices already.
     """
     if coordinator is not None and process_id == 0:
-        # Where it cannot listen, JAX's runtime ends with a segmentation fault.
+        # JAX's runtime ends with a segmentation fault if it cannot listen.
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     jax.distributed.initialize(
         coordinator,
@@ -56,13 +60,13 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
 
 def from_first(text: str) -> str:
-    """Sends a text of process 0 to all.
+    """Sends a string from process 0 to all processes.
 
     Args:
-        text: at least one character; only that of process 0 counts.
+        text: at least one character; ignored in all processes but process 0.
 
     Returns:
-        The text of process 0, in every process.
+        The string of process 0, in every process.
     """
     encoded = np.frombuffer(text.encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(encoded.size)))
@@ -71,14 +75,16 @@ def from_first(text: str) -> str:
 
 
 def on_abort(stop: Callable[[], object]) -> None:
-    """Has a function called when JAX's runtime aborts this process, as it does for a lost one.
+    """Registers a function to call when JAX's runtime aborts this process.
+
+    It does so when another process is lost.
 
     Args:
         stop: ends the process by `os._exit`; it replaces the function of an earlier call.
     """
 
-    # The runtime aborts from a thread of its own. A handler of Python's `signal` waits for the main
-    # thread, and the process would be gone before.
+    # The runtime aborts from another thread. A handler of Python's `signal` waits for the main
+    # thread, and the process would end before it runs.
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handler(_: int) -> None:
         stop()

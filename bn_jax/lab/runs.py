@@ -1,4 +1,4 @@
-"""Saved runs of `bn-jax train`, and what is made of them: recalibrated, folded, audited."""
+"""Saved runs of `bn-jax train`: evaluated, recalibrated, folded, audited."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,30 @@ from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab.errors import CommandError
+from bn_jax.lab.fitting import shard_dataset
+
+__all__ = [
+    "ARMS",
+    "NO_NORM",
+    "PER_DEVICE",
+    "SYNCHRONIZED",
+    "Change",
+    "Figures",
+    "FoldedRun",
+    "RecalibratedRun",
+    "SavedRun",
+    "audit_run",
+    "evaluate_run",
+    "fold_run",
+    "load_like",
+    "make_model",
+    "read_run",
+    "recalibrate_run",
+    "restore",
+    "staged",
+    "write_json",
+]
 
 NO_NORM = "no normalization"
 PER_DEVICE = "per-device batch norm"
@@ -31,24 +55,20 @@ ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
 TIMED_ROUNDS = 20
 
 
-class BadRunError(ValueError):
-    """A folder or a file is not what a command needs; the message names the argument first."""
-
-
 class SavedRun(NamedTuple):
-    """What `metrics.json` tells about the best arm's model and inputs.
+    """The model and the inputs of the best arm of a run, as `metrics.json` records them.
 
     Attributes:
         folder: of the run.
-        arm: the one that was saved, of `ARMS`.
+        arm: the best arm, one of `ARMS`.
         image_shape: [H, W, C] of an image.
         num_classes: number of logits.
-        mean: of the pixels of the training part; images are standardized by it.
+        mean: mean of the training part's pixels, by which images are standardized.
         std: their standard deviation.
         batch_size: examples in a training step, over all devices.
-        devices: that it was trained on.
+        devices: number of devices in training.
         seed: of the split.
-        data_file: the user's data as given, None for scikit-learn's digits.
+        data_file: the user's file as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
         is_folded: whether `checkpoint` holds a folded program instead of variables.
     """
@@ -68,12 +88,12 @@ class SavedRun(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a model answers and costs.
+    """The quality and the cost of a model.
 
     Attributes:
         evaluation: over a dataset.
-        milliseconds: that one batch takes, the median of some rounds.
-        parameters: how many numbers it holds, running statistics included.
+        milliseconds: time for one batch, the median of `TIMED_ROUNDS`.
+        parameters: how many numbers the model holds, running statistics included.
     """
 
     evaluation: training.Evaluation
@@ -82,10 +102,34 @@ class Figures(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A model before and after, side by side on the same data and device."""
+    """A model before and after a change, measured on the same data and device."""
 
     before: Figures
     after: Figures
+
+
+class RecalibratedRun(NamedTuple):
+    """What `recalibrate_run` returns.
+
+    Attributes:
+        recalibration: the change in each layer.
+        change: the model before and after, on the images given or on the test part.
+    """
+
+    recalibration: Recalibration
+    change: Change
+
+
+class FoldedRun(NamedTuple):
+    """What `fold_run` returns.
+
+    Attributes:
+        folded: the result of `bn_jax.fold`.
+        change: the model before and after, on the test part.
+    """
+
+    folded: Folded
+    change: Change
 
 
 def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
@@ -94,7 +138,7 @@ def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
     Args:
         arm: one of `ARMS`.
         num_classes: number of logits.
-        per_device: examples on each device, of which per-device batch norm takes its statistics.
+        per_device: examples on each device, which per-device batch norm normalizes together.
 
     Returns:
         A small residual network.
@@ -109,16 +153,13 @@ def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
 
 
 def read_run(folder: Path) -> SavedRun:
-    """Reads what is needed to go on with a saved run.
+    """Reads the facts about a saved run.
 
     Args:
-        folder: what `bn-jax train` has saved.
-
-    Returns:
-        What `metrics.json` tells.
+        folder: of a run saved by `bn-jax train`.
 
     Raises:
-        BadRunError: it is no such folder.
+        CommandError: the folder holds no such run.
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -138,9 +179,9 @@ def read_run(folder: Path) -> SavedRun:
             is_folded="folded" in metrics,
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadRunError(
-            f"DIR: {folder} is not a run ({type(error).__name__}: {error}), expected a folder that "
-            "bn-jax train has saved, with metrics.json"
+        raise CommandError(
+            f"DIR: {folder} is not a run ({type(error).__name__}: {error}), expected a folder "
+            "saved by bn-jax train, with metrics.json"
         ) from error
 
 
@@ -149,22 +190,22 @@ def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
 
     Args:
         saved: the run.
-        data_file: an .npz file; None for the run's own test part.
+        data_file: an .npz file; None for the test part of the run.
 
     Returns:
         The dataset, standardized as the training part was.
 
     Raises:
-        BadRunError: the images cannot be loaded, or are not of the shape that the run was trained
+        CommandError: the images cannot be loaded, or are not of the shape that the run was trained
             on.
     """
     argument = "DIR" if data_file is None else "--data"
     try:
         dataset = data.load_npz(data_file or saved.folder / "test.npz", saved.num_classes)
     except ValueError as error:
-        raise BadRunError(f"{argument}: {error}") from error
+        raise CommandError(f"{argument}: {error}") from error
     if dataset.x.shape[1:] != saved.image_shape:
-        raise BadRunError(
+        raise CommandError(
             f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
             f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
         )
@@ -179,17 +220,18 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         mesh: the devices to put it on.
 
     Returns:
-        A state with its parameters and statistics, and an optimizer that does nothing.
+        A state with its parameters and statistics, and an optimizer without effect.
 
     Raises:
-        BadRunError: the checkpoint is missing or damaged.
+        CommandError: the checkpoint is missing or damaged.
     """
     checkpoint = saved.folder / "checkpoint"
-    # Checked first: where a file is damaged, Orbax's threads print tracebacks after it has failed.
+    # Checked first: Orbax's threads print tracebacks if a file is damaged.
     if checkpoints.sha256(checkpoint) != saved.checkpoint_sha256:
-        raise BadRunError(
+        raise CommandError(
             f"DIR: {checkpoint} is missing or damaged (its SHA-256 is not the one in "
-            "metrics.json), expected what bn-jax train has saved; copy the run anew or train again"
+            "metrics.json), expected the files saved by bn-jax train; copy the run again or start "
+            "a new one"
         )
     if saved.is_folded:
         return _restore_folded(checkpoint, mesh)
@@ -197,6 +239,22 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         _model_of(saved), optax.identity(), saved.image_shape, seed=0, mesh=mesh
     )
     return checkpoints.restore_variables(checkpoint, state)
+
+
+def evaluate_run(saved: SavedRun, mesh: Mesh, data_file: Path | None) -> training.Evaluation:
+    """Evaluates the model of a run.
+
+    Args:
+        saved: the run.
+        mesh: the devices to compute on.
+        data_file: an .npz file; None for the test part of the run.
+
+    Raises:
+        CommandError: see `load_like` and `restore`.
+    """
+    dataset = load_like(saved, data_file)
+    state = restore(saved, mesh)
+    return training.evaluate(state, shard_dataset(dataset, saved.batch_size, mesh))
 
 
 def recalibrate_run(
@@ -207,69 +265,63 @@ def recalibrate_run(
     *,
     prior: float,
     progress: bool,
-) -> tuple[Recalibration, Change]:
-    """Measures the running statistics anew, and saves the run with them.
+) -> RecalibratedRun:
+    """Recomputes the running statistics, and saves a run with them.
 
     Args:
         saved: the run.
         mesh: the devices to compute on.
-        data_file: images of any domain; None for the run's own training part.
-        folder: a new one for the result, which is a run itself.
-        prior: the share of the old statistics in the new, as of `bn_jax.recalibrate`.
+        data_file: images of any domain; None for the training part of the run.
+        folder: a new folder for the result, which is a run itself.
+        prior: the weight of the old statistics, as of `bn_jax.recalibrate`.
         progress: whether to show a bar.
 
-    Returns:
-        What has changed in each layer; and the model before and after, on the images of
-        `data_file` or on the run's test part.
-
     Raises:
-        BadRunError: the model has no batch norm, or the data are not there or not as they were.
+        CommandError: the model has no batch norm, or the data are missing or have changed.
     """
     state = _restore_with_norms(saved, mesh)
-    judged = load_like(saved, data_file)
-    images = _training_part(saved, judged) if data_file is None else judged
+    evaluated = load_like(saved, data_file)
+    images = _training_part(saved, evaluated) if data_file is None else evaluated
     model = _model_of(saved)
 
-    def evaluate(variables: Any, batch: data.Batch) -> Any:
-        options: dict[str, Any] = {"mask": batch.mask, "mutable": ["batch_stats"]}
-        return model.apply(variables, batch.x, train=False, **options)
+    def forward(variables: Any, batch: training.Batch) -> Any:
+        return model.apply(
+            variables, batch.x, train=False, mask=batch.mask, mutable=["batch_stats"]
+        )
 
-    found = recalibrate(
-        evaluate,
+    recalibration = recalibrate(
+        forward,
         checkpoints.variables_of(state),
-        training.shard_dataset(images, saved.batch_size, mesh),
+        shard_dataset(images, saved.batch_size, mesh),
         prior=prior,
         progress=progress,
     )
-    recalibrated = state.replace(batch_stats=found.batch_stats)
-    change = _compare(state, recalibrated, training.shard_dataset(judged, saved.batch_size, mesh))
+    recalibrated = state.replace(batch_stats=recalibration.batch_stats)
+    change = _compare(state, recalibrated, shard_dataset(evaluated, saved.batch_size, mesh))
     facts = {
         "data": str(data_file or saved.data_file or "scikit-learn's digits"),
         "examples": len(images.y),
         "prior": prior,
-        "passes": found.passes,
-        "layers": [layer._asdict() for layer in found.layers],
+        "passes": recalibration.passes,
+        "layers": [layer._asdict() for layer in recalibration.layers],
     }
     with _written(saved, folder, "recalibrated", facts, change) as checkpoint:
         checkpoints.save_variables(checkpoint, recalibrated)
-    return found, change
+    return RecalibratedRun(recalibration, change)
 
 
-def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]:
+def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> FoldedRun:
     """Folds the batch norms of a run into its convolutions, and saves program and parameters.
 
     Args:
         saved: the run.
         mesh: the devices to compute on.
-        folder: a new one for the result, of which `restore` makes a state again. Its `checkpoint`
-            holds `model.stablehlo`, which `jax.export.deserialize` reads, for any number of images
-            and for CPU, CUDA and TPU, and its parameters in `params.safetensors`.
-
-    Returns:
-        What `bn_jax.fold` has made; and the model before and after, on the run's test part.
+        folder: a new folder for the result, which is a run itself. Its `checkpoint` holds the
+            program in `model.stablehlo`, which `jax.export.deserialize` reads, for any number of
+            images and for CPU, CUDA and TPU, and the parameters in `params.safetensors`.
 
     Raises:
-        BadRunError: the model has no batch norm.
+        CommandError: the model has no batch norm.
     """
     state = _restore_with_norms(saved, mesh)
     model = _model_of(saved)
@@ -278,7 +330,7 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]
         checkpoints.variables_of(state),
         jnp.zeros((saved.batch_size, *saved.image_shape)),
     )
-    test_batches = training.shard_dataset(load_like(saved, None), saved.batch_size, mesh)
+    test_batches = shard_dataset(load_like(saved, None), saved.batch_size, mesh)
     change = _compare(state, _folded_state(folded.apply, folded.params, mesh), test_batches)
     facts = {"norms": [norm._asdict() for norm in folded.report]}
     with _written(saved, folder, "folded", facts, change) as checkpoint:
@@ -286,7 +338,7 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> tuple[Folded, Change]
         (checkpoint / "model.stablehlo").write_bytes(_export(folded, saved.image_shape))
         flat = traverse_util.flatten_dict(jax.device_get(folded.params), sep="/")
         convert.save_safetensors(checkpoint / "params.safetensors", flat)
-    return folded, change
+    return FoldedRun(folded, change)
 
 
 def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path) -> Audit:
@@ -295,43 +347,44 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     Args:
         saved: the run.
         mesh: the devices to compute on.
-        data_file: images like those that it was trained on; None for the run's test part.
-        folder: a new one for `audit.json`.
+        data_file: images like those in training; None for the test part of the run.
+        folder: a new folder for `audit.json`.
 
     Returns:
-        What `bn_jax.audit` has found.
+        The result of `bn_jax.audit`.
 
     Raises:
-        BadRunError: the model has no batch norm, or the images are not as described.
+        CommandError: the model has no batch norm, or there are too few or no such images.
     """
     state = _restore_with_norms(saved, mesh)
     images = load_like(saved, data_file)
     argument = "DIR" if data_file is None else "--data"
     examples = _audited_examples(saved, len(images.y), argument)
-    batch = training.shard_dataset(images, examples, mesh)[0]
-    # Without the mask, which hides nothing here, but the activations from the audit.
+    batch = shard_dataset(images, examples, mesh)[0]
+    # Nothing is masked; a mask would keep the audit from seeing the activations.
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
-    found = audit(forward, checkpoints.variables_of(state), batch.x)
+    result = audit(forward, checkpoints.variables_of(state), batch.x)
     with staged(folder) as staging:
         write_json(
             staging / "audit.json",
             {
                 "run": str(saved.folder),
-                "findings": [finding._asdict() for finding in found.findings],
-                "layers": [layer._asdict() for layer in found.layers],
+                "findings": [finding._asdict() for finding in result.findings],
+                "layers": [layer._asdict() for layer in result.layers],
             },
         )
-    return found
+    return result
 
 
 def _audited_examples(saved: SavedRun, present: int, argument: str) -> int:
-    """Returns the size of a batch as in training, as far as there are images."""
+    """Returns the batch size of training, or less if there are fewer images."""
+    # Per-device batch norm takes its statistics of whole shares; a variance needs two images.
     share = saved.batch_size // saved.devices if saved.arm == PER_DEVICE else 2
     examples = min(saved.batch_size, present) // share * share
     if examples == 0:
-        raise BadRunError(
-            f"{argument}: received {present} images, expected at least {share}, as many as a "
-            "norm's statistics need; give more with --data"
+        raise CommandError(
+            f"{argument}: received {present} images, expected at least {share}, which the "
+            "statistics of a norm need; give more with --data"
         )
     return examples
 
@@ -342,10 +395,10 @@ def _model_of(saved: SavedRun) -> models.ResNet:
 
 def _restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
     if saved.is_folded or saved.arm == NO_NORM:
-        how = "has been folded" if saved.is_folded else f"is that of the arm {saved.arm!r}"
-        raise BadRunError(
-            f"DIR: the model in {saved.folder} {how} and has no batch norm, expected one that has; "
-            "give a run whose best arm has batch norm, e.g. of more epochs"
+        reason = "was folded" if saved.is_folded else f"is of the arm {saved.arm!r}"
+        raise CommandError(
+            f"DIR: the model in {saved.folder} {reason} and has no batch norm, expected a model "
+            "with batch norm; give a run whose best arm has batch norm, e.g. of more epochs"
         )
     return restore(saved, mesh)
 
@@ -376,8 +429,8 @@ def _export(folded: Folded, image_shape: tuple[int, ...]) -> bytes:
 
 
 def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
-    """Loads what the run was trained on, which is known by its test part."""
-    fix = "give images to measure the statistics of with --data"
+    """Loads the training part of a run again; its test part shows whether the data are the same."""
+    fix = "give images to measure the statistics on with --data"
     try:
         if saved.data_file is None:
             dataset = data.load_digits()
@@ -385,35 +438,43 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
             dataset = data.load_npz(saved.data_file, saved.num_classes)
         splits = data.split(dataset, saved.seed)
     except ValueError as error:
-        raise BadRunError(
-            f"DIR: what {saved.folder} was trained on cannot be loaded ({error}); {fix}"
+        raise CommandError(
+            f"DIR: the training data of {saved.folder} cannot be loaded ({error}); {fix}"
         ) from error
     if not np.array_equal(data.standardize(splits.test, saved.mean, saved.std).x, test.x):
-        raise BadRunError(
-            f"DIR: {saved.data_file or 'scikit-learn'} no longer holds what {saved.folder} was "
-            f"trained on (its test part is another); restore it, or {fix}"
+        raise CommandError(
+            f"DIR: {saved.data_file or 'scikit-learn'} no longer holds the training data of "
+            f"{saved.folder} (its test part differs); restore it, or {fix}"
         )
     return data.standardize(splits.train, saved.mean, saved.std)
 
 
 def _compare(
-    before: training.TrainState, after: training.TrainState, batches: list[data.Batch]
+    before: training.TrainState, after: training.TrainState, batches: list[training.Batch]
 ) -> Change:
-    states = (before, after)
-    evaluations = [training.evaluate(state, batches) for state in states]
     step = jax.jit(training.eval_step)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    # In turns, so that what else the machine does slows both alike; the first round compiles.
-    for _ in range(TIMED_ROUNDS + 1):
-        for state, own in zip(states, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(step(state, batches[0]))
-            own.append(time.perf_counter() - start)
+
+    def seconds(state: training.TrainState) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(step(state, batches[0]))
+        return time.perf_counter() - start
+
+    # Interleaved, so that other work of the machine slows both alike.
+    rounds = [(seconds(before), seconds(after)) for _ in range(TIMED_ROUNDS + 1)]
+    # The first round compiles.
+    seconds_before, seconds_after = zip(*rounds[1:], strict=True)
     return Change(
-        *(
-            Figures(evaluation, 1000 * statistics.median(own[1:]), _parameters(state))
-            for evaluation, own, state in zip(evaluations, seconds, states, strict=True)
-        )
+        _figures(before, batches, seconds_before), _figures(after, batches, seconds_after)
+    )
+
+
+def _figures(
+    state: training.TrainState, batches: list[training.Batch], seconds: Sequence[float]
+) -> Figures:
+    return Figures(
+        evaluation=training.evaluate(state, batches),
+        milliseconds=1000 * statistics.median(seconds),
+        parameters=_parameters(state),
     )
 
 
@@ -425,15 +486,15 @@ def _parameters(state: training.TrainState) -> int:
 def _written(
     saved: SavedRun, folder: Path, how: str, facts: dict[str, Any], change: Change
 ) -> Iterator[Path]:
-    """Gives the path of a checkpoint to write; around it `folder` becomes a run like `saved`."""
+    """Yields the path of a checkpoint to write, and then makes `folder` a run like `saved`."""
     metrics = json.loads((saved.folder / "metrics.json").read_text())
     figures = {
         when: {
-            "accuracy": one.evaluation.accuracy,
-            "milliseconds": one.milliseconds,
-            "parameters": one.parameters,
+            "accuracy": measured.evaluation.accuracy,
+            "milliseconds": measured.milliseconds,
+            "parameters": measured.parameters,
         }
-        for when, one in change._asdict().items()
+        for when, measured in change._asdict().items()
     }
     with staged(folder) as staging:
         yield staging / "checkpoint"
@@ -445,13 +506,14 @@ def _written(
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Gives a folder for results, which come into the wanted one when all of them are there.
+    """Stages results: they are moved to their folder once they are complete.
 
     Args:
-        folder: made where it is missing, and taken away again if nothing comes into it.
+        folder: where the results belong. It is made if it is missing, and removed again if an
+            exception leaves it empty.
 
     Yields:
-        A folder in it.
+        An empty folder to write to.
     """
     staging = folder / ".results"
     existed = folder.exists()
@@ -459,7 +521,7 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        # By metrics.json a finished run is known.
+        # metrics.json is the last, for it marks a run as finished.
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
@@ -471,18 +533,18 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes numbers, texts, arrays and trees of them as JSON.
+    """Writes a tree of numbers, strings and arrays as JSON.
 
     Args:
         path: of the file.
-        value: what is not finite in it becomes null.
+        value: the tree; numbers that are not finite become null.
     """
     path.write_text(json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(leaf: Any) -> Any:
-    """Returns what JSON has for a number, an array or a text; None where it is not finite."""
+    """Returns a leaf as JSON can hold it, with None for numbers that are not finite."""
     plain = np.asarray(leaf).tolist() if hasattr(leaf, "dtype") else leaf
     if isinstance(plain, list):
-        return [_plain(one) for one in plain]
+        return [_plain(item) for item in plain]
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain

@@ -13,6 +13,7 @@ from support import far_from_initial
 
 from bn_jax import linen, training
 from bn_jax.lab import checkpoints, models
+from bn_jax.lab.fitting import Report
 
 NORMS = {
     "none": None,
@@ -65,7 +66,7 @@ def position(epoch, norm="synchronized", devices=1):
     rng.permutation(7)
     evaluation = training.Evaluation(float("inf"), 1 / 3, 1, 3)
     reports = [
-        training.Report(2 * past, past, evaluation, evaluation, 6 * past, 0.1 * past)
+        Report(2 * past, past, evaluation, evaluation, 6 * past, 0.1 * past)
         for past in range(1, epoch + 1)
     ]
     return checkpoints.Position(trained_state(norm, devices), rng, reports)

@@ -17,7 +17,7 @@ import pytest
 from support import bars, copy_of, files
 
 from bn_jax import linen, training
-from bn_jax.lab import checkpoints, models, processes, runs
+from bn_jax.lab import checkpoints, fitting, models, processes, progress, results, runs, trainer
 from bn_jax.lab import command as cli
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
@@ -62,7 +62,7 @@ def test_train_prints_epochs_table_and_reloaded_checkpoint(trained):
     folder, finished = trained
     assert finished.stderr == ""
     lines = finished.stdout.splitlines()
-    for arm in cli.ARMS:
+    for arm in runs.ARMS:
         for epoch in (1, 2):
             start = f"{arm}: epoch {epoch} of 2, loss "
             assert sum(line.startswith(start) for line in lines) == 1
@@ -104,7 +104,7 @@ def test_metrics(trained):
     assert metrics["data"]["examples"] == {"train": 42, "validation": 6, "test": 12}
     assert metrics["data"]["image_shape"] == [4, 4, 1]
     assert metrics["data"]["num_classes"] == 3
-    assert list(metrics["arms"]) == list(cli.ARMS)
+    assert list(metrics["arms"]) == list(runs.ARMS)
     finals = {}
     for arm, result in metrics["arms"].items():
         curves = result["curves"]
@@ -197,7 +197,7 @@ BAD_OPTIONS = {
     "coordinator alone": (
         ["--coordinator", "127.0.0.1:1234"],
         "--num-processes and --process-id: missing; give --coordinator, --num-processes, "
-        "--process-id together or none",
+        "--process-id together or none of them",
     ),
     "coordinator missing": (
         ["--num-processes", "2", "--process-id", "0"],
@@ -229,7 +229,7 @@ BAD_OPTIONS = {
     ),
     "devices that processes cannot share": (
         ["--coordinator", "[::1]:1", "--num-processes", "2", "--process-id", "1", "--devices", "3"],
-        "--devices: received 3, expected a multiple of the 2 processes, which take as many each; "
+        "--devices: received 3, expected a multiple of the 2 processes, which take equal numbers; "
         "use --devices 2",
     ),
     "out is a file": (["--out", "good.npz"], "--out: good.npz is a file, expected a new folder"),
@@ -283,8 +283,8 @@ def test_train_refuses(bad_files, tmp_path, command, options, message):
     [(1, 1257, 64), (2, 1257, 64), (3, 1257, 63), (40, 1257, 80), (2, 9, 10), (4, 3, 8)],
 )
 def test_the_default_batch_size_suits_devices_and_data(devices, examples, chosen):
-    assert cli._choose_batch_size(None, devices, examples) == chosen
-    assert cli._choose_batch_size(chosen, devices, examples) == chosen
+    assert trainer.choose_batch_size(None, devices, examples) == chosen
+    assert trainer.choose_batch_size(chosen, devices, examples) == chosen
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
@@ -311,7 +311,7 @@ def test_eval_refuses(trained, command, tmp_path):
         ("no run",): "DIR: no run is not a run (FileNotFoundError",
         ("large.npz",): "DIR: large.npz is not a run (NotADirectoryError",
         ("json",): "DIR: json is not a run (JSONDecodeError",
-        ("keys",): "DIR: keys is not a run (KeyError: 'data'), expected a folder that bn-jax train",
+        ("keys",): "DIR: keys is not a run (KeyError: 'data'), expected a folder saved by bn-jax",
         ("no test",): "DIR: no test/test.npz does not exist",
         ("no checkpoint",): "DIR: no checkpoint/checkpoint is missing or damaged (its",
         ("damaged",): "DIR: damaged/checkpoint is missing or damaged (its",
@@ -341,7 +341,7 @@ def unfinished(folder):
 def test_a_failure_while_saving_leaves_the_checkpoints_alone(tmp_path, failure):
     run = unfinished(tmp_path / "run")
     before = files(run / "checkpoints")
-    with pytest.raises((KeyboardInterrupt, OSError)), cli._staged(run) as folder:
+    with pytest.raises((KeyboardInterrupt, OSError)), results.replace_checkpoints(run) as folder:
         (folder / "metrics.json").write_text("{")
         raise failure
     assert [path.name for path in run.iterdir()] == ["checkpoints"]
@@ -353,7 +353,7 @@ def test_results_replace_the_checkpoints(tmp_path):
     # As a process leaves it that was killed while the results were moved.
     (run / "checkpoint/old").mkdir(parents=True)
     (run / ".results/old").mkdir(parents=True)
-    with cli._staged(run) as folder:
+    with results.replace_checkpoints(run) as folder:
         (folder / "checkpoint").mkdir()
         (folder / "metrics.json").write_text("{}")
         assert not (run / "metrics.json").exists()
@@ -364,16 +364,16 @@ def test_errors_of_the_file_system_are_one_line(good, command, monkeypatch, tmp_
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cli, "_train_arm", fail)
+    monkeypatch.setattr(trainer, "train_arm", fail)
     code, _, err = command("train", "--data", "good.npz", "--out", "a run")
     assert code == 1
     assert err == (
         "bn-jax: error: [Errno 28] No space left on device; "
-        "go on with bn-jax train --resume 'a run'\n"
+        "continue with bn-jax train --resume 'a run'\n"
     )
     assert [path.name for path in (tmp_path / "a run").iterdir()] == ["checkpoints"]
     before = files(tmp_path)
-    monkeypatch.setattr(cli, "_begin", fail)
+    monkeypatch.setattr(trainer, "_begin", fail)
     code, _, err = command("train", "--data", "good.npz")
     assert code == 1
     assert err == "bn-jax: error: [Errno 28] No space left on device; nothing was saved\n"
@@ -382,17 +382,17 @@ def test_errors_of_the_file_system_are_one_line(good, command, monkeypatch, tmp_
 
 def report(step, loss):
     evaluation = training.Evaluation(loss, accuracy=0.5, correct=1, examples=2)
-    return training.Report(step, step, evaluation, evaluation, examples=8 * step, seconds=1.0)
+    return fitting.Report(step, step, evaluation, evaluation, examples=8 * step, seconds=1.0)
 
 
 def test_a_diverged_arm_is_reported(tmp_path):
     reports = [report(1, math.nan), report(2, math.inf)]
-    result = cli.Result(reports, None, reports[-1].validation)
-    metrics = json.loads(json.dumps(cli._arm_metrics(result), allow_nan=False))
+    result = results.Result(reports, None, reports[-1].validation)
+    metrics = json.loads(json.dumps(results.arm_metrics(result), allow_nan=False))
     assert metrics["curves"]["loss"] == metrics["curves"]["validation_loss"] == [None, None]
     assert metrics["steps_to_90_percent_validation_accuracy"] is None
-    assert cli._rank(report(1, math.nan).validation) < cli._rank(report(1, 2.0).validation)
-    cli._plot({"diverged": result}, tmp_path / "curves.png")
+    assert results.rank(report(1, math.nan).validation) < results.rank(report(1, 2.0).validation)
+    results.plot({"diverged": result}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
@@ -400,7 +400,7 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with cli._progress(2, 5) as show:
+    with progress.training(runs.ARMS, 2, 5) as show:
         show(runs.PER_DEVICE, report(10, 0.25))
     out, err = capsys.readouterr()
     assert out == ""
@@ -430,7 +430,7 @@ def test_ctrl_c(good, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "bn-jax: error: interrupted; go on with bn-jax train --resume run\n"
+    assert err == "bn-jax: error: interrupted; continue with bn-jax train --resume run\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
     positions = checkpoints.positions(tmp_path / "run/checkpoints/no-normalization")
     assert any(map(checkpoints.is_intact, positions))
@@ -445,7 +445,7 @@ def small(monkeypatch):
         return models.ResNet(num_classes, stage_sizes=(1,), widths=(4,), norm=norm)
 
     monkeypatch.setattr(runs, "make_model", make_model)
-    monkeypatch.setattr(cli, "ARMS", (runs.NO_NORM, runs.SYNCHRONIZED))
+    monkeypatch.setattr(runs, "ARMS", (runs.NO_NORM, runs.SYNCHRONIZED))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -456,7 +456,7 @@ LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run")
 
 def interrupt(monkeypatch, step):
     """Has Ctrl-C come after this step, in the midst of an epoch, of the second arm."""
-    fit, calls = training.fit, itertools.count(1)
+    fit, calls = fitting.fit, itertools.count(1)
 
     def interrupted_fit(*arguments, **options):
         call = next(calls)
@@ -465,7 +465,7 @@ def interrupt(monkeypatch, step):
                 raise KeyboardInterrupt
             yield reached
 
-    monkeypatch.setattr(training, "fit", interrupted_fit)
+    monkeypatch.setattr(fitting, "fit", interrupted_fit)
 
 
 def numbers(run):
@@ -509,7 +509,7 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         interrupt(patch, step=23)
         code, _, err = command(*LONG)
     assert code == 130
-    assert err == "bn-jax: error: interrupted; go on with bn-jax train --resume run\n"
+    assert err == "bn-jax: error: interrupted; continue with bn-jax train --resume run\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
     for name, (damage, skipped, epoch) in DAMAGES.items():
         run = copy_of(tmp_path / "run", tmp_path / name)
@@ -517,9 +517,9 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         code, out, err = command("train", "--resume", name)
         assert code == 0
         warnings = [
-            f"bn-jax: warning: {name}/checkpoints/synchronized-batch-norm/{number} is torn or "
-            "damaged (its SHA-256 is not the one saved beside it); synchronized batch norm goes "
-            "on from the checkpoint before it, or anew where there is none"
+            f"bn-jax: warning: {name}/checkpoints/synchronized-batch-norm/{number} is incomplete "
+            "or damaged (its SHA-256 differs from the one saved with it); synchronized batch norm "
+            "continues from the previous checkpoint, or from the start if there is none"
             for number in skipped
         ]
         assert err.splitlines() == warnings
@@ -555,16 +555,29 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
     types = copy_of(tmp_path / "run", tmp_path / "types") / config
     types.write_text(types.read_text().replace('"seed": 0', '"seed": "zero"'))
     cases = {
-        ("finished",): "--resume: finished is a finished run; see it with bn-jax eval, or train",
+        ("finished",): "--resume: finished is a finished run; evaluate it with bn-jax eval, or "
+        "start a new run",
         ("empty",): "--resume: empty is not an unfinished run (FileNotFoundError: ",
         ("none",): "--resume: none is not an unfinished run (FileNotFoundError: ",
         ("good.npz",): "--resume: good.npz is not an unfinished run (NotADirectoryError: ",
         ("json",): "--resume: json is not an unfinished run (JSONDecodeError: ",
         ("keys",): "--resume: keys is not an unfinished run (KeyError: 'data'), expected a folder ",
         ("types",): "--resume: types is not an unfinished run (ValueError: invalid literal for int",
-        ("run", "--epochs", "4"): "--epochs: given with --resume, which goes on with the run's own",
-        ("run", "--data", "good.npz"): "--data: given with --resume, which goes on with the run's",
-        ("run", "--out", "run"): "--out: given with --resume, which goes on with the run's own",
+        (
+            "run",
+            "--epochs",
+            "4",
+        ): "--epochs: not allowed with --resume, which uses the options of the saved",
+        (
+            "run",
+            "--data",
+            "good.npz",
+        ): "--data: not allowed with --resume, which uses the options of",
+        (
+            "run",
+            "--out",
+            "run",
+        ): "--out: not allowed with --resume, which uses the options of the saved",
         ("run", "--devices", "3"): "--devices: received 3, expected a divisor of the run's batch "
         "size, 8; use --devices 2 as before",
     }
@@ -580,7 +593,7 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
     assert (code, out) == (2, "")
     assert err == (
         f"bn-jax: error: --resume: {tmp_path / 'good.npz'} no longer holds the data of run (its "
-        "SHA-256 is another); restore the data or train anew\n"
+        "SHA-256 differs); restore the data or start a new run\n"
     )
     (tmp_path / "good.npz").unlink()
     code, _, err = command("train", "--resume", "run")
@@ -597,7 +610,7 @@ def test_missing_extra(good, command, monkeypatch, module, options):
     code, out, err = command("train", *options)
     assert (code, out) == (1, "")
     assert err == (
-        f"bn-jax: error: {module} is not installed; install with pip install 'bn-jax[demo]'\n"
+        f"bn-jax: error: {module} is not installed; install with pip install 'bn-jax[lab]'\n"
     )
 
 
@@ -608,7 +621,7 @@ def test_missing_extra_for_saved_runs(command, monkeypatch, module, name):
     code, out, err = command(name, "run")
     assert (code, out) == (1, "")
     assert err == (
-        f"bn-jax: error: {module} is not installed; install with pip install 'bn-jax[demo]'\n"
+        f"bn-jax: error: {module} is not installed; install with pip install 'bn-jax[lab]'\n"
     )
 
 
@@ -622,8 +635,32 @@ def test_missing_typer():
     )
     assert finished.returncode == 1
     assert finished.stderr == (
-        "bn-jax: error: typer is not installed; install with pip install 'bn-jax[demo]'\n"
+        "bn-jax: error: typer is not installed; install with pip install 'bn-jax[lab]'\n"
     )
+
+
+HEAVY = ("jax", "flax", "optax", "orbax", "sklearn", "matplotlib", "numpy", "scipy", "rich")
+# The command in a fresh process, which then prints what it has imported of these.
+IMPORTING = f"""
+import sys
+from bn_jax.lab.command import main
+try:
+    main()
+finally:
+    print(sorted(set({HEAVY!r}) & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)])
+def test_help_imports_nothing_heavy(arguments):
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORTING, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "[]\n")
+    assert finished.stdout
 
 
 def test_version(command):

@@ -43,15 +43,6 @@ def test_rows_are_those_of_the_whole_batch(examples):
             np.testing.assert_array_equal(np.concatenate(rows), leaf)
 
 
-def test_pad_batch_keeps_a_full_batch_and_refuses_a_longer_one():
-    x, y = numbered(4)
-    full = data.pad_batch(x, y, 4)
-    assert full.mask.all()
-    np.testing.assert_array_equal(full.x, x)
-    with pytest.raises(ValueError, match="received 4 examples, expected at most batch_size = 3"):
-        data.pad_batch(x, y, 3)
-
-
 @pytest.mark.parametrize("examples", [3, 4, 5, 9, 10, 11, 100, 1797])
 def test_split_covers_the_dataset_without_overlap(examples):
     splits = data.split(numbered(examples), seed=1)

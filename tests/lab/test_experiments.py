@@ -248,7 +248,9 @@ def test_a_process_that_dies_is_said(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=run_to_death))
     arguments = ("all", "--processes", 2, "--out", tmp_path / "found")
     assert run_command(monkeypatch, *arguments) == 1
-    assert "a process died, of lack of memory? try --processes 1; " in capsys.readouterr().err
+    assert (
+        "a process died, perhaps for lack of memory: try --processes 1; " in capsys.readouterr().err
+    )
 
 
 def test_bands_leave_out_what_is_not_finite():

@@ -22,8 +22,7 @@ TRAIN = (
 # The command with a smaller network, for starting and compiling are what takes the time.
 SMALL = """
 import itertools, os, signal, sys
-from bn_jax import training
-from bn_jax.lab import command as cli, runs
+from bn_jax.lab import command as cli, fitting, runs
 
 make_model = runs.make_model
 runs.make_model = lambda *given: make_model(*given).clone(stage_sizes=(1, 1), widths=(4, 6))
@@ -32,7 +31,7 @@ COMMAND = ("-W", "error", "-c", f"{SMALL}\ncli.main()")
 # The same, in which a process is killed within the second epoch of an arm.
 KILLED = f"""{SMALL}
 victim, arm = sys.argv.pop(1), int(sys.argv.pop(1))
-fit, calls = training.fit, itertools.count(1)
+fit, calls = fitting.fit, itertools.count(1)
 
 def fit_until_killed(*arguments, **options):
     call = next(calls)
@@ -41,7 +40,7 @@ def fit_until_killed(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield reached
 
-training.fit = fit_until_killed
+fitting.fit = fit_until_killed
 cli.main()
 """
 # Gloo prints its connections itself, piece by piece from several threads at once, with ranks and

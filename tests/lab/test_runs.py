@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from support import assert_close, bars, copy_of, files
 
 from bn_jax import linen, training
-from bn_jax.lab import command as cli
-from bn_jax.lab import data, models, runs
+from bn_jax.lab import data, models, problem, results, runs
+from bn_jax.lab.errors import CommandError
+from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
 
 ARM = runs.SYNCHRONIZED
 
@@ -31,18 +32,18 @@ def small(compile_quickly):
 
 def save_run(folder, data_file):
     """Trains one arm in this process and saves it as the best of a run."""
-    problem = cli._load(data_file, seed=0)
-    config = cli.Config(str(data_file), 2, 8, 16, 0.1, 0)
+    loaded = problem.load(data_file, seed=0)
+    config = results.Config(str(data_file), 2, 8, 16, 0.1, 0)
     mesh = training.make_mesh(jax.devices()[:1])
-    optimizer = training.make_optimizer(0.1, 72)
+    optimizer = make_optimizer(0.1, 72)
     state = training.create_state(runs.make_model(ARM, 3, 8), optimizer, (4, 4, 1), 0, mesh)
-    parts = problem.splits.train, problem.splits.validation
+    parts = loaded.splits.train, loaded.splits.validation
     options = {"batch_size": 16, "epochs": 8, "seed": 0, "report_every": 50}
-    reached = list(training.fit(state, *parts, mesh, **options))
+    reached = list(fit(state, *parts, mesh, **options))
     state, reports = reached[-1][0], [report for _, report in reached]
-    test = training.evaluate(state, training.shard_dataset(problem.splits.test, 16, mesh))
+    test = training.evaluate(state, shard_dataset(loaded.splits.test, 16, mesh))
     folder.mkdir()
-    cli._write(folder, problem, config, {ARM: cli.Result(reports, state, test)}, ARM)
+    results.write(folder, loaded, config, {ARM: results.Result(reports, state, test)}, ARM)
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +193,19 @@ def test_refusals(home, command, tmp_path):
     (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    no_norm = "has no batch norm, expected one that has; give a run whose best arm has batch norm"
+    no_norm = (
+        "has no batch norm, expected a model with batch norm; give a run whose best arm has batch "
+        "norm"
+    )
     cases = {
         ("recalibrate", "plain"): no_norm,
-        ("fold", "plain"): f"DIR: the model in plain is that of the arm {runs.NO_NORM!r} and",
+        ("fold", "plain"): f"DIR: the model in plain is of the arm {runs.NO_NORM!r} and",
         ("audit", "plain"): no_norm,
-        ("fold", "folded"): "DIR: the model in folded has been folded and has no batch norm",
-        ("recalibrate", "lost"): "DIR: what lost was trained on cannot be loaded (no.npz does not "
-        "exist; give the path of an .npz file); give images to measure the statistics of with",
-        ("recalibrate", "changed"): "DIR: other.npz no longer holds what changed was trained on "
-        "(its test part is another); restore it, or give images",
+        ("fold", "folded"): "DIR: the model in folded was folded and has no batch norm",
+        ("recalibrate", "lost"): "DIR: the training data of lost cannot be loaded (no.npz does not "
+        "exist; give the path of an .npz file); give images to measure the statistics on with",
+        ("recalibrate", "changed"): "DIR: other.npz no longer holds the training data of changed "
+        "(its test part differs); restore it, or give images",
         ("recalibrate", "damaged"): "DIR: damaged/checkpoint is missing or damaged",
         ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
         ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
@@ -256,6 +260,6 @@ def test_the_batch_that_is_audited(home, arm, present, examples):
 @pytest.mark.parametrize(("arm", "least"), [(ARM, 2), (runs.PER_DEVICE, 32)])
 def test_too_few_images_to_audit(home, arm, least):
     saved = runs.read_run(home / "run")._replace(arm=arm, batch_size=64, devices=2)
-    message = f"--data: received {least - 1} images, expected at least {least}, as many as a norm"
-    with pytest.raises(runs.BadRunError, match=message):
+    message = f"--data: received {least - 1} images, expected at least {least}, which the stat"
+    with pytest.raises(CommandError, match=message):
         runs._audited_examples(saved, least - 1, "--data")

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -21,6 +22,7 @@ from support import all_reduces, assert_close
 import bn_jax as bn
 from bn_jax import linen, training
 from bn_jax.lab import data, models
+from bn_jax.lab.fitting import shard_dataset
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -71,12 +73,12 @@ def train(name, devices, examples=18):
 def test_padding_changes_neither_loss_nor_gradient_nor_statistics(name):
     x, y = dataset(5)
     state = initial_state(name)
-    padded = data.pad_batch(x, y, SIZE)
+    padded = training.pad_batch(x, y, SIZE)
     disturbed = padded._replace(
         x=np.where(padded.mask[:, None, None, None], padded.x, 100),
         y=np.where(padded.mask, padded.y, 2).astype(np.int32),
     )
-    expected, expected_metrics = jitted_step(state, data.pad_batch(x, y, 5))
+    expected, expected_metrics = jitted_step(state, training.pad_batch(x, y, 5))
     assert expected_metrics.examples == 5
     for batch in (padded, disturbed):
         actual, metrics = jitted_step(state, batch)
@@ -97,14 +99,14 @@ def test_loss_is_the_mean_cross_entropy_of_the_valid_examples():
     state = initial_state("none")
     logits = np.asarray(state.apply_fn({"params": state.params}, x, train=True), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(5), y]
-    _, metrics = jitted_step(state, data.pad_batch(x, y, SIZE))
+    _, metrics = jitted_step(state, training.pad_batch(x, y, SIZE))
     np.testing.assert_allclose(metrics.loss, losses.sum(), rtol=1e-5)
     assert metrics.correct == (logits.argmax(-1) == y).sum()
 
 
 def test_a_fully_masked_batch_moves_nothing():
     state = initial_state("synchronized")
-    batch = data.pad_batch(*dataset(4), SIZE)._replace(mask=np.zeros(SIZE, bool))
+    batch = training.pad_batch(*dataset(4), SIZE)._replace(mask=np.zeros(SIZE, bool))
     after, metrics = jitted_step(state, batch)
     assert_close(variables(after), variables(state), tolerance=1e-12)
     assert metrics == (0, 0, 0)
@@ -157,6 +159,15 @@ def test_the_number_of_devices_must_divide_a_batch():
         training.shard_batch(batch, mesh(4))
 
 
+def test_pad_batch_keeps_a_full_batch_and_refuses_a_longer_one():
+    x, y = dataset(4)
+    full = training.pad_batch(x, y, 4)
+    assert full.mask.all()
+    np.testing.assert_array_equal(full.x, x)
+    with pytest.raises(ValueError, match="received 4 examples, expected at most batch_size = 3"):
+        training.pad_batch(x, y, 3)
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_evaluation_does_not_depend_on_batches(devices):
     state, _ = train("synchronized", devices)
@@ -164,60 +175,11 @@ def test_evaluation_does_not_depend_on_batches(devices):
     logits = state.apply_fn(variables(jax.device_get(state)), x, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     for size in (4, 8, 16):
-        batches = training.shard_dataset(dataset(13, 1), size, mesh(devices))
+        batches = shard_dataset(dataset(13, 1), size, mesh(devices))
         evaluation = training.evaluate(state, batches)
         assert (evaluation.correct, evaluation.examples) == ((logits.argmax(-1) == y).sum(), 13)
         assert evaluation.accuracy == evaluation.correct / 13
         np.testing.assert_allclose(evaluation.loss, expected, rtol=1e-5)
-
-
-def fit(seed=0, state=None, after=None):
-    return list(
-        training.fit(
-            initial_state("synchronized", 2) if state is None else state,
-            dataset(35),
-            dataset(7, 1),
-            mesh(2),
-            batch_size=SIZE,
-            epochs=3,
-            seed=seed,
-            report_every=2,
-            after=after,
-        )
-    )
-
-
-def test_fit_reports():
-    reports = [report for _, report in fit()]
-    # 35 examples are five batches of 8: reports after 2, 4 and 5 steps.
-    assert [report.step for report in reports] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
-    assert [report.epoch for report in reports] == [1] * 3 + [2] * 3 + [3] * 3
-    assert [report.training.examples for report in reports] == [16, 16, 3] * 3
-    assert [report.examples for report in reports] == np.cumsum([16, 16, 3] * 3).tolist()
-    assert all(report.validation.examples == 7 for report in reports)
-    seconds = [report.seconds for report in reports]
-    assert seconds == sorted(seconds) and seconds[0] > 0
-
-
-def test_fit_is_reproducible_and_shuffles():
-    (*_, (state, _)), (*_, (again, _)), (*_, (other, _)) = fit(), fit(), fit(seed=1)
-    jax.tree.map(np.testing.assert_array_equal, variables(state), variables(again))
-    kernels = (s.params["classifier"]["kernel"] for s in (state, other))
-    assert not np.allclose(*kernels, atol=1e-5)
-    assert state.step == 15
-
-
-def test_fit_goes_on_after_an_epoch():
-    whole = fit()
-    rng = np.random.default_rng(0)
-    rng.permutation(35)
-    state, last = whole[2]
-    rest = fit(rng, state, last)
-    untimed = [report._replace(seconds=0) for _, report in rest]
-    assert untimed == [report._replace(seconds=0) for _, report in whole[3:]]
-    assert rest[0][1].seconds > last.seconds
-    jax.tree.map(np.testing.assert_array_equal, variables(rest[-1][0]), variables(whole[-1][0]))
-    assert fit(rng, *whole[-1]) == []
 
 
 @pytest.mark.parametrize(
@@ -227,37 +189,6 @@ def test_a_process_feeds_the_rows_of_its_devices(owners, start, stop):
     devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
     mesh = SimpleNamespace(devices=devices, size=len(owners))
     assert training.process_rows(12, mesh) == slice(start, stop)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_optimizer_reaches_the_learning_rate_and_returns_to_zero(steps):
-    optimizer = training.make_optimizer(0.5, steps)
-    params = jnp.zeros(())
-    opt_state = optimizer.init(params)
-    gradients = iter([1.0] + [0.0] * steps)
-    moved = []
-    for gradient in gradients:
-        update, opt_state = optimizer.update(jnp.float32(gradient), opt_state, params)
-        moved.append(float(update))
-    # A gradient of one at the first step, then nothing but momentum: rate = -update / momentum.
-    momentum = np.concatenate([[1.9], 0.9 ** np.arange(2, steps + 2)])
-    rates = -np.array(moved) / momentum
-    np.testing.assert_allclose(rates.max(), 0.5, rtol=1e-5)
-    assert rates.argmax() == steps // 10
-    np.testing.assert_allclose(rates[-1], 0, atol=1e-6)
-
-
-def test_it_learns_digits():
-    splits = data.split(data.load_digits(), seed=0)
-    train, validation, _ = (
-        data.standardize(part, *data.mean_and_std(splits.train)) for part in splits
-    )
-    model = models.ResNet(10, stage_sizes=(1, 1), widths=(8, 16), norm=NORMS["synchronized"])
-    state = training.create_state(model, training.make_optimizer(0.2, 160), (8, 8, 1), 0, mesh(2))
-    *_, (_, report) = training.fit(
-        state, train, validation, mesh(2), batch_size=64, epochs=8, seed=0, report_every=20
-    )
-    assert report.validation.accuracy > 0.9
 
 
 # --- micro-batches ----------------------------------------------------------------------------
@@ -309,7 +240,7 @@ VALID = {
 def masked_batch(valid, order=slice(None)):
     x, y = dataset(16)
     x = np.where(valid[:, None, None, None], x, 100)
-    return data.Batch(x[order], y[order], valid[order])
+    return training.Batch(x[order], y[order], valid[order])
 
 
 @functools.cache
@@ -399,7 +330,7 @@ def test_one_micro_batch_is_the_batch():
 @pytest.mark.parametrize("whole_batch_statistics", [False, True])
 def test_accumulating_needs_the_memory_of_a_micro_batch(whole_batch_statistics):
     state = initial_state("synchronized")
-    batch = data.pad_batch(*dataset(1024), 1024)
+    batch = training.pad_batch(*dataset(1024), 1024)
 
     def memory(step, *arguments):
         return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
@@ -458,6 +389,12 @@ def test_other_statistics_are_not_merged():
 
 
 # --- statistics that get lost -----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported_yet(monkeypatch):
+    monkeypatch.setattr(training.state, "_omissions", {})
+    monkeypatch.setattr(training.state, "_reported", set())
 
 
 class Small(nn.Module):
@@ -541,7 +478,7 @@ def drop_in_a_scan(state, x):
     return jax.lax.scan(lambda state, x: (drop(state, x), None), state, x[None])[0]
 
 
-def compile_anew(step):
+def compile_again(step):
     """What is compiled twice is traced once, and tells once."""
     return jax.jit(lambda state, x: step(state, x))
 
@@ -559,9 +496,9 @@ def take_steps(step, state, steps=25):
     "step", [keep, keep_in_two_lines, keep_later, keep_after_compiled_update, mean_to_keep]
 )
 def test_kept_statistics_are_no_reason_to_warn(step, compiled):
-    state, caught = take_steps(compile_anew(step) if compiled else step, small_state())
+    _, caught = take_steps(compile_again(step) if compiled else step, small_state())
     assert caught == []
-    assert state._dropped is None
+    assert training.state._omissions == {}
 
 
 def test_states_without_values_are_not_counted():
@@ -572,7 +509,7 @@ def test_states_without_values_are_not_counted():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: drop, *(functools.partial(compile_anew, step) for step in (drop, drop_in_a_scan))],
+    [lambda: drop, *(functools.partial(compile_again, step) for step in (drop, drop_in_a_scan))],
     ids=["as it is", "compiled", "scanned"],
 )
 @pytest.mark.parametrize("fields", [{}, {"kind": OwnState, "own": 0}], ids=["ours", "a subclass"])
@@ -591,10 +528,47 @@ def test_dropped_statistics_are_told_once_at_their_line(make, fields):
 
 
 def test_dropped_statistics_as_an_error():
-    step, state = compile_anew(drop), small_state()
+    step, state = compile_again(drop), small_state()
     with pytest.raises(UserWarning, match="batch_stats of ours, theirs as they were"):
         for _ in range(25):
             state = step(state, INPUT)
+
+
+def test_every_line_is_told_once():
+    take_steps(drop, small_state())
+    assert take_steps(drop, small_state())[1] == []
+    assert take_steps(drop_in_a_scan, small_state())[1] == []
+    drop_elsewhere = compile_again(lambda state, x: state.apply_gradients(grads=state.params))
+    assert len(take_steps(drop_elsewhere, small_state())[1]) == 1
+
+
+@pytest.fixture
+def other_state():
+    """A state whose layers have other names than those of `SMALL`."""
+    model = linen.BatchNorm(use_running_average=False)
+    return training.TrainState.create(
+        apply_fn=model.apply, tx=OPTIMIZER, **model.init(jax.random.key(0), INPUT)
+    )
+
+
+def test_states_of_other_models_are_not_counted(other_state):
+    drop(small_state(), INPUT)
+    for step in range(25):
+        other_state.replace(step=step)
+
+
+def drop_beside(other):
+    def step(state, x):
+        other.replace(batch_stats=other.batch_stats)
+        return drop(state, x)
+
+    return step
+
+
+def test_statistics_kept_of_other_models_hide_nothing(other_state):
+    """Those of a model with the same layers do, as the docstring says."""
+    assert take_steps(drop_beside(small_state()), small_state())[1] == []
+    assert len(take_steps(drop_beside(other_state), small_state())[1]) == 1
 
 
 class NoNorm(nn.Module):
@@ -605,7 +579,7 @@ class NoNorm(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_without_norms_drops_nothing(compiled):
-    step = compile_anew(drop) if compiled else drop
+    step = compile_again(drop) if compiled else drop
     assert take_steps(step, small_state(model=NoNorm()))[1] == []
 
 
@@ -614,7 +588,10 @@ def test_a_state_is_to_others_what_flax_has():
     assert isinstance(ours, train_state.TrainState)
     saved = serialization.to_state_dict(ours)
     assert saved.keys() == serialization.to_state_dict(theirs).keys()
-    assert "dropped" not in repr(ours)
+    fields, expected = (
+        [field.name for field in dataclasses.fields(kind)] for kind in (type(ours), FlaxState)
+    )
+    assert fields == expected
     restored = serialization.from_state_dict(theirs, saved)
     assert_close(variables(restored), variables(ours))
     restored = serialization.from_bytes(small_state(), serialization.to_bytes(ours))
@@ -635,8 +612,6 @@ def test_looking_for_dropped_statistics_costs_nothing(step):
         state = compiled(state, INPUT)
     assert len(traced) == 1
     assert jax.tree.structure(state) == jax.tree.structure(before)
-    # Equal parts of a structure have equal hashes.
-    assert len({before._dropped, state._dropped}) == 1
     ours, theirs = (
         jax.jit(step).lower(small_state(kind), INPUT).as_text()
         for kind in (training.TrainState, FlaxState)
@@ -849,7 +824,7 @@ def test_a_made_evaluation_tells_once():
 
 @pytest.mark.parametrize(("name", "layers"), [("none", []), ("synchronized", ["stage0_block0/"])])
 def test_evaluate_tells_every_time(name, layers):
-    batches = training.shard_dataset(dataset(8), SIZE, mesh(1))
+    batches = shard_dataset(dataset(8), SIZE, mesh(1))
     for _ in range(2):
         with warns(*(f"{layer}ConvNorm_0/norm.*" for layer in layers)):
             training.evaluate(initial_state(name), batches)

@@ -1,0 +1,5 @@
+"""Moved to `bn_jax.lab.experiments`."""
+
+from bn_jax._moved import stand_in
+
+stand_in(__name__, "bn_jax.lab.experiments")

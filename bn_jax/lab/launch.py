@@ -1,0 +1,149 @@
+"""Devices and connected processes of a training, and what a user is told when one is lost."""
+
+import contextlib
+import functools
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from bn_jax import training
+from bn_jax.lab import processes
+from bn_jax.lab.arguments import Launch
+from bn_jax.lab.errors import INTERRUPTED, CommandError, abort, is_distributed
+
+__all__ = ["agree", "explain_failures", "make_mesh", "one_device", "stop_if_lost"]
+
+LOST = "another process was lost, or JAX's runtime failed as reported above"
+
+
+def one_device() -> Mesh:
+    """Makes a mesh of the first device."""
+    return training.make_mesh(jax.devices()[:1])
+
+
+def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
+    """Connects the processes, if there are several, and makes a mesh of their devices.
+
+    Args:
+        devices: how many in all. None: all; on a CPU, 2 virtual devices in each process.
+        examples: the size of the dataset, at least one for each device.
+        launch: the processes.
+
+    Returns:
+        A mesh with as many devices of each process.
+
+    Raises:
+        CommandError: there are not as many devices or examples, or no connection.
+    """
+    if devices is not None and devices % launch.processes:
+        nearest = max(1, devices // launch.processes) * launch.processes
+        raise CommandError(
+            f"--devices: received {devices}, expected a multiple of the {launch.processes} "
+            f"processes, which take equal numbers; use --devices {nearest}"
+        )
+    share = None if devices is None else devices // launch.processes
+    _check_enough_examples(examples, devices or launch.processes)
+    if launch.processes > 1 or launch.coordinator is not None:
+        _connect(launch)
+    # Once JAX has its devices their number is fixed, and the check below answers.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", share or 2)
+    present = [jax.local_devices(process_index=index) for index in range(launch.processes)]
+    most = min(map(len, present))
+    if share is None:
+        share = 2 if jax.default_backend() == "cpu" else most
+    if share > most:
+        raise CommandError(
+            f"--devices: received {share * launch.processes}, expected at most the "
+            f"{most * launch.processes} {jax.default_backend()} devices that JAX has; lower it"
+        )
+    _check_enough_examples(examples, share * launch.processes)
+    return training.make_mesh([device for local in present for device in local[:share]])
+
+
+def _check_enough_examples(examples: int, devices: int) -> None:
+    if examples < devices:
+        raise CommandError(
+            f"--data: received {examples} examples, expected at least one for each of {devices} "
+            f"devices; add examples or use --devices {examples}"
+        )
+
+
+def _connect(launch: Launch) -> None:
+    seconds = processes.CONNECTION_TIMEOUT
+    _explain_abort(
+        f"the {launch.processes} processes did not connect within {seconds} seconds; start all of "
+        "them, with the same --coordinator and --num-processes; nothing was saved"
+    )
+    number = None if launch.coordinator is None else launch.processes
+    try:
+        processes.connect(launch.coordinator, number, launch.process_id)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CommandError(
+            f"JAX cannot connect the processes ({error}); check --coordinator, the address of "
+            "process 0, or give it with --num-processes and --process-id",
+            code=1,
+        ) from error
+    _explain_abort(f"{LOST}; nothing was saved")
+
+
+def _explain_abort(message: str) -> None:
+    processes.on_abort(functools.partial(abort, message))
+
+
+def agree(folder: Path, options: Mapping[str, object]) -> Path:
+    """Compares the options of all processes.
+
+    Args:
+        folder: for the results, as this process would name it.
+        options: values that must be the same in all processes.
+
+    Returns:
+        The folder of process 0.
+
+    Raises:
+        CommandError: a value differs from that of process 0.
+    """
+    first = json.loads(processes.from_first(json.dumps({"--out": str(folder)} | dict(options))))
+    for option, value in options.items():
+        if value != first[option]:
+            raise CommandError(
+                f"{option}: received {value}, process 0 {first[option]}, expected the same; "
+                "start every process with the options of process 0"
+            )
+    return Path(first["--out"])
+
+
+@contextlib.contextmanager
+def explain_failures(folder: Path) -> Iterator[None]:
+    """Turns failures of a training into one line that says how to continue.
+
+    Args:
+        folder: the folder of the run, which has the checkpoints.
+
+    Yields:
+        Nothing; the training runs inside.
+    """
+    start = "continue" if jax.process_count() == 1 else "start every process again"
+    advice = f"{start} with bn-jax train --resume {shlex.quote(str(folder))}"
+    if is_distributed():
+        _explain_abort(f"{LOST}; {advice}")
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise CommandError(f"interrupted; {advice}", INTERRUPTED) from error
+    except OSError as error:
+        raise CommandError(f"{error}; {advice}", code=1) from error
+    except jax.errors.JaxRuntimeError as error:
+        stop_if_lost(error, advice)
+        raise
+
+
+def stop_if_lost(error: Exception, advice: str) -> None:
+    """Ends this process at once if an error comes from the loss of another process."""
+    if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
+        abort(f"another process was lost ({str(error).splitlines()[0]}); {advice}")

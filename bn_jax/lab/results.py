@@ -1,0 +1,196 @@
+"""What a training finds: its record, and the folder of a finished run."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bn_jax import training
+from bn_jax.lab import checkpoints, runs, tables
+from bn_jax.lab.fitting import Report
+from bn_jax.lab.problem import Problem
+
+__all__ = ["TARGET", "Config", "Result", "finish", "rank", "replace_checkpoints", "write"]
+
+TARGET = 0.9
+REPORT_EVERY = 5
+
+
+class Config(NamedTuple):
+    """The options of a run, with their defaults filled in.
+
+    Attributes:
+        data: the user's file as given; None for scikit-learn's digits.
+        devices: in all processes.
+        epochs: passes over the training part.
+        batch_size: examples in a step, over all devices.
+        learning_rate: the highest rate of SGD.
+        seed: of the split, the parameters and the order of the examples.
+    """
+
+    data: str | None
+    devices: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+class Result(NamedTuple):
+    """A trained arm.
+
+    Attributes:
+        reports: in the order of the steps.
+        state: after the last step.
+        test: means over the test part.
+    """
+
+    reports: list[Report]
+    state: training.TrainState
+    test: training.Evaluation
+
+    @property
+    def steps_to_target(self) -> int | None:
+        """Steps to the first report whose validation accuracy is at least `TARGET`."""
+        reached = (r.step for r in self.reports if r.validation.accuracy >= TARGET)
+        return next(reached, None)
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples per second of training, without compilation and evaluation."""
+        return self.reports[-1].examples / self.reports[-1].seconds
+
+
+def rank(evaluation: training.Evaluation) -> tuple[float, float]:
+    """Returns a key that sorts evaluations from worst to best: by accuracy, then by loss."""
+    loss = evaluation.loss if math.isfinite(evaluation.loss) else math.inf
+    return evaluation.accuracy, -loss
+
+
+def finish(
+    folder: Path, problem: Problem, config: Config, results: dict[str, Result], mesh: Mesh
+) -> None:
+    """Saves a run, reloads and evaluates the best arm, and prints all results."""
+    best = max(results, key=lambda arm: rank(results[arm].reports[-1].validation))
+    with replace_checkpoints(folder) as staging:
+        write(staging, problem, config, results, best)
+        reloaded = runs.evaluate_run(runs.read_run(staging), mesh, None)
+        if reloaded.correct != results[best].test.correct:
+            raise RuntimeError(
+                f"the reloaded checkpoint answers {reloaded.correct} test examples correctly, "
+                f"expected {results[best].test.correct}"
+            )
+    tables.print_arms(results)
+    print(f"Best by validation accuracy: {best}")
+    print(
+        f"Checkpoint reloaded: {reloaded.correct} of {reloaded.examples} test answers correct, "
+        f"the same as before saving ({reloaded.accuracy:.2%})"
+    )
+    print(f"Saved in {folder}")
+
+
+@contextlib.contextmanager
+def replace_checkpoints(folder: Path) -> Iterator[Path]:
+    """Stages results, which replace the checkpoints of an unfinished run once they are complete.
+
+    Args:
+        folder: of the run.
+
+    Yields:
+        A folder for the results.
+    """
+    with runs.staged(folder) as staging:
+        yield staging
+    shutil.rmtree(folder / "checkpoints")
+
+
+def write(
+    folder: Path, problem: Problem, config: Config, results: dict[str, Result], best: str
+) -> None:
+    """Writes the files of a finished run.
+
+    Args:
+        folder: exists.
+        problem: the data.
+        config: the options.
+        results: by arm.
+        best: the arm whose checkpoint is saved.
+    """
+    checkpoints.save_variables(folder / "checkpoint", results[best].state)
+    plot(results, folder / "curves.png")
+    # In the format of the user's files, so that eval reads both alike and needs no other file.
+    np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
+    metrics = _metrics(problem, config)
+    metrics["arms"] = {arm: arm_metrics(result) for arm, result in results.items()}
+    metrics["best_arm"] = best
+    metrics["checkpoint_sha256"] = checkpoints.sha256(folder / "checkpoint")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def _metrics(problem: Problem, config: Config) -> dict[str, Any]:
+    packages = ("bn-jax", "jax", "flax", "optax", "numpy")
+    return {
+        "config": config._asdict(),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "platform": jax.default_backend(),
+        "data": {
+            "examples": {name: len(part.y) for name, part in problem.splits._asdict().items()},
+            "image_shape": problem.test_images.shape[1:],
+            "num_classes": problem.num_classes,
+            "mean": problem.mean,
+            "std": problem.std,
+        },
+    }
+
+
+def arm_metrics(result: Result) -> dict[str, Any]:
+    """Returns what `metrics.json` records of an arm; numbers that are not finite become null."""
+    reports = result.reports
+    return {
+        "test_accuracy": result.test.accuracy,
+        "test_correct": result.test.correct,
+        "steps_to_90_percent_validation_accuracy": result.steps_to_target,
+        "examples_per_second": result.examples_per_second,
+        "curves": {
+            "step": [report.step for report in reports],
+            "loss": [_finite(report.training.loss) for report in reports],
+            "accuracy": [report.training.accuracy for report in reports],
+            "validation_loss": [_finite(report.validation.loss) for report in reports],
+            "validation_accuracy": [report.validation.accuracy for report in reports],
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def plot(results: dict[str, Result], path: Path) -> None:
+    """Draws training loss and validation accuracy of all arms into an image file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for arm, result in results.items():
+        steps = [report.step for report in result.reports]
+        loss.plot(steps, [report.training.loss for report in result.reports], label=arm)
+        accuracy.plot(steps, [100 * r.validation.accuracy for r in result.reports], label=arm)
+    loss.set(yscale="log", ylabel=f"training loss, mean of {REPORT_EVERY} steps")
+    accuracy.set(ylim=(0, 101), ylabel="validation accuracy (%)")
+    accuracy.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
