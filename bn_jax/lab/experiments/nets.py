@@ -20,7 +20,7 @@ class MLP(nn.Module):
         num_classes: number of logits.
         norm: constructor of the norms, as of `bn_jax.lab.models.ConvNorm`, or None.
         activation: between the layers.
-        position: whether the norm comes before the activation or after it.
+        position: whether the norm is before the activation or after it.
         kernel_init: of the hidden layers' kernels.
         dtype: of parameters and computation.
     """
@@ -37,12 +37,12 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Computes the logits.
 
-        What comes into each activation is sown as ``preactivation`` into "intermediates".
+        The input of each activation is sown as ``preactivation`` into "intermediates".
 
         Args:
             x: [n, features].
-            train: whether to normalize by the batch's statistics and update the running ones.
-            mask: booleans or weights [n]: which examples enter the statistics. None: all.
+            train: whether to normalize with the batch's statistics and update the running ones.
+            mask: booleans or weights [n] of the examples in the statistics. None: all count fully.
 
         Returns:
             Logits [n, num_classes].
@@ -50,7 +50,7 @@ class MLP(nn.Module):
         types = {} if self.dtype is None else {"dtype": self.dtype, "param_dtype": self.dtype}
         mask = None if mask is None else mask[:, None]
         for index, width in enumerate(self.widths):
-            # A bias before a norm is cancelled by it.
+            # A norm right after the layer subtracts its bias again.
             use_bias = self.norm is None or self.position == "after"
             dense = nn.Dense(
                 width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}", **types
@@ -72,14 +72,14 @@ class MLP(nn.Module):
 
 
 class ScannedMLP(nn.Module):
-    """An `MLP` of equal hidden layers whose program is no longer however deep it is.
+    """An `MLP` with hidden layers of equal width, whose program does not grow with its depth.
 
-    The parameters and statistics of all hidden layers but the first are stacked, [depth - 1, ...],
-    under ``hidden``; those of the first are under ``first``.
+    The parameters and statistics of the first hidden layer are under ``first``. Those of all others
+    are stacked, [depth - 1, ...], under ``hidden``.
 
     Attributes:
-        depth: hidden layers.
-        width: features of each.
+        depth: the number of hidden layers.
+        width: the features of each.
         num_classes: number of logits.
         norm: constructor of the norms, or None.
     """
@@ -93,7 +93,7 @@ class ScannedMLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Computes the logits [n, num_classes] of [n, features].
 
-        What comes into the activations is sown, [depth, n, width], as ``preactivation``.
+        The inputs of the activations are sown, [depth, n, width], as ``preactivation``.
         """
         layers = nn.scan(
             _Layer,
