@@ -59,6 +59,14 @@ SETTINGS = (
 )
 
 
+LARGE = str(Batches(LARGEST))
+# The settings in which renorm should be better, as published for a batch size of 4 and for
+# batches that are not iid.
+POSITIVE = [
+    str(batches) for batches in (Batches(2), Batches(4), Batches(LARGEST, 1), Batches(LARGEST, 2))
+]
+
+
 def draw(seeds: Any, labels: Any, steps: int) -> Any:
     """Draws the batches of every setting.
 
@@ -156,14 +164,6 @@ def run(setting: Setting) -> Result:
         },
         rates={arm: of_arm.rate for arm, of_arm in chosen.items()},
     )
-
-
-LARGE = str(Batches(LARGEST))
-# The settings in which renorm should be better, as published for a batch size of 4 and for
-# batches that are not iid.
-POSITIVE = [
-    str(batches) for batches in (Batches(2), Batches(4), Batches(LARGEST, 1), Batches(LARGEST, 2))
-]
 
 
 def _criteria(gained: Mapping[str, Interval]) -> tuple[Criterion, ...]:
