@@ -217,7 +217,7 @@ def _criteria(initial: str, comparison: Comparison) -> list[Criterion]:
     ]
 
 
-def _reported(name: str, chosen: Chosen[Mapping[str, Any]], steps: Any) -> dict[str, Interval]:
+def _reported(name: str, chosen: Chosen[dict[str, Any]], steps: Any) -> dict[str, Interval]:
     """Reports figures of an arm and initialization.
 
     Args:

@@ -165,7 +165,7 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chos
         variables = init_model(model, trial)
         trained, (shift, smooth) = jax.lax.scan(follow.take_stretch, variables, stretches)
         outcome = accuracies(model, trained, trial.digits)
-        return outcome._replace(measured=Measured(outcome.measured, shift, smooth))
+        return Outcome(outcome.validation, Measured(outcome.measured, shift, smooth))
 
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     return sweep_rates(run, RATES, trials).best_for_each_seed()

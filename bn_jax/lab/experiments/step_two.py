@@ -233,9 +233,8 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
             _, sown = model.apply(trained, x, train=False, mutable=["intermediates"])
             inputs = jnp.stack(sown["intermediates"]["preactivation"])
             shares = jnp.stack([useless_share(name, inputs) for name in ACTIVATIONS])
-            return outcome._replace(
-                measured={"accuracy": outcome.measured, "share": shares[activation]}
-            )
+            measured = {"accuracy": outcome.measured, "share": shares[activation]}
+            return Outcome(outcome.validation, measured)
 
         of_arms = jax.vmap(of_arm, (None, 0))
         return jax.vmap(of_arms, (0, None))(jnp.arange(len(ACTIVATIONS)), jnp.arange(len(arms)))
