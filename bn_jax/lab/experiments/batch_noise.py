@@ -19,6 +19,7 @@ from bn_jax.lab.experiments.sweeps import (
     draw_trials,
     init_model,
     loss_of,
+    take,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -85,8 +86,8 @@ def measure(setting: Setting) -> dict[str, Noise]:
             _noise(
                 _sizes(setting),
                 examples,
-                jax.tree.map(lambda leaf, index=index: leaf[index], variables),
-                jax.tree.map(lambda leaf, index=index: leaf[index], trials.digits.train),
+                take(variables, index),
+                take(trials.digits.train, index),
                 seed,
             )
             for index, seed in enumerate(setting.chosen)

@@ -15,7 +15,7 @@ from scipy import ndimage
 import bn_jax as bn
 from bn_jax.lab import data
 from bn_jax.lab.experiments.figures import band, means_and_errors
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
 from bn_jax.lab.experiments.sweeps import (
     Part,
     State,
@@ -24,6 +24,7 @@ from bn_jax.lab.experiments.sweeps import (
     init_model,
     make_step,
     start,
+    take,
 )
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
@@ -46,7 +47,6 @@ PRIORS = 0, 16, 64, 256
 STREAM = 32
 ENTROPY_STEPS = 20
 ENTROPY_RATE = 0.05
-NORM = partial(bn.linen.BatchNorm, momentum=0.9)
 
 
 class Images(nn.Module):
@@ -61,8 +61,8 @@ class Images(nn.Module):
 
 
 MODELS: dict[str, nn.Module] = {
-    "MLP": MLP((64, 64), norm=NORM),
-    "CNN": Images(ResNet(10, stage_sizes=(1,), widths=(8,), block=PlainBlock, norm=NORM)),
+    "MLP": MLP((64, 64), norm=BATCH_NORM),
+    "CNN": Images(ResNet(10, stage_sizes=(1,), widths=(8,), block=PlainBlock, norm=BATCH_NORM)),
 }
 
 
@@ -156,7 +156,7 @@ def train_all(model: nn.Module, setting: Setting, steps: int) -> Any:
 
     trained = []
     for index in range(setting.seeds):
-        trial = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), trials)
+        trial = jax.device_put(take(trials, index))
         state = begin(trial)
         for batch in trials.batches[index]:
             state = step(state, trial.digits.train, batch)
@@ -205,8 +205,8 @@ def adapted_errors(
 
     return np.stack(
         [
-            of_seed(jax.tree.map(lambda leaf, seed=seed: leaf[seed], variables), x[seed], y[seed])
-            for seed in range(len(x))
+            of_seed(take(variables, seed), images, labels)
+            for seed, (images, labels) in enumerate(zip(x, y, strict=True))
         ]
     )
 

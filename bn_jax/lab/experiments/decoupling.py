@@ -9,6 +9,7 @@ import numpy as np
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.nets import NO_EPSILON
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -26,8 +27,6 @@ FEATURES = 16
 EXAMPLES = 256
 CONDITIONS = 10, 100, 1000
 NOISE = 0.1
-# So small that adding it to a variance changes no digit.
-EPSILON = 1e-300
 # A distance that is smaller relative to its start consists of rounding.
 FLOOR = 1e-16
 IDENTITY = 1e-10
@@ -65,7 +64,7 @@ def normalized(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the output of a linear unit after batch norm over all examples, [n]."""
     statistics = bn.init_batch_stats(1, dtype=x.dtype)
     z = (x @ weights)[:, None]
-    return bn.batch_norm({}, statistics, z, use_running_average=False, epsilon=EPSILON)[0][:, 0]
+    return bn.batch_norm({}, statistics, z, use_running_average=False, epsilon=NO_EPSILON)[0][:, 0]
 
 
 def loss(weights: jax.Array, scale: Any, problem: Problem) -> jax.Array:

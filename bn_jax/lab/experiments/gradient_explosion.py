@@ -11,6 +11,7 @@ import numpy as np
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.nets import NO_EPSILON_FLOAT32
 from bn_jax.lab.experiments.verdicts import Criterion, Experiment, Result, Setting, mean_interval
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _apply_layer(weights: jax.Array, x: jax.Array) -> jax.Array:
     else:
         statistics = bn.init_batch_stats(x.shape[1:])
         x, _ = bn.batch_norm(
-            {}, statistics, x, use_running_average=False, axis=(1, 2, 3), epsilon=1e-30
+            {}, statistics, x, use_running_average=False, axis=(1, 2, 3), epsilon=NO_EPSILON_FLOAT32
         )
     activated = [
         activation.function(x[:, index]) for index, activation in enumerate(ACTIVATIONS.values())

@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
     Part,
@@ -21,6 +21,7 @@ from bn_jax.lab.experiments.sweeps import (
     draw_trials,
     init_model,
     loss_of,
+    take,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -33,14 +34,13 @@ from bn_jax.lab.experiments.verdicts import (
     mean_interval,
     ratio_interval,
 )
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = 24, 24, 24
 ARMS: dict[str, nn.Module] = {
-    "batch norm": MLP(WIDTHS, norm=partial(BatchNorm, momentum=0.9)),
+    "batch norm": MLP(WIDTHS, norm=BATCH_NORM),
     "no norm": MLP(WIDTHS),
 }
 BATCH_SIZE = 64
@@ -212,17 +212,14 @@ def measure_spectra(
         setting: the seeds.
         whole: whether to measure at the last point only, with all examples in one batch.
     """
-    measure = make_measure(model, jax.tree.map(lambda leaf: leaf[0, 0], params))
+    measure = make_measure(model, take(params, 0, 0))
     batches = (1, BATCHES * BATCH_SIZE) if whole else (BATCHES, BATCH_SIZE)
     last = STEPS // EVERY
     spectra = []
     for index, seed in enumerate(setting.chosen):
         x = train.x[index, : BATCHES * BATCH_SIZE].reshape(*batches, -1)
         y = train.y[index, : BATCHES * BATCH_SIZE].reshape(batches)
-        along = [
-            jax.tree.map(lambda leaf, at=(index, point): leaf[at], params)
-            for point in ([last] if whole else range(1, last + 1))
-        ]
+        along = [take(params, index, point) for point in ([last] if whole else range(1, last + 1))]
         spectra.append([measure(at_point, x, y, seed) for at_point in along])
         if not whole:
             setting.advance(0.4 / len(setting.chosen))

@@ -1,7 +1,6 @@
 """Claim 8: batch norm allows larger learning rates."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import ScannedMLP
+from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP
 from bn_jax.lab.experiments.selection import RateSweep, choose, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import Trial, draw_trials, init_model, sweep, train
 from bn_jax.lab.experiments.verdicts import (
@@ -23,17 +22,12 @@ from bn_jax.lab.experiments.verdicts import (
     ratio_interval,
 )
 from bn_jax.lab.models import Norm
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, BATCH_SIZE = 32, 64
 DEPTHS = 4, 8, 16
-NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
-}
 RATES = np.geomspace(1e-2, 1e2, 13)
 # A rate is stable if its training ends with a validation accuracy of at least a half. Chance is a
 # tenth, where a network that has diverged or died stays.
@@ -126,12 +120,12 @@ def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     steps = 60 if setting.quick else 500
     depths = DEPTHS[:2] if setting.quick else DEPTHS
-    activations = {arm: growth(setting, depths[-1], norm) for arm, norm in NORMS.items()}
+    activations = {arm: growth(setting, depths[-1], norm) for arm, norm in WITH_AND_WITHOUT.items()}
     setting.advance(0.1)
     swept: dict[int, dict[str, RateSweep[Any]]] = {depth: {} for depth in depths}
     for depth in depths:
         trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
-        for arm, norm in NORMS.items():
+        for arm, norm in WITH_AND_WITHOUT.items():
             model = ScannedMLP(depth, WIDTH, norm=norm)
             swept[depth][arm] = sweep_accuracies(model, optax.sgd, RATES, trials)
             setting.advance(0.9 * depth / (2 * sum(depths)))
@@ -207,13 +201,13 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
             curves["rates"],
             100 * np.asarray(values, float),
             name,
-            color=f"C{list(NORMS).index(arm)}",
+            color=f"C{list(WITH_AND_WITHOUT).index(arm)}",
             linestyle=("-", "--", ":")[depths.index(int(depth))],
         )
     by_rate.axhline(100 * STABLE, color="gray", linewidth=0.8)
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
     by_rate.legend(fontsize="small")
-    for position, arm in enumerate(NORMS):
+    for position, arm in enumerate(WITH_AND_WITHOUT):
         for key, style in {"start": ":", "activations": "-"}.items():
             values = np.asarray(curves[key][arm], float)
             when = "before training" if key == "start" else f"after {FEW_STEPS} steps"

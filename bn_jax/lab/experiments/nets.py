@@ -1,6 +1,7 @@
 """Small networks with any norm or none, for the experiments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -8,8 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.lab.models import Norm, apply_norm
+from bn_jax.linen import BatchNorm
 
 Position = Literal["before", "after"]
+
+BATCH_NORM: Norm = partial(BatchNorm, momentum=0.9)
+WITH_AND_WITHOUT: Mapping[str, Norm | None] = {"batch norm": BATCH_NORM, "no norm": None}
+# So small that adding it to a variance changes no digit, in float64 and in float32.
+NO_EPSILON, NO_EPSILON_FLOAT32 = 1e-300, 1e-30
 
 
 class MLP(nn.Module):

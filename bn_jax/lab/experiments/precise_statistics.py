@@ -34,6 +34,7 @@ from bn_jax.lab.experiments.verdicts import (
     Setting,
     exact,
     mean_interval,
+    relative_error,
 )
 from bn_jax.linen import BatchNorm
 
@@ -173,12 +174,7 @@ def difference_from_recalibrate(setting: Setting) -> float:
 
     expected = recalibrate(forward, variables, list(batches)).batch_stats
     measured = jax.jit(partial(measure_precisely, model))(variables, batches)
-    differences = jax.tree.map(
-        lambda ours, theirs: float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))),
-        measured,
-        expected,
-    )
-    return max(jax.tree.leaves(differences))
+    return max(map(float, jax.tree.leaves(jax.tree.map(relative_error, measured, expected))))
 
 
 def first_no_worse(differences: Any) -> int:

@@ -1,7 +1,7 @@
 """Claim 9: batch norm makes residual blocks start near the identity."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.nets import BATCH_NORM
 from bn_jax.lab.experiments.selection import Chosen, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import draw_trials
 from bn_jax.lab.experiments.verdicts import (
@@ -22,7 +23,6 @@ from bn_jax.lab.experiments.verdicts import (
     mean_interval,
 )
 from bn_jax.lab.models import ResidualMLP
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +37,12 @@ NETWORKS = 8
 NARROW = 16
 BATCH_SIZE = 32
 MOMENTUM = 0.9
-ARMS: dict[str, dict[str, Any]] = {
-    "batch norm": {"norm": partial(BatchNorm, momentum=0.9)},
-    "no norm": {},
-    "SkipInit": {"branch_init": "skipinit"},
-    "Fixup": {"branch_init": "fixup"},
+# Called with the number of blocks, the width and the number of classes.
+ARMS: Mapping[str, Callable[[int, int, int], ResidualMLP]] = {
+    "batch norm": partial(ResidualMLP, norm=BATCH_NORM),
+    "no norm": ResidualMLP,
+    "SkipInit": partial(ResidualMLP, branch_init="skipinit"),
+    "Fixup": partial(ResidualMLP, branch_init="fixup"),
 }
 # The arms that are compared at initialization. The branches of the others start at or near zero.
 AT_START = "batch norm", "no norm"
@@ -60,7 +61,7 @@ def second_moments(seed: jax.Array, arm: str, depth: int) -> tuple[jax.Array, ja
         Second moments of the inputs of the blocks and of the last output, [depth + 1], and of the
         branches, [depth]; means over examples, features and `NETWORKS` networks.
     """
-    model = ResidualMLP(depth, WIDTH, 10, **ARMS[arm])
+    model = ARMS[arm](depth, WIDTH, 10)
 
     def of_network(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         for_input, for_model = jax.random.split(key)
@@ -125,7 +126,7 @@ def train_each(setting: Setting, depths: Sequence[int]) -> dict[str, dict[int, C
     rates = np.geomspace(0.01, 0.1, 2 if setting.quick else 3)
     chosen: dict[str, dict[int, Chosen[Any]]] = {arm: {} for arm in ARMS}
     for depth, arm in itertools.product(depths, ARMS):
-        model = ResidualMLP(depth, NARROW, 10, **ARMS[arm])
+        model = ARMS[arm](depth, NARROW, 10)
         swept = sweep_accuracies(model, partial(optax.sgd, momentum=MOMENTUM), rates, trials)
         chosen[arm][depth] = swept.best_for_all_seeds()
         setting.advance(0.7 / len(ARMS) / len(depths))

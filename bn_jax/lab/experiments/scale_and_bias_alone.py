@@ -12,7 +12,7 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import points
-from bn_jax.lab.experiments.nets import ScannedMLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, ScannedMLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, RateSweep
 from bn_jax.lab.experiments.sweeps import (
     Digits,
@@ -23,6 +23,7 @@ from bn_jax.lab.experiments.sweeps import (
     draw_trials,
     make_step,
     start,
+    take,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -36,13 +37,11 @@ from bn_jax.lab.experiments.verdicts import (
     mean_interval,
 )
 from bn_jax.lab.models import ResNet
-from bn_jax.linen import BatchNorm
 from bn_jax.optim import norm_params_mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NORM = partial(BatchNorm, momentum=0.9)
 ARMS = (
     "scale and bias",
     "random weights",
@@ -101,8 +100,8 @@ def nets(quick: bool) -> dict[str, Net]:
         rates=RATES[1:4:2],
         side_by_side=False,
     )
-    mlp = partial(ScannedMLP, width=64, norm=NORM)
-    resnet = partial(ResNet, 10, norm=NORM)
+    mlp = partial(ScannedMLP, width=64, norm=BATCH_NORM)
+    resnet = partial(ResNet, 10, norm=BATCH_NORM)
     return {
         "MLP, depth 2": dense(mlp(2)),
         "MLP, depth 8": dense(mlp(8)),
@@ -204,13 +203,13 @@ def train_all(setting: Setting, net: Net) -> Chosen[Measured]:
     digits = Digits(
         *(Part(part.x.reshape(*part.x.shape[:2], *net.shape), part.y) for part in trials.digits)
     )
-    trials = trials._replace(digits=digits)
+    trials = jax.device_put(trials._replace(digits=digits))
     rates = jnp.asarray(net.rates)
     shape = net.arms, len(net.rates), setting.seeds
 
     def run_at(place: Any) -> Run:
         arm, rate, seed = place
-        return Run(arm, rates[rate], jax.tree.map(lambda leaf: jnp.asarray(leaf)[seed], trials))
+        return Run(arm, rates[rate], take(trials, seed))
 
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
     if net.side_by_side:
@@ -278,7 +277,7 @@ def begin(model: nn.Module, run: Run) -> tuple[Any, Any]:
         lambda path, leaf: jnp.ones_like(leaf) if format_path(path).endswith("scale") else leaf,
         variables["params"],
     )
-    mask = jax.tree.map(lambda leaf: leaf[run.arm], masks(params, of_mask))
+    mask = take(masks(params, of_mask), run.arm)
     return {**variables, "params": params}, mask
 
 

@@ -11,7 +11,12 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import (
+    MLP,
+    NO_EPSILON,
+    NO_EPSILON_FLOAT32,
+    WITH_AND_WITHOUT,
+)
 from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import (
     MakeOptimizer,
@@ -31,8 +36,8 @@ from bn_jax.lab.experiments.verdicts import (
     Setting,
     exact,
     mean_interval,
+    relative_error,
 )
-from bn_jax.lab.models import Norm
 from bn_jax.linen import BatchNorm
 from bn_jax.optim import no_weight_decay_mask
 
@@ -40,11 +45,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = 64, 64
-NORMS = {"batch norm": partial(BatchNorm, momentum=0.9), "no norm": None}
 SCALES = 1e-2, 0.3, 3.0, 1e2
 BATCH_SIZE = 64
-# So small that adding it to a variance changes no digit.
-NO_EPSILON = {jnp.float64: 1e-300, jnp.float32: 1e-30}
 WITHIN = 0.01
 # The parameters that are trained at the rates of the sweep, and the rate of all others.
 SWEPT: dict[str, float | None] = {"all parameters": None, "kernels before a norm": 0.1}
@@ -79,7 +81,7 @@ def identities(setting: Setting) -> Errors:
 
 def _scaling_errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
     """Returns the errors of one network at each of `SCALES`, [scales]."""
-    model = MLP(WIDTHS, norm=_without_epsilon(jnp.float64), dtype=jnp.float64)
+    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON), dtype=jnp.float64)
     variables = model.init(jax.random.key(seed), x, train=False)
 
     def at(scale: Any) -> tuple[jax.Array, Any]:
@@ -97,15 +99,11 @@ def _scaling_errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
 
     def errors(scale: jax.Array) -> Errors:
         logits, gradients = at(scale)
-        of_leaves = jax.tree.map(_relative_error, gradients, expected_gradients)
+        of_leaves = jax.tree.map(relative_error, gradients, expected_gradients)
         worst = jnp.max(jnp.stack(jax.tree.leaves(of_leaves)))
-        return Errors(_relative_error(logits, expected_logits), worst)
+        return Errors(relative_error(logits, expected_logits), worst)
 
     return jax.vmap(errors)(jnp.asarray(SCALES))
-
-
-def _without_epsilon(dtype: Any) -> Norm:
-    return partial(BatchNorm, epsilon=NO_EPSILON[dtype])
 
 
 def _scaled(scale: Any, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -115,10 +113,6 @@ def _scaled(scale: Any, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
 def _is_scale_invariant(path: tuple[Any, ...]) -> bool:
     """Returns whether a parameter is a kernel before a norm."""
     return "dense" in format_path(path)
-
-
-def _relative_error(found: jax.Array, expected: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))
 
 
 def equilibrium(setting: Setting) -> Any:
@@ -132,7 +126,7 @@ def equilibrium(setting: Setting) -> Any:
         value in equilibrium, `learning rate |w|^2 |g|^2 / (2 weight decay)`.
     """
     trials = draw_trials(setting.chosen, round(END / (DECAY_RATE * DECAY)), BATCH_SIZE)
-    model = MLP(WIDTHS, norm=_without_epsilon(jnp.float32))
+    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON_FLOAT32))
     decay = optax.add_decayed_weights(DECAY, no_weight_decay_mask)
     optimizer = optax.chain(decay, optax.sgd(DECAY_RATE))
 
@@ -191,7 +185,7 @@ def train_each(setting: Setting) -> dict[str, RateSweep[Any]]:
     trials = draw_trials(setting.chosen, 60 if setting.quick else 400, BATCH_SIZE)
     swept = {}
     for which, others in SWEPT.items():
-        for arm, norm in NORMS.items():
+        for arm, norm in WITH_AND_WITHOUT.items():
             swept[f"{arm}, {which}"] = sweep_accuracies(
                 MLP(WIDTHS, norm=norm), make_optimizer(others), rates, trials
             )

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import MLP, WITH_AND_WITHOUT
 from bn_jax.lab.experiments.selection import Chosen, choose
 from bn_jax.lab.experiments.sweeps import (
     Part,
@@ -33,17 +33,12 @@ from bn_jax.lab.experiments.verdicts import (
     ratio_interval,
 )
 from bn_jax.lab.models import Norm
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTHS, BATCH_SIZE = (100, 100, 100), 60
-NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
-}
 # Glorot's initializer, and small random values with which every layer shrinks its input.
 INITIALIZERS = {
     "good initialization": nn.initializers.glorot_normal(),
@@ -171,15 +166,15 @@ def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     horizon = 200 if setting.quick else 1000
     trained = {}
-    for arm, norm in NORMS.items():
+    for arm, norm in WITH_AND_WITHOUT.items():
         trained[arm] = train_arm(setting, norm, horizon)
-        setting.advance(1 / len(NORMS))
+        setting.advance(1 / len(WITH_AND_WITHOUT))
     criteria: list[Criterion] = []
     reported: dict[str, Interval] = {}
     curves: dict[str, Any] = {}
     rates: dict[str, ChosenRate] = {}
     for initial in INITIALIZERS:
-        arms = {arm: trained[arm][initial] for arm in NORMS}
+        arms = {arm: trained[arm][initial] for arm in WITH_AND_WITHOUT}
         comparison = compare({arm: values["accuracy"] for arm, values in arms.items()}, horizon)
         criteria += _criteria(initial, comparison)
         for arm, values in arms.items():

@@ -12,7 +12,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import points
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import MLP, NO_EPSILON
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import Trial, init_model, load_digits, train
 from bn_jax.lab.experiments.verdicts import (
@@ -134,9 +134,9 @@ def input_gradient_of_two() -> float:
         params, batch_stats = bn.init_params(1000), bn.init_batch_stats(1000)
 
         def forward(x: jax.Array) -> jax.Array:
-            return bn.batch_norm(params, batch_stats, x, use_running_average=False, epsilon=1e-300)[
-                0
-            ]
+            return bn.batch_norm(
+                params, batch_stats, x, use_running_average=False, epsilon=NO_EPSILON
+            )[0]
 
         gradient = jax.vjp(forward, x)[1](cotangent)[0]
         return float(jnp.max(jnp.abs(gradient) * x.std(0) / jnp.abs(cotangent).max(0)))

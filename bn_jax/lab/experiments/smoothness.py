@@ -10,7 +10,7 @@ import numpy as np
 
 from bn_jax._core.batch_norm import batch_norm, init_batch_stats
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import ScannedMLP
+from bn_jax.lab.experiments.nets import NO_EPSILON, WITH_AND_WITHOUT, ScannedMLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
     Part,
@@ -18,6 +18,7 @@ from bn_jax.lab.experiments.sweeps import (
     cross_entropy,
     draw_trials,
     init_model,
+    take,
 )
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 DEPTH, WIDTH, BATCH_SIZE = 8, 32, 64
 RATES = 0.01, 0.03, 0.1, 0.3, 1.0
-# So small that adding it to a variance changes no digit.
-NO_EPSILON = 1e-300
 # The noise: the bounds of the means and deviations, drawn for each feature at every step, and half
 # the width of what is drawn for each example and added to them.
 LARGEST_MEAN, LARGEST_DEVIATION, SPREAD = 0.5, 1.5, 0.5
@@ -68,8 +67,7 @@ class NoisyBatchNorm(BatchNorm):
 
 
 NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
+    **WITH_AND_WITHOUT,
     "batch norm and noise": partial(NoisyBatchNorm, momentum=0.9),
 }
 
@@ -232,9 +230,9 @@ class Follow(NamedTuple):
         # All points are one call, so that there is one gradient to compile.
         points = jax.tree.map(lambda *parts: jnp.concatenate(parts), mixed, ahead)
         gradients, _ = jax.vmap(gradient)(points)
-        of_mixed = jax.tree.map(lambda leaf: leaf[: DEPTH - 1], gradients)
-        of_ahead = jax.tree.map(lambda leaf: leaf[DEPTH - 1 :], gradients)
-        here = jax.tree.map(lambda leaf: leaf[0], of_ahead)
+        of_mixed = take(gradients, slice(DEPTH - 1))
+        of_ahead = take(gradients, slice(DEPTH - 1, None))
+        here = take(of_ahead, 0)
         shift = covariate_shift(_kernels(here), _kernels(of_mixed))
         return after, (shift, smoothness(of_ahead, self.rate))
 
@@ -322,8 +320,8 @@ def smoothness(gradients: Any, rate: Any) -> jax.Array:
         ``max |g(w - d g) - g(w)| / |g(w)|`` over the distances d, and
         ``max |g(w - d g) - g(w)| / (d |g(w)|)``, which bounds the curvature from below, [2].
     """
-    here = jax.tree.map(lambda leaf: leaf[0], gradients)
-    there = jax.tree.map(lambda leaf: leaf[1:], gradients)
+    here = take(gradients, 0)
+    there = take(gradients, slice(1, None))
     differences = jax.vmap(lambda far: _length(jax.tree.map(jnp.subtract, far, here)))(there)
     changes = differences / _length(here)
     return jnp.stack([changes.max(), (changes / (rate * jnp.array(AHEAD))).max()])

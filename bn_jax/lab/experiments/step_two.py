@@ -14,9 +14,9 @@ from bn_jax._core.batch_norm import batch_norm, identity_params, init_batch_stat
 from bn_jax._core.standardize import Params
 from bn_jax._fold.folding import absorb_scale, fold
 from bn_jax.lab.experiments.figures import points
-from bn_jax.lab.experiments.nets import MLP, Position
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON, Position
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
-from bn_jax.lab.experiments.sweeps import Trial, draw_trials, train_trial
+from bn_jax.lab.experiments.sweeps import Trial, draw_trials, take, train_trial
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -25,6 +25,7 @@ from bn_jax.lab.experiments.verdicts import (
     Setting,
     exact,
     mean_interval,
+    relative_error,
 )
 from bn_jax.lab.models import Norm
 from bn_jax.linen import BatchNorm
@@ -34,19 +35,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLES, FEATURES, OUTPUTS = 64, 16, 8
-# So small that adding it to a variance changes no digit.
-NO_EPSILON = 1e-300
 TOLERANCE = 1e-6
 # This is no identity, for ReLU is not odd; its error is reported.
 NOT_EQUAL = "negative scale, ReLU after it"
 # A value of tanh is saturated where its derivative is below a tenth.
 SATURATED = 0.95
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {"tanh": nn.tanh, "ReLU": nn.relu}
-NORM = partial(BatchNorm, momentum=0.9)
 NETS: Mapping[str, tuple[Norm | None, Position]] = {
     "no norm": (None, "before"),
-    "norm before activation": (NORM, "before"),
-    "norm after activation": (NORM, "after"),
+    "norm before activation": (BATCH_NORM, "before"),
+    "norm after activation": (BATCH_NORM, "after"),
 }
 WIDTHS = 64, 64, 64
 RATES = 0.1, 0.3, 1.0
@@ -97,7 +95,7 @@ def algebra(seed: jax.Array) -> dict[str, jax.Array]:
     return {
         "gradient of the mean by the weights below": jnp.abs(of_mean).max(),
         **{
-            name: _relative_error(*sides)
+            name: relative_error(*sides)
             for name, sides in _identity_sides(params, inputs @ below, above).items()
         },
     }
@@ -152,10 +150,6 @@ def flip_signs(params: Params, kernel: jax.Array) -> tuple[Params, jax.Array]:
     return {"scale": sign * params["scale"], "bias": sign * params["bias"]}, sign[:, None] * kernel
 
 
-def _relative_error(left: Any, right: Any) -> jax.Array:
-    return jnp.abs(left - right).max() / jnp.abs(right).max()
-
-
 def folding_error(seed: int) -> float:
     """Folds a norm with random parameters and statistics into the dense layer after it.
 
@@ -177,7 +171,7 @@ def folding_error(seed: int) -> float:
     folded = fold(model.apply, variables, x)
     if any(norm.into is None for norm in folded.report):
         return float("nan")
-    return float(_relative_error(folded.apply(folded.params, x), model.apply(variables, x)))
+    return float(relative_error(folded.apply(folded.params, x), model.apply(variables, x)))
 
 
 def identities(setting: Setting) -> dict[str, float]:
@@ -242,10 +236,7 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     chosen = sweep_rates(run, RATES, trials).best_for_each_seed()
     return {
-        activation: {
-            arm: jax.tree.map(lambda leaf, place=(row, column): leaf[:, *place], chosen)
-            for column, arm in enumerate(arms)
-        }
+        activation: {arm: take(chosen, slice(None), row, column) for column, arm in enumerate(arms)}
         for row, activation in enumerate(ACTIVATIONS)
     }
 

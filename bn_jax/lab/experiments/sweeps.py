@@ -136,6 +136,18 @@ def draw_trials(seeds: npt.NDArray[np.int32], steps: int, batch_size: int) -> Tr
     return Trial(seeds, digits, draw_batches(seeds, digits.train.y.shape[1], steps, batch_size))
 
 
+def take(tree: Any, *place: Any) -> Any:
+    """Returns every leaf of a tree at some indices of its leading axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from bn_jax.lab.experiments.sweeps import take
+        >>> take({"of seeds": np.array([[1, 2], [3, 4]])}, 1, 0)
+        {'of seeds': np.int64(3)}
+    """
+    return jax.tree.map(lambda leaf: leaf[place], tree)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Returns the mean over the examples, or over those where a mask [n] is True."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -156,6 +156,11 @@ def exact(value: Any) -> Interval:
     return Interval(float(value), float(value), float(value))
 
 
+def relative_error(measured: Any, expected: Any) -> Any:
+    """Returns the largest absolute difference of two arrays, over the largest expected value."""
+    return abs(measured - expected).max() / abs(expected).max()
+
+
 def mean_interval(values: Any) -> Interval:
     """Estimates a mean by Student's distribution.
 

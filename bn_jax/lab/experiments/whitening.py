@@ -11,7 +11,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
 from bn_jax.lab.experiments.selection import Chosen, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import draw_trials, load_digits
 from bn_jax.lab.experiments.verdicts import (
@@ -38,7 +38,7 @@ BATCH_SIZE = 256
 RATES = 0.03, 0.1, 0.3
 NORMS: dict[str, Norm] = {
     "whitening": partial(bn.linen.WhiteningNorm, momentum=0.9),
-    "batch norm": partial(bn.linen.BatchNorm, momentum=0.9),
+    "batch norm": BATCH_NORM,
 }
 
 
