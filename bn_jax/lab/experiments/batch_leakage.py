@@ -54,7 +54,7 @@ def draw_groups(labels: Any, steps: int, generator: np.random.Generator) -> npt.
     Args:
         labels: [n].
         steps: the number of batches.
-        generator: of random numbers.
+        generator: a generator of random numbers.
 
     Returns:
         Indices [steps, groups * GROUP], one group after the other; no example twice in a batch.
@@ -79,9 +79,9 @@ def train_arm(setting: Setting, arm: str, steps: int) -> Chosen[dict[str, Any]]:
     """Trains an arm at every rate, and tests it in both modes.
 
     Args:
-        setting: the seeds.
-        arm: one of `ARMS`.
-        steps: of each training.
+        setting: the seeds, and the size of the run.
+        arm: a name in `ARMS`.
+        steps: the number of steps of each training.
 
     Returns:
         At the rate that is best for all seeds, accuracies in percent, [seeds]: on batches of the
@@ -103,7 +103,7 @@ def train_arm(setting: Setting, arm: str, steps: int) -> Chosen[dict[str, Any]]:
     tests = {"train": draw_rows(digits.train, 1, TESTS), "test": draw_rows(digits.test, 2, TESTS)}
     run = partial(_train_once, make_model(arm))
     chosen = sweep_rates(run, RATES, trials, tests).best_for_all_seeds()
-    return chosen._replace(measured={name: 100 * one for name, one in chosen.measured.items()})
+    return chosen._replace(measured={name: 100 * runs for name, runs in chosen.measured.items()})
 
 
 def _train_once(

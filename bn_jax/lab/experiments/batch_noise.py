@@ -72,7 +72,7 @@ def measure(setting: Setting) -> dict[str, Noise]:
     batch size, and values drawn from it with replacement are independent.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         The noise in a random and in a trained network.
@@ -93,7 +93,9 @@ def measure(setting: Setting) -> dict[str, Noise]:
             for index, seed in enumerate(setting.chosen)
         ]
         setting.advance(0.4)
-        measured[name] = jax.tree.map(lambda *ones: np.stack(ones, -1).astype(np.float64), *runs)
+        measured[name] = jax.tree.map(
+            lambda *leaves: np.stack(leaves, -1).astype(np.float64), *runs
+        )
     return measured
 
 
@@ -112,7 +114,7 @@ def prepare_networks(trials: Trial) -> Networks:
     """Trains networks, and gives their norms the statistics of the population.
 
     Args:
-        trials: of the seeds.
+        trials: the trials of all seeds.
 
     Returns:
         The variables, with a leading axis [seeds].
@@ -137,11 +139,11 @@ def _noise(
     """Compares the noise of batches with the formulas.
 
     Args:
-        sizes: of the batches.
+        sizes: the sizes of the batches.
         examples: the number of examples to draw; the same examples make the batches of all sizes.
-        variables: of a network, with the population's statistics.
+        variables: the variables of a network, with the population's statistics.
         part: the population.
-        seed: of the batches.
+        seed: the seed of the batches.
     """
     x, y = jnp.asarray(part.x), jnp.asarray(part.y)
     _, sown = MODELS[None].apply(variables, x, train=False, mutable=["intermediates"])
@@ -233,9 +235,9 @@ def _criteria(name: str, noise: Noise, sizes: Any) -> tuple[Criterion, Criterion
     """Compares the noise in a network with the formulas.
 
     Args:
-        name: of the network.
-        noise: of all sizes and seeds.
-        sizes: of the batches.
+        name: the name of the network.
+        noise: the noise for all sizes and seeds.
+        sizes: the sizes of the batches.
     """
     formula = "(kurtosis + 2) s^2 / 4M"
     return (

@@ -120,7 +120,7 @@ def corrupt(seeds: Any) -> Corrupted:
     """Corrupts the test parts, and standardizes them like the clean images.
 
     Args:
-        seeds: of the splits and of the corruptions, [seeds].
+        seeds: the seeds of the splits and of the corruptions, [seeds].
 
     Returns:
         Images of each of `KINDS`, and labels.
@@ -182,8 +182,8 @@ def adapted_errors(
     """Evaluates models after mixing their statistics with those of the images.
 
     Args:
-        name: of one of `MODELS`.
-        variables: of every seed, [seeds, ...].
+        name: a name in `MODELS`.
+        variables: the variables of every seed, [seeds, ...].
         x: images in sets, each adapted to separately, [seeds, sets, n, 64].
         y: labels [seeds, sets, n].
         prior: the share of the old statistics; None: no adaptation.
@@ -215,8 +215,8 @@ def entropy_errors(model: nn.Module, variables: Any, x: Any, y: Any) -> npt.NDAr
     """Trains scale and bias to lower the entropy of the predictions, as TENT does.
 
     Args:
-        model: called with `x` and `train`.
-        variables: of every seed, [seeds, ...].
+        model: the network, called with `x` and `train`.
+        variables: the variables of every seed, [seeds, ...].
         x: images of every seed and kind, [seeds, kinds, n, 64].
         y: labels [seeds, kinds, n].
 
@@ -256,7 +256,7 @@ def in_sets(corrupted: Corrupted, size: int, ordered: bool = False) -> tuple[Any
 
     Args:
         corrupted: [seeds, kinds, n, 64].
-        size: of each set.
+        size: the number of examples in each set.
         ordered: whether to sort them by class first, as a stream of one class after another.
 
     Returns:
@@ -282,7 +282,7 @@ def measure_grid(variables: Any, corrupted: Corrupted, sizes: Sequence[int]) -> 
     """Measures the mean error over the corruptions that are not affine, after adaptation.
 
     Args:
-        variables: of the MLP, [seeds, ...].
+        variables: the variables of the MLP, [seeds, ...].
         corrupted: the images.
         sizes: n, the numbers of examples to adapt to at a time.
 
@@ -302,12 +302,13 @@ class Measured(NamedTuple):
     """The shares of wrong answers in all arms.
 
     Attributes:
-        errors: of each model "as trained" and "adapted" to all images of a kind, [seeds, kinds].
-        grid: of the MLP over the corruptions that are not affine, by examples and prior,
-            [n, N, seeds].
-        shuffled: of the MLP adapted to `STREAM` examples at a time, [seeds, kinds].
+        errors: the errors of each model "as trained" and "adapted" to all images of a kind,
+            [seeds, kinds].
+        grid: the mean errors of the MLP over the corruptions that are not affine, by examples and
+            prior, [n, N, seeds].
+        shuffled: the errors of the MLP adapted to `STREAM` examples at a time, [seeds, kinds].
         by_class: the same, with the examples sorted by class.
-        entropy: of the MLP with scale and bias trained on entropy, [seeds, kinds].
+        entropy: the errors of the MLP with scale and bias trained on entropy, [seeds, kinds].
     """
 
     errors: dict[str, dict[str, Any]]
@@ -321,7 +322,7 @@ def measure(setting: Setting, sizes: Sequence[int]) -> Measured:
     """Trains both models, and measures their errors in all arms.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         sizes: the numbers of examples of the grid.
     """
     corrupted = corrupt(setting.chosen)

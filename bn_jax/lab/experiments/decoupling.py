@@ -44,7 +44,7 @@ def make_problem(seed: int, condition: float) -> Problem:
     """Draws inputs whose covariance has the eigenvalues from `1 / condition` to 1, exactly.
 
     Args:
-        seed: of inputs, targets and directions.
+        seed: the seed of inputs, targets and directions.
         condition: the largest eigenvalue over the smallest; between them in equal ratios.
 
     Returns:
@@ -127,7 +127,7 @@ class Errors(NamedTuple):
 
     Attributes:
         closed_form: the relative distance of the gradient from its closed form.
-        cosine: of the angle between the gradient and the weights.
+        cosine: the cosine of the angle between the gradient and the weights.
     """
 
     closed_form: Any
@@ -167,8 +167,8 @@ def descend_all(setting: Setting, steps: int) -> tuple[dict[str, Any], Errors]:
     """Descends on problems of every condition and seed, in float64.
 
     Args:
-        setting: the seeds.
-        steps: of each descent.
+        setting: the seeds, and the size of the run.
+        steps: the number of steps of each descent.
 
     Returns:
         What `descend` and `errors` return, with leading axes [conditions, seeds].

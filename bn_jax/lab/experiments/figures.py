@@ -18,8 +18,8 @@ def save(experiment: Experiment, curves: Mapping[str, Any], path: Path) -> None:
 
     Args:
         experiment: the experiment.
-        curves: of its result, as read from JSON.
-        path: of the file to write; its suffix gives the format.
+        curves: the curves of its result, as read from JSON.
+        path: the path of the file to write; its suffix gives the format.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -56,11 +56,11 @@ def band(axes: "Axes", x: Any, runs: Any, label: str, **options: Any) -> None:
     """Draws a line through means over seeds, and a band of their 95 % intervals.
 
     Args:
-        axes: to draw into.
+        axes: the axes to draw into.
         x: [points].
         runs: [points, seeds]; a point with None, JSON's not-a-number, is left out.
-        label: of the line.
-        **options: of the line, for `Axes.plot`.
+        label: the label of the line.
+        **options: further options, for `Axes.plot`.
     """
     x, values = np.asarray(x), np.asarray(runs, np.float64)
     kept = np.isfinite(values).all(-1)
@@ -82,12 +82,12 @@ def points(
     """Draws means over seeds as points, with bars for their 95 % intervals.
 
     Args:
-        axes: to draw into.
-        positions: along the other axis, [points].
+        axes: the axes to draw into.
+        positions: the positions along the other axis, [points].
         runs: [points, seeds].
-        label: of the points.
+        label: the label of the points.
         horizontal: whether values are along x and positions along y.
-        **options: for `Axes.errorbar`.
+        **options: further options, for `Axes.errorbar`.
     """
     means, errors = means_and_errors(runs)
     options = {"fmt": "o", "capsize": 3, **options}

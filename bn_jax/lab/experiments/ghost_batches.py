@@ -50,8 +50,8 @@ class Measured(NamedTuple):
     Attributes:
         validation: accuracies on the validation part, [seeds].
         test: accuracies on the test part, [seeds].
-        loss: on the test part, [seeds].
-        distance: of all parameters from the start after every step, [seeds, steps].
+        loss: the loss on the test part, [seeds].
+        distance: the distance of all parameters from the start after every step, [seeds, steps].
     """
 
     validation: Any
@@ -64,9 +64,9 @@ def train_with(setting: Setting, ghost: int, steps: int) -> Chosen[Measured]:
     """Trains with one ghost size at every rate.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         ghost: the number of examples that share statistics.
-        steps: of each training.
+        steps: the number of steps of each training.
 
     Returns:
         The measurements at the rate that is best for all seeds.
@@ -101,7 +101,7 @@ def misfits(distances: Any) -> dict[str, npt.NDArray[np.float64]]:
     """Fits ``a + b log t`` and ``a + b sqrt t`` to the distance after every step.
 
     Args:
-        distances: after steps 1, 2, ..., [seeds, steps].
+        distances: the distances after steps 1, 2, ..., [seeds, steps].
 
     Returns:
         For each law, the sums of the squared residuals, [seeds].

@@ -115,8 +115,8 @@ def squared_gradients(seed: jax.Array, depth: int) -> Any:
     All networks of a seed have the same weights; intervals are over seeds.
 
     Args:
-        seed: of weights, inputs and the gradients at the outputs.
-        depth: of the networks.
+        seed: the seed of weights, inputs and the gradients at the outputs.
+        depth: the number of layers.
 
     Returns:
         For every batch size, squared norms [depth, activations, batches], from the output to the
@@ -178,8 +178,8 @@ def measure_all(setting: Setting, depth: int) -> dict[Arm, Any]:
     """Measures the squared norms of gradients of all seeds.
 
     Args:
-        setting: the seeds.
-        depth: of the networks.
+        setting: the seeds, and the size of the run.
+        depth: the number of layers.
 
     Returns:
         For each activation and batch size, squared norms [seeds, depth, batches].

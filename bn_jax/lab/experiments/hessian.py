@@ -74,9 +74,9 @@ def largest_eigenvalues(
 
     Args:
         multiply: multiplies the matrix by a vector [size].
-        size: of the matrix.
+        size: the number of rows of the matrix.
         count: the number of eigenvalues.
-        seed: of the initial vector.
+        seed: the seed of the initial vector.
 
     Returns:
         The eigenvalues, descending, [count], and their vectors, [size, count].
@@ -151,8 +151,8 @@ def train_arm(model: nn.Module, trials: Trial, rates: Any) -> Chosen[Any]:
 
     Args:
         model: the network.
-        trials: of the seeds.
-        rates: of SGD.
+        trials: the trials of all seeds.
+        rates: the learning rates of SGD.
 
     Returns:
         At the rate that is best for all seeds, the parameters at the start and after every `EVERY`
@@ -180,7 +180,7 @@ class ArmSpectra(NamedTuple):
 
     Attributes:
         eigenvalues: [seeds, points, DRAWN].
-        share: of the gradient in the space of the outliers, [seeds, points].
+        share: the share of the gradient in the space of the outliers, [seeds, points].
     """
 
     eigenvalues: Any
@@ -207,9 +207,9 @@ def measure_spectra(
 
     Args:
         model: the network.
-        params: along training, [seeds, points, ...].
+        params: the params along training, [seeds, points, ...].
         train: the training part, whose first examples make the batches, [seeds, n, 64].
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         whole: whether to measure at the last point only, with all examples in one batch.
     """
     measure = make_measure(model, take(params, 0, 0))

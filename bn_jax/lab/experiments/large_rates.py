@@ -42,9 +42,9 @@ def growth(setting: Setting, depth: int, norm: Norm | None) -> Any:
     """Follows the activations of a network over its first steps at a large rate.
 
     Args:
-        setting: the seeds.
-        depth: of the network, in hidden layers.
-        norm: of the network.
+        setting: the seeds, and the size of the run.
+        depth: the number of hidden layers.
+        norm: the norm of the network.
 
     Returns:
         The root mean square of the input of each activation, before the first step and after each
@@ -87,8 +87,8 @@ class Comparison(NamedTuple):
     """The arms of one depth compared, [seeds]; not-a-number where no rate is stable.
 
     Attributes:
-        ratios: of the largest stable rates, with norm over without.
-        gaps: of the test accuracies at the matched small rate, with norm minus without.
+        ratios: the ratios of the largest stable rates, with norm over without.
+        gaps: the test accuracies at the matched small rate, with norm minus without.
     """
 
     ratios: Any

@@ -28,8 +28,8 @@ class MLP(nn.Module):
         norm: constructor of the norms, as of `bn_jax.lab.models.ConvNorm`, or None.
         activation: between the layers.
         position: whether the norm is before the activation or after it.
-        kernel_init: of the hidden layers' kernels.
-        dtype: of parameters and computation.
+        kernel_init: the initializer of the hidden layers' kernels.
+        dtype: the dtype of parameters and computation.
     """
 
     widths: Sequence[int] = (64, 64, 64)
@@ -48,8 +48,8 @@ class MLP(nn.Module):
 
         Args:
             x: [n, features].
-            train: whether to normalize with the batch's statistics and update the running ones.
-            mask: booleans or weights [n] of the examples in the statistics. None: all count fully.
+            train: whether to use the batch's statistics, and update the running statistics.
+            mask: booleans or weights [n] of the examples in the statistics; None: all are 1.
 
         Returns:
             Logits [n, num_classes].

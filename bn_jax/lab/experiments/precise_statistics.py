@@ -72,7 +72,7 @@ def measure_precisely(model: MLP, variables: Any, x: jax.Array) -> Any:
     of compiled programs.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         variables: its params and batch_stats; the values of the latter do not matter.
         x: batches, [batches, n, features].
 
@@ -104,7 +104,7 @@ def errors(trials: Trial, rate: float) -> dict[str, Any]:
     Training does not depend on running statistics, so all kinds have the same weights.
 
     Args:
-        trials: of the seeds.
+        trials: the trials of all seeds.
         rate: the learning rate.
 
     Returns:
@@ -257,7 +257,9 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     band(whole, curves["step"], precise, PRECISE, color="black")
     for average in AVERAGES:
         wrong = 100 * np.asarray(curves["wrong"][str(average)])
-        label = f"momentum {average.momentum}" + (", from precise ones" if average.warm else "")
+        label = f"momentum {average.momentum}" + (
+            ", started from precise statistics" if average.warm else ""
+        )
         color = f"C{MOMENTA.index(average.momentum)}"
         line = ":" if average.warm else "-"
         band(whole, curves["step"], wrong, label, color=color, linestyle=line)
@@ -266,7 +268,9 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     more.axhline(0, color="gray", linestyle=":")
     whole.set_ylim(bottom=0.2)
     more.set_yscale("symlog", linthresh=1)
-    more.set(xscale="log", xlabel="step", ylabel="error minus that of precise ones (points)")
+    more.set(
+        xscale="log", xlabel="step", ylabel="error minus that with precise statistics (points)"
+    )
     whole.legend(loc="lower left")
 
 

@@ -63,7 +63,7 @@ def reproduce(experiment: Experiment, setting: Setting, folder: Path) -> Result:
     Args:
         experiment: the experiment.
         setting: the size of the run.
-        folder: to write into; created if it is missing.
+        folder: the folder to write into; created if it is missing.
 
     Returns:
         The result.
@@ -85,7 +85,7 @@ def reproduce_each(
     Args:
         experiments: the experiments; each runs in one process from start to end.
         setting: the size of the runs; its `advance` is not called.
-        folder: to write into; created if it is missing.
+        folder: the folder to write into; created if it is missing.
         processes: the number of processes that run experiments. 1: this process runs them; else
             others do, and this process writes.
         show: called with the share of an experiment that was finished since the last call.

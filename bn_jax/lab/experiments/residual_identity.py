@@ -53,8 +53,8 @@ def second_moments(seed: jax.Array, arm: str, depth: int) -> tuple[jax.Array, ja
     """Measures the activations of networks at initialization, for white input.
 
     Args:
-        seed: of the networks and inputs.
-        arm: of `ARMS`.
+        seed: the seed of the networks and inputs.
+        arm: a name in `ARMS`.
         depth: the number of blocks.
 
     Returns:
@@ -116,7 +116,7 @@ def train_each(setting: Setting, depths: Sequence[int]) -> dict[str, dict[int, C
     """Trains every arm at every depth and rate.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         depths: the numbers of blocks.
 
     Returns:

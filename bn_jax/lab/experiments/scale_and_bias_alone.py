@@ -56,12 +56,12 @@ class Net(NamedTuple):
     """A network and how it is trained.
 
     Attributes:
-        model: with batch norm.
-        shape: of an example.
+        model: the network, with batch norm.
+        shape: the shape of an example.
         arms: the number of `ARMS` that are trained.
-        steps: of each training.
-        batch_size: of each step.
-        rates: of the sweep.
+        steps: the number of steps of each training.
+        batch_size: the number of examples in each step.
+        rates: the rates of the sweep.
         side_by_side: whether all trainings are one compiled program. Convolutions whose kernels
             differ from training to training are slow on a CPU: they run one training after another,
             step by step.
@@ -114,8 +114,8 @@ def masks(params: Any, key: jax.Array) -> Any:
     """Chooses what each arm trains.
 
     Args:
-        params: of a network with norms and a "classifier".
-        key: of the random choice.
+        params: the params of a network with norms and a "classifier".
+        key: the key of the random choice.
 
     Returns:
         A tree like `params` with booleans [arms, ...]: the parameters of norms; as many randomly
@@ -137,7 +137,7 @@ def draw_weights(norms: Any, classifier: Any, key: jax.Array) -> Any:
     Args:
         norms: booleans in the shapes of the parameters.
         classifier: the same.
-        key: of the choice.
+        key: the key of the choice.
 
     Returns:
         Booleans of the same shapes.
@@ -165,7 +165,7 @@ class Measured(NamedTuple):
     """What was measured of a training.
 
     Attributes:
-        accuracy: on the test part.
+        accuracy: the accuracy on the test part.
         small: the share of scales below `SMALL_SCALE`.
         count: the number of trained parameters.
     """
@@ -180,7 +180,7 @@ class Run(NamedTuple):
 
     Attributes:
         arm: its place in `ARMS`.
-        rate: of the learning.
+        rate: the learning rate.
         trial: seed, examples and batches.
     """
 
@@ -193,7 +193,7 @@ def train_all(setting: Setting, net: Net) -> Chosen[Measured]:
     """Trains every arm at every rate.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         net: the network.
 
     Returns:
@@ -320,7 +320,10 @@ def run(setting: Setting) -> Result:
             )
             for name, of_net in chosen.items()
         ),
-        curves={"found": {name: _curves(of_net) for name, of_net in chosen.items()}, "arms": ARMS},
+        curves={
+            "networks": {name: _curves(of_net) for name, of_net in chosen.items()},
+            "arms": ARMS,
+        },
         reported=reported,
         rates={
             f"{name}, {arm}": ChosenRate(of_net.rate.value[:, place], of_net.rate.at_edge[:, place])
@@ -354,17 +357,17 @@ def _reported(name: str, measured: Measured) -> dict[str, Interval]:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the accuracies of all arms, and their shares of small scales."""
     by_arm, small = figure.subplots(1, 2, width_ratios=(2, 1))
-    names = list(curves["found"])
+    names = list(curves["networks"])
     for place, arm in enumerate(curves["arms"]):
         trains_norms = arm.startswith("scale")
         for axes, key in ((by_arm, "accuracy"), (small, "small")):
             if key == "small" and not trains_norms:
                 continue
-            trained = [n for n in names if len(curves["found"][n][key]) > place]
+            trained = [n for n in names if len(curves["networks"][n][key]) > place]
             points(
                 axes,
                 np.array([names.index(n) for n in trained]) + 0.12 * (place - 1.5),
-                [100 * np.array(curves["found"][n][key][place], float) for n in trained],
+                [100 * np.array(curves["networks"][n][key][place], float) for n in trained],
                 arm,
                 fmt="o" if trains_norms else "s",
                 color=f"C{place}",

@@ -67,7 +67,7 @@ def identities(setting: Setting) -> Errors:
     """Compares output and gradient at weights `a w` with those at `w`, in float64.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         The largest errors over seeds and scales.
@@ -119,7 +119,7 @@ def equilibrium(setting: Setting) -> Any:
     """Trains with weight decay until the norm of the weights has settled.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         For the kernels before a norm, at every step, [2, seeds, steps, layers]: `|w|^4`, and its

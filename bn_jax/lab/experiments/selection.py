@@ -132,10 +132,10 @@ def sweep_accuracies(
     """Trains a model at every rate and seed, and measures its accuracy on the test part.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         make_optimizer: called with a rate.
         rates: the grid, ascending, [rates].
-        trials: of the seeds.
+        trials: the trials of all seeds.
 
     Returns:
         The accuracies on the validation and on the test part, [rates, seeds] each.

@@ -54,9 +54,9 @@ def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict
     """Trains from every initialization with every rate.
 
     Args:
-        setting: the seeds.
-        norm: of the network.
-        steps: of each training, a multiple of `EVERY`.
+        setting: the seeds, and the size of the run.
+        norm: the norm of the network.
+        steps: the number of steps of each training, a multiple of `EVERY`.
 
     Returns:
         For each of `INITIALIZERS`, at the start and after every `EVERY` steps: "accuracy" on the
@@ -148,7 +148,7 @@ def compare(accuracies: Mapping[str, Any], horizon: int) -> Comparison:
     """Compares the arms from one initialization.
 
     Args:
-        accuracies: of each arm, [rates, seeds, points].
+        accuracies: the accuracies of each arm, [rates, seeds, points].
         horizon: the steps of each training, which count where an arm without norm does not reach
             the goal.
 
@@ -216,9 +216,9 @@ def _reported(name: str, chosen: Chosen[dict[str, Any]], steps: Any) -> dict[str
     """Reports figures of an arm and initialization.
 
     Args:
-        name: of both.
+        name: the names of both.
         chosen: the measurements at the best rate.
-        steps: to the goal at every rate, [rates, seeds].
+        steps: the number of steps to the goal at every rate, [rates, seeds].
     """
     arrived = np.isfinite(chosen.measured["steps"]).mean()
     return {

@@ -71,8 +71,8 @@ def draw(seeds: Any, labels: Any, steps: int) -> Any:
     """Draws the batches of every setting.
 
     Args:
-        seeds: of the order, [seeds].
-        labels: of the examples, [seeds, n].
+        seeds: the seeds of the order, [seeds].
+        labels: the labels of the examples, [seeds, n].
         steps: the number of batches.
 
     Returns:
@@ -101,8 +101,8 @@ def train_arm(trials: Trial, norm: Norm | None) -> Chosen[Any]:
     """Trains with every kind of batches and every rate.
 
     Args:
-        trials: of the seeds, with the batches of every setting.
-        norm: of the network.
+        trials: the trials of all seeds, with the batches of every setting.
+        norm: the norm of the network.
 
     Returns:
         Test accuracies at the best rate of each seed and setting, [seeds, settings].

@@ -76,7 +76,7 @@ def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     """Compares the gradients before and after a batch norm, for random values.
 
     Args:
-        seed: of the values.
+        seed: the seed of the values.
 
     Returns:
         For each feature, ``|grad_x|^2``; the formula
@@ -112,7 +112,7 @@ def identity(setting: Setting) -> tuple[float, Any]:
     """Tests the formula in float64.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         The largest relative error of the formula in `squared_gradients`, and the share of its
@@ -129,7 +129,7 @@ class Measured(NamedTuple):
     """What was measured of a training.
 
     Attributes:
-        accuracy: on the test part.
+        accuracy: the accuracy on the test part.
         shift: the covariate shift at each measurement.
         smoothness: what `smoothness` returns at each measurement, [measurements, 2].
     """
@@ -143,9 +143,9 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chos
     """Trains at every rate and measures along the way.
 
     Args:
-        setting: the seeds.
-        norm: of the network.
-        steps: of each training.
+        setting: the seeds, and the size of the run.
+        norm: the norm of the network.
+        steps: the number of steps of each training.
         every: the number of steps between two measurements; divides `steps`.
 
     Returns:
@@ -181,8 +181,8 @@ class Follow(NamedTuple):
 
     Attributes:
         model: the network.
-        rate: of the learning.
-        key: of the noise.
+        rate: the learning rate.
+        key: the key of the noise.
         part: the examples.
     """
 
@@ -195,7 +195,7 @@ class Follow(NamedTuple):
         """Returns the gradient of a step's loss, with the new batch_stats beside it.
 
         Args:
-            number: of the step, which sets the noise.
+            number: the number of the step, which sets the noise.
             batch: indices of examples.
             stats: all variables but the parameters.
         """
@@ -276,8 +276,8 @@ class Shift(NamedTuple):
     """How a layer's gradients before and after the earlier layers' update differ, [layers - 1].
 
     Attributes:
-        distance: of the two gradients, over the length of the first.
-        cosine: of the angle between them.
+        distance: the distance of the two gradients, over the length of the first.
+        cosine: the cosine of the angle between them.
     """
 
     distance: jax.Array
@@ -314,7 +314,7 @@ def smoothness(gradients: Any, rate: Any) -> jax.Array:
 
     Args:
         gradients: here, and at `AHEAD` steps of the rate against the gradient, [1 + points, ...].
-        rate: of the learning.
+        rate: the learning rate.
 
     Returns:
         ``max |g(w - d g) - g(w)| / |g(w)|`` over the distances d, and

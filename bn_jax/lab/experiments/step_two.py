@@ -79,7 +79,7 @@ def algebra(seed: jax.Array) -> dict[str, jax.Array]:
     """Measures how much both sides of each identity differ for random values.
 
     Args:
-        seed: of the values.
+        seed: the seed of the values.
 
     Returns:
         The largest gradient, and for all others the largest difference over the largest value.
@@ -107,7 +107,7 @@ def _identity_sides(
     """Returns both sides of each identity.
 
     Args:
-        params: of the norm.
+        params: the params of the norm.
         x: its input, [n, features].
         above: the kernel of the layer after it, [features, outputs].
     """
@@ -154,7 +154,7 @@ def folding_error(seed: int) -> float:
     """Folds a norm with random parameters and statistics into the dense layer after it.
 
     Args:
-        seed: of all values.
+        seed: the seed of all values.
 
     Returns:
         The largest difference of the outputs, over the largest output.
@@ -178,7 +178,7 @@ def identities(setting: Setting) -> dict[str, float]:
     """Measures the errors of all identities, in float64.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         The largest error of each over the seeds.
@@ -203,9 +203,9 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
     """Trains a network with every activation and rate, with scale and bias fixed and trained.
 
     Args:
-        setting: the seeds.
-        net: of `NETS`.
-        steps: of each training.
+        setting: the seeds, and the size of the run.
+        net: a name in `NETS`.
+        steps: the number of steps of each training.
 
     Returns:
         For each activation and arm, at the best rate of each seed: "accuracy" on the test part, and
@@ -264,8 +264,8 @@ def useless_share(activation: str, inputs: jax.Array) -> jax.Array:
     """Measures how many values or units learn little or nothing.
 
     Args:
-        activation: of `ACTIVATIONS`.
-        inputs: of the activations, [layers, examples, units].
+        activation: a name in `ACTIVATIONS`.
+        inputs: the inputs of the activations, [layers, examples, units].
 
     Returns:
         The share of values of tanh beyond 0.95, or of ReLU units that no example activates.
@@ -295,7 +295,7 @@ def run(setting: Setting) -> Result:
             for name, error in errors.items()
             if name != NOT_EQUAL
         ),
-        curves={"found": measured},
+        curves={"activations": measured},
         reported={f"{NOT_EQUAL}, difference": exact(errors[NOT_EQUAL]), **_reported(measured)},
         rates={
             f"{activation}, {arm}": of_arm.rate
@@ -325,7 +325,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     panels = iter(figure.subplots(1, 4, sharey=True))
     for key, of_activations in labels.items():
         for activation, label in of_activations.items():
-            axes, arms = next(panels), curves["found"][activation]
+            axes, arms = next(panels), curves["activations"][activation]
             for place, arm in enumerate(sorted(arms)):
                 runs = 100 * np.asarray(arms[arm][key], float)
                 points(axes, [place], [runs], horizontal=True)

@@ -35,7 +35,7 @@ class Trial(NamedTuple):
     """What all trainings of a seed share. With a leading axis [seeds]: the trials of many seeds.
 
     Attributes:
-        seed: of the initial parameters.
+        seed: the seed of the initial parameters.
         digits: the examples.
         batches: which training examples enter each step, [steps, n].
     """
@@ -61,7 +61,7 @@ class Trained(NamedTuple):
     """The result of a training.
 
     Attributes:
-        variables: after the last step.
+        variables: the variables after the last step.
         losses: the loss of each step's batch, [steps].
         observed: what `observe` returned at each point, stacked, [points, ...]; or None.
     """
@@ -75,7 +75,7 @@ def load_digits(seeds: npt.NDArray[np.int32]) -> Digits:
     """Loads scikit-learn's digits, split and standardized by the training part for each seed.
 
     Args:
-        seeds: of the splits, [seeds].
+        seeds: the seeds of the splits, [seeds].
 
     Returns:
         1259 training, 179 validation and 359 test examples, the images as rows of 64 pixels.
@@ -100,7 +100,7 @@ def draw_batches(
     """Draws the examples of each step, without repetition within an epoch.
 
     Args:
-        seeds: of the order, [seeds].
+        seeds: the seeds of the order, [seeds].
         examples: the number of examples.
         steps: the number of batches.
         batch_size: at most `examples`. The last, incomplete batch of an epoch is left out.
@@ -126,8 +126,8 @@ def draw_trials(seeds: npt.NDArray[np.int32], steps: int, batch_size: int) -> Tr
 
     Args:
         seeds: [seeds].
-        steps: of each training.
-        batch_size: of each step.
+        steps: the number of steps of each training.
+        batch_size: the number of examples in each step.
 
     Returns:
         The trials, with a leading axis [seeds].
@@ -160,7 +160,7 @@ def loss_of(
     """Computes the loss of a batch in training.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         variables: its params and batch_stats.
         x: [n, ...].
         y: labels [n].
@@ -178,7 +178,7 @@ def accuracy(model: nn.Module, variables: Any, part: Part, train: bool = False) 
     """Computes the share of correct answers.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         variables: its params and batch_stats.
         part: examples.
         train: whether norms use the statistics of these examples or the running statistics.
@@ -212,8 +212,8 @@ def make_step(
     """Returns a training step for `jax.lax.scan`.
 
     Args:
-        model: called with `x` and `train`.
-        optimizer: of the params.
+        model: the network, called with `x` and `train`.
+        optimizer: the optimizer of the params.
         part: the examples.
         padded: whether batches may be padded with the index -1.
 
@@ -252,8 +252,8 @@ def train(
     """Trains once; under `jit` and `vmap`, many times at once.
 
     Args:
-        model: called with `x` and `train`.
-        optimizer: of the params.
+        model: the network, called with `x` and `train`.
+        optimizer: the optimizer of the params.
         variables: the initial params and batch_stats.
         part: the examples.
         rows: the examples of each step, [steps, n].

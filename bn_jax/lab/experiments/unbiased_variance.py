@@ -34,7 +34,7 @@ def running_variances(setting: Setting) -> dict[str, Any]:
     """Averages the variances of many batches of independent normal values.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
         For each arm, the running variances over the true variance, [sizes, seeds, features].

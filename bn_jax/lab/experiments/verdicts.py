@@ -109,7 +109,7 @@ class Setting(NamedTuple):
 
     Attributes:
         seeds: the number of runs of each kind; intervals are over them.
-        first_seed: of these runs; other seeds give an independent repetition.
+        first_seed: the first seed of these runs; other seeds give an independent repetition.
         quick: whether to make fewer and smaller runs.
         advance: called with the share of the experiment that was finished since the last call.
     """
@@ -129,9 +129,9 @@ class Experiment(NamedTuple):
     """A claim and the program that tests it.
 
     Attributes:
-        number: of the claim.
-        name: of the experiment on the command line.
-        claim: in one sentence.
+        number: the number of the claim.
+        name: the name of the experiment on the command line.
+        claim: the claim in one sentence.
         source: the papers that make the claim.
         published: their figure or formula.
         protocol: what is run.

@@ -63,7 +63,7 @@ def coupled(x: jax.Array, iterations: int) -> jax.Array:
 
     Args:
         x: [n, features].
-        iterations: of Newton's method.
+        iterations: the number of iterations of Newton's method.
 
     Returns:
         The `distance`, a scalar.
@@ -106,8 +106,8 @@ def train_each(setting: Setting, steps: int) -> dict[str, Chosen[Any]]:
     """Trains one hidden layer with each norm and rate.
 
     Args:
-        setting: the seeds.
-        steps: of each training.
+        setting: the seeds, and the size of the run.
+        steps: the number of steps of each training.
 
     Returns:
         For each norm the test accuracy at the best rate of each seed, [seeds].
