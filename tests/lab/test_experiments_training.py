@@ -24,9 +24,9 @@ def test_what_scale_and_bias_can_do():
 
 
 def test_the_gradient_below_a_norm():
-    error, left = smoothness.identity(Setting(seeds=3))
-    assert error <= 1e-10
-    assert ((left > 0) & (left < 1)).all()
+    identity = smoothness.check_formula(Setting(seeds=3))
+    assert identity.error <= 1e-10
+    assert ((identity.share > 0) & (identity.share < 1)).all()
 
 
 def test_saturated_values_and_dead_units():

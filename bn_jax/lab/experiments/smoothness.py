@@ -72,16 +72,25 @@ NORMS: Mapping[str, Norm | None] = {
 }
 
 
-def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+class SquaredGradients(NamedTuple):
+    """Squared gradients before a batch norm, for each feature; `g` is the gradient after it.
+
+    Attributes:
+        measured: ``|grad_x|^2``.
+        formula: ``scale^2 / s^2 (|g|^2 - <1, g>^2 / m - <g, x^>^2 / m)``.
+        first_term: of the formula, ``scale^2 / s^2 |g|^2``.
+    """
+
+    measured: Any
+    formula: Any
+    first_term: Any
+
+
+def squared_gradients(seed: jax.Array) -> SquaredGradients:
     """Compares the gradients before and after a batch norm, for random values.
 
     Args:
         seed: the seed of the values.
-
-    Returns:
-        For each feature, ``|grad_x|^2``; the formula
-        ``scale^2 / s^2 (|g|^2 - <1, g>^2 / m - <g, x^>^2 / m)``; and its first term,
-        ``scale^2 / s^2 |g|^2``.
     """
     keys = jax.random.split(jax.random.key(seed), 5)
     normal = partial(jax.random.normal, dtype=float)
@@ -105,24 +114,32 @@ def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
         - of_y.sum(0) ** 2 / BATCH_SIZE
         - (of_y * normalized).sum(0) ** 2 / BATCH_SIZE
     )
-    return (of_x**2).sum(0), factor * bracket, factor * (of_y**2).sum(0)
+    return SquaredGradients((of_x**2).sum(0), factor * bracket, factor * (of_y**2).sum(0))
 
 
-def identity(setting: Setting) -> tuple[float, Any]:
-    """Tests the formula in float64.
+class Identity(NamedTuple):
+    """A check of the formula for the squared gradient.
+
+    Attributes:
+        error: the largest relative error of the formula.
+        share: the share of the formula's first term that its other two terms leave, the mean over
+            features, [seeds].
+    """
+
+    error: float
+    share: Any
+
+
+def check_formula(setting: Setting) -> Identity:
+    """Checks the formula for the squared gradient in float64.
 
     Args:
         setting: the seeds, and the size of the run.
-
-    Returns:
-        The largest relative error of the formula in `squared_gradients`, and the share of its
-        first term that the other two leave, the mean over the features, [seeds].
     """
     with jax.enable_x64(True):
-        measured, formula, first = map(
-            np.asarray, jax.jit(jax.vmap(squared_gradients))(setting.chosen)
-        )
-    return float(np.max(np.abs(measured - formula) / formula)), (measured / first).mean(1)
+        values = jax.tree.map(np.asarray, jax.jit(jax.vmap(squared_gradients))(setting.chosen))
+    error = np.max(np.abs(values.measured - values.formula) / values.formula)
+    return Identity(float(error), (values.measured / values.first_term).mean(1))
 
 
 class Measured(NamedTuple):
@@ -131,12 +148,12 @@ class Measured(NamedTuple):
     Attributes:
         accuracy: the accuracy on the test part.
         shift: the covariate shift at each measurement.
-        smoothness: what `smoothness` returns at each measurement, [measurements, 2].
+        smoothness: the smoothness at each measurement.
     """
 
     accuracy: Any
     shift: "Shift"
-    smoothness: Any
+    smoothness: "Smoothness"
 
 
 def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chosen[Measured]:
@@ -214,9 +231,9 @@ class Follow(NamedTuple):
     def take_stretch(self, variables: Any, stretch: Stretch) -> tuple[Any, Any]:
         """Takes the steps of a stretch, and measures at the last of them."""
 
-        def step(carry: Any, step: Stretch) -> tuple[Any, None]:
+        def step(carry: Any, at: Stretch) -> tuple[Any, None]:
             variables, _ = carry
-            gradient = self.gradient_at(step.numbers, step.batches, _without_params(variables))
+            gradient = self.gradient_at(at.numbers, at.batches, _without_params(variables))
             gradients, updated = gradient(variables["params"])
             params = jax.tree.map(lambda w, g: w - self.rate * g, variables["params"], gradients)
             return ({"params": params, **updated}, variables), None
@@ -309,22 +326,30 @@ def _kernels(gradients: Any) -> jax.Array:
     return kernels
 
 
-def smoothness(gradients: Any, rate: Any) -> jax.Array:
+class Smoothness(NamedTuple):
+    """How much the gradient changes along itself, at distances ``d`` in `AHEAD` steps of the rate.
+
+    Attributes:
+        change: ``max |g(w - d g) - g(w)| / |g(w)|``.
+        curvature: ``max |g(w - d g) - g(w)| / (d |g(w)|)``, a lower bound of the curvature.
+    """
+
+    change: Any
+    curvature: Any
+
+
+def smoothness(gradients: Any, rate: Any) -> Smoothness:
     """Measures how much the gradient changes along itself.
 
     Args:
         gradients: here, and at `AHEAD` steps of the rate against the gradient, [1 + points, ...].
         rate: the learning rate.
-
-    Returns:
-        ``max |g(w - d g) - g(w)| / |g(w)|`` over the distances d, and
-        ``max |g(w - d g) - g(w)| / (d |g(w)|)``, which bounds the curvature from below, [2].
     """
     here = take(gradients, 0)
     there = take(gradients, slice(1, None))
     differences = jax.vmap(lambda far: _length(jax.tree.map(jnp.subtract, far, here)))(there)
     changes = differences / _length(here)
-    return jnp.stack([changes.max(), (changes / (rate * jnp.array(AHEAD))).max()])
+    return Smoothness(changes.max(), (changes / (rate * jnp.array(AHEAD))).max())
 
 
 def _length(tree: Any) -> jax.Array:
@@ -333,7 +358,7 @@ def _length(tree: Any) -> jax.Array:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    error, left = identity(setting)
+    identity = check_formula(setting)
     setting.advance(0.1)
     steps, every = (60, 20) if setting.quick else (400, 20)
     chosen = {}
@@ -346,7 +371,7 @@ def run(setting: Setting) -> Result:
             Criterion(
                 "|grad_x|^2 against scale^2/s^2 (|g|^2 - <1,g>^2/m - <g,x^>^2/m)",
                 "at most; in fact equal",
-                exact(error),
+                exact(identity.error),
                 at_most=1e-10,
             ),
         ),
@@ -354,10 +379,12 @@ def run(setting: Setting) -> Result:
             "steps": np.arange(every, steps + 1, every),
             "cosine": {arm: values.shift.cosine.mean(-1).T for arm, values in measured.items()},
             "distance": {arm: values.shift.distance.mean(-1).T for arm, values in measured.items()},
-            "curvature": {arm: values.smoothness[..., 1].T for arm, values in measured.items()},
+            "curvature": {arm: values.smoothness.curvature.T for arm, values in measured.items()},
         },
         reported={
-            "share of the squared gradient that passes, random values": mean_interval(left),
+            "share of the squared gradient that passes, random values": mean_interval(
+                identity.share
+            ),
             **_reported(chosen),
         },
         rates={arm: of_arm.rate for arm, of_arm in chosen.items()},
@@ -380,21 +407,22 @@ def _reported(chosen: Mapping[str, Chosen[Measured]]) -> dict[str, Interval]:
             continue
         cosines = values.shift.cosine - plain.shift.cosine
         distances = values.shift.distance.mean((1, 2)) / plain.shift.distance.mean((1, 2))
-        changes, curvatures = (_medians(values) / _medians(plain)).T
+        # Over training, in [seeds].
+        medians, plain_medians = (
+            jax.tree.map(lambda runs: np.median(runs, 1), measured.smoothness)
+            for measured in (values, plain)
+        )
         reported |= {
             f"covariate shift, cosine, {arm} minus no norm": mean_interval(cosines.mean((1, 2))),
             f"covariate shift, relative distance, {arm} over no norm": ratio_interval(distances),
             f"change of the gradient within {max(AHEAD):g} steps, {arm} over no norm": (
-                ratio_interval(changes)
+                ratio_interval(medians.change / plain_medians.change)
             ),
-            f"curvature along the gradient, {arm} over no norm": ratio_interval(curvatures),
+            f"curvature along the gradient, {arm} over no norm": ratio_interval(
+                medians.curvature / plain_medians.curvature
+            ),
         }
     return reported
-
-
-def _medians(measured: Measured) -> Any:
-    """Returns medians over training of the gradient's change and of the curvature, [seeds, 2]."""
-    return np.median(measured.smoothness, axis=1)
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
