@@ -295,7 +295,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         axes.legend()
     ratios.set_ylabel("variance over its formula")
     gaps.set_yscale("log")
-    gaps.set_ylabel("loss with batch minus with population statistics (nats)")
+    gaps.set_ylabel("loss with the batch's statistics\nminus with the population's (nats)")
 
 
 EXPERIMENT = Experiment(
