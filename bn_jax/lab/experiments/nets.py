@@ -54,28 +54,28 @@ class MLP(nn.Module):
         Returns:
             Logits [n, num_classes].
         """
-        types = {} if self.dtype is None else {"dtype": self.dtype, "param_dtype": self.dtype}
+        param_dtype = jnp.float32 if self.dtype is None else self.dtype
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype)
         mask = None if mask is None else mask[:, None]
         for index, width in enumerate(self.widths):
             # A norm right after the layer subtracts its bias again.
             use_bias = self.norm is None or self.position == "after"
-            dense = nn.Dense(
-                width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}", **types
-            )
-            x = dense(x)
+            x = dense(width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}")(x)
             if self.position == "before":
                 x = self._normalized(x, train, mask, index)
             self.sow("intermediates", "preactivation", x)
             x = self.activation(x)
             if self.position == "after":
                 x = self._normalized(x, train, mask, index)
-        return nn.Dense(self.num_classes, name="classifier", **types)(x)
+        return dense(self.num_classes, name="classifier")(x)
 
     def _normalized(
         self, x: jax.Array, train: bool, mask: jax.Array | None, index: int
     ) -> jax.Array:
-        types = {} if self.dtype is None else {"param_dtype": self.dtype}
-        return apply_norm(self.norm, x, train, mask, self.dtype, f"norm{index}", **types)
+        norm = self.norm
+        if norm is not None and self.dtype is not None:
+            norm = partial(norm, param_dtype=self.dtype)
+        return apply_norm(norm, x, train, mask, self.dtype, f"norm{index}")
 
 
 class ScannedMLP(nn.Module):

@@ -1,6 +1,7 @@
 """Training one network at many learning rates and seeds, as one compiled program."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -169,8 +170,9 @@ def loss_of(
     Returns:
         The loss, and the variables with the new batch_stats.
     """
-    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
-    logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], **masked)
+    apply = partial(model.apply, variables, x, train=True, mutable=["batch_stats"])
+    # Some of the models take no mask.
+    logits, updated = apply() if mask is None else apply(mask=mask)
     return cross_entropy(logits, y, mask), {**variables, **updated}
 
 
