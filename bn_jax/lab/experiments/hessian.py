@@ -256,7 +256,6 @@ def run(setting: Setting) -> Result:
             "eigenvalues": {arm: of_arm.eigenvalues[:, -1].T for arm, of_arm in spectra.items()},
             "share": {arm: spectra[arm].share.T for arm in ARMS},
             "steps": np.arange(EVERY, STEPS + 1, EVERY),
-            "rates": {arm: rate.value for arm, rate in chosen.items()},
         },
         reported={**_reported(spectra), **_reported_before_the_end(with_over_without)},
         rates=chosen,

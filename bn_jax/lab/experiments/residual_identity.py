@@ -152,10 +152,6 @@ def run(setting: Setting) -> Result:
                 arm: np.log10(of_arm.share.astype(np.float64)).T for arm, of_arm in at_start.items()
             },
             "accuracy": accuracies,
-            "rates": {
-                arm: {depth: float(chosen.rate.value) for depth, chosen in by_depth.items()}
-                for arm, by_depth in trained.items()
-            },
         },
         reported=_reported(at_start["no norm"], accuracies),
         rates={

@@ -321,7 +321,7 @@ def run(setting: Setting) -> Result:
             for name, of_net in chosen.items()
         ),
         curves={
-            "networks": {name: _curves(of_net) for name, of_net in chosen.items()},
+            "networks": {name: _curves(of_net.measured) for name, of_net in chosen.items()},
             "arms": ARMS,
         },
         reported=reported,
@@ -333,13 +333,11 @@ def run(setting: Setting) -> Result:
     )
 
 
-def _curves(chosen: Chosen[Measured]) -> dict[str, Any]:
-    """Returns what was measured of each arm, [arms, seeds], and its "counts", [arms]."""
+def _curves(measured: Measured) -> dict[str, Any]:
+    """Returns what was measured of each arm, [arms, seeds]."""
     return {
-        "accuracy": chosen.measured.accuracy.T,
-        "small": chosen.measured.small.T,
-        "rate": chosen.rate.value.T,
-        "counts": chosen.measured.count[0],
+        "accuracy": measured.accuracy.T,
+        "small": measured.small.T,
     }
 
 
