@@ -24,6 +24,7 @@ from bn_jax.lab.experiments import (
     nets,
     reproduce,
     scale_invariance,
+    selection,
     small_batches,
     sweeps,
     verdicts,
@@ -43,7 +44,7 @@ CLAIMS = 18
 def test_every_claim_has_an_experiment():
     assert [one.number for one in EXPERIMENTS.values()] == list(range(1, CLAIMS + 1))
     folder = Path(cli.__file__).parent / "experiments"
-    shared = {"__init__", "figures", "nets", "reproduce", "sweeps", "verdicts"}
+    shared = {"__init__", "figures", "nets", "reproduce", "selection", "sweeps", "verdicts"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
@@ -96,7 +97,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_what_is_not_finite_fails():
-    assert math.isnan(verdicts.mean_interval([1.0, math.nan]).low)
+    interval = verdicts.mean_interval([1.0, math.nan])
+    assert math.isnan(interval.low)
+    assert str(interval) == "not finite"
 
 
 def run_tiny(setting):
@@ -104,7 +107,10 @@ def run_tiny(setting):
     values = setting.chosen + (0.25 if setting.quick else 0.5)
     bound = Criterion("mean", "1", verdicts.mean_interval(values), at_least=0)
     return Result(
-        (bound,), {"values": values, "none": math.nan}, {"first": verdicts.exact(values[0])}
+        (bound,),
+        {"values": values, "none": math.nan},
+        {"first": verdicts.exact(values[0])},
+        {"arm": verdicts.ChosenRate(np.float64(0.5), np.True_)},
     )
 
 
@@ -148,6 +154,7 @@ def test_reproduce_writes_json_and_a_figure_for_each_claim(
     assert found["criteria"][0]["measured"]["estimate"] == 12.0
     assert found["curves"] == {"values": [10.5, 11.5, 12.5, 13.5], "none": None}
     assert found["reported"]["first"]["estimate"] == 10.5
+    assert found["rates"] == {"arm": {"value": 0.5, "at_edge": True}}
     assert (tmp_path / "found/tiny.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -269,9 +276,9 @@ def test_names_and_numbers_choose_each_claim_once(tiny):
 
 
 def test_the_scale_of_weights_before_a_norm_changes_nothing_but_the_gradients_scale():
-    found = scale_invariance.identities(Setting(2))
-    assert set(found) == {"output", "gradient"}
-    assert max(found.values()) < 1e-10
+    errors = scale_invariance.identities(Setting(2))
+    assert 0 < errors.output < 1e-10
+    assert 0 < errors.gradient < 1e-10
 
 
 def test_padded_batches_train_as_the_smaller_ones():
@@ -300,8 +307,73 @@ def test_batches_of_an_epoch_hold_every_example_once():
 def test_the_range_of_rates_is_measured_on_the_test_part_at_the_best_of_the_validation_part():
     validation = np.array([[0.1], [0.9], [0.8], [0.2]])
     test = np.array([[0.895], [0.9], [0.95], [0.2]])
-    found = scale_invariance.decades_within(np.stack([validation, test]), np.geomspace(1, 1e3, 4))
-    np.testing.assert_allclose(found, [3.0])
+    swept = selection.RateSweep(np.geomspace(1, 1e3, 4), validation, test)
+    np.testing.assert_allclose(scale_invariance.decades_within(swept), [3.0])
+
+
+RATES = (0.1, 1.0, 10.0)
+# [rates, seeds]: the second rate has the best mean, the first the best and the third the least bad
+# seed; the first seed is best at the second rate, the second seed at the first.
+VALIDATION = np.array([[0.2, 1.0], [0.95, 0.45], [0.5, 0.5]])
+
+
+def test_one_rate_for_all_seeds_has_the_best_mean_on_the_validation_part():
+    measured = {"test": 10 * VALIDATION, "curve": np.arange(24).reshape(3, 2, 4)}
+    chosen = selection.RateSweep(RATES, VALIDATION, measured).best_for_all_seeds()
+    assert chosen.rate == (1.0, False)
+    np.testing.assert_array_equal(chosen.measured["test"], [9.5, 4.5])
+    np.testing.assert_array_equal(chosen.measured["curve"], [[8, 9, 10, 11], [12, 13, 14, 15]])
+
+
+def test_each_seed_and_arm_has_its_best_rate_on_the_validation_part():
+    # A second arm, in the same program, that is best at the largest rate.
+    validation = np.stack([VALIDATION, VALIDATION[::-1] / 2], -1)
+    curves = np.arange(48).reshape(3, 2, 2, 4)
+    swept = selection.RateSweep(RATES, validation, {"test": validation, "curve": curves})
+    chosen = swept.best_for_each_seed()
+    np.testing.assert_array_equal(chosen.rate.value, [[1.0, 1.0], [0.1, 10.0]])
+    np.testing.assert_array_equal(chosen.rate.at_edge, [[False, False], [True, True]])
+    np.testing.assert_array_equal(chosen.measured["test"], [[0.95, 0.475], [1.0, 0.5]])
+    expected = [[curves[1, 0, 0], curves[1, 0, 1]], [curves[0, 1, 0], curves[2, 1, 1]]]
+    np.testing.assert_array_equal(chosen.measured["curve"], expected)
+
+
+def test_a_sweep_trains_at_every_rate_from_every_seed():
+    trials = sweeps.draw_trials(np.array([3, 4], np.int32), steps=20, batch_size=32)
+    model = nets.MLP((8,), norm=nets.BATCH_NORM)
+    swept = selection.sweep_accuracies(model, optax.sgd, (1e-6, 0.3), trials)
+    assert swept.validation.shape == swept.measured.shape == (2, 2)
+    assert swept.validation.dtype == swept.measured.dtype == np.float64
+    assert (swept.validation[1] > swept.validation[0] + 0.3).all()
+    trial = sweeps.take(trials, 1)
+    trained = sweeps.train_trial(model, optax.sgd(0.3), trial)
+    validation, test = (
+        float(sweeps.accuracy(model, trained, part))
+        for part in (trial.digits.validation, trial.digits.test)
+    )
+    assert abs(validation - test) > 0.02
+    assert swept.validation[1, 1] == pytest.approx(validation, abs=0.01)
+    assert swept.measured[1, 1] == pytest.approx(test, abs=0.01)
+
+
+def test_points_show_means_and_intervals():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    runs = [[1.0, 2.0, 4.0], [3.0, 5.0, 5.0]]
+    figures.points(axes, [0, 1], runs, "arm")
+    figures.points(axes, [0, 1], runs, "across", horizontal=True)
+    intervals = [verdicts.mean_interval(values) for values in runs]
+    upright, across = axes.containers
+    for place, (line, interval) in enumerate(
+        zip(upright[2][0].get_segments(), intervals, strict=True)
+    ):
+        np.testing.assert_allclose(line, [[place, interval.low], [place, interval.high]])
+    for place, (line, interval) in enumerate(
+        zip(across[2][0].get_segments(), intervals, strict=True)
+    ):
+        np.testing.assert_allclose(line, [[interval.low, place], [interval.high, place]])
+    assert [container.get_label() for container in axes.containers] == ["arm", "across"]
 
 
 def test_small_batches_hold_few_classes_and_padding():

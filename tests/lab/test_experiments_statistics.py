@@ -77,12 +77,12 @@ def test_groups_share_classes():
         assert (np.bincount(labels[batch]) == batch_leakage.EACH).all()
         for group in labels[batch].reshape(-1, batch_leakage.GROUP):
             assert len(np.unique(group)) == batch_leakage.CLASSES_PER_GROUP
-    shuffled = batch_leakage.arranged("per group, shuffled", rows, np.random.default_rng(2))
+    shuffled = batch_leakage.arrange("per group, shuffled", rows, np.random.default_rng(2))
     assert (np.sort(shuffled) == np.sort(rows)).all()
     for group in labels[shuffled].reshape(-1, batch_leakage.GROUP):
         assert len(np.unique(group)) > batch_leakage.CLASSES_PER_GROUP
     for arm in batch_leakage.ARMS[::2]:
-        assert (batch_leakage.arranged(arm, rows, np.random.default_rng(2)) == rows).all()
+        assert (batch_leakage.arrange(arm, rows, np.random.default_rng(2)) == rows).all()
 
 
 def test_misfits():

@@ -12,6 +12,7 @@ from bn_jax.lab.experiments import (
     smoothness,
     step_two,
 )
+from bn_jax.lab.experiments.selection import RateSweep
 from bn_jax.lab.experiments.verdicts import Setting
 
 
@@ -23,9 +24,9 @@ def test_what_scale_and_bias_can_do():
 
 
 def test_the_gradient_below_a_norm():
-    error, left = smoothness.identity(Setting(seeds=3))
-    assert error <= 1e-10
-    assert ((left > 0) & (left < 1)).all()
+    identity = smoothness.check_formula(Setting(seeds=3))
+    assert identity.error <= 1e-10
+    assert ((identity.share > 0) & (identity.share < 1)).all()
 
 
 def test_saturated_values_and_dead_units():
@@ -42,15 +43,16 @@ def test_the_largest_stable_rate_is_the_last_within_reach():
 def test_arms_are_compared_at_a_tenth_of_the_rate_that_is_stable_without():
     places = np.arange(len(large_rates.RATES))
     validation = {arm: np.where(places <= last, 0.9, 0.1) for arm, last in ARMS_LAST.items()}
-    found = {
-        arm: np.stack([values, values - factor * places])[:, :, None]
+    swept = {
+        arm: RateSweep(large_rates.RATES, values[:, None], (values - factor * places)[:, None])
         for (arm, values), factor in zip(validation.items(), (0.01, 0.02), strict=True)
     }
-    ratio, gap = large_rates.compare(found)
-    np.testing.assert_array_equal(ratio, 10)
-    np.testing.assert_allclose(gap, 0.02 - 0.01)
-    found["no norm"][:] = 0.1
-    assert all(np.isnan(one).all() for one in large_rates.compare(found))
+    comparison = large_rates.compare(swept)
+    np.testing.assert_array_equal(comparison.ratios, [10])
+    np.testing.assert_allclose(comparison.gaps, [0.02 - 0.01])
+    swept["no norm"].validation[:] = 0.1
+    comparison = large_rates.compare(swept)
+    assert np.isnan(comparison.ratios).all() and np.isnan(comparison.gaps).all()
 
 
 ARMS_LAST = {"batch norm": 7, "no norm": 4}
@@ -76,15 +78,15 @@ def test_an_arm_that_does_not_arrive_counts_with_all_its_steps():
         "no norm": reaching((8, never), (never, never)),
     }
     horizon = 10 * every
-    at_best, at_same, best = sigmoid_training.compare(accuracies, horizon)
-    assert best == {"batch norm": 1, "no norm": 0}
-    np.testing.assert_allclose(at_best, [8 / 2, 10 / 3])
-    np.testing.assert_allclose(at_same, [8 / 5, 10 / 10])
+    comparison = sigmoid_training.compare(accuracies, horizon)
+    assert comparison.best == {"batch norm": 1, "no norm": 0}
+    np.testing.assert_allclose(comparison.at_best, [8 / 2, 10 / 3])
+    np.testing.assert_allclose(comparison.at_same, [8 / 5, 10 / 10])
     accuracies["no norm"] = reaching((never, never), (never, never))
     accuracies["no norm"][1] += 0.1
-    assert sigmoid_training.compare(accuracies, horizon)[2]["no norm"] == 1
+    assert sigmoid_training.compare(accuracies, horizon).best["no norm"] == 1
     accuracies["batch norm"] = reaching((never, 10), (never, 3))
-    assert np.isnan(sigmoid_training.compare(accuracies, horizon)[0]).any()
+    assert np.isnan(sigmoid_training.compare(accuracies, horizon).at_best).any()
 
 
 def test_wandering_is_in_final_widths():
@@ -99,8 +101,8 @@ def test_covariate_shift_moves_the_layers_before_alone():
     after = jax.tree.map(lambda leaf: leaf + 0.5, before)
     mixed = smoothness.mix_layers(before, after)
     own = smoothness.covariate_shift(values, mixed["hidden"])
-    np.testing.assert_array_equal(own["distance"], 0)
-    np.testing.assert_allclose(own["cosine"], 1, rtol=1e-6)
+    np.testing.assert_array_equal(own.distance, 0)
+    np.testing.assert_allclose(own.cosine, 1, rtol=1e-6)
 
     def sums(first, hidden):
         return first + jnp.cumsum(hidden, 0)
@@ -109,7 +111,7 @@ def test_covariate_shift_moves_the_layers_before_alone():
         sums(before["first"], values), jax.vmap(sums)(mixed["first"], mixed["hidden"])
     )
     expected = [0.5 * i / (1 + sum(range(1, i + 1))) for i in range(1, layers)]
-    np.testing.assert_allclose(found["distance"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.distance, expected, rtol=1e-5)
 
 
 def test_smoothness_of_a_quadratic_is_its_curvature():

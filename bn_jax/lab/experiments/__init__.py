@@ -1,4 +1,4 @@
-"""What is said about batch normalization, as programs that test it."""
+"""Published claims about batch normalization, each with a program that tests it."""
 
 from bn_jax.lab.experiments import (
     batch_leakage,

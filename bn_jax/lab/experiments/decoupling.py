@@ -1,4 +1,4 @@
-"""Claim 17: behind batch norm, the length of weights and their direction decouple."""
+"""Claim 17: before batch norm, the length of weights and their direction decouple."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +9,7 @@ import numpy as np
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.nets import NO_EPSILON
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -26,9 +27,7 @@ FEATURES = 16
 EXAMPLES = 256
 CONDITIONS = 10, 100, 1000
 NOISE = 0.1
-# As good as none: added to a variance, it changes none of its digits.
-EPSILON = 1e-300
-# Further down, a distance consists of rounding.
+# A distance that is smaller relative to its start consists of rounding.
 FLOOR = 1e-16
 IDENTITY = 1e-10
 
@@ -45,7 +44,7 @@ def make_problem(seed: int, condition: float) -> Problem:
     """Draws inputs whose covariance has the eigenvalues from `1 / condition` to 1, exactly.
 
     Args:
-        seed: of inputs, targets and directions.
+        seed: the seed of inputs, targets and directions.
         condition: the largest eigenvalue over the smallest; between them in equal ratios.
 
     Returns:
@@ -62,14 +61,14 @@ def make_problem(seed: int, condition: float) -> Problem:
 
 
 def normalized(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns what a linear unit gives after batch norm over all examples, [n]."""
+    """Returns the output of a linear unit after batch norm over all examples, [n]."""
     statistics = bn.init_batch_stats(1, dtype=x.dtype)
     z = (x @ weights)[:, None]
-    return bn.batch_norm({}, statistics, z, use_running_average=False, epsilon=EPSILON)[0][:, 0]
+    return bn.batch_norm({}, statistics, z, use_running_average=False, epsilon=NO_EPSILON)[0][:, 0]
 
 
 def loss(weights: jax.Array, scale: Any, problem: Problem) -> jax.Array:
-    """Returns half the mean square error of the unit with a scale."""
+    """Returns half the mean square error of the normalized unit times a scale."""
     return jnp.mean((scale * normalized(weights, problem.x) - problem.y) ** 2) / 2
 
 
@@ -77,8 +76,8 @@ def closed_form(weights: Any, scale: Any, problem: Problem) -> Any:
     """Returns the gradient of `loss` by the weights.
 
     With ``S = E[x x^T]``, ``u = E[x y]`` and ``s^2 = w^T S w``, it is
-    ``scale / s (S w <u, w> / s^2 - u)``: what a linear unit's gradient has along the weights is
-    missing, and with it the scale.
+    ``scale / s (S w <u, w> / s^2 - u)``. Unlike a linear unit's gradient, it has no part along the
+    weights.
     """
     covariance = problem.x.T @ problem.x / EXAMPLES
     with_target = problem.x.T @ problem.y / EXAMPLES
@@ -91,17 +90,17 @@ def closed_form(weights: Any, scale: Any, problem: Problem) -> Any:
 def descend(weights: jax.Array, problem: Problem, steps: int) -> dict[str, jax.Array]:
     """Descends with and without batch norm.
 
-    With it, the scale is the best one for the weights, as the paper has it, and the learning rate
-    ``w^T S w / (2 l_max |rho|)``, where ``rho``, the loss less its value at zero, is
-    ``-scale^2 / 2``. The least squares themselves are descended with `1 / l_max`, that is 1.
+    With batch norm, as in the paper, the scale is the best for the weights, and the learning rate
+    is ``w^T S w / (2 l_max |rho|)``, where ``rho``, the loss minus its value at zero, is
+    ``-scale^2 / 2``. Without, the learning rate is ``1 / l_max``, that is 1.
 
     Args:
-        weights: to start from, [features].
+        weights: the initial weights, [features].
         problem: the data.
-        steps: how many.
+        steps: the number of steps.
 
     Returns:
-        The loss less its minimum before every step, [steps + 1], of both.
+        For both, the loss minus its minimum before every step, [steps + 1].
     """
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:
@@ -111,37 +110,47 @@ def descend(weights: jax.Array, problem: Problem, steps: int) -> dict[str, jax.A
         gradient = jax.grad(loss)(direction, scale, problem)
         rate = jnp.mean((problem.x @ direction) ** 2) / scale**2
         predicted = problem.x @ plain
-        of_plain = problem.x.T @ (predicted - problem.y) / EXAMPLES
-        # The residual of the solution is orthogonal to the inputs: no cancellation.
+        plain_gradient = problem.x.T @ (predicted - problem.y) / EXAMPLES
+        # The residual of the solution is orthogonal to the inputs, so that the loss minus its
+        # minimum is this mean square, without a subtraction that would cancel.
         distances = {
             "batch norm": jnp.mean((scale * unit - problem.best) ** 2) / 2,
             "no norm": jnp.mean((predicted - problem.best) ** 2) / 2,
         }
-        return (direction - rate * gradient, plain - of_plain), distances
+        return (direction - rate * gradient, plain - plain_gradient), distances
 
     return jax.lax.scan(step, (weights, weights), None, length=steps + 1)[1]
 
 
-def errors(weights: jax.Array, problem: Problem) -> tuple[jax.Array, jax.Array]:
+class Errors(NamedTuple):
+    """Errors of the gradient for a scale of 1.
+
+    Attributes:
+        closed_form: the relative distance of the gradient from its closed form.
+        cosine: the cosine of the angle between the gradient and the weights.
+    """
+
+    closed_form: Any
+    cosine: Any
+
+
+def errors(weights: jax.Array, problem: Problem) -> Errors:
     """Compares the gradient with its closed form, and its direction with that of the weights.
 
     Args:
         weights: [features].
         problem: the data.
-
-    Returns:
-        The relative error, and the cosine between gradient and weights, for a scale of 1.
     """
-    found, expected = jax.grad(loss)(weights, 1.0, problem), closed_form(weights, 1.0, problem)
+    gradient, expected = jax.grad(loss)(weights, 1.0, problem), closed_form(weights, 1.0, problem)
     norm = jnp.linalg.norm
-    return (
-        norm(found - expected) / norm(expected),
-        jnp.abs(found @ weights) / (norm(found) * norm(weights)),
+    return Errors(
+        norm(gradient - expected) / norm(expected),
+        jnp.abs(gradient @ weights) / (norm(gradient) * norm(weights)),
     )
 
 
 def contractions(distances: Any) -> Any:
-    """Returns by what each step multiplies the distance, NaN where that is rounding.
+    """Returns the factor of each step on the distance, not-a-number where it is rounding.
 
     Args:
         distances: [..., steps + 1].
@@ -154,15 +163,24 @@ def contractions(distances: Any) -> Any:
         return np.where(measurable, distances[..., 1:] / distances[..., :-1], np.nan)
 
 
-def run(setting: Setting) -> Result:
-    """Makes all runs of this claim."""
-    steps = 200 if setting.quick else 1000
-    problems = [[make_problem(seed, one) for seed in setting.chosen] for one in CONDITIONS]
+def descend_all(setting: Setting, steps: int) -> tuple[dict[str, Any], Errors]:
+    """Descends on problems of every condition and seed, in float64.
+
+    Args:
+        setting: the seeds, and the size of the run.
+        steps: the number of steps of each descent.
+
+    Returns:
+        What `descend` and `errors` return, with leading axes [conditions, seeds].
+    """
+    problems = [
+        [make_problem(seed, condition) for seed in setting.chosen] for condition in CONDITIONS
+    ]
     weights = np.stack(
         [np.random.default_rng([18, seed]).standard_normal(FEATURES) for seed in setting.chosen]
     )
 
-    def both(weights: jax.Array, problem: Problem) -> Any:
+    def both(weights: jax.Array, problem: Problem) -> tuple[dict[str, jax.Array], Errors]:
         return descend(weights, problem, steps), errors(weights, problem)
 
     with jax.enable_x64(True):
@@ -171,58 +189,78 @@ def run(setting: Setting) -> Result:
             *(problem for of_condition in problems for problem in of_condition),
         )
         program = jax.jit(jax.vmap(jax.vmap(both), (None, 0)))
-        distances, found = jax.tree.map(np.asarray, program(weights, stacked))
+        return jax.tree.map(np.asarray, program(weights, stacked))
+
+
+def run(setting: Setting) -> Result:
+    """Makes all runs of this claim."""
+    steps = 200 if setting.quick else 1000
+    distances, gradient_errors = descend_all(setting, steps)
     setting.advance(1)
-    bound = (1 - 1 / np.array(CONDITIONS)) ** 2
-    by_step = {arm: contractions(one) for arm, one in distances.items()}
-    worst = np.nanmax(by_step["batch norm"], (1, 2)) / bound
-    rates = {arm: -np.nanmean(np.log(one), -1) for arm, one in by_step.items()}
+    by_step = {arm: contractions(of_arm) for arm, of_arm in distances.items()}
     return Result(
-        criteria=(
-            *(
-                Criterion(
-                    f"largest contraction of a step over the bound, condition {condition}",
-                    f"{limit:.6g}",
-                    exact(one),
-                    at_most=1.0,
-                )
-                for condition, limit, one in zip(CONDITIONS, bound, worst, strict=True)
-            ),
-            Criterion(
-                "gradient against its closed form",
-                "equal",
-                exact(found[0].max()),
-                at_most=IDENTITY,
-            ),
-            Criterion(
-                "cosine of gradient and weights", "0", exact(found[1].max()), at_most=IDENTITY
-            ),
-        ),
+        criteria=_criteria(by_step["batch norm"], gradient_errors),
         curves={
             "distance": {
                 str(condition): {
-                    arm: (one[index] / one[index][:, :1]).T[:: steps // 100]
-                    for arm, one in distances.items()
+                    arm: (of_arm[index] / of_arm[index][:, :1]).T[:: steps // 100]
+                    for arm, of_arm in distances.items()
                 }
                 for index, condition in enumerate(CONDITIONS)
             },
             "steps": np.arange(steps + 1)[:: steps // 100],
         },
-        reported=_reported(rates),
+        reported=_reported(by_step),
     )
 
 
-def _reported(rates: Mapping[str, Any]) -> dict[str, Interval]:
+def _criteria(by_step: Any, gradient_errors: Errors) -> tuple[Criterion, ...]:
+    """Returns the criteria.
+
+    Args:
+        by_step: contractions with batch norm, [conditions, seeds, steps].
+        gradient_errors: [conditions, seeds] each.
+    """
+    bounds = (1 - 1 / np.array(CONDITIONS)) ** 2
+    worst = np.nanmax(by_step, (1, 2)) / bounds
+    return (
+        *(
+            Criterion(
+                f"largest contraction of a step over the bound, condition {condition}",
+                f"{bound:.6g}",
+                exact(ratio),
+                at_most=1.0,
+            )
+            for condition, bound, ratio in zip(CONDITIONS, bounds, worst, strict=True)
+        ),
+        Criterion(
+            "gradient against its closed form",
+            "equal",
+            exact(gradient_errors.closed_form.max()),
+            at_most=IDENTITY,
+        ),
+        Criterion(
+            "cosine of gradient and weights",
+            "0",
+            exact(gradient_errors.cosine.max()),
+            at_most=IDENTITY,
+        ),
+    )
+
+
+def _reported(by_step: Mapping[str, Any]) -> dict[str, Interval]:
+    progress = {arm: -np.nanmean(np.log(of_arm), -1) for arm, of_arm in by_step.items()}
+    ratios = progress["batch norm"] / progress["no norm"]
     return {
         f"logarithmic progress of a step, with over without batch norm, condition {condition}": (
-            mean_interval((rates["batch norm"] / rates["no norm"])[index])
+            mean_interval(of_condition)
         )
-        for index, condition in enumerate(CONDITIONS)
+        for condition, of_condition in zip(CONDITIONS, ratios, strict=True)
     }
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws the way to the minimum for every condition."""
+    """Draws the descent to the minimum for every condition."""
     steps = np.asarray(curves["steps"])
     panels = figure.subplots(1, len(CONDITIONS))
     for axes, (condition, arms) in zip(panels, curves["distance"].items(), strict=True):
@@ -231,8 +269,8 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         bound = 2 * steps * np.log10(1 - 1 / float(condition))
         axes.plot(steps, np.maximum(bound, np.log10(FLOOR)), ":", color="gray", label="bound")
         axes.set(title=f"condition {condition}", xlabel="steps")
-    panels[0].set_ylabel(r"$\log_{10}$ of loss less minimum, over its start")
-    panels[0].legend(frameon=False)
+    panels[0].set_ylabel(r"$\log_{10}$ of loss minus minimum, over its start")
+    panels[0].legend()
 
 
 EXPERIMENT = Experiment(
@@ -243,7 +281,7 @@ EXPERIMENT = Experiment(
     published="loss less minimum shrinks by (1 - l_min / l_max)^2 a step or more",
     protocol=(
         f"a linear unit of {FEATURES} features with batch norm over all {EXAMPLES} examples, "
-        "condition 10 to 1000, float64; adaptive rate and best scale, as in the paper"
+        "condition 10 to 1000, float64; adaptive rate and best scale as in the paper"
     ),
     limits=(
         "The rate needs the largest eigenvalue and the best scale in every step. What the bound "

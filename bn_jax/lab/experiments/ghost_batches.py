@@ -1,8 +1,8 @@
-"""Claim 13: a large batch generalizes better by the statistics of small parts of it."""
+"""Claim 13: a large batch generalizes better with the statistics of small parts of it."""
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,19 @@ import optax
 
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
-    Digits,
+    Trial,
     accuracy,
     cross_entropy,
-    draw_batches,
-    load_digits,
-    sweep,
+    draw_trials,
+    init_model,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
+    Interval,
     Result,
     Setting,
     exact,
@@ -43,125 +44,156 @@ MOMENTUM = 0.9
 LAWS = {"log t": np.log, "sqrt t": np.sqrt}
 
 
-def trainings(setting: Setting, ghost: int, steps: int) -> dict[str, Any]:
-    """Trains with every rate.
+class Measured(NamedTuple):
+    """What was measured of the trainings with one ghost size, for every seed.
+
+    Attributes:
+        validation: accuracies on the validation part, [seeds].
+        test: accuracies on the test part, [seeds].
+        loss: the loss on the test part, [seeds].
+        distance: the distance of all parameters from the start after every step, [seeds, steps].
+    """
+
+    validation: Any
+    test: Any
+    loss: Any
+    distance: Any
+
+
+def train_with(setting: Setting, ghost: int, steps: int) -> Chosen[Measured]:
+    """Trains with one ghost size at every rate.
 
     Args:
-        setting: the seeds.
-        ghost: how many examples have statistics of their own.
-        steps: of each training.
+        setting: the seeds, and the size of the run.
+        ghost: the number of examples that share statistics.
+        steps: the number of steps of each training.
 
     Returns:
-        Shares of right answers on the validation and the test part and the loss on the test part,
-        [rates, seeds], and the distance of all parameters from the start after every step,
-        [rates, seeds, steps].
+        The measurements at the rate that is best for all seeds.
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
     model = MLP(WIDTHS, norm=partial(BatchNorm, momentum=MOMENTUM, virtual_batch_size=ghost))
 
-    def run(rate: Any, seed: Any, parts: Digits, rows: Any) -> dict[str, Any]:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
+    def run(rate: jax.Array, trial: Trial) -> Outcome[Measured]:
+        digits = trial.digits
+        variables = init_model(model, trial)
 
         def distance(now: Any) -> jax.Array:
             moved = jax.tree.map(jnp.subtract, now["params"], variables["params"])
             return optax.tree.norm(moved)
 
-        found = train(model, optax.sgd(rate), variables, parts.train, rows, distance)
-        logits: Any = model.apply(found.variables, parts.test.x, train=False)
-        return {
-            "validation": accuracy(model, found.variables, parts.validation),
-            "test": accuracy(model, found.variables, parts.test),
-            "loss": cross_entropy(logits, parts.test.y),
-            "distance": found.observed[1:],
-        }
+        trained = train(
+            model, optax.sgd(rate), variables, digits.train, trial.batches, observe=distance
+        )
+        logits: Any = model.apply(trained.variables, digits.test.x, train=False)
+        measured = Measured(
+            validation=accuracy(model, trained.variables, digits.validation),
+            test=accuracy(model, trained.variables, digits.test),
+            loss=cross_entropy(logits, digits.test.y),
+            distance=trained.observed[1:],
+        )
+        return Outcome(measured.validation, measured)
 
-    found = sweep(run, RATES, setting.chosen, digits, rows)
-    return {name: np.asarray(one, np.float64) for name, one in found.items()}
+    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    return sweep_rates(run, RATES, trials).best_for_all_seeds()
 
 
 def misfits(distances: Any) -> dict[str, npt.NDArray[np.float64]]:
     """Fits ``a + b log t`` and ``a + b sqrt t`` to the distance after every step.
 
     Args:
-        distances: after steps 1, 2, ..., [seeds, steps].
+        distances: the distances after steps 1, 2, ..., [seeds, steps].
 
     Returns:
-        Of each law, the sums of the squared residuals, [seeds].
+        For each law, the sums of the squared residuals, [seeds].
     """
     distances = np.asarray(distances)
     steps = np.arange(1, distances.shape[-1] + 1)
-    found = {}
+    residuals = {}
     for name, law in LAWS.items():
         design = np.stack([np.ones(len(steps)), law(steps)], -1)
         fitted = design @ np.linalg.lstsq(design, distances.T)[0]
-        found[name] = ((distances.T - fitted) ** 2).sum(0)
-    return found
+        residuals[name] = ((distances.T - fitted) ** 2).sum(0)
+    return residuals
+
+
+def _misfit_ratio(distances: Any) -> Interval:
+    """Returns the squared misfit of the law in log t over that of the law in sqrt t."""
+    residuals = misfits(distances)
+    return ratio_interval(residuals["log t"] / residuals["sqrt t"])
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     steps = 60 if setting.quick else 200
+    chosen = {}
     sizes = GHOSTS[1::2] if setting.quick else GHOSTS
-    best, rates = {}, {}
     for ghost in sizes:
-        found = trainings(setting, ghost, steps)
+        chosen[ghost] = train_with(setting, ghost, steps)
         setting.advance(1 / len(sizes))
-        at = int(found["validation"].mean(1).argmax())
-        rates[ghost] = RATES[at]
-        best[ghost] = {name: one[at] for name, one in found.items()}
-    whole, ghosts = best[BATCH_SIZE], sizes[:-1]
-    chosen = max(ghosts, key=lambda ghost: float(best[ghost]["validation"].mean()))
-    gaps = {ghost: 100 * (best[ghost]["test"] - whole["test"]) for ghost in ghosts}
-    misfit = {ghost: misfits(best[ghost]["distance"]) for ghost in sizes}
+    measured = {ghost: of_ghost.measured for ghost, of_ghost in chosen.items()}
+    whole = measured[BATCH_SIZE]
+    best_ghost = max(sizes[:-1], key=lambda ghost: float(measured[ghost].validation.mean()))
+    shown = _log_spaced(steps)
     return Result(
         criteria=(
             Criterion(
                 "test accuracy, the ghost size best on the validation part minus 512 (points)",
                 "> 0",
-                mean_interval(gaps[chosen]),
+                mean_interval(100 * (measured[best_ghost].test - whole.test)),
                 at_least=0,
             ),
             Criterion(
                 "squared misfit of the distance from the start, log t over sqrt t, ghost 512",
                 "< 1",
-                ratio_interval(np.divide(*(misfit[BATCH_SIZE][law] for law in LAWS))),
+                _misfit_ratio(whole.distance),
                 at_most=1,
             ),
         ),
         curves={
             "ghosts": sizes,
-            "test": np.stack([one["test"] for one in best.values()]),
-            "loss": np.stack([one["loss"] for one in best.values()]),
-            "step": np.arange(1, steps + 1)[_shown(steps)],
+            "test": np.stack([of_ghost.test for of_ghost in measured.values()]),
+            "loss": np.stack([of_ghost.loss for of_ghost in measured.values()]),
+            "step": shown + 1,
             "distance": {
-                str(ghost): one["distance"].T[_shown(steps)] for ghost, one in best.items()
+                str(ghost): of_ghost.distance.T[shown] for ghost, of_ghost in measured.items()
             },
         },
         reported={
-            "ghost size, best on the validation part": exact(chosen),
-            **{f"learning rate, ghost {ghost}": exact(rate) for ghost, rate in rates.items()},
-            **{
-                f"test accuracy, ghost {ghost} minus 512 (points)": mean_interval(gap)
-                for ghost, gap in gaps.items()
-            },
-            **{
-                f"test loss, ghost {ghost} minus 512 (nats)": mean_interval(
-                    best[ghost]["loss"] - whole["loss"]
-                )
-                for ghost in ghosts
-            },
-            **{
-                f"squared misfit, log t over sqrt t, ghost {ghost}": ratio_interval(
-                    np.divide(*(misfit[ghost][law] for law in LAWS))
-                )
-                for ghost in ghosts
-            },
+            "ghost size, best on the validation part": exact(best_ghost),
+            **_reported(chosen),
         },
+        rates={f"ghost {ghost}": of_ghost.rate for ghost, of_ghost in chosen.items()},
     )
 
 
-def _shown(steps: int) -> npt.NDArray[np.int64]:
+def _reported(chosen: Mapping[int, Chosen[Measured]]) -> dict[str, Interval]:
+    whole = chosen[BATCH_SIZE].measured
+    smaller = {
+        ghost: of_ghost.measured for ghost, of_ghost in chosen.items() if ghost != BATCH_SIZE
+    }
+    return {
+        **{
+            f"learning rate, ghost {ghost}": exact(of_ghost.rate.value)
+            for ghost, of_ghost in chosen.items()
+        },
+        **{
+            f"test accuracy, ghost {ghost} minus 512 (points)": (
+                mean_interval(100 * (measured.test - whole.test))
+            )
+            for ghost, measured in smaller.items()
+        },
+        **{
+            f"test loss, ghost {ghost} minus 512 (nats)": mean_interval(measured.loss - whole.loss)
+            for ghost, measured in smaller.items()
+        },
+        **{
+            f"squared misfit, log t over sqrt t, ghost {ghost}": _misfit_ratio(measured.distance)
+            for ghost, measured in smaller.items()
+        },
+    }
+
+
+def _log_spaced(steps: int) -> npt.NDArray[np.int64]:
     """Returns indices of steps that are about equally far apart on a logarithmic axis."""
     return np.unique(np.geomspace(1, steps, 40).round().astype(np.int64)) - 1
 
@@ -173,7 +205,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     band(by_ghost, curves["ghosts"], differences, "ghost size minus 512", marker="o")
     by_ghost.axhline(0, color="gray", linestyle=":")
     by_ghost.set_xscale("log", base=2)
-    by_ghost.set(xlabel="examples with statistics of their own", ylabel="test accuracy (points)")
+    by_ghost.set(xlabel="examples that share statistics", ylabel="test accuracy (points)")
     steps = np.asarray(curves["step"])
     for ghost in curves["ghosts"]:
         band(by_step, steps, curves["distance"][str(ghost)], f"ghost size {ghost}")
@@ -183,7 +215,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         by_step.plot(steps, fitted, color="black", linestyle=line, label=f"a + b {name}, to 512")
     by_step.set(xscale="log", xlabel="step", ylabel="distance from the start")
     for axes in (by_ghost, by_step):
-        axes.legend(frameon=False)
+        axes.legend()
 
 
 EXPERIMENT = Experiment(
@@ -194,8 +226,8 @@ EXPERIMENT = Experiment(
     published="a smaller gap to small batches; distance from the start grows like log t",
     protocol=(
         "MLP 64-64-64-10 on digits, batches of 512, ghost batches of 8 to 512, constant learning "
-        "rates 0.3 to 3 chosen for each size on the validation part; fits of the distance of all "
-        "parameters to every step"
+        "rates 0.3 to 3, chosen for each size on the validation part; fits to the distance of all "
+        "parameters from the start after every step"
     ),
     limits=(
         "Two batches are an epoch, and the network soon knows them by heart: then the gradient "

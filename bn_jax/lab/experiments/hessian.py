@@ -1,6 +1,6 @@
 """Claim 16: batch norm removes the outliers from the Hessian's spectrum."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,35 +12,39 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
+from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
+    Part,
+    Trial,
     accuracy,
-    draw_batches,
-    load_digits,
+    draw_trials,
+    init_model,
     loss_of,
-    sweep,
+    take,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
+    ChosenRate,
     Criterion,
     Experiment,
+    Interval,
     Result,
     Setting,
     mean_interval,
     ratio_interval,
 )
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = 24, 24, 24
 ARMS: dict[str, nn.Module] = {
-    "batch norm": MLP(WIDTHS, norm=partial(BatchNorm, momentum=0.9)),
+    "batch norm": MLP(WIDTHS, norm=BATCH_NORM),
     "no norm": MLP(WIDTHS),
 }
 BATCH_SIZE = 64
-# Whose losses are averaged to the one that the Hessian is of.
+# The Hessian is that of the mean loss over so many batches.
 BATCHES = 6
 STEPS = 300
 EVERY = 150
@@ -54,8 +58,9 @@ class Spectrum(NamedTuple):
     """The upper end of a Hessian's spectrum.
 
     Attributes:
-        eigenvalues: the largest ones, descending.
-        share: of the gradient's squared norm in the space of the first `OUTLIERS` eigenvectors.
+        eigenvalues: the largest `DRAWN`, descending.
+        share: the share of the gradient's squared norm in the space of the first `OUTLIERS`
+            eigenvectors.
     """
 
     eigenvalues: Any
@@ -65,13 +70,13 @@ class Spectrum(NamedTuple):
 def largest_eigenvalues(
     multiply: Callable[[Any], Any], size: int, count: int, seed: int
 ) -> tuple[Any, Any]:
-    """Finds the largest eigenvalues of a symmetric matrix by Lanczos' method, restarted.
+    """Finds the largest eigenvalues of a symmetric matrix by the restarted Lanczos method.
 
     Args:
-        multiply: the matrix times a vector [size].
-        size: of the matrix.
-        count: how many eigenvalues.
-        seed: of the vector to start from.
+        multiply: multiplies the matrix by a vector [size].
+        size: the number of rows of the matrix.
+        count: the number of eigenvalues.
+        seed: the seed of the initial vector.
 
     Returns:
         The eigenvalues, descending, [count], and their vectors, [size, count].
@@ -85,20 +90,20 @@ def largest_eigenvalues(
 
 
 def make_products(model: nn.Module, params: Any) -> tuple[Any, Any]:
-    """Makes programs for the loss in training, each batch normalized by its own statistics.
+    """Makes programs for derivatives of the training loss, each batch with its own statistics.
 
     Args:
         model: the network.
         params: a tree like that of its parameters.
 
     Returns:
-        The gradient, a function of parameters as one vector and of batches x [batches, n, 64] and
-        y [batches, n], and the Hessian's product with a vector, which comes last.
+        Two functions of the parameters as one vector and of batches x [batches, n, 64] and
+        y [batches, n]: the gradient, and the Hessian's product with a vector, the last argument.
     """
     _, unravel = ravel_pytree(params)
 
     def loss(flat: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        # Of the running statistics, training reads nothing.
+        # Training does not read the running statistics, so their values do not matter.
         of_batch = partial(loss_of, model, _variables(model, unravel(flat)))
         return jnp.mean(jax.vmap(lambda x, y: of_batch(x, y)[0])(x, y))
 
@@ -122,7 +127,7 @@ def make_measure(model: nn.Module, params: Any) -> Callable[[Any, Any, Any, int]
         params: a tree like that of its parameters.
 
     Returns:
-        A function of parameters, batches x and y as of `make_products`, and a seed.
+        A function of parameters, batches x and y as in `make_products`, and a seed.
     """
     gradient, product = make_products(model, params)
 
@@ -134,131 +139,151 @@ def make_measure(model: nn.Module, params: Any) -> Callable[[Any, Any, Any, int]
             DRAWN,
             seed,
         )
-        of_loss = np.asarray(gradient(flat, x, y), np.float64)
-        along = vectors[:, :OUTLIERS].T @ of_loss
-        return Spectrum(values, float(along @ along / (of_loss @ of_loss)))
+        steepest = np.asarray(gradient(flat, x, y), np.float64)
+        along = vectors[:, :OUTLIERS].T @ steepest
+        return Spectrum(values, float(along @ along / (steepest @ steepest)))
 
     return measure
 
 
-def train_arm(model: nn.Module, digits: Any, rows: Any, rates: Any, setting: Setting) -> Any:
-    """Trains with every rate and keeps the best one's way.
+def train_arm(model: nn.Module, trials: Trial, rates: Any) -> Chosen[Any]:
+    """Trains a network at every rate, and keeps its parameters along the way.
 
     Args:
         model: the network.
-        digits: the data.
-        rows: of the batches.
-        rates: of SGD.
-        setting: the seeds.
+        trials: the trials of all seeds.
+        rates: the learning rates of SGD.
 
     Returns:
-        The rate, and the parameters after every `EVERY` steps, [seeds, points, ...].
+        At the rate that is best for all seeds, the parameters at the start and after every `EVERY`
+        steps, [seeds, points, ...].
     """
 
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
+    def run(rate: jax.Array, trial: Trial) -> Outcome[Any]:
         trained = train(
             model,
             optax.sgd(rate),
-            variables,
-            parts.train,
-            rows,
-            lambda variables: variables["params"],
-            EVERY,
+            init_model(model, trial),
+            trial.digits.train,
+            trial.batches,
+            observe=lambda variables: variables["params"],
+            every=EVERY,
         )
-        return accuracy(model, trained.variables, parts.validation), trained.observed
+        validation = accuracy(model, trained.variables, trial.digits.validation)
+        return Outcome(validation, trained.observed)
 
-    accuracies, params = sweep(run, rates, setting.chosen, digits, rows)
-    best = int(accuracies.mean(-1).argmax())
-    return rates[best], jax.tree.map(lambda leaf: np.asarray(leaf[best]), params)
+    return sweep_rates(run, rates, trials).best_for_all_seeds()
 
 
-def spectra(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measures the spectra of both arms over training.
+class ArmSpectra(NamedTuple):
+    """Spectra of an arm, over training.
+
+    Attributes:
+        eigenvalues: [seeds, points, DRAWN].
+        share: the share of the gradient in the space of the outliers, [seeds, points].
+    """
+
+    eigenvalues: Any
+    share: Any
+
+    @property
+    def ratio(self) -> Any:
+        """The largest eigenvalue over the first that is no outlier, [seeds, points]."""
+        return self.eigenvalues[..., 0] / self.eigenvalues[..., OUTLIERS]
+
+
+def _stack(of_seeds: Sequence[Sequence[Spectrum]]) -> ArmSpectra:
+    """Stacks spectra [seeds][points]."""
+    return ArmSpectra(
+        np.array([[spectrum.eigenvalues for spectrum in points] for points in of_seeds]),
+        np.array([[spectrum.share for spectrum in points] for points in of_seeds]),
+    )
+
+
+def measure_spectra(
+    model: nn.Module, params: Any, train: Part, setting: Setting, *, whole: bool
+) -> ArmSpectra:
+    """Measures the spectra of a network for every seed.
 
     Args:
-        setting: the seeds.
-
-    Returns:
-        For every arm and for batch norm over all examples at once, spectra [seeds][points]; and
-        the rates.
+        model: the network.
+        params: the params along training, [seeds, points, ...].
+        train: the training part, whose first examples make the batches, [seeds, n, 64].
+        setting: the seeds, and the size of the run.
+        whole: whether to measure at the last point only, with all examples in one batch.
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], STEPS, BATCH_SIZE)
-    rates = np.geomspace(0.03, 3, 3 if setting.quick else 5)
-    found: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
-    for arm, model in ARMS.items():
-        chosen[arm], params = train_arm(model, digits, rows, rates, setting)
-        setting.advance(0.1)
-        measure = make_measure(model, _at(params, 0, 0))
-        whole = f"{arm}, one batch"
-        found[arm] = []
-        found[whole] = []
-        for index, seed in enumerate(setting.chosen):
-            x, y = (part[index, : BATCHES * BATCH_SIZE] for part in digits.train)
-            points = [_at(params, index, point) for point in range(1, STEPS // EVERY + 1)]
-            batches = x.reshape(BATCHES, BATCH_SIZE, -1), y.reshape(BATCHES, BATCH_SIZE)
-            found[arm].append([measure(point, *batches, seed) for point in points])
-            if model.norm is not None and not setting.quick:
-                found[whole].append([measure(points[-1], x[None], y[None], seed)])
+    measure = make_measure(model, take(params, 0, 0))
+    batches = (1, BATCHES * BATCH_SIZE) if whole else (BATCHES, BATCH_SIZE)
+    last = STEPS // EVERY
+    spectra = []
+    for index, seed in enumerate(setting.chosen):
+        x = train.x[index, : BATCHES * BATCH_SIZE].reshape(*batches, -1)
+        y = train.y[index, : BATCHES * BATCH_SIZE].reshape(batches)
+        along = [take(params, index, point) for point in ([last] if whole else range(1, last + 1))]
+        spectra.append([measure(at_point, x, y, seed) for at_point in along])
+        if not whole:
             setting.advance(0.4 / len(setting.chosen))
-    return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}, chosen
-
-
-def _at(params: Any, seed: int, point: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[seed, point], params)
+    return _stack(spectra)
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    found, rates = spectra(setting)
-    values = {
-        arm: np.array([[one.eigenvalues for one in points] for points in of_seeds])
-        for arm, of_seeds in found.items()
-    }
-    shares = {
-        arm: np.array([[one.share for one in points] for points in of_seeds])
-        for arm, of_seeds in found.items()
-    }
-    # [seeds, points]
-    ratios = {arm: one[:, :, 0] / one[:, :, OUTLIERS] for arm, one in values.items()}
+    trials = draw_trials(setting.chosen, STEPS, BATCH_SIZE)
+    train = trials.digits.train
+    rates = np.geomspace(0.03, 3, 3 if setting.quick else 5)
+    spectra: dict[str, ArmSpectra] = {}
+    chosen: dict[str, ChosenRate] = {}
+    for arm, model in ARMS.items():
+        trained = train_arm(model, trials, rates)
+        chosen[arm] = trained.rate
+        setting.advance(0.1)
+        spectra[arm] = measure_spectra(model, trained.measured, train, setting, whole=False)
+        if arm == "batch norm" and not setting.quick:
+            spectra[f"{arm}, one batch"] = measure_spectra(
+                model, trained.measured, train, setting, whole=True
+            )
+    with_over_without = spectra["batch norm"].ratio / spectra["no norm"].ratio
     return Result(
         criteria=(
             Criterion(
                 f"eigenvalue 1 over eigenvalue {OUTLIERS + 1}, with over without batch norm",
                 "outliers almost absent",
-                ratio_interval(ratios["batch norm"][:, -1] / ratios["no norm"][:, -1]),
+                ratio_interval(with_over_without[:, -1]),
                 at_most=HALVED,
             ),
         ),
         curves={
-            "eigenvalues": {arm: one[:, -1].T for arm, one in values.items()},
-            "share": {arm: shares[arm].T for arm in ARMS},
+            "eigenvalues": {arm: of_arm.eigenvalues[:, -1].T for arm, of_arm in spectra.items()},
+            "share": {arm: spectra[arm].share.T for arm in ARMS},
             "steps": np.arange(EVERY, STEPS + 1, EVERY),
-            "rates": rates,
         },
-        reported={
-            **{
-                f"eigenvalue 1 over eigenvalue {OUTLIERS + 1}, {arm}": ratio_interval(one[:, -1])
-                for arm, one in ratios.items()
-            },
-            **{
-                f"share of the gradient in the top {OUTLIERS}, {arm}": mean_interval(one[:, -1])
-                for arm, one in shares.items()
-            },
-            **{
-                f"largest eigenvalue, {arm}": ratio_interval(one[:, -1, 0])
-                for arm, one in values.items()
-            },
-            **{
-                f"ratio with over without batch norm after {(index + 1) * EVERY} steps": (
-                    ratio_interval(ratios["batch norm"][:, index] / ratios["no norm"][:, index])
-                )
-                for index in range(STEPS // EVERY - 1)
-            },
-        },
+        reported={**_reported(spectra), **_reported_before_the_end(with_over_without)},
+        rates=chosen,
     )
+
+
+def _reported(spectra: Mapping[str, ArmSpectra]) -> dict[str, Interval]:
+    ratios = {
+        f"eigenvalue 1 over eigenvalue {OUTLIERS + 1}, {arm}": ratio_interval(of_arm.ratio[:, -1])
+        for arm, of_arm in spectra.items()
+    }
+    shares = {
+        f"share of the gradient in the top {OUTLIERS}, {arm}": mean_interval(of_arm.share[:, -1])
+        for arm, of_arm in spectra.items()
+    }
+    largest = {
+        f"largest eigenvalue, {arm}": ratio_interval(of_arm.eigenvalues[:, -1, 0])
+        for arm, of_arm in spectra.items()
+    }
+    return ratios | shares | largest
+
+
+def _reported_before_the_end(with_over_without: Any) -> dict[str, Interval]:
+    """Reports the ratio of the arms, [seeds, points], at all points but the last."""
+    return {
+        f"ratio with over without batch norm after {point * EVERY} steps": ratio_interval(ratios)
+        for point, ratios in enumerate(with_over_without.T[:-1], 1)
+    }
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
@@ -269,7 +294,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_rank.set_xticks(range(1, DRAWN + 1, 2))
     by_rank.axvline(OUTLIERS + 0.5, color="gray", linestyle=":")
     by_rank.set(xlabel="rank", ylabel=r"$\log_{10}$ of the Hessian's eigenvalue")
-    by_rank.legend(frameon=False)
+    by_rank.legend()
     for arm, shares in curves["share"].items():
         band(by_step, curves["steps"], shares, arm, marker=".")
     by_step.set(xlabel="steps", ylabel=f"share of the gradient in the top {OUTLIERS}", ylim=(0, 1))

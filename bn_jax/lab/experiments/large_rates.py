@@ -1,8 +1,7 @@
 """Claim 8: batch norm allows larger learning rates."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import ScannedMLP
-from bn_jax.lab.experiments.sweeps import accuracy, draw_batches, load_digits, sweep, train
+from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP
+from bn_jax.lab.experiments.selection import RateSweep, choose, sweep_accuracies
+from bn_jax.lab.experiments.sweeps import Trial, draw_trials, init_model, sweep, train
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -22,68 +22,39 @@ from bn_jax.lab.experiments.verdicts import (
     ratio_interval,
 )
 from bn_jax.lab.models import Norm
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, BATCH_SIZE = 32, 64
 DEPTHS = 4, 8, 16
-NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
-}
 RATES = np.geomspace(1e-2, 1e2, 13)
-# A rate is stable if its training ends with at least half of the validation part right: chance is
-# a tenth, and a network that has diverged or died stays there.
+# A rate is stable if its training ends with a validation accuracy of at least a half. Chance is a
+# tenth, where a network that has diverged or died stays.
 STABLE = 0.5
-# A matched small rate is that much smaller than the largest one that is stable without a norm.
+# How much smaller a matched small rate is than the largest rate that is stable without a norm.
 SMALLER = 10
-# Activations are followed at the network's own initial weights, over a few steps of this rate.
+# Activations are followed from the initial weights, over a few steps at this rate.
 LARGE_RATE, FEW_STEPS = 1.0, 3
-
-
-def accuracies(setting: Setting, depth: int, norm: Norm | None, steps: int) -> Any:
-    """Trains with every rate.
-
-    Args:
-        setting: the seeds.
-        depth: of the network, in hidden layers.
-        norm: of the network.
-        steps: of each training.
-
-    Returns:
-        The accuracies on the validation and the test part, [2, rates, seeds].
-    """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-    model = ScannedMLP(depth, WIDTH, norm=norm)
-
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
-        trained = train(model, optax.sgd(rate), variables, parts.train, rows).variables
-        return [accuracy(model, trained, part) for part in (parts.validation, parts.test)]
-
-    return np.asarray(sweep(run, RATES, setting.chosen, digits, rows))
 
 
 def growth(setting: Setting, depth: int, norm: Norm | None) -> Any:
     """Follows the activations of a network over its first steps at a large rate.
 
     Args:
-        setting: the seeds.
-        depth: of the network, in hidden layers.
-        norm: of the network.
+        setting: the seeds, and the size of the run.
+        depth: the number of hidden layers.
+        norm: the norm of the network.
 
     Returns:
-        The root mean square of what comes into each activation, before the first step and after
-        each, [seeds, steps + 1, layers].
+        The root mean square of the input of each activation, before the first step and after each
+        step, [seeds, steps + 1, layers].
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], FEW_STEPS, BATCH_SIZE)
     model = ScannedMLP(depth, WIDTH, norm=norm)
 
-    def run(rate: Any, seed: Any, part: Any, rows: Any) -> Any:
+    def run(rate: jax.Array, trial: Trial) -> Any:
+        part = trial.digits.train
+
         def observe(variables: Any) -> jax.Array:
             _, sown = model.apply(
                 variables, part.x, train=True, mutable=["intermediates", "batch_stats"]
@@ -91,14 +62,15 @@ def growth(setting: Setting, depth: int, norm: Norm | None) -> Any:
             (inputs,) = sown["intermediates"]["preactivation"]
             return jnp.sqrt(jnp.mean(inputs**2, (1, 2)))
 
-        variables = model.init(jax.random.key(seed), part.x[:1], train=False)
-        return train(model, optax.sgd(rate), variables, part, rows, observe).observed
+        variables = init_model(model, trial)
+        return train(model, optax.sgd(rate), variables, part, trial.batches, observe).observed
 
-    return np.asarray(sweep(run, [LARGE_RATE], setting.chosen, digits.train, rows))[0]
+    trials = draw_trials(setting.chosen, FEW_STEPS, BATCH_SIZE)
+    return np.asarray(sweep(run, [LARGE_RATE], trials))[0]
 
 
 def largest_stable(validation: Any) -> Any:
-    """Finds the largest rate whose training ends within reach.
+    """Finds the largest stable rate.
 
     Args:
         validation: accuracies, [rates, seeds].
@@ -111,91 +83,111 @@ def largest_stable(validation: Any) -> Any:
     return np.where(stable.any(0), last, -1)
 
 
-def compare(found: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Compares the arms at one depth.
+class Comparison(NamedTuple):
+    """The arms of one depth compared, [seeds]; not-a-number where no rate is stable.
+
+    Attributes:
+        ratios: the ratios of the largest stable rates, with norm over without.
+        gaps: the test accuracies at the matched small rate, with norm minus without.
+    """
+
+    ratios: Any
+    gaps: Any
+
+
+def compare(arms: Mapping[str, RateSweep[Any]]) -> Comparison:
+    """Compares the arms of one depth.
 
     Args:
-        found: the accuracies of each arm, [2, rates, seeds].
-
-    Returns:
-        The ratios of the largest stable rates, with norm over without, and the gaps of the test
-        accuracies at the matched small rate, [seeds] each; not a number where no rate is stable.
+        arms: the trainings of each arm, with the accuracies on the test part.
     """
-    with_norm, without = (largest_stable(found[arm][0]) for arm in NORMS)
+    with_norm, without = arms["batch norm"], arms["no norm"]
+    largest_with = largest_stable(with_norm.validation)
+    largest_without = largest_stable(without.validation)
     steps_down = round(np.log(SMALLER) / np.log(RATES[1] / RATES[0]))
-    small = np.maximum(without - steps_down, 0)[None]
-    tests = (np.take_along_axis(found[arm][1], small, 0)[0] for arm in NORMS)
-    missing = (with_norm < 0) | (without < 0)
-    gaps = np.subtract(*tests)
+    small = np.maximum(largest_without - steps_down, 0)
+    tests = [choose(arm.rates, small, arm.measured).measured for arm in (with_norm, without)]
     # Rates a decade apart are ten times as large, and not a rounding less.
-    ratios = np.round(RATES[with_norm] / RATES[without], 9)
-    return np.where(missing, np.nan, ratios), np.where(missing, np.nan, gaps)
+    ratios = np.round(RATES[largest_with] / RATES[largest_without], 9)
+    no_rate = (largest_with < 0) | (largest_without < 0)
+    return Comparison(
+        ratios=np.where(no_rate, np.nan, ratios),
+        gaps=np.where(no_rate, np.nan, tests[0] - tests[1]),
+    )
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     steps = 60 if setting.quick else 500
     depths = DEPTHS[:2] if setting.quick else DEPTHS
-    activations = {arm: growth(setting, depths[-1], norm) for arm, norm in NORMS.items()}
+    activations = {arm: growth(setting, depths[-1], norm) for arm, norm in WITH_AND_WITHOUT.items()}
     setting.advance(0.1)
-    found: dict[int, dict[str, Any]] = {depth: {} for depth in depths}
+    swept: dict[int, dict[str, RateSweep[Any]]] = {depth: {} for depth in depths}
     for depth in depths:
-        for arm, norm in NORMS.items():
-            found[depth][arm] = accuracies(setting, depth, norm, steps)
+        trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+        for arm, norm in WITH_AND_WITHOUT.items():
+            model = ScannedMLP(depth, WIDTH, norm=norm)
+            swept[depth][arm] = sweep_accuracies(model, optax.sgd, RATES, trials)
             setting.advance(0.9 * depth / (2 * sum(depths)))
-    criteria = []
-    for depth in depths:
-        ratios, gaps = compare(found[depth])
-        criteria += [
-            Criterion(
-                f"largest stable rate, depth {depth}, with norm over without",
-                "large rates diverge without",
-                ratio_interval(ratios),
-                at_least=10.0,
-            ),
-            Criterion(
-                f"test accuracy at a matched small rate, depth {depth}, with minus without",
-                "no difference",
-                mean_interval(gaps),
-                -0.01,
-                0.01,
-            ),
-        ]
     return Result(
-        criteria=tuple(criteria),
+        criteria=tuple(
+            criterion for depth in depths for criterion in _criteria(depth, compare(swept[depth]))
+        ),
         curves={
             "rates": RATES,
             "accuracy": {
-                f"{arm}, depth {depth}": values[1]
-                for depth, arms in found.items()
-                for arm, values in arms.items()
+                f"{arm}, depth {depth}": of_arm.measured
+                for depth, arms in swept.items()
+                for arm, of_arm in arms.items()
             },
             "activations": {arm: values[:, -1].T for arm, values in activations.items()},
             "start": {arm: values[:, 0].T for arm, values in activations.items()},
         },
-        reported=_reported(found, activations),
+        reported=_reported(swept, activations),
+        rates={
+            f"{arm}, depth {depth}": of_arm.best_for_each_seed().rate
+            for depth, arms in swept.items()
+            for arm, of_arm in arms.items()
+        },
     )
 
 
-def _reported(found: Any, activations: Any) -> dict[str, Interval]:
-    gains = {
-        f"accuracy at the best rate of each, depth {depth}, with minus without (points)": (
-            mean_interval(100 * np.subtract(*(_at_best(arms[arm]) for arm in NORMS)))
+def _criteria(depth: int, comparison: Comparison) -> tuple[Criterion, Criterion]:
+    return (
+        Criterion(
+            f"largest stable rate, depth {depth}, with norm over without",
+            "large rates diverge without",
+            ratio_interval(comparison.ratios),
+            at_least=10.0,
+        ),
+        Criterion(
+            f"test accuracy at a matched small rate, depth {depth}, with minus without",
+            "no difference",
+            mean_interval(comparison.gaps),
+            at_least=-0.01,
+            at_most=0.01,
+        ),
+    )
+
+
+def _reported(
+    swept: Mapping[int, Mapping[str, RateSweep[Any]]], activations: Mapping[str, Any]
+) -> dict[str, Interval]:
+    reported = {}
+    for depth, arms in swept.items():
+        with_norm, without = (
+            arms[arm].best_for_each_seed().measured for arm in ("batch norm", "no norm")
         )
-        for depth, arms in found.items()
-    }
-    grown = {
-        f"activations of the last layer over the first, {arm}, after {step} steps at rate "
-        f"{LARGE_RATE:g}": ratio_interval(values[:, step, -1] / values[:, step, 0])
-        for arm, values in activations.items()
-        for step in (0, 1)
-    }
-    return gains | grown
-
-
-def _at_best(accuracies: Any) -> Any:
-    validation, test = accuracies
-    return np.take_along_axis(test, validation.argmax(0)[None], 0)[0]
+        name = f"accuracy at the best rate of each, depth {depth}, with minus without (points)"
+        reported[name] = mean_interval(100 * (with_norm - without))
+    for arm, values in activations.items():
+        for step in (0, 1):
+            name = (
+                f"activations of the last layer over the first, {arm}, after {step} steps at rate "
+                f"{LARGE_RATE:g}"
+            )
+            reported[name] = ratio_interval(values[:, step, -1] / values[:, step, 0])
+    return reported
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
@@ -209,16 +201,16 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
             curves["rates"],
             100 * np.asarray(values, float),
             name,
-            color=f"C{list(NORMS).index(arm)}",
+            color=f"C{list(WITH_AND_WITHOUT).index(arm)}",
             linestyle=("-", "--", ":")[depths.index(int(depth))],
         )
     by_rate.axhline(100 * STABLE, color="gray", linewidth=0.8)
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
-    by_rate.legend(frameon=False, fontsize="small")
-    for position, arm in enumerate(NORMS):
+    by_rate.legend(fontsize="small")
+    for position, arm in enumerate(WITH_AND_WITHOUT):
         for key, style in {"start": ":", "activations": "-"}.items():
             values = np.asarray(curves[key][arm], float)
-            when = "at first" if key == "start" else f"after {FEW_STEPS} steps"
+            when = "before training" if key == "start" else f"after {FEW_STEPS} steps"
             layers = np.arange(1, len(values) + 1)
             band(by_layer, layers, values, f"{arm}, {when}", color=f"C{position}", linestyle=style)
     by_layer.set(
@@ -226,7 +218,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         xlabel="layer",
         ylabel=f"root mean square of activations\nat rate {LARGE_RATE:g}",
     )
-    by_layer.legend(frameon=False, fontsize="small")
+    by_layer.legend(fontsize="small")
 
 
 EXPERIMENT = Experiment(
@@ -236,9 +228,9 @@ EXPERIMENT = Experiment(
     source="Bjorck et al. 2018",
     published="without, large rates diverge and activations grow with depth; no figure",
     protocol=(
-        "MLP of 4, 8 and 16 layers of 32 ReLU units on digits, SGD at 13 rates from 1e-2 to 1e2; "
-        "stable: at least half of the validation part right in the end; small: a tenth of the "
-        "largest rate that is stable without a norm"
+        "MLP of 4, 8 and 16 layers of 32 ReLU units on digits, SGD at 13 rates from 1e-2 to 1e2; a "
+        "rate is stable if the validation accuracy ends at a half or more; the matched small rate "
+        "is a tenth of the largest rate that is stable without a norm"
     ),
     limits=(
         "Where the largest rate of the sweep is stable, the ratio is a lower bound. How long it "

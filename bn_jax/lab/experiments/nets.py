@@ -1,6 +1,7 @@
 """Small networks with any norm or none, for the experiments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -8,8 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.lab.models import Norm, apply_norm
+from bn_jax.linen import BatchNorm
 
 Position = Literal["before", "after"]
+
+BATCH_NORM: Norm = partial(BatchNorm, momentum=0.9)
+WITH_AND_WITHOUT: Mapping[str, Norm | None] = {"batch norm": BATCH_NORM, "no norm": None}
+# So small that adding it to a variance changes no digit, in float64 and in float32.
+NO_EPSILON, NO_EPSILON_FLOAT32 = 1e-300, 1e-30
 
 
 class MLP(nn.Module):
@@ -20,9 +27,9 @@ class MLP(nn.Module):
         num_classes: number of logits.
         norm: constructor of the norms, as of `bn_jax.lab.models.ConvNorm`, or None.
         activation: between the layers.
-        position: whether the norm comes before the activation or after it.
-        kernel_init: of the hidden layers' kernels.
-        dtype: of parameters and computation.
+        position: whether the norm is before the activation or after it.
+        kernel_init: the initializer of the hidden layers' kernels.
+        dtype: the dtype of parameters and computation.
     """
 
     widths: Sequence[int] = (64, 64, 64)
@@ -37,49 +44,49 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Computes the logits.
 
-        What comes into each activation is sown as ``preactivation`` into "intermediates".
+        The input of each activation is sown as ``preactivation`` into "intermediates".
 
         Args:
             x: [n, features].
-            train: whether to normalize by the batch's statistics and update the running ones.
-            mask: booleans or weights [n]: which examples enter the statistics. None: all.
+            train: whether to use the batch's statistics, and update the running statistics.
+            mask: booleans or weights [n] of the examples in the statistics; None: all are 1.
 
         Returns:
             Logits [n, num_classes].
         """
-        types = {} if self.dtype is None else {"dtype": self.dtype, "param_dtype": self.dtype}
+        param_dtype = jnp.float32 if self.dtype is None else self.dtype
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype)
         mask = None if mask is None else mask[:, None]
         for index, width in enumerate(self.widths):
-            # A bias before a norm is cancelled by it.
+            # A norm right after the layer subtracts its bias again.
             use_bias = self.norm is None or self.position == "after"
-            dense = nn.Dense(
-                width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}", **types
-            )
-            x = dense(x)
+            x = dense(width, use_bias, kernel_init=self.kernel_init, name=f"dense{index}")(x)
             if self.position == "before":
                 x = self._normalized(x, train, mask, index)
             self.sow("intermediates", "preactivation", x)
             x = self.activation(x)
             if self.position == "after":
                 x = self._normalized(x, train, mask, index)
-        return nn.Dense(self.num_classes, name="classifier", **types)(x)
+        return dense(self.num_classes, name="classifier")(x)
 
     def _normalized(
         self, x: jax.Array, train: bool, mask: jax.Array | None, index: int
     ) -> jax.Array:
-        types = {} if self.dtype is None else {"param_dtype": self.dtype}
-        return apply_norm(self.norm, x, train, mask, self.dtype, f"norm{index}", **types)
+        norm = self.norm
+        if norm is not None and self.dtype is not None:
+            norm = partial(norm, param_dtype=self.dtype)
+        return apply_norm(norm, x, train, mask, self.dtype, f"norm{index}")
 
 
 class ScannedMLP(nn.Module):
-    """An `MLP` of equal hidden layers whose program is no longer however deep it is.
+    """An `MLP` with hidden layers of equal width, whose program does not grow with its depth.
 
-    The parameters and statistics of all hidden layers but the first are stacked, [depth - 1, ...],
-    under ``hidden``; those of the first are under ``first``.
+    The parameters and statistics of the first hidden layer are under ``first``. Those of all others
+    are stacked, [depth - 1, ...], under ``hidden``.
 
     Attributes:
-        depth: hidden layers.
-        width: features of each.
+        depth: the number of hidden layers.
+        width: the features of each.
         num_classes: number of logits.
         norm: constructor of the norms, or None.
     """
@@ -93,7 +100,7 @@ class ScannedMLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Computes the logits [n, num_classes] of [n, features].
 
-        What comes into the activations is sown, [depth, n, width], as ``preactivation``.
+        The inputs of the activations are sown, [depth, n, width], as ``preactivation``.
         """
         layers = nn.scan(
             _Layer,

@@ -1,4 +1,4 @@
-"""Runs experiments, and keeps what they find: JSON and a figure of each."""
+"""Running experiments, and writing the JSON and the figure of each."""
 
 import importlib.metadata
 import json
@@ -9,21 +9,31 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from bn_jax.lab.experiments import EXPERIMENTS, figures
-from bn_jax.lab.experiments.verdicts import Experiment, Result, Setting
+from bn_jax.lab.experiments.verdicts import Experiment, Result, Setting, ignore_progress
 from bn_jax.lab.runs import staged, write_json
 
 PACKAGES = "bn-jax", "jax", "flax", "optax", "numpy"
 POLL_SECONDS = 0.1
+# Which experiment advanced, by its place in the list, and by what share.
+_Shares: TypeAlias = "SimpleQueue[tuple[int, float]]"
+
+
+class _Finished(NamedTuple):
+    """The result of an experiment, and how long it took."""
+
+    result: Result
+    seconds: float
 
 
 def choose(names: Sequence[str]) -> list[Experiment]:
-    """Finds experiments.
+    """Finds experiments by their names or numbers.
 
     Args:
         names: names or numbers of experiments, or "all".
@@ -32,9 +42,10 @@ def choose(names: Sequence[str]) -> list[Experiment]:
         Each of them once, in the order of their numbers.
 
     Raises:
-        ValueError: there is no such experiment, or none is named.
+        ValueError: a name or number is unknown, or `names` is empty.
     """
-    known = {str(one.number): one for one in EXPERIMENTS.values()} | EXPERIMENTS
+    by_number = {str(experiment.number): experiment for experiment in EXPERIMENTS.values()}
+    known = by_number | EXPERIMENTS
     unknown = [name for name in names if name != "all" and name not in known]
     if unknown or not names:
         received = f"received {', '.join(unknown)}" if unknown else "received no name"
@@ -43,21 +54,23 @@ def choose(names: Sequence[str]) -> list[Experiment]:
             f"{', '.join(EXPERIMENTS)}; see them with --list"
         )
     chosen = set(EXPERIMENTS if "all" in names else (known[name].name for name in names))
-    return [one for one in EXPERIMENTS.values() if one.name in chosen]
+    return [experiment for experiment in EXPERIMENTS.values() if experiment.name in chosen]
 
 
 def reproduce(experiment: Experiment, setting: Setting, folder: Path) -> Result:
-    """Runs an experiment, and writes what it finds to ``NAME.json`` and ``NAME.png``.
+    """Runs an experiment, and writes its result to ``NAME.json`` and ``NAME.png``.
 
     Args:
-        experiment: which.
-        setting: how much is run.
-        folder: made where it is missing.
+        experiment: the experiment.
+        setting: the size of the run.
+        folder: the folder to write into; created if it is missing.
 
     Returns:
-        What was found.
+        The result.
     """
-    return _write(experiment, setting, folder, *_run(experiment, setting))
+    finished = _run(experiment, setting)
+    _write(experiment, setting, folder, finished)
+    return finished.result
 
 
 def reproduce_each(
@@ -67,47 +80,49 @@ def reproduce_each(
     processes: int = 1,
     show: Callable[[Experiment, float], object] = lambda experiment, share: None,
 ) -> Generator[tuple[Experiment, Result]]:
-    """Runs experiments as `reproduce` does, some of them at the same time.
+    """Runs experiments as `reproduce` does, several at a time.
 
     Args:
-        experiments: which; each is a process's work from its start to its end.
-        setting: how much is run; its `advance` is not called.
-        folder: made where it is missing.
-        processes: how many work. 1: this one, else others, and this one writes.
-        show: is called with the share of an experiment that was finished since the last call.
+        experiments: the experiments; each runs in one process from start to end.
+        setting: the size of the runs; its `advance` is not called.
+        folder: the folder to write into; created if it is missing.
+        processes: the number of processes that run experiments. 1: this process runs them; else
+            others do, and this process writes.
+        show: called with the share of an experiment that was finished since the last call.
 
     Yields:
-        Each experiment and what was found, as they end. All is stopped where the iterator is closed
-        or an exception is raised.
+        Each experiment and its result, in the order in which they end. Closing the iterator, or an
+        exception, stops all processes.
 
     Raises:
         concurrent.futures.process.BrokenProcessPool: a process died.
     """
     if processes == 1:
         for experiment in experiments:
-            yield (
-                experiment,
-                reproduce(experiment, setting._replace(advance=partial(show, experiment)), folder),
-            )
+            here = setting._replace(advance=partial(show, experiment))
+            yield experiment, reproduce(experiment, here, folder)
         return
     context = multiprocessing.get_context("spawn")
-    shares = context.SimpleQueue()
+    shares: _Shares = context.SimpleQueue()
     others = set(multiprocessing.active_children())
-    # Whatever `advance` is, it need not be what can be sent to another process.
-    sent = setting[:3]
+    # The caller's `advance` need not be picklable; a worker has its own.
+    sent = setting._replace(advance=ignore_progress)
     with ProcessPoolExecutor(processes, context, _start_worker, (shares,)) as pool:
         try:
             running = {
-                pool.submit(_work, index, one, sent): one for index, one in enumerate(experiments)
+                pool.submit(_run_in_worker, index, experiment, sent): experiment
+                for index, experiment in enumerate(experiments)
             }
             while running:
-                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+                ended, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 while not shares.empty():
                     index, share = shares.get()
                     show(experiments[index], share)
-                for one in finished:
-                    experiment = running.pop(one)
-                    yield experiment, _write(experiment, setting, folder, *one.result())
+                for future in ended:
+                    experiment = running.pop(future)
+                    finished = future.result()
+                    _write(experiment, setting, folder, finished)
+                    yield experiment, finished.result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
@@ -116,58 +131,59 @@ def reproduce_each(
             raise
 
 
-def _start_worker(shares: Any) -> None:
-    # Ctrl-C reaches all processes of a terminal; the one that has started the others stops them.
+def _start_worker(shares: _Shares) -> None:
+    # Ctrl-C reaches all processes of a terminal; the parent process stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker["shares"] = shares
 
 
-_worker: dict[str, Any] = {}
+# A queue can only be passed to a worker when it starts; this is where the worker keeps it.
+_worker: dict[str, _Shares] = {}
 
 
-def _work(index: int, experiment: Experiment, sent: tuple[int, int, bool]) -> tuple[Result, float]:
+def _run_in_worker(index: int, experiment: Experiment, setting: Setting) -> _Finished:
     def advance(share: float) -> None:
         _worker["shares"].put((index, share))
 
-    return _run(experiment, Setting(*sent, advance))
+    return _run(experiment, setting._replace(advance=advance))
 
 
-def _run(experiment: Experiment, setting: Setting) -> tuple[Result, float]:
-    """Returns what was found, and the seconds it took."""
+def _run(experiment: Experiment, setting: Setting) -> _Finished:
     began = time.perf_counter()
     result = experiment.run(setting)
     seconds = time.perf_counter() - began
     # Every experiment compiles programs of its own, which nothing else will call.
     jax.clear_caches()
-    return result, seconds
+    return _Finished(result, seconds)
 
 
-def _write(
-    experiment: Experiment, setting: Setting, folder: Path, result: Result, seconds: float
-) -> Result:
+def _write(experiment: Experiment, setting: Setting, folder: Path, finished: _Finished) -> None:
     with staged(folder) as staging:
         path = staging / f"{experiment.name}.json"
-        write_json(path, _described(experiment, setting, result, seconds))
+        write_json(path, _as_json(experiment, setting, finished))
         curves = json.loads(path.read_text())["curves"]
         figures.save(experiment, curves, staging / f"{experiment.name}.png")
-    return result
 
 
-def _described(
-    experiment: Experiment, setting: Setting, result: Result, seconds: float
-) -> dict[str, Any]:
-    said = ("number", "name", "claim", "source", "published", "protocol", "limits")
+def _as_json(experiment: Experiment, setting: Setting, finished: _Finished) -> dict[str, Any]:
+    texts = ("number", "name", "claim", "source", "published", "protocol", "limits")
+    result = finished.result
     return {
-        **{name: getattr(experiment, name) for name in said},
+        **{name: getattr(experiment, name) for name in texts},
         "verdict": result.verdict,
         "criteria": [
-            {**one._asdict(), "measured": one.measured._asdict(), "verdict": one.verdict}
-            for one in result.criteria
+            {
+                **criterion._asdict(),
+                "measured": criterion.measured._asdict(),
+                "verdict": criterion.verdict,
+            }
+            for criterion in result.criteria
         ],
-        "reported": {name: one._asdict() for name, one in result.reported.items()},
+        "reported": {name: interval._asdict() for name, interval in result.reported.items()},
+        "rates": {arm: rate._asdict() for arm, rate in result.rates.items()},
         "seeds": setting.chosen.tolist(),
         "quick": setting.quick,
-        "seconds": round(seconds, 1),
+        "seconds": round(finished.seconds, 1),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "platform": jax.default_backend(),

@@ -1,9 +1,9 @@
 """Claim 9: batch norm makes residual blocks start near the identity."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,68 +11,68 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.sweeps import accuracy, draw_batches, load_digits, sweep, train
+from bn_jax.lab.experiments.nets import BATCH_NORM
+from bn_jax.lab.experiments.selection import Chosen, sweep_accuracies
+from bn_jax.lab.experiments.sweeps import draw_trials
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
+    Interval,
     Result,
     Setting,
     mean_interval,
 )
 from bn_jax.lab.models import ResidualMLP
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEPTHS = 64, 100
-# Of the networks at initialization.
+# The networks at initialization.
 WIDTH = 64
 FEATURES = 64
 EXAMPLES = 128
 NETWORKS = 8
-# Of the networks that are trained.
+# The networks that are trained.
 NARROW = 16
 BATCH_SIZE = 32
 MOMENTUM = 0.9
-ARMS: dict[str, dict[str, Any]] = {
-    "batch norm": {"norm": partial(BatchNorm, momentum=0.9)},
-    "no norm": {},
-    "SkipInit": {"branch_init": "skipinit"},
-    "Fixup": {"branch_init": "fixup"},
+# Called with the number of blocks, the width and the number of classes.
+ARMS: Mapping[str, Callable[[int, int, int], ResidualMLP]] = {
+    "batch norm": partial(ResidualMLP, norm=BATCH_NORM),
+    "no norm": ResidualMLP,
+    "SkipInit": partial(ResidualMLP, branch_init="skipinit"),
+    "Fixup": partial(ResidualMLP, branch_init="fixup"),
 }
-# Those that are compared at initialization: the others' branches are zero or nearly so.
+# The arms that are compared at initialization. The branches of the others start at or near zero.
 AT_START = "batch norm", "no norm"
-SLOPE = 0.95, 1.05
-EXPONENT = -1.1, -0.9
 WITHIN = 0.01
 
 
 def second_moments(seed: jax.Array, arm: str, depth: int) -> tuple[jax.Array, jax.Array]:
-    """Measures what flows through networks at initialization, of white input.
+    """Measures the activations of networks at initialization, for white input.
 
     Args:
-        seed: of the networks and inputs.
-        arm: of `ARMS`.
-        depth: blocks.
+        seed: the seed of the networks and inputs.
+        arm: a name in `ARMS`.
+        depth: the number of blocks.
 
     Returns:
-        Second moments of what the blocks take and the last one gives, [depth + 1], and of the
+        Second moments of the inputs of the blocks and of the last output, [depth + 1], and of the
         branches, [depth]; means over examples, features and `NETWORKS` networks.
     """
-    model = ResidualMLP(depth, WIDTH, 10, **ARMS[arm])
+    model = ARMS[arm](depth, WIDTH, 10)
 
     def of_network(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         for_input, for_model = jax.random.split(key)
         x = jax.random.normal(for_input, (EXAMPLES, FEATURES))
         variables = model.init(for_model, x, train=False)
-        _, found = model.apply(variables, x, train=True, mutable=["intermediates", "batch_stats"])
-        (stream,) = found["intermediates"]["stream"]
+        _, sown = model.apply(variables, x, train=True, mutable=["intermediates", "batch_stats"])
+        (stream,) = sown["intermediates"]["stream"]
         return jnp.mean(stream**2, (1, 2)), jnp.mean(jnp.diff(stream, axis=0) ** 2, (1, 2))
 
-    found = jax.vmap(of_network)(jax.random.split(jax.random.key(seed), NETWORKS))
-    stream, branches = (jnp.mean(one, 0) for one in found)
-    return stream, branches
+    stream, branches = jax.vmap(of_network)(jax.random.split(jax.random.key(seed), NETWORKS))
+    return jnp.mean(stream, 0), jnp.mean(branches, 0)
 
 
 def regress(x: Any, y: Any) -> Any:
@@ -88,120 +88,148 @@ def regress(x: Any, y: Any) -> Any:
     return np.polynomial.polynomial.polyfit(x, np.transpose(y), 1)[1]
 
 
-def train_arm(arm: str, depth: int, steps: int, rates: Any, setting: Setting) -> Any:
-    """Trains with every rate.
+class AtStart(NamedTuple):
+    """The activations of an arm at initialization.
+
+    Attributes:
+        stream: second moments of the inputs of the blocks and of the last output,
+            [seeds, depth + 1].
+        share: the second moment of each branch over that of its block's output, [seeds, depth].
+    """
+
+    stream: Any
+    share: Any
+
+
+def measure_at_start(setting: Setting) -> dict[str, AtStart]:
+    """Measures the arms of `AT_START` at the largest depth."""
+    measured = {}
+    for arm in AT_START:
+        measure = jax.jit(partial(second_moments, arm=arm, depth=max(DEPTHS)))
+        stream, branches = map(np.stack, zip(*map(measure, setting.chosen), strict=True))
+        measured[arm] = AtStart(stream, branches / stream[:, 1:])
+        setting.advance(0.15)
+    return measured
+
+
+def train_each(setting: Setting, depths: Sequence[int]) -> dict[str, dict[int, Chosen[Any]]]:
+    """Trains every arm at every depth and rate.
 
     Args:
-        arm: of `ARMS`.
-        depth: blocks.
-        steps: of each training.
-        rates: of SGD with momentum.
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
+        depths: the numbers of blocks.
 
     Returns:
-        Accuracies on the validation and the test part, [2, rates, seeds].
+        For each arm and depth the test accuracies at the rate that is best for all seeds, [seeds].
     """
-    model = ResidualMLP(depth, NARROW, 10, **ARMS[arm])
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
-        variables = {name: variables[name] for name in variables if name != "intermediates"}
-        optimizer = optax.sgd(rate, MOMENTUM)
-        trained = train(model, optimizer, variables, parts.train, rows).variables
-        return [accuracy(model, trained, part) for part in (parts.validation, parts.test)]
-
-    return np.asarray(sweep(run, rates, setting.chosen, digits, rows))
+    trials = draw_trials(setting.chosen, 100 if setting.quick else 200, BATCH_SIZE)
+    rates = np.geomspace(0.01, 0.1, 2 if setting.quick else 3)
+    chosen: dict[str, dict[int, Chosen[Any]]] = {arm: {} for arm in ARMS}
+    for depth, arm in itertools.product(depths, ARMS):
+        model = ARMS[arm](depth, NARROW, 10)
+        swept = sweep_accuracies(model, partial(optax.sgd, momentum=MOMENTUM), rates, trials)
+        chosen[arm][depth] = swept.best_for_all_seeds()
+        setting.advance(0.7 / len(ARMS) / len(depths))
+    return chosen
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    stream, branches = {}, {}
-    for arm in AT_START:
-        measure = jax.jit(partial(second_moments, arm=arm, depth=max(DEPTHS)))
-        found = [measure(seed) for seed in setting.chosen]
-        stream[arm], branches[arm] = (np.stack(one) for one in zip(*found, strict=True))
-        setting.advance(0.15)
-    shares = {arm: branches[arm] / stream[arm][:, 1:] for arm in AT_START}
-    blocks = np.arange(max(DEPTHS) + 1)
-    steps = 100 if setting.quick else 200
-    rates = np.geomspace(0.01, 0.1, 2 if setting.quick else 3)
-    trained = DEPTHS[:1] if setting.quick else DEPTHS
-    accuracies: dict[str, dict[int, Any]] = {arm: {} for arm in ARMS}
-    best: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
-    for depth, arm in itertools.product(trained, ARMS):
-        validation, test = train_arm(arm, depth, steps, rates, setting)
-        index = int(validation.mean(-1).argmax())
-        accuracies[arm][depth], best[arm][depth] = test[index], float(rates[index])
-        setting.advance(0.7 / len(ARMS) / len(trained))
-
-    def less(arm: str, depth: int) -> Any:
-        return mean_interval(accuracies[arm][depth] - accuracies["batch norm"][depth])
-
-    norm = stream["batch norm"], shares["batch norm"]
+    at_start = measure_at_start(setting)
+    trained = train_each(setting, DEPTHS[:1] if setting.quick else DEPTHS)
+    accuracies = {
+        arm: {depth: chosen.measured for depth, chosen in by_depth.items()}
+        for arm, by_depth in trained.items()
+    }
     return Result(
-        criteria=(
-            *(
-                Criterion(
-                    f"slope of E[x^2] by blocks, depth {one}",
-                    "l + 1",
-                    mean_interval(regress(blocks[: one + 1], norm[0][:, : one + 1])),
-                    *SLOPE,
-                )
-                for one in DEPTHS
-            ),
-            *(
-                Criterion(
-                    f"exponent of the branch's share in l + 1, depth {one}",
-                    "1 / (l + 1)",
-                    mean_interval(
-                        regress(np.log(blocks[1 : one + 1] + 1), np.log(norm[1][:, :one]))
-                    ),
-                    *EXPONENT,
-                )
-                for one in DEPTHS
-            ),
-            *(
-                Criterion(
-                    f"test accuracy without norm less that with batch norm, depth {depth}",
-                    "fails",
-                    less("no norm", depth),
-                    at_most=-WITHIN,
-                )
-                for depth in trained
-            ),
-            *(
-                Criterion(
-                    f"test accuracy with {arm} less that with batch norm, depth {depth}",
-                    "within a point",
-                    less(arm, depth),
-                    at_least=-WITHIN,
-                )
-                for arm, depth in itertools.product(("SkipInit", "Fixup"), trained)
-            ),
-        ),
+        criteria=(*_criteria_at_start(at_start["batch norm"]), *_criteria_trained(accuracies)),
         curves={
-            "stream": {arm: np.log10(one.astype(np.float64)).T for arm, one in stream.items()},
-            "share": {arm: np.log10(one.astype(np.float64)).T for arm, one in shares.items()},
-            "accuracy": accuracies,
-            "rates": best,
-        },
-        reported={
-            "doublings of E[x^2] per block without norm": mean_interval(
-                regress(blocks, np.log2(stream["no norm"].astype(np.float64)))
-            ),
-            **{
-                f"test accuracy, {arm}, depth {depth}": mean_interval(one)
-                for arm, of_arm in accuracies.items()
-                for depth, one in of_arm.items()
+            "stream": {
+                arm: np.log10(of_arm.stream.astype(np.float64)).T
+                for arm, of_arm in at_start.items()
             },
+            "share": {
+                arm: np.log10(of_arm.share.astype(np.float64)).T for arm, of_arm in at_start.items()
+            },
+            "accuracy": accuracies,
+        },
+        reported=_reported(at_start["no norm"], accuracies),
+        rates={
+            f"{arm}, depth {depth}": chosen.rate
+            for arm, by_depth in trained.items()
+            for depth, chosen in by_depth.items()
         },
     )
 
 
+def _criteria_at_start(norm: AtStart) -> list[Criterion]:
+    blocks = np.arange(max(DEPTHS) + 1)
+    slopes = [
+        Criterion(
+            f"slope of E[x^2] by blocks, depth {depth}",
+            "l + 1",
+            mean_interval(regress(blocks[: depth + 1], norm.stream[:, : depth + 1])),
+            at_least=0.95,
+            at_most=1.05,
+        )
+        for depth in DEPTHS
+    ]
+    exponents = [
+        Criterion(
+            f"exponent of the branch's share in l + 1, depth {depth}",
+            "1 / (l + 1)",
+            mean_interval(
+                regress(np.log(blocks[1 : depth + 1] + 1), np.log(norm.share[:, :depth]))
+            ),
+            at_least=-1.1,
+            at_most=-0.9,
+        )
+        for depth in DEPTHS
+    ]
+    return slopes + exponents
+
+
+def _criteria_trained(accuracies: Mapping[str, Mapping[int, Any]]) -> list[Criterion]:
+    def minus_norm(arm: str, depth: int) -> Interval:
+        return mean_interval(accuracies[arm][depth] - accuracies["batch norm"][depth])
+
+    depths = list(accuracies["batch norm"])
+    worse = [
+        Criterion(
+            f"test accuracy without norm less that with batch norm, depth {depth}",
+            "fails",
+            minus_norm("no norm", depth),
+            at_most=-WITHIN,
+        )
+        for depth in depths
+    ]
+    no_worse = [
+        Criterion(
+            f"test accuracy with {arm} less that with batch norm, depth {depth}",
+            "within a point",
+            minus_norm(arm, depth),
+            at_least=-WITHIN,
+        )
+        for arm, depth in itertools.product(("SkipInit", "Fixup"), depths)
+    ]
+    return worse + no_worse
+
+
+def _reported(no_norm: AtStart, accuracies: Mapping[str, Mapping[int, Any]]) -> dict[str, Interval]:
+    blocks = np.arange(max(DEPTHS) + 1)
+    doublings = regress(blocks, np.log2(no_norm.stream.astype(np.float64)))
+    return {
+        "doublings of E[x^2] per block without norm": mean_interval(doublings),
+        **{
+            f"test accuracy, {arm}, depth {depth}": mean_interval(of_depth)
+            for arm, by_depth in accuracies.items()
+            for depth, of_depth in by_depth.items()
+        },
+    }
+
+
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws second moments and shares block by block, and the accuracies."""
+    """Draws second moments and shares by block, and the accuracies."""
     by_block, of_branch, by_arm = figure.subplots(1, 3)
     blocks = np.arange(max(DEPTHS) + 1)
     for arm in AT_START:
@@ -211,19 +239,24 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_block.plot(blocks, np.log10(blocks + 1), label="l + 1, and 2^l", **gray)
     by_block.plot(blocks, blocks * np.log10(2), **gray)
     by_block.set(xlabel="blocks l", ylabel=r"$\log_{10} E[x^2]$")
-    by_block.legend(frameon=False)
+    by_block.legend()
     of_branch.plot(blocks[1:], -np.log10(blocks[1:] + 1), label="1 / (l + 1)", **gray)
     of_branch.set(xlabel="block l", ylabel=r"$\log_{10}$ of the branch's share in $E[x^2]$")
-    of_branch.legend(frameon=False)
+    of_branch.legend()
     for index, arm in enumerate(ARMS):
         for place, (depth, values) in enumerate(curves["accuracy"][arm].items()):
-            at = [index + 0.2 * place] * len(values)
-            label = f"depth {depth}" if index == 0 else None
-            marker = {"marker": "os"[place], "color": f"C{index}", "linestyle": "none"}
-            by_arm.plot(at, 100 * np.asarray(values), alpha=0.5, label=label, **marker)
+            by_arm.plot(
+                [index + 0.2 * place] * len(values),
+                100 * np.asarray(values),
+                alpha=0.5,
+                label=f"depth {depth}" if index == 0 else None,
+                marker="os"[place],
+                color=f"C{index}",
+                linestyle="none",
+            )
     by_arm.set_xticks(range(len(ARMS)), list(ARMS), rotation=20)
     by_arm.set_ylabel("test accuracy (%)")
-    by_arm.legend(frameon=False)
+    by_arm.legend()
 
 
 EXPERIMENT = Experiment(
@@ -236,9 +269,9 @@ EXPERIMENT = Experiment(
         "1 / (l + 1); SkipInit and Fixup train as well"
     ),
     protocol=(
-        f"residual MLPs of width {WIDTH} at initialization, blocks 1 to {DEPTHS[0]} and to "
-        f"{DEPTHS[1]}, white input; of width {NARROW} trained at both depths on digits, each arm "
-        "at its best rate"
+        f"residual MLPs of width {WIDTH} at initialization, blocks 1 to {DEPTHS[0]} and 1 to "
+        f"{DEPTHS[1]}, white input; residual MLPs of width {NARROW} trained on digits at both "
+        "depths, each arm at its best rate"
     ),
     limits=(
         "Trained for 200 steps, and narrow: what batch norm does for the generalization of large "

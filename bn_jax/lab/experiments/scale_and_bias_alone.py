@@ -1,4 +1,4 @@
-"""Claim 15: a network learns where nothing but the scale and bias of its norms is trained."""
+"""Claim 15: a network learns if only the scale and bias of its norms are trained."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,18 +11,23 @@ import numpy as np
 import optax
 
 from bn_jax._paths import format_path
-from bn_jax.lab.experiments.nets import ScannedMLP
+from bn_jax.lab.experiments.figures import points
+from bn_jax.lab.experiments.nets import BATCH_NORM, ScannedMLP
+from bn_jax.lab.experiments.selection import Chosen, Outcome, RateSweep
 from bn_jax.lab.experiments.sweeps import (
     Digits,
     Part,
+    State,
+    Trial,
     accuracy,
-    draw_batches,
-    load_digits,
+    draw_trials,
     make_step,
     start,
+    take,
     train,
 )
 from bn_jax.lab.experiments.verdicts import (
+    ChosenRate,
     Criterion,
     Experiment,
     Interval,
@@ -32,13 +37,11 @@ from bn_jax.lab.experiments.verdicts import (
     mean_interval,
 )
 from bn_jax.lab.models import ResNet
-from bn_jax.linen import BatchNorm
 from bn_jax.optim import norm_params_mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NORM = partial(BatchNorm, momentum=0.9)
 ARMS = (
     "scale and bias",
     "random weights",
@@ -53,14 +56,15 @@ class Net(NamedTuple):
     """A network and how it is trained.
 
     Attributes:
-        model: with batch norm.
-        shape: of an example.
-        arms: how many of `ARMS` are trained.
-        steps: of each training.
-        batch_size: of each step.
-        rates: of the sweep.
-        side_by_side: whether all runs are one batch of work. Convolutions whose kernels differ from
-            run to run are slow on a CPU: they are made one after another, step by step.
+        model: the network, with batch norm.
+        shape: the shape of an example.
+        arms: the number of `ARMS` that are trained.
+        steps: the number of steps of each training.
+        batch_size: the number of examples in each step.
+        rates: the rates of the sweep.
+        side_by_side: whether all trainings are one compiled program. Convolutions whose kernels
+            differ from training to training are slow on a CPU: they run one training after another,
+            step by step.
     """
 
     model: nn.Module
@@ -76,23 +80,33 @@ def nets(quick: bool) -> dict[str, Net]:
     """Returns the networks by their names.
 
     Args:
-        quick: whether fewer steps will do.
+        quick: whether to train for fewer steps.
     """
-    dense = partial(Net, shape=(64,), arms=len(ARMS), batch_size=64, rates=RATES, side_by_side=True)
-    convolutional = partial(
-        Net, shape=(8, 8, 1), arms=2, batch_size=32, rates=RATES[1:4:2], side_by_side=False
+    dense = partial(
+        Net,
+        shape=(64,),
+        arms=len(ARMS),
+        steps=40 if quick else 400,
+        batch_size=64,
+        rates=RATES,
+        side_by_side=True,
     )
-    mlp = partial(ScannedMLP, width=64, norm=NORM)
-    resnet = partial(ResNet, 10, norm=NORM)
+    convolutional = partial(
+        Net,
+        shape=(8, 8, 1),
+        arms=2,
+        steps=10 if quick else 100,
+        batch_size=32,
+        rates=RATES[1:4:2],
+        side_by_side=False,
+    )
+    mlp = partial(ScannedMLP, width=64, norm=BATCH_NORM)
+    resnet = partial(ResNet, 10, norm=BATCH_NORM)
     return {
-        "MLP, depth 2": dense(mlp(2), steps=40 if quick else 400),
-        "MLP, depth 8": dense(mlp(8), steps=40 if quick else 400),
-        "CNN, depth 2": convolutional(
-            resnet(stage_sizes=(1,), widths=(8,)), steps=10 if quick else 100
-        ),
-        "CNN, depth 8": convolutional(
-            resnet(stage_sizes=(1, 3), widths=(8, 8)), steps=10 if quick else 100
-        ),
+        "MLP, depth 2": dense(mlp(2)),
+        "MLP, depth 8": dense(mlp(8)),
+        "CNN, depth 2": convolutional(resnet(stage_sizes=(1,), widths=(8,))),
+        "CNN, depth 8": convolutional(resnet(stage_sizes=(1, 3), widths=(8, 8))),
     }
 
 
@@ -100,12 +114,12 @@ def masks(params: Any, key: jax.Array) -> Any:
     """Chooses what each arm trains.
 
     Args:
-        params: of a network with norms and a "classifier".
-        key: of the random choice.
+        params: the params of a network with norms and a "classifier".
+        key: the key of the random choice.
 
     Returns:
-        A tree as `params` with booleans [arms, ...]: those of norms; as many weights of all other
-        layers but the classifier, drawn at random; and both with the classifier.
+        A tree like `params` with booleans [arms, ...]: the parameters of norms; as many randomly
+        drawn weights of all other layers but the classifier; and both with the classifier.
     """
     of_norms = norm_params_mask(params)
     of_classifier = jax.tree.map_with_path(
@@ -118,12 +132,12 @@ def masks(params: Any, key: jax.Array) -> Any:
 
 
 def draw_weights(norms: Any, classifier: Any, key: jax.Array) -> Any:
-    """Draws as many parameters as belong to norms from those of neither norms nor classifier.
+    """Draws as many weights as norms have parameters, outside of norms and classifier.
 
     Args:
-        norms: booleans of the shapes of the parameters.
-        classifier: likewise.
-        key: of the choice.
+        norms: booleans in the shapes of the parameters.
+        classifier: the same.
+        key: the key of the choice.
 
     Returns:
         Booleans of the same shapes.
@@ -141,204 +155,227 @@ def draw_weights(norms: Any, classifier: Any, key: jax.Array) -> Any:
 
 
 def masked(mask: Any) -> optax.GradientTransformation:
-    """Makes updates zero where a mask is False, element by element, which `optax.masked` cannot."""
+    """Zeroes updates where a mask is False, element by element, which `optax.masked` cannot do."""
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda u, chosen: u * chosen, updates, mask)
     )
 
 
-def train_all(setting: Setting, net: Net) -> dict[str, Any]:
-    """Trains every arm with every rate.
+class Measured(NamedTuple):
+    """What was measured of a training.
+
+    Attributes:
+        accuracy: the accuracy on the test part.
+        small: the share of scales below `SMALL_SCALE`.
+        count: the number of trained parameters.
+    """
+
+    accuracy: Any
+    small: Any
+    count: Any
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        arm: its place in `ARMS`.
+        rate: the learning rate.
+        trial: seed, examples and batches.
+    """
+
+    arm: Any
+    rate: Any
+    trial: Trial
+
+
+def train_all(setting: Setting, net: Net) -> Chosen[Measured]:
+    """Trains every arm at every rate.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
         net: the network.
 
     Returns:
-        At each arm's rate that is best on the validation part, [arms, seeds]: "accuracy" on the
-        test part, "small", the share of scales below `SMALL_SCALE`, and "rate"; and "counts", of
-        the parameters that an arm trains, [arms].
+        The measurements at the best rate of each seed and arm, [seeds, arms].
     """
-    digits = load_digits(setting.chosen)
-    digits = Digits(*(Part(p.x.reshape(*p.x.shape[:2], *net.shape), p.y) for p in digits))
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], net.steps, net.batch_size)
-    grid = np.stack(
-        np.meshgrid(
-            np.arange(net.arms),
-            np.arange(len(net.rates)),
-            np.arange(setting.seeds),
-            indexing="ij",
-        )
-    ).reshape(3, -1)
-
-    def given(place: Any) -> tuple[Any, ...]:
-        arm, rate, seed = place
-        parts, batches, number = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf)[seed], (digits, rows, setting.chosen)
-        )
-        return arm, jnp.asarray(net.rates)[rate], number, parts, batches
-
-    if net.side_by_side:
-        found = jax.jit(jax.vmap(lambda place: train_once(net.model, *given(place))))(grid.T)
-    else:
-        trained = train_stepwise(net.model, [given(place) for place in grid.T])
-        found = {name: np.stack([one[name] for one in trained]) for name in trained[0]}
+    trials = draw_trials(setting.chosen, net.steps, net.batch_size)
+    digits = Digits(
+        *(Part(part.x.reshape(*part.x.shape[:2], *net.shape), part.y) for part in trials.digits)
+    )
+    trials = jax.device_put(trials._replace(digits=digits))
+    rates = jnp.asarray(net.rates)
     shape = net.arms, len(net.rates), setting.seeds
-    found = {name: np.asarray(values).reshape(shape) for name, values in found.items()}
-    best = found["validation"].argmax(1)
-    chosen = {
-        name: np.take_along_axis(found[name], best[:, None], 1)[:, 0] for name in ("test", "small")
-    }
-    return {
-        "accuracy": chosen["test"],
-        "small": chosen["small"],
-        "rate": np.array(net.rates)[best],
-        "counts": found["count"][:, 0, 0],
-    }
+
+    def run_at(place: Any) -> Run:
+        arm, rate, seed = place
+        return Run(arm, rates[rate], take(trials, seed))
+
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
+    if net.side_by_side:
+        outcomes = jax.jit(jax.vmap(lambda place: train_once(net.model, run_at(place))))(grid)
+    else:
+        one_by_one = train_stepwise(net.model, [run_at(place) for place in grid])
+        outcomes = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
+
+    def rates_first(leaf: Any) -> Any:
+        """Returns [arms * rates * seeds] as [rates, seeds, arms]."""
+        return np.moveaxis(np.asarray(leaf).reshape(shape), 0, -1)
+
+    outcomes = jax.tree.map(rates_first, outcomes)
+    swept = RateSweep(np.asarray(net.rates), outcomes.validation, outcomes.measured)
+    return swept.best_for_each_seed()
 
 
-def train_once(
-    model: nn.Module, arm: Any, rate: Any, seed: Any, parts: Digits, rows: Any
-) -> dict[str, jax.Array]:
-    """Trains what an arm trains of a network.
+def train_once(model: nn.Module, run: Run) -> Outcome[Measured]:
+    """Trains the parameters of an arm.
 
     Args:
         model: the network.
-        arm: its place in `ARMS`.
-        rate: of the learning.
-        seed: of the network and of what is drawn.
-        parts: the data.
-        rows: which examples enter each step, [steps, n].
-
-    Returns:
-        Accuracies "validation" and "test", the share of scales that are "small", and the "count" of
-        parameters that were trained.
+        run: the training.
     """
-    variables, mask = begin(model, arm, seed, parts.train)
-    trained = train(model, make_optimizer(rate, mask), variables, parts.train, rows).variables
-    return finish(model, trained, mask, parts)
+    digits = run.trial.digits
+    variables, mask = begin(model, run)
+    optimizer = make_optimizer(run.rate, mask)
+    trained = train(model, optimizer, variables, digits.train, run.trial.batches).variables
+    return finish(model, trained, mask, digits)
 
 
-def train_stepwise(model: nn.Module, runs: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Trains as `train_once`, every step a call of its own.
+def train_stepwise(model: nn.Module, runs: Sequence[Run]) -> list[Outcome[Measured]]:
+    """Trains as `train_once` does, with a call for every step.
 
     Convolutions inside a loop that XLA compiles for a CPU are several times slower.
 
     Args:
         model: the network.
-        runs: the other arguments of `train_once`.
-
-    Returns:
-        What it returns, for each run.
+        runs: the trainings.
     """
     begun = jax.jit(partial(begin, model))
     ended = jax.jit(partial(finish, model))
 
     @jax.jit
-    def step(carry: Any, rate: Any, mask: Any, part: Part, batch: Any) -> Any:
-        return make_step(model, make_optimizer(rate, mask), part)(carry, batch)[0]
+    def step(state: State, rate: Any, mask: Any, part: Part, batch: Any) -> State:
+        return make_step(model, make_optimizer(rate, mask), part)(state, batch)[0]
 
-    found = []
-    for arm, rate, seed, parts, rows in runs:
-        variables, mask = begun(arm, seed, parts.train)
-        carry = start(make_optimizer(rate, mask), variables)
-        for batch in rows:
-            carry = step(carry, rate, mask, parts.train, batch)
-        found.append(jax.device_get(ended(carry[0], mask, parts)))
-    return found
+    outcomes = []
+    for run in runs:
+        digits = run.trial.digits
+        variables, mask = begun(run)
+        state = start(make_optimizer(run.rate, mask), variables)
+        for batch in run.trial.batches:
+            state = step(state, run.rate, mask, digits.train, batch)
+        outcomes.append(jax.device_get(ended(state.variables, mask, digits)))
+    return outcomes
 
 
-def begin(model: nn.Module, arm: Any, seed: Any, part: Part) -> tuple[Any, Any]:
-    """Returns the initial variables of a network, and what an arm trains of it."""
-    of_network, of_mask = jax.random.split(jax.random.key(seed))
-    variables = model.init(of_network, part.x[:1], train=False)
-    # The residual blocks' own zeros would keep weights of a branch without any gradient.
+def begin(model: nn.Module, run: Run) -> tuple[Any, Any]:
+    """Returns the initial variables of a network, and the mask of what the arm trains."""
+    of_network, of_mask = jax.random.split(jax.random.key(run.trial.seed))
+    variables = model.init(of_network, run.trial.digits.train.x[:1], train=False)
+    # Residual blocks start their last scale at 0. The weights of a branch would have no gradient.
     params = jax.tree.map_with_path(
         lambda path, leaf: jnp.ones_like(leaf) if format_path(path).endswith("scale") else leaf,
         variables["params"],
     )
-    mask = jax.tree.map(lambda leaf: leaf[arm], masks(params, of_mask))
+    mask = take(masks(params, of_mask), run.arm)
     return {**variables, "params": params}, mask
 
 
 def make_optimizer(rate: Any, mask: Any) -> optax.GradientTransformation:
-    """Returns what trains the parameters of a mask."""
+    """Returns an optimizer that trains the parameters of a mask."""
     return optax.chain(optax.sgd(rate, momentum=0.9), masked(mask))
 
 
-def finish(model: nn.Module, trained: Any, mask: Any, parts: Digits) -> dict[str, jax.Array]:
-    """Returns what `train_once` does, of trained variables."""
+def finish(model: nn.Module, trained: Any, mask: Any, digits: Digits) -> Outcome[Measured]:
+    """Measures trained variables."""
     scales = [
         jnp.abs(leaf).ravel()
         for path, leaf in jax.tree.leaves_with_path(trained["params"])
         if format_path(path).endswith("scale")
     ]
-    return {
-        "validation": accuracy(model, trained, parts.validation),
-        "test": accuracy(model, trained, parts.test),
-        "small": jnp.mean(jnp.concatenate(scales) < SMALL_SCALE),
-        "count": sum(leaf.sum() for leaf in jax.tree.leaves(mask)),
-    }
+    measured = Measured(
+        accuracy=accuracy(model, trained, digits.test),
+        small=jnp.mean(jnp.concatenate(scales) < SMALL_SCALE),
+        count=sum(leaf.sum() for leaf in jax.tree.leaves(mask)),
+    )
+    return Outcome(accuracy(model, trained, digits.validation), measured)
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    found = {}
+    chosen = {}
     for name, net in nets(setting.quick).items():
-        found[name] = train_all(setting, net)
+        chosen[name] = train_all(setting, net)
         setting.advance(0.25)
+    reported: dict[str, Interval] = {}
+    for name, of_net in chosen.items():
+        reported |= _reported(name, of_net.measured)
     return Result(
         criteria=tuple(
             Criterion(
                 f"test accuracy, {name}, scale and bias minus as many random weights",
                 "better (ResNets, CIFAR-10 and ImageNet)",
-                mean_interval(values["accuracy"][0] - values["accuracy"][1]),
+                mean_interval(of_net.measured.accuracy[:, 0] - of_net.measured.accuracy[:, 1]),
                 at_least=0.0,
             )
-            for name, values in found.items()
+            for name, of_net in chosen.items()
         ),
-        curves={"found": found, "arms": ARMS},
-        reported={key: one for name in found for key, one in _reported(name, found[name]).items()},
+        curves={
+            "networks": {name: _curves(of_net.measured) for name, of_net in chosen.items()},
+            "arms": ARMS,
+        },
+        reported=reported,
+        rates={
+            f"{name}, {arm}": ChosenRate(of_net.rate.value[:, place], of_net.rate.at_edge[:, place])
+            for name, of_net in chosen.items()
+            for place, arm in enumerate(ARMS[: of_net.rate.value.shape[1]])
+        },
     )
 
 
-def _reported(name: str, values: Mapping[str, Any]) -> dict[str, Interval]:
-    reported = {f"{name}: parameters of norms": exact(values["counts"][0])}
-    for place in range(len(values["accuracy"])):
+def _curves(measured: Measured) -> dict[str, Any]:
+    """Returns what was measured of each arm, [arms, seeds]."""
+    return {
+        "accuracy": measured.accuracy.T,
+        "small": measured.small.T,
+    }
+
+
+def _reported(name: str, measured: Measured) -> dict[str, Interval]:
+    reported = {f"{name}: parameters of norms": exact(measured.count[0, 0])}
+    for place in range(measured.accuracy.shape[1]):
         where = f"{name}, {ARMS[place]}"
-        reported[f"{where}: test accuracy (%)"] = mean_interval(100 * values["accuracy"][place])
+        accuracies, small = 100 * measured.accuracy[:, place], 100 * measured.small[:, place]
+        reported[f"{where}: test accuracy (%)"] = mean_interval(accuracies)
         if ARMS[place].startswith("scale"):
-            small = mean_interval(100 * values["small"][place])
-            reported[f"{where}: |scale| < {SMALL_SCALE} (%)"] = small
+            reported[f"{where}: |scale| < {SMALL_SCALE} (%)"] = mean_interval(small)
     return reported
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws the accuracies of all arms, and the shares of small scales."""
+    """Draws the accuracies of all arms, and their shares of small scales."""
     by_arm, small = figure.subplots(1, 2, width_ratios=(2, 1))
-    names = list(curves["found"])
+    names = list(curves["networks"])
     for place, arm in enumerate(curves["arms"]):
+        trains_norms = arm.startswith("scale")
         for axes, key in ((by_arm, "accuracy"), (small, "small")):
-            if key == "small" and not arm.startswith("scale"):
+            if key == "small" and not trains_norms:
                 continue
-            kept = [n for n in names if len(curves["found"][n][key]) > place]
-            values = np.array([curves["found"][n][key][place] for n in kept], float)
-            estimate, low, high = np.array([mean_interval(100 * one) for one in values]).T
-            axes.errorbar(
-                np.array([names.index(n) for n in kept]) + 0.12 * (place - 1.5),
-                estimate,
-                [estimate - low, high - estimate],
-                fmt="o" if arm.startswith("scale") else "s",
-                capsize=3,
+            trained = [n for n in names if len(curves["networks"][n][key]) > place]
+            points(
+                axes,
+                np.array([names.index(n) for n in trained]) + 0.12 * (place - 1.5),
+                [100 * np.array(curves["networks"][n][key][place], float) for n in trained],
+                arm,
+                fmt="o" if trains_norms else "s",
                 color=f"C{place}",
-                label=arm,
             )
     for axes in (by_arm, small):
         axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
     by_arm.axhline(10, color="gray", linestyle=":")
     by_arm.set(ylabel="test accuracy (%)", ylim=(0, 100))
     small.set(ylabel=f"scales below {SMALL_SCALE} in size (%)")
-    by_arm.legend(frameon=False, fontsize="small")
+    by_arm.legend(fontsize="small")
 
 
 EXPERIMENT = Experiment(
@@ -349,8 +386,8 @@ EXPERIMENT = Experiment(
     published="ResNets 82 % (CIFAR-10), 32 % (ImageNet); about a third of the scales near zero",
     protocol=(
         "MLP of 2 and 8 layers of 64, ResNet of 2 and 8 convolutions in blocks of width 8, on "
-        "digits; SGD with momentum, each arm at its best rate; everything else stays at its random "
-        "initial value, the classifier too; scales start at 1"
+        "digits; SGD with momentum, each arm at its best rate; all other parameters, the "
+        "classifier's too, stay at their random initial values; scales start at 1"
     ),
     limits=(
         "The published figures are those of wide and deep networks after long training; here the "

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,23 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.nets import (
+    MLP,
+    NO_EPSILON,
+    NO_EPSILON_FLOAT32,
+    WITH_AND_WITHOUT,
+)
+from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import (
-    accuracy,
-    draw_batches,
+    MakeOptimizer,
+    State,
+    Trial,
+    draw_trials,
+    init_model,
     load_digits,
     loss_of,
     make_step,
     start,
-    sweep,
-    train,
 )
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
@@ -29,8 +36,8 @@ from bn_jax.lab.experiments.verdicts import (
     Setting,
     exact,
     mean_interval,
+    relative_error,
 )
-from bn_jax.lab.models import Norm
 from bn_jax.linen import BatchNorm
 from bn_jax.optim import no_weight_decay_mask
 
@@ -38,58 +45,65 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = 64, 64
-NORMS = {"batch norm": partial(BatchNorm, momentum=0.9), "no norm": None}
 SCALES = 1e-2, 0.3, 3.0, 1e2
 BATCH_SIZE = 64
-# As good as none: added to a variance, it changes none of its digits.
-NO_EPSILON = {jnp.float64: 1e-300, jnp.float32: 1e-30}
 WITHIN = 0.01
-# Which parameters have the rates of the sweep, and the rate of the others.
-SWEPT = {"all parameters": None, "kernels before a norm": 0.1}
+# The parameters that are trained at the rates of the sweep, and the rate of all others.
+SWEPT: dict[str, float | None] = {"all parameters": None, "kernels before a norm": 0.1}
 DECAY = 0.05
 DECAY_RATE = 0.1
-# In units of 1 / (learning rate * weight decay): the equilibrium is measured between them.
-EQUILIBRIUM = 12, 16
+# The equilibrium is measured between these times, in units of 1 / (learning rate * weight decay).
+SETTLED, END = 12, 16
 
 
-def identities(setting: Setting) -> dict[str, float]:
+class Errors(NamedTuple):
+    """The largest relative errors of the output and of the gradient."""
+
+    output: Any
+    gradient: Any
+
+
+def identities(setting: Setting) -> Errors:
     """Compares output and gradient at weights `a w` with those at `w`, in float64.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
-        The largest relative errors of the output and of the gradient.
+        The largest errors over seeds and scales.
     """
     with jax.enable_x64(True):
-        digits = load_digits(setting.chosen)
-        model = MLP(WIDTHS, norm=_without_epsilon(jnp.float64), dtype=jnp.float64)
-
-        def errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Any:
-            variables = model.init(jax.random.key(seed), x, train=False)
-
-            def at(scale: Any) -> tuple[jax.Array, Any]:
-                scaled = jax.tree.map_with_path(partial(_scaled, scale), variables["params"])
-                logits, _ = model.apply(
-                    {**variables, "params": scaled}, x, train=True, mutable=["batch_stats"]
-                )
-                gradients = jax.grad(
-                    lambda params: loss_of(model, {**variables, "params": params}, x, y)[0]
-                )(scaled)
-                return logits, jax.tree.map_with_path(partial(_scaled, scale), gradients)
-
-            expected = at(1.0)
-            return jax.vmap(lambda scale: jax.tree.map(_relative_error, at(scale), expected))(
-                jnp.asarray(SCALES)
-            )
-
-        x, y = digits.train.x[:, :BATCH_SIZE].astype(np.float64), digits.train.y[:, :BATCH_SIZE]
-        outputs, gradients = jax.jit(jax.vmap(errors))(setting.chosen, x, y)
-        return {"output": _largest(outputs), "gradient": _largest(gradients)}
+        train = load_digits(setting.chosen).train
+        x, y = train.x[:, :BATCH_SIZE].astype(np.float64), train.y[:, :BATCH_SIZE]
+        of_seeds = jax.jit(jax.vmap(_scaling_errors))(setting.chosen, x, y)
+        return Errors(*(float(errors.max()) for errors in of_seeds))
 
 
-def _without_epsilon(dtype: Any) -> Norm:
-    return partial(BatchNorm, epsilon=NO_EPSILON[dtype])
+def _scaling_errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
+    """Returns the errors of one network at each of `SCALES`, [scales]."""
+    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON), dtype=jnp.float64)
+    variables = model.init(jax.random.key(seed), x, train=False)
+
+    def at(scale: Any) -> tuple[jax.Array, Any]:
+        scaled = jax.tree.map_with_path(partial(_scaled, scale), variables["params"])
+        logits, _ = model.apply(
+            {**variables, "params": scaled}, x, train=True, mutable=["batch_stats"]
+        )
+        gradients = jax.grad(
+            lambda params: loss_of(model, {**variables, "params": params}, x, y)[0]
+        )(scaled)
+        # The gradient at `a w` is that at `w` over `a`.
+        return logits, jax.tree.map_with_path(partial(_scaled, scale), gradients)
+
+    expected_logits, expected_gradients = at(1.0)
+
+    def errors(scale: jax.Array) -> Errors:
+        logits, gradients = at(scale)
+        of_leaves = jax.tree.map(relative_error, gradients, expected_gradients)
+        worst = jnp.max(jnp.stack(jax.tree.leaves(of_leaves)))
+        return Errors(relative_error(logits, expected_logits), worst)
+
+    return jax.vmap(errors)(jnp.asarray(SCALES))
 
 
 def _scaled(scale: Any, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -97,161 +111,148 @@ def _scaled(scale: Any, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
 
 
 def _is_scale_invariant(path: tuple[Any, ...]) -> bool:
-    """Says whether a parameter is a kernel before a norm."""
+    """Returns whether a parameter is a kernel before a norm."""
     return "dense" in format_path(path)
 
 
-def _relative_error(found: jax.Array, expected: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))
-
-
-def _largest(tree: Any) -> float:
-    return max(float(jnp.max(leaf)) for leaf in jax.tree.leaves(tree))
-
-
 def equilibrium(setting: Setting) -> Any:
-    """Trains with weight decay until the weights' norm has come to rest.
+    """Trains with weight decay until the norm of the weights has settled.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
-        `|w|^4` and `learning rate |w|^2 |g|^2 / (2 weight decay)` of the kernels before a norm, at
-        every step, [2, seeds, steps, layers].
+        For the kernels before a norm, at every step, [2, seeds, steps, layers]: `|w|^4`, and its
+        value in equilibrium, `learning rate |w|^2 |g|^2 / (2 weight decay)`.
     """
-    steps = round(EQUILIBRIUM[1] / (DECAY_RATE * DECAY))
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-    model = MLP(WIDTHS, norm=_without_epsilon(jnp.float32))
+    trials = draw_trials(setting.chosen, round(END / (DECAY_RATE * DECAY)), BATCH_SIZE)
+    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON_FLOAT32))
     decay = optax.add_decayed_weights(DECAY, no_weight_decay_mask)
     optimizer = optax.chain(decay, optax.sgd(DECAY_RATE))
 
-    def run(seed: jax.Array, part: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        step = make_step(model, optimizer, part)
-        variables = model.init(jax.random.key(seed), part.x[:1], train=False)
+    def run(trial: Trial) -> tuple[jax.Array, jax.Array]:
+        step = make_step(model, optimizer, trial.digits.train)
 
-        def follow(carry: Any, batch: jax.Array) -> Any:
-            weights = _squared_norms(carry[0]["params"])
-            carry, (_, gradients) = step(carry, batch)
+        def follow(state: State, batch: jax.Array) -> Any:
+            weights = _squared_norms(state.variables["params"])
+            state, (_, gradients) = step(state, batch)
             expected = DECAY_RATE * weights * _squared_norms(gradients) / (2 * DECAY)
-            return carry, (weights**2, expected)
+            return state, (weights**2, expected)
 
-        return jax.lax.scan(follow, start(optimizer, variables), rows)[1]
+        return jax.lax.scan(follow, start(optimizer, init_model(model, trial)), trial.batches)[1]
 
-    return np.asarray(jax.jit(jax.vmap(run))(setting.chosen, digits.train, rows))
+    return np.asarray(jax.jit(jax.vmap(run))(trials))
 
 
 def _squared_norms(params: Any) -> jax.Array:
     return jnp.stack([jnp.sum(params[f"dense{i}"]["kernel"] ** 2) for i in range(len(WIDTHS))])
 
 
-def accuracies(
-    setting: Setting, rates: Any, steps: int, norm: Norm | None, others: float | None
-) -> Any:
-    """Trains with every rate.
+def make_optimizer(others: float | None) -> MakeOptimizer:
+    """Returns an optimizer whose rate is that of the kernels before a norm.
 
     Args:
-        setting: the seeds.
-        rates: of the kernels of the hidden layers, [rates].
-        steps: of each training.
-        norm: of the network.
         others: the learning rate of all other parameters; None: the same.
-
-    Returns:
-        The accuracies on the validation and the test part, [2, rates, seeds].
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
-    model = MLP(WIDTHS, norm=norm)
 
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        optimizer = optax.partition(
+    def make(rate: Any) -> optax.GradientTransformation:
+        return optax.partition(
             {True: optax.sgd(rate), False: optax.sgd(rate if others is None else others)},
             partial(jax.tree.map_with_path, lambda path, _: _is_scale_invariant(path)),
         )
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
-        trained = train(model, optimizer, variables, parts.train, rows).variables
-        return [accuracy(model, trained, part) for part in (parts.validation, parts.test)]
 
-    found = np.asarray(sweep(run, rates, setting.chosen, digits, rows))
-    setting.advance(0.2)
-    return found
+    return make
 
 
-def decades_within(accuracies: Any, rates: Any) -> Any:
-    """Measures the range of rates that train as well as the best one.
+def decades_within(swept: RateSweep[Any]) -> Any:
+    """Measures the range of rates that train as well as the best rate.
 
     Args:
-        accuracies: on validation and test part, [2, rates, seeds].
-        rates: in equal ratios, [rates].
+        swept: at rates in equal ratios, with the accuracies on the test part.
 
     Returns:
-        For each seed, decades of rates whose test accuracy is within a point of that of the rate
-        that is best on the validation part.
+        For each seed, the decades of rates whose test accuracy is at most a point below that of
+        the rate that is best on the validation part, [seeds].
     """
-    validation, test = accuracies
-    best = np.take_along_axis(test, validation.argmax(0)[None], 0)
-    return (test >= best - WITHIN).sum(0) * np.log10(rates[1] / rates[0])
+    best = swept.best_for_each_seed().measured
+    decades_per_rate = np.log10(swept.rates[1] / swept.rates[0])
+    return (swept.measured >= best - WITHIN).sum(0) * decades_per_rate
+
+
+def train_each(setting: Setting) -> dict[str, RateSweep[Any]]:
+    """Trains with and without norm, at every rate of all parameters or of the kernels only."""
+    rates = np.geomspace(1e-4, 1e4, 9 if setting.quick else 17)
+    trials = draw_trials(setting.chosen, 60 if setting.quick else 400, BATCH_SIZE)
+    swept = {}
+    for which, others in SWEPT.items():
+        for arm, norm in WITH_AND_WITHOUT.items():
+            swept[f"{arm}, {which}"] = sweep_accuracies(
+                MLP(WIDTHS, norm=norm), make_optimizer(others), rates, trials
+            )
+            setting.advance(0.2)
+    return swept
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    error = identities(setting)
+    errors = identities(setting)
     setting.advance(0.05)
     norms, expected = equilibrium(setting)
     setting.advance(0.15)
-    settled = round(EQUILIBRIUM[0] / (DECAY_RATE * DECAY))
+    settled = round(SETTLED / (DECAY_RATE * DECAY))
     ratio = norms[:, settled:].mean((1, 2)) / expected[:, settled:].mean((1, 2))
-    rates = np.geomspace(1e-4, 1e4, 9 if setting.quick else 17)
-    steps = 60 if setting.quick else 400
-    found = {
-        f"{arm}, {which}": accuracies(setting, rates, steps, norm, others)
-        for which, others in SWEPT.items()
-        for arm, norm in NORMS.items()
-    }
-    decades = {arm: decades_within(values, rates) for arm, values in found.items()}
+    swept = train_each(setting)
     return Result(
-        criteria=(
-            Criterion("BN(aWu) against BN(Wu)", "equal", exact(error["output"]), at_most=1e-10),
-            Criterion(
-                "gradient at aw, times a, against that at w",
-                "equal",
-                exact(error["gradient"]),
-                at_most=1e-10,
-            ),
-            Criterion(
-                "|w|^4 over lr E|g~|^2 / (2 wd) in equilibrium",
-                "1",
-                mean_interval(ratio),
-                0.95,
-                1.05,
-            ),
-            *(
-                Criterion(
-                    f"decades of rates within a point of the best, {which}, with minus without",
-                    "any fixed rate trains",
-                    mean_interval(np.subtract(*(decades[f"{arm}, {which}"] for arm in NORMS))),
-                    at_least=2.0,
-                )
-                for which in SWEPT
-            ),
-        ),
+        criteria=(*_identity_criteria(errors, ratio), *_range_criteria(swept)),
         curves={
-            "rates": rates,
-            "accuracy": {arm: values[1] for arm, values in found.items()},
+            "rates": swept["batch norm, all parameters"].rates,
+            "accuracy": {arm: of_arm.measured for arm, of_arm in swept.items()},
             "time": np.arange(norms.shape[1])[::20] * DECAY_RATE * DECAY,
             "ratio": (norms / expected[:, settled:].mean((0, 1))).mean(-1).T[::20],
         },
+        rates={arm: of_arm.best_for_each_seed().rate for arm, of_arm in swept.items()},
+    )
+
+
+def _identity_criteria(errors: Errors, ratio: Any) -> tuple[Criterion, ...]:
+    return (
+        Criterion("BN(aWu) against BN(Wu)", "equal", exact(errors.output), at_most=1e-10),
+        Criterion(
+            "gradient at aw, times a, against that at w",
+            "equal",
+            exact(errors.gradient),
+            at_most=1e-10,
+        ),
+        Criterion(
+            "|w|^4 over lr E|g~|^2 / (2 wd) in equilibrium",
+            "1",
+            mean_interval(ratio),
+            at_least=0.95,
+            at_most=1.05,
+        ),
+    )
+
+
+def _range_criteria(swept: Mapping[str, RateSweep[Any]]) -> tuple[Criterion, ...]:
+    decades = {arm: decades_within(of_arm) for arm, of_arm in swept.items()}
+    return tuple(
+        Criterion(
+            f"decades of rates within a point of the best, {which}, with minus without",
+            "any fixed rate trains",
+            mean_interval(decades[f"batch norm, {which}"] - decades[f"no norm, {which}"]),
+            at_least=2.0,
+        )
+        for which in SWEPT
     )
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws accuracy by learning rate, and the way to the equilibrium."""
+    """Draws accuracy by learning rate, and the approach to the equilibrium."""
     by_rate, by_time = figure.subplots(1, 2)
     for arm, values in curves["accuracy"].items():
         band(by_rate, curves["rates"], 100 * np.asarray(values), arm)
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
-    by_rate.legend(frameon=False)
+    by_rate.legend()
     band(by_time, curves["time"], curves["ratio"], "measured")
     by_time.axhline(1, color="gray", linestyle=":")
     by_time.set(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,9 +11,18 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import MLP
-from bn_jax.lab.experiments.sweeps import Part, draw_batches, load_digits, sweep, train
+from bn_jax.lab.experiments.nets import MLP, WITH_AND_WITHOUT
+from bn_jax.lab.experiments.selection import Chosen, choose
+from bn_jax.lab.experiments.sweeps import (
+    Part,
+    Trial,
+    draw_trials,
+    share_correct,
+    sweep,
+    train,
+)
 from bn_jax.lab.experiments.verdicts import (
+    ChosenRate,
     Criterion,
     Experiment,
     Interval,
@@ -24,17 +33,13 @@ from bn_jax.lab.experiments.verdicts import (
     ratio_interval,
 )
 from bn_jax.lab.models import Norm
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTHS, BATCH_SIZE = (100, 100, 100), 60
-NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
-}
-# Glorot's, and small random values that let every layer shrink what comes in.
+# Glorot's initializer, and small random values with which every layer shrinks its input.
 INITIALIZERS = {
     "good initialization": nn.initializers.glorot_normal(),
     "poor initialization": nn.initializers.normal(0.01),
@@ -49,17 +54,15 @@ def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict
     """Trains from every initialization with every rate.
 
     Args:
-        setting: the seeds.
-        norm: of the network.
-        steps: of each training, a multiple of `EVERY`.
+        setting: the seeds, and the size of the run.
+        norm: the norm of the network.
+        steps: the number of steps of each training, a multiple of `EVERY`.
 
     Returns:
         For each of `INITIALIZERS`, at the start and after every `EVERY` steps: "accuracy" on the
-        validation part, [rates, seeds, points], and "inputs", the `QUANTILES` over that part of
-        what comes into the first unit of the last hidden layer, [rates, seeds, points, 3].
+        validation part, [rates, seeds, points], and "inputs", the `QUANTILES` over that part of the
+        input of the first unit in the last hidden layer, [rates, seeds, points, 3].
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
     models = [
         MLP(WIDTHS, norm=norm, activation=nn.sigmoid, kernel_init=initializer)
         for initializer in INITIALIZERS.values()
@@ -68,135 +71,171 @@ def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict
     def observe(part: Part, variables: Any) -> dict[str, jax.Array]:
         logits, sown = models[0].apply(variables, part.x, train=False, mutable=["intermediates"])
         inputs = sown["intermediates"]["preactivation"][-1][:, 0]
-        right = (jnp.argmax(logits, -1) == part.y) & jnp.isfinite(logits).all(-1)
         return {
-            "accuracy": jnp.mean(right.astype(jnp.float32)),
+            "accuracy": share_correct(logits, part.y),
             "inputs": jnp.quantile(inputs, jnp.array(QUANTILES)),
         }
 
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        key, example = jax.random.key(seed), parts.train.x[:1]
+    def run(rate: jax.Array, trial: Trial) -> Any:
+        digits = trial.digits
+        key, example = jax.random.key(trial.seed), digits.train.x[:1]
         initial = [model.init(key, example, train=False) for model in models]
-        look = partial(observe, parts.validation)
 
-        def from_one(variables: Any) -> Any:
-            optimizer = optax.sgd(rate)
-            return train(models[0], optimizer, variables, parts.train, rows, look, EVERY).observed
+        def train_from(variables: Any) -> Any:
+            return train(
+                models[0],
+                optax.sgd(rate),
+                variables,
+                digits.train,
+                trial.batches,
+                observe=partial(observe, digits.validation),
+                every=EVERY,
+            ).observed
 
-        return jax.vmap(from_one)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
+        return jax.vmap(train_from)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
 
-    found = jax.tree.map(np.asarray, sweep(run, RATES, setting.chosen, digits, rows))
+    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    observed = jax.tree.map(np.asarray, sweep(run, RATES, trials))
     return {
-        name: {key: values[:, :, place] for key, values in found.items()}
+        name: {key: values[:, :, place] for key, values in observed.items()}
         for place, name in enumerate(INITIALIZERS)
     }
 
 
 def steps_to_goal(accuracies: Any) -> Any:
-    """Counts the steps until the goal is first seen to be reached.
+    """Counts the steps until an observation first reaches the goal.
 
     Args:
         accuracies: at the start and after every `EVERY` steps, [..., points].
 
     Returns:
-        [...]; where it is not reached, infinity.
+        [...]; infinity where the goal is not reached.
     """
     reached = np.asarray(accuracies) >= GOAL
     return np.where(reached.any(-1), reached.argmax(-1) * EVERY, np.inf)
 
 
-def compare(accuracies: Mapping[str, Any], horizon: int) -> tuple[Any, Any, dict[str, int]]:
+class Comparison(NamedTuple):
+    """Both arms compared from one initialization.
+
+    Attributes:
+        at_best: the steps without norm over those with, each arm at its best rate, [seeds].
+        at_same: the same, both arms at the rate that is best without norm, [seeds].
+        best: the index of the best rate of each arm.
+    """
+
+    at_best: Any
+    at_same: Any
+    best: dict[str, int]
+
+
+def best_rate(accuracies: Any, horizon: int) -> int:
+    """Returns the index of the rate with which training reaches the goal in the fewest steps.
+
+    Args:
+        accuracies: [rates, seeds, points].
+        horizon: the steps of each training, which count where it does not reach the goal.
+
+    Returns:
+        The index of the smallest geometric mean of steps; between equals, of the largest mean
+        accuracy over training.
+    """
+    counted = np.minimum(steps_to_goal(accuracies), horizon)
+    return int(np.lexsort((-accuracies.mean((1, 2)), np.log(counted).mean(1)))[0])
+
+
+def compare(accuracies: Mapping[str, Any], horizon: int) -> Comparison:
     """Compares the arms from one initialization.
 
     Args:
-        accuracies: of each arm, [rates, seeds, points].
-        horizon: steps of each training, which count where an arm without norm does not arrive.
+        accuracies: the accuracies of each arm, [rates, seeds, points].
+        horizon: the steps of each training, which count where an arm without norm does not reach
+            the goal.
 
     Returns:
-        The ratios of the steps without norm over those with, each at its best rate, and both at
-        the rate that is best without, [seeds]; and the index of each arm's best rate, that of the
-        best accuracies over training where none arrives. Not a number where the arm with norm does
-        not arrive.
+        The comparison; its ratios are not-a-number where the arm with norm does not reach the goal.
     """
+    best = {arm: best_rate(values, horizon) for arm, values in accuracies.items()}
     steps = {arm: steps_to_goal(values) for arm, values in accuracies.items()}
-    counted = {arm: np.minimum(values, horizon) for arm, values in steps.items()}
-    best = {
-        arm: int(np.lexsort((-accuracies[arm].mean((1, 2)), np.log(values).mean(1)))[0])
-        for arm, values in counted.items()
-    }
-    with_norm, without = NORMS
-    slow = counted[without][best[without]]
-    fast = np.where(np.isfinite(steps[with_norm]), steps[with_norm], np.nan)
-    return slow / fast[best[with_norm]], slow / fast[best[without]], best
+    slow = np.minimum(steps["no norm"], horizon)[best["no norm"]]
+    fast = np.where(np.isfinite(steps["batch norm"]), steps["batch norm"], np.nan)
+    return Comparison(slow / fast[best["batch norm"]], slow / fast[best["no norm"]], best)
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     horizon = 200 if setting.quick else 1000
-    by_arm = {}
-    for arm, norm in NORMS.items():
-        by_arm[arm] = train_arm(setting, norm, horizon)
-        setting.advance(1 / len(NORMS))
-    found = {name: {arm: by_arm[arm][name] for arm in NORMS} for name in INITIALIZERS}
+    trained = {}
+    for arm, norm in WITH_AND_WITHOUT.items():
+        trained[arm] = train_arm(setting, norm, horizon)
+        setting.advance(1 / len(WITH_AND_WITHOUT))
     criteria: list[Criterion] = []
     reported: dict[str, Interval] = {}
     curves: dict[str, Any] = {}
-    for name, arms in found.items():
-        steps = {arm: steps_to_goal(values["accuracy"]) for arm, values in arms.items()}
-        at_best, at_same, best = compare(
-            {arm: values["accuracy"] for arm, values in arms.items()}, horizon
-        )
-        reported |= _reported(name, arms, steps, best)
-        criteria += [
-            Criterion(
-                f"steps to 95 %, without over with, {which}, {name}",
-                "14 on ImageNet",
-                ratio_interval(ratio),
-                at_least=1.0,
-            )
-            for which, ratio in {
-                "best rate against best rate": at_best,
-                "same rate, best without": at_same,
-            }.items()
-        ]
-        curves |= {
-            f"{arm}, {name}": {
-                "accuracy": values["accuracy"][best[arm], :, :].T,
-                "inputs": values["inputs"][best[arm], 0],
-                "steps": np.minimum(steps[arm], horizon),
+    rates: dict[str, ChosenRate] = {}
+    for initial in INITIALIZERS:
+        arms = {arm: trained[arm][initial] for arm in WITH_AND_WITHOUT}
+        comparison = compare({arm: values["accuracy"] for arm, values in arms.items()}, horizon)
+        criteria += _criteria(initial, comparison)
+        for arm, values in arms.items():
+            name = f"{arm}, {initial}"
+            steps = steps_to_goal(values["accuracy"])
+            chosen = choose(RATES, comparison.best[arm], {**values, "steps": steps})
+            reported |= _reported(name, chosen, steps)
+            rates[name] = chosen.rate
+            curves[name] = {
+                "accuracy": chosen.measured["accuracy"].T,
+                "inputs": chosen.measured["inputs"][0],
+                "steps": np.minimum(steps, horizon),
             }
-            for arm, values in arms.items()
-        }
     return Result(
         criteria=tuple(criteria),
         curves={"arms": curves, "rates": RATES, "horizon": horizon},
         reported=reported,
+        rates=rates,
     )
 
 
-def _reported(name: str, arms: Any, steps: Any, best: Any) -> dict[str, Interval]:
-    reported: dict[str, Interval] = {}
-    for arm in arms:
-        where = f"{arm}, {name}"
-        inputs = arms[arm]["inputs"][best[arm]]
-        reported |= {
-            f"{where}: best rate": exact(RATES[best[arm]]),
-            f"{where}: share of trainings at it that arrive (%)": exact(
-                100 * np.isfinite(steps[arm][best[arm]]).mean()
-            ),
-            f"{where}: rates at which all arrive": exact(np.isfinite(steps[arm]).all(1).sum()),
-            f"{where}: how far the median of a unit's input wanders, in its final widths": (
-                mean_interval(wandering(inputs))
-            ),
-        }
-    return reported
+def _criteria(initial: str, comparison: Comparison) -> list[Criterion]:
+    ratios = {
+        "best rate against best rate": comparison.at_best,
+        "same rate, best without": comparison.at_same,
+    }
+    return [
+        Criterion(
+            f"steps to 95 %, without over with, {which}, {initial}",
+            "14 on ImageNet",
+            ratio_interval(ratio),
+            at_least=1.0,
+        )
+        for which, ratio in ratios.items()
+    ]
+
+
+def _reported(name: str, chosen: Chosen[dict[str, Any]], steps: Any) -> dict[str, Interval]:
+    """Reports figures of an arm and initialization.
+
+    Args:
+        name: the names of both.
+        chosen: the measurements at the best rate.
+        steps: the number of steps to the goal at every rate, [rates, seeds].
+    """
+    arrived = np.isfinite(chosen.measured["steps"]).mean()
+    return {
+        f"{name}: best rate": exact(chosen.rate.value),
+        f"{name}: share of trainings at it that arrive (%)": exact(100 * arrived),
+        f"{name}: rates at which all arrive": exact(np.isfinite(steps).all(1).sum()),
+        f"{name}: how far the median of a unit's input wanders, in its final widths": (
+            mean_interval(wandering(chosen.measured["inputs"]))
+        ),
+    }
 
 
 def wandering(inputs: Any) -> Any:
     """Measures how far the median of a unit's input moves over training.
 
     Args:
-        inputs: its 15th, 50th and 85th percentile along training, [seeds, points, 3].
+        inputs: its 15th, 50th and 85th percentile during training, [seeds, points, 3].
 
     Returns:
         The range of the median over the final distance of the outer percentiles, [seeds].
@@ -208,8 +247,9 @@ def wandering(inputs: Any) -> Any:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws steps by rate, accuracies at the best rates, and a unit's input over training."""
     by_rate, by_step, *inputs = figure.subplots(1, 4)
+    horizon = curves["horizon"]
     for name, arm in curves["arms"].items():
-        color = f"C{[name.startswith(one) for one in NORMS].index(True)}"
+        color = "C0" if name.startswith("batch norm") else "C1"
         style = "-" if "good" in name else "--"
         band(by_rate, curves["rates"], arm["steps"], name, color=color, linestyle=style)
         accuracy = 100 * np.asarray(arm["accuracy"], float)
@@ -217,34 +257,32 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         band(by_step, steps, accuracy, name, color=color, linestyle=style)
         if "good" in name:
             axes = inputs.pop(0)
-            quantiles = np.asarray(arm["inputs"], float)
-            for quantile, values in zip(QUANTILES, quantiles.T, strict=True):
-                width = 2 if quantile == 0.5 else 1
-                axes.plot(steps, values, color=color, linewidth=width)
-            axes.set(
-                xscale="symlog",
-                xlim=(0, curves["horizon"]),
-                xlabel="step",
-                title=f"{name},\none unit of the last layer",
-                ylabel="15th, 50th and 85th percentile of its input",
-            )
+            _draw_inputs(axes, steps, arm["inputs"], color)
+            axes.set(xlim=(0, horizon), title=f"{name},\none unit of the last layer")
             axes.title.set_fontsize("small")
     by_rate.set(
         xscale="log",
         yscale="log",
-        ylim=(EVERY, 2 * curves["horizon"]),
+        ylim=(EVERY, 2 * horizon),
         xlabel="learning rate",
-        ylabel=f"steps to {100 * GOAL:g} % (at most {curves['horizon']})",
+        ylabel=f"steps to {100 * GOAL:g} % (at most {horizon})",
     )
     by_step.axhline(100 * GOAL, color="gray", linestyle=":")
     by_step.set(
         xscale="symlog",
-        xlim=(0, curves["horizon"]),
+        xlim=(0, horizon),
         ylim=(0, 100),
         xlabel="step at the best rate",
         ylabel="validation accuracy (%)",
     )
-    by_rate.legend(frameon=False, fontsize="x-small")
+    by_rate.legend(fontsize="x-small")
+
+
+def _draw_inputs(axes: "Axes", steps: Any, inputs: Any, color: str) -> None:
+    """Draws quantiles of a unit's input, [points, 3], the median thicker."""
+    for quantile, values in zip(QUANTILES, np.asarray(inputs, float).T, strict=True):
+        axes.plot(steps, values, color=color, linewidth=2 if quantile == 0.5 else 1)
+    axes.set(xscale="symlog", xlabel="step", ylabel="15th, 50th and 85th percentile of its input")
 
 
 EXPERIMENT = Experiment(

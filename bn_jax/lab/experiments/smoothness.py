@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,15 @@ import numpy as np
 from bn_jax._core.batch_norm import batch_norm
 from bn_jax._core.running import init_batch_stats
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import ScannedMLP
+from bn_jax.lab.experiments.nets import NO_EPSILON, WITH_AND_WITHOUT, ScannedMLP
+from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
     Part,
-    accuracy,
+    Trial,
     cross_entropy,
-    draw_batches,
-    load_digits,
-    sweep,
+    draw_trials,
+    init_model,
+    take,
 )
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
@@ -38,53 +39,59 @@ if TYPE_CHECKING:
 
 DEPTH, WIDTH, BATCH_SIZE = 8, 32, 64
 RATES = 0.01, 0.03, 0.1, 0.3, 1.0
-# As good as none: added to a variance, it changes none of its digits.
-NO_EPSILON = 1e-300
-# Of the noise: the bounds of the means and deviations, drawn for each feature at every step, and
-# half the width of what each example adds to them.
+# The noise: the bounds of the means and deviations, drawn for each feature at every step, and half
+# the width of what is drawn for each example and added to them.
 LARGEST_MEAN, LARGEST_DEVIATION, SPREAD = 0.5, 1.5, 0.5
-# How far a step looks ahead along the gradient, in steps of the rate.
+# How far to look ahead along the gradient, in steps of the learning rate.
 AHEAD = 0.5, 1.0, 2.0, 4.0
 
 
 class NoisyBatchNorm(BatchNorm):
-    """A batch norm after which every step shifts and stretches each feature anew.
+    """A batch norm followed by noise that shifts and stretches each feature.
 
-    As in Santurkar et al. 2018, appendix A: feature by feature, a mean and a deviation are drawn at
-    every step, and around them one of each for every example.
+    As in Santurkar et al. 2018, appendix A: every step draws a mean and a deviation for each
+    feature, and around them a mean and a deviation for every example.
     """
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
-        """Normalizes `x`; where there is a stream "noise", adds it."""
+        """Normalizes `x`, and adds noise where there is a random stream "noise"."""
         y = super().__call__(x, *args, **options)
         if not self.has_rng("noise"):
             return y
         keys = jax.random.split(self.make_rng("noise"), 4)
-        mean, deviation, of_mean, of_deviation = (
-            jax.random.uniform(key, shape, y.dtype, -1, 1)
-            for key, shape in zip(keys, 2 * [(1, y.shape[-1])] + 2 * [y.shape], strict=True)
-        )
-        factor = 1 + (LARGEST_DEVIATION - 1) * (1 + deviation) / 2 + SPREAD * of_deviation
-        return y * factor + LARGEST_MEAN * mean + SPREAD * of_mean
+        draw = partial(jax.random.uniform, dtype=y.dtype, minval=-1, maxval=1)
+        of_step = 1, y.shape[-1]
+        mean, deviation = draw(keys[0], of_step), draw(keys[1], of_step)
+        each_mean, each_deviation = draw(keys[2], y.shape), draw(keys[3], y.shape)
+        factor = 1 + (LARGEST_DEVIATION - 1) * (1 + deviation) / 2 + SPREAD * each_deviation
+        return y * factor + LARGEST_MEAN * mean + SPREAD * each_mean
 
 
 NORMS: Mapping[str, Norm | None] = {
-    "batch norm": partial(BatchNorm, momentum=0.9),
-    "no norm": None,
+    **WITH_AND_WITHOUT,
     "batch norm and noise": partial(NoisyBatchNorm, momentum=0.9),
 }
 
 
-def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compares the gradients below and above a batch norm with random values.
+class SquaredGradients(NamedTuple):
+    """Squared gradients before a batch norm, for each feature; `g` is the gradient after it.
+
+    Attributes:
+        measured: ``|grad_x|^2``.
+        formula: ``scale^2 / s^2 (|g|^2 - <1, g>^2 / m - <g, x^>^2 / m)``.
+        first_term: of the formula, ``scale^2 / s^2 |g|^2``.
+    """
+
+    measured: Any
+    formula: Any
+    first_term: Any
+
+
+def squared_gradients(seed: jax.Array) -> SquaredGradients:
+    """Compares the gradients before and after a batch norm, for random values.
 
     Args:
-        seed: of the values.
-
-    Returns:
-        For each feature, ``|grad_x|^2``; the formula
-        ``scale^2 / s^2 (|g|^2 - <1, g>^2 / m - <g, x^>^2 / m)``; and its first term,
-        ``scale^2 / s^2 |g|^2``.
+        seed: the seed of the values.
     """
     keys = jax.random.split(jax.random.key(seed), 5)
     normal = partial(jax.random.normal, dtype=float)
@@ -108,114 +115,160 @@ def squared_gradients(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
         - of_y.sum(0) ** 2 / BATCH_SIZE
         - (of_y * normalized).sum(0) ** 2 / BATCH_SIZE
     )
-    return (of_x**2).sum(0), factor * bracket, factor * (of_y**2).sum(0)
+    return SquaredGradients((of_x**2).sum(0), factor * bracket, factor * (of_y**2).sum(0))
 
 
-def identity(setting: Setting) -> tuple[float, Any]:
-    """Tests the formula in float64.
+class Identity(NamedTuple):
+    """A check of the formula for the squared gradient.
+
+    Attributes:
+        error: the largest relative error of the formula.
+        share: the share of the formula's first term that its other two terms leave, the mean over
+            features, [seeds].
+    """
+
+    error: float
+    share: Any
+
+
+def check_formula(setting: Setting) -> Identity:
+    """Checks the formula for the squared gradient in float64.
 
     Args:
-        setting: the seeds.
-
-    Returns:
-        The largest relative error of `squared_gradients`, and what share of the first term the
-        other two leave, the mean over the features, [seeds].
+        setting: the seeds, and the size of the run.
     """
     with jax.enable_x64(True):
-        found, formula, first = map(
-            np.asarray, jax.jit(jax.vmap(squared_gradients))(setting.chosen)
-        )
-    return float(np.max(np.abs(found - formula) / formula)), (found / first).mean(1)
+        values = jax.tree.map(np.asarray, jax.jit(jax.vmap(squared_gradients))(setting.chosen))
+    error = np.max(np.abs(values.measured - values.formula) / values.formula)
+    return Identity(float(error), (values.measured / values.first_term).mean(1))
 
 
-def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> dict[str, Any]:
-    """Trains with every rate and measures along the way.
+class Measured(NamedTuple):
+    """What was measured of a training.
+
+    Attributes:
+        accuracy: the accuracy on the test part.
+        shift: the covariate shift at each measurement.
+        smoothness: the smoothness at each measurement.
+    """
+
+    accuracy: Any
+    shift: "Shift"
+    smoothness: "Smoothness"
+
+
+def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chosen[Measured]:
+    """Trains at every rate and measures along the way.
 
     Args:
-        setting: the seeds.
-        norm: of the network.
-        steps: of each training.
-        every: how many steps lie between two measurements; divides `steps`.
+        setting: the seeds, and the size of the run.
+        norm: the norm of the network.
+        steps: the number of steps of each training.
+        every: the number of steps between two measurements; divides `steps`.
 
     Returns:
-        At the rate that is best on the validation part, the test accuracies, [seeds]; what
-        `covariate_shift` and `smoothness` return, [seeds, measurements, layers or 2]; the rates.
+        The measurements at the best rate of each seed, [seeds, ...].
     """
-    digits = load_digits(setting.chosen)
-    rows = draw_batches(setting.chosen, digits.train.x.shape[1], steps, BATCH_SIZE)
     model = ScannedMLP(DEPTH, WIDTH, norm=norm)
 
-    def run(rate: Any, seed: Any, parts: Any, rows: Any) -> Any:
-        variables = model.init(jax.random.key(seed), parts.train.x[:1], train=False)
-        follow = partial(_follow, model, rate, jax.random.key(seed), parts.train)
+    def run(rate: jax.Array, trial: Trial) -> Outcome[Measured]:
+        follow = Follow(model, rate, jax.random.key(trial.seed), trial.digits.train)
         # The last batch of every stretch is measured.
-        stretches = jnp.asarray(rows).reshape(-1, every, BATCH_SIZE)
-        numbers = jnp.arange(steps).reshape(-1, every)
-        trained, measured = jax.lax.scan(follow, variables, (numbers, stretches))
-        return [accuracy(model, trained, p) for p in (parts.validation, parts.test)], measured
+        stretches = Stretch(
+            jnp.arange(steps).reshape(-1, every),
+            jnp.asarray(trial.batches).reshape(-1, every, BATCH_SIZE),
+        )
+        variables = init_model(model, trial)
+        trained, (shift, smooth) = jax.lax.scan(follow.take_stretch, variables, stretches)
+        outcome = accuracies(model, trained, trial.digits)
+        return Outcome(outcome.validation, Measured(outcome.measured, shift, smooth))
 
-    (validation, test), measured = sweep(run, RATES, setting.chosen, digits, rows)
-    best = np.asarray(validation).argmax(0)
-    chosen = jax.tree.map(
-        lambda leaf: np.asarray(leaf)[best, np.arange(setting.seeds)], (test, measured)
-    )
-    return {"accuracy": chosen[0], **chosen[1], "rate": np.asarray(RATES)[best]}
+    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    return sweep_rates(run, RATES, trials).best_for_each_seed()
 
 
-def _follow(
-    model: ScannedMLP, rate: Any, key: jax.Array, part: Part, variables: Any, stretch: Any
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Takes the steps of a stretch and measures at the last of them."""
-    x, y = map(jnp.asarray, part)
+class Stretch(NamedTuple):
+    """Steps: their numbers [steps], and the indices of their batches [steps, n]."""
 
-    def gradient_of(number: jax.Array, batch: jax.Array, stats: Any) -> Callable[[Any], Any]:
+    numbers: jax.Array
+    batches: jax.Array
+
+
+class Follow(NamedTuple):
+    """A training by gradient descent that is measured along the way.
+
+    Attributes:
+        model: the network.
+        rate: the learning rate.
+        key: the key of the noise.
+        part: the examples.
+    """
+
+    model: ScannedMLP
+    rate: jax.Array
+    key: jax.Array
+    part: Part
+
+    def gradient_at(self, number: jax.Array, batch: jax.Array, stats: Any) -> Callable[[Any], Any]:
+        """Returns the gradient of a step's loss, with the new batch_stats beside it.
+
+        Args:
+            number: the number of the step, which sets the noise.
+            batch: indices of examples.
+            stats: all variables but the parameters.
+        """
+        x, y = jnp.asarray(self.part.x)[batch], jnp.asarray(self.part.y)[batch]
+        rngs = {"noise": jax.random.fold_in(self.key, number)}
+
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, **stats}
-            rngs = {"noise": jax.random.fold_in(key, number)}
-            logits, updated = model.apply(
-                variables, x[batch], train=True, mutable=["batch_stats"], rngs=rngs
+            logits, updated = self.model.apply(
+                variables, x, train=True, mutable=["batch_stats"], rngs=rngs
             )
-            return cross_entropy(logits, y[batch]), dict(updated)
+            return cross_entropy(logits, y), dict(updated)
 
         return jax.grad(loss, has_aux=True)
 
-    def step(carry: Any, given: Any) -> tuple[Any, None]:
-        variables, _ = carry
-        number, batch = given
-        stats = {name: value for name, value in variables.items() if name != "params"}
-        gradients, updated = gradient_of(number, batch, stats)(variables["params"])
-        params = jax.tree.map(lambda w, g: w - rate * g, variables["params"], gradients)
-        return ({"params": params, **updated}, variables), None
+    def take_stretch(self, variables: Any, stretch: Stretch) -> tuple[Any, Any]:
+        """Takes the steps of a stretch, and measures at the last of them."""
 
-    numbers, batches = stretch
-    (after, before), _ = jax.lax.scan(step, (variables, variables), stretch)
-    stats = {name: value for name, value in before.items() if name != "params"}
-    gradient = gradient_of(numbers[-1], batches[-1], stats)
-    points = (
-        mix_layers(before["params"], after["params"]),
-        go_ahead(before["params"], after["params"]),
-    )
-    # All points are one call, for one gradient to compile.
-    every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *points)
-    gradients, _ = jax.vmap(gradient)(every)
-    mixed, ahead = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], gradients)
-        for part in (slice(0, DEPTH - 1), slice(DEPTH - 1, None))
-    )
-    shift = covariate_shift(_kernels(jax.tree.map(lambda leaf: leaf[0], ahead)), _kernels(mixed))
-    return after, shift | {"smoothness": smoothness(ahead, rate)}
+        def step(carry: Any, at: Stretch) -> tuple[Any, None]:
+            variables, _ = carry
+            gradient = self.gradient_at(at.numbers, at.batches, _without_params(variables))
+            gradients, updated = gradient(variables["params"])
+            params = jax.tree.map(lambda w, g: w - self.rate * g, variables["params"], gradients)
+            return ({"params": params, **updated}, variables), None
+
+        (after, before), _ = jax.lax.scan(step, (variables, variables), stretch)
+        gradient = self.gradient_at(
+            stretch.numbers[-1], stretch.batches[-1], _without_params(before)
+        )
+        mixed = mix_layers(before["params"], after["params"])
+        ahead = go_ahead(before["params"], after["params"])
+        # All points are one call, so that there is one gradient to compile.
+        points = jax.tree.map(lambda *parts: jnp.concatenate(parts), mixed, ahead)
+        gradients, _ = jax.vmap(gradient)(points)
+        of_mixed = take(gradients, slice(DEPTH - 1))
+        of_ahead = take(gradients, slice(DEPTH - 1, None))
+        here = take(of_ahead, 0)
+        shift = covariate_shift(_kernels(here), _kernels(of_mixed))
+        return after, (shift, smoothness(of_ahead, self.rate))
+
+
+def _without_params(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in variables.items() if name != "params"}
 
 
 def mix_layers(before: Any, after: Any) -> Any:
-    """Updates the layers before each layer, and no other.
+    """Updates only the layers before each layer.
 
     Args:
         before: the parameters before an update.
-        after: those after it.
+        after: the parameters after it.
 
     Returns:
-        The parameters with the layers before the second, third ... hidden layer from `after`,
-        [layers - 1, ...].
+        For the second, third ... hidden layer, the parameters with the layers before it from
+        `after`, [layers - 1, ...].
     """
 
     def moved(layer: jax.Array) -> Any:
@@ -230,55 +283,74 @@ def mix_layers(before: Any, after: Any) -> Any:
 
 
 def go_ahead(before: Any, after: Any) -> Any:
-    """Goes from `before` towards `after` by 0, and by the multiples of `AHEAD`, [..., of leaf]."""
+    """Moves from `before` towards `after` by 0 and by each of `AHEAD`, [1 + points, ...]."""
     multiples = jnp.array((0.0, *AHEAD))
     return jax.vmap(
         lambda far: jax.tree.map(lambda old, new: old + far * (new - old), before, after)
     )(multiples)
 
 
-def covariate_shift(before: jax.Array, after: jax.Array) -> dict[str, jax.Array]:
+class Shift(NamedTuple):
+    """How a layer's gradients before and after the earlier layers' update differ, [layers - 1].
+
+    Attributes:
+        distance: the distance of the two gradients, over the length of the first.
+        cosine: the cosine of the angle between them.
+    """
+
+    distance: jax.Array
+    cosine: jax.Array
+
+
+def covariate_shift(before: jax.Array, after: jax.Array) -> Shift:
     """Measures how far each layer's gradient moves when the layers before it have been updated.
 
     Args:
         before: the gradients of the hidden layers' kernels but the first, [layers - 1, ...].
-        after: for each of these layers, those of all where the ones before it have been updated,
-            [layers - 1, layers - 1, ...].
+        after: for each of these layers, the gradients of all of them where the layers before it
+            have been updated, [layers - 1, layers - 1, ...].
 
     Returns:
-        For each of the layers, of its gradients before and after: "distance", relative to the
-        length of the first, and "cosine" of their angle, [layers - 1].
+        The differences of the gradients before and after.
     """
     places = jnp.arange(len(before))
-    second = after[places, places]
-    length, other = (jnp.sqrt(jnp.sum(g**2, (1, 2))) for g in (before, second))
-    distance = jnp.sqrt(jnp.sum((before - second) ** 2, (1, 2)))
-    product = jnp.sum(before * second, (1, 2))
-    return {"distance": distance / length, "cosine": product / (length * other)}
+    after = after[places, places]
+    length, length_after = (jnp.sqrt(jnp.sum(g**2, (1, 2))) for g in (before, after))
+    distance = jnp.sqrt(jnp.sum((before - after) ** 2, (1, 2)))
+    product = jnp.sum(before * after, (1, 2))
+    return Shift(distance / length, product / (length * length_after))
 
 
 def _kernels(gradients: Any) -> jax.Array:
-    """Returns those of the hidden layers but the first, [..., layers - 1, width, width]."""
+    """Returns the kernels of the hidden layers but the first, [..., layers - 1, width, width]."""
     kernels: jax.Array = gradients["hidden"]["dense"]["kernel"]
     return kernels
 
 
-def smoothness(gradients: Any, rate: Any) -> jax.Array:
+class Smoothness(NamedTuple):
+    """How much the gradient changes along itself, at distances ``d`` in `AHEAD` steps of the rate.
+
+    Attributes:
+        change: ``max |g(w - d g) - g(w)| / |g(w)|``.
+        curvature: ``max |g(w - d g) - g(w)| / (d |g(w)|)``, a lower bound of the curvature.
+    """
+
+    change: Any
+    curvature: Any
+
+
+def smoothness(gradients: Any, rate: Any) -> Smoothness:
     """Measures how much the gradient changes along itself.
 
     Args:
-        gradients: here, and at `AHEAD` times the rate against the gradient, [1 + points, ...].
-        rate: of the learning.
-
-    Returns:
-        ``max |g(w - d g) - g(w)| / |g(w)|`` over the distances d, and
-        ``max |g(w - d g) - g(w)| / (d |g(w)|)``, which bounds the curvature from below, [2].
+        gradients: here, and at `AHEAD` steps of the rate against the gradient, [1 + points, ...].
+        rate: the learning rate.
     """
-    here = jax.tree.map(lambda leaf: leaf[0], gradients)
-    there = jax.tree.map(lambda leaf: leaf[1:], gradients)
-    differences = jax.vmap(lambda one: _length(jax.tree.map(jnp.subtract, one, here)))(there)
+    here = take(gradients, 0)
+    there = take(gradients, slice(1, None))
+    differences = jax.vmap(lambda far: _length(jax.tree.map(jnp.subtract, far, here)))(there)
     changes = differences / _length(here)
-    return jnp.stack([changes.max(), (changes / (rate * jnp.array(AHEAD))).max()])
+    return Smoothness(changes.max(), (changes / (rate * jnp.array(AHEAD))).max())
 
 
 def _length(tree: Any) -> jax.Array:
@@ -287,71 +359,75 @@ def _length(tree: Any) -> jax.Array:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    error, left = identity(setting)
+    identity = check_formula(setting)
     setting.advance(0.1)
     steps, every = (60, 20) if setting.quick else (400, 20)
-    found = {}
+    chosen = {}
     for arm, norm in NORMS.items():
-        found[arm] = measure(setting, norm, steps, every)
+        chosen[arm] = measure(setting, norm, steps, every)
         setting.advance(0.3)
+    measured = {arm: of_arm.measured for arm, of_arm in chosen.items()}
     return Result(
         criteria=(
             Criterion(
                 "|grad_x|^2 against scale^2/s^2 (|g|^2 - <1,g>^2/m - <g,x^>^2/m)",
                 "at most; in fact equal",
-                exact(error),
+                exact(identity.error),
                 at_most=1e-10,
             ),
         ),
         curves={
             "steps": np.arange(every, steps + 1, every),
-            "cosine": {arm: values["cosine"].mean(-1).T for arm, values in found.items()},
-            "distance": {arm: values["distance"].mean(-1).T for arm, values in found.items()},
-            "curvature": {arm: values["smoothness"][..., 1].T for arm, values in found.items()},
+            "cosine": {arm: values.shift.cosine.mean(-1).T for arm, values in measured.items()},
+            "distance": {arm: values.shift.distance.mean(-1).T for arm, values in measured.items()},
+            "curvature": {arm: values.smoothness.curvature.T for arm, values in measured.items()},
         },
         reported={
-            "share of the squared gradient that passes, random values": mean_interval(left),
-            **_reported(found),
+            "share of the squared gradient that passes, random values": mean_interval(
+                identity.share
+            ),
+            **_reported(chosen),
         },
+        rates={arm: of_arm.rate for arm, of_arm in chosen.items()},
     )
 
 
-def _reported(found: Mapping[str, Any]) -> dict[str, Interval]:
+def _reported(chosen: Mapping[str, Chosen[Measured]]) -> dict[str, Interval]:
     reported: dict[str, Interval] = {}
-    for arm, values in found.items():
+    plain = chosen["no norm"].measured
+    for arm, of_arm in chosen.items():
+        values = of_arm.measured
         reported |= {
-            f"{arm}: test accuracy (%)": mean_interval(100 * values["accuracy"]),
-            f"{arm}: best learning rate": ratio_interval(values["rate"]),
-            f"{arm}: cosine of gradients before and after": mean_interval(
-                values["cosine"].mean((1, 2))
+            f"{arm}: test accuracy (%)": mean_interval(100 * values.accuracy),
+            f"{arm}: best learning rate": ratio_interval(of_arm.rate.value),
+            f"{arm}: cosine of gradients before and after": (
+                mean_interval(values.shift.cosine.mean((1, 2)))
             ),
         }
         if arm == "no norm":
             continue
-        plain = found["no norm"]
+        cosines = values.shift.cosine - plain.shift.cosine
+        distances = values.shift.distance.mean((1, 2)) / plain.shift.distance.mean((1, 2))
+        # Over training, in [seeds].
+        medians, plain_medians = (
+            jax.tree.map(lambda runs: np.median(runs, 1), measured.smoothness)
+            for measured in (values, plain)
+        )
         reported |= {
-            f"covariate shift, cosine, {arm} minus no norm": mean_interval(
-                (values["cosine"] - plain["cosine"]).mean((1, 2))
-            ),
-            f"covariate shift, relative distance, {arm} over no norm": ratio_interval(
-                values["distance"].mean((1, 2)) / plain["distance"].mean((1, 2))
-            ),
+            f"covariate shift, cosine, {arm} minus no norm": mean_interval(cosines.mean((1, 2))),
+            f"covariate shift, relative distance, {arm} over no norm": ratio_interval(distances),
             f"change of the gradient within {max(AHEAD):g} steps, {arm} over no norm": (
-                ratio_interval(_median(values, 0) / _median(plain, 0))
+                ratio_interval(medians.change / plain_medians.change)
             ),
             f"curvature along the gradient, {arm} over no norm": ratio_interval(
-                _median(values, 1) / _median(plain, 1)
+                medians.curvature / plain_medians.curvature
             ),
         }
     return reported
 
 
-def _median(values: Mapping[str, Any], which: int) -> Any:
-    return np.median(values["smoothness"][..., which], axis=1)
-
-
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws covariate shift, in both its measures, and curvature over training."""
+    """Draws both measures of covariate shift, and curvature, over training."""
     labels = {
         "cosine": "cosine of a layer's gradients before\nand after the earlier layers' update",
         "distance": "their distance over the first's length",
@@ -361,7 +437,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         for arm, values in curves[key].items():
             band(axes, curves["steps"], values, arm)
         axes.set(xlabel="step", ylabel=label, yscale="linear" if key == "cosine" else "log")
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    figure.axes[0].legend(fontsize="small")
 
 
 EXPERIMENT = Experiment(

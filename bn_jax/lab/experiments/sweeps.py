@@ -1,6 +1,7 @@
-"""Trainings of one network for many learning rates and seeds, as one compiled program."""
+"""Training one network at many learning rates and seeds, as one compiled program."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,19 +25,45 @@ class Part(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """Handwritten digits in parts that cover them, split anew for every seed: [seeds, n, 64]."""
+    """Handwritten digits, split differently for every seed: each part [seeds, n, 64]."""
 
     train: Part
     validation: Part
     test: Part
 
 
-class Trained(NamedTuple):
-    """A training's end.
+class Trial(NamedTuple):
+    """What all trainings of a seed share. With a leading axis [seeds]: the trials of many seeds.
 
     Attributes:
-        variables: after the last step.
-        losses: of each step's batch, [steps].
+        seed: the seed of the initial parameters.
+        digits: the examples.
+        batches: which training examples enter each step, [steps, n].
+    """
+
+    seed: Any
+    digits: Digits
+    batches: Any
+
+
+class State(NamedTuple):
+    """The state of a training between two steps.
+
+    Attributes:
+        variables: params and batch_stats.
+        optimizer: the optimizer's state.
+    """
+
+    variables: Any
+    optimizer: Any
+
+
+class Trained(NamedTuple):
+    """The result of a training.
+
+    Attributes:
+        variables: the variables after the last step.
+        losses: the loss of each step's batch, [steps].
         observed: what `observe` returned at each point, stacked, [points, ...]; or None.
     """
 
@@ -49,10 +76,10 @@ def load_digits(seeds: npt.NDArray[np.int32]) -> Digits:
     """Loads scikit-learn's digits, split and standardized by the training part for each seed.
 
     Args:
-        seeds: of the splits, [seeds].
+        seeds: the seeds of the splits, [seeds].
 
     Returns:
-        1259 examples to train, 179 to validate, 359 to test, the images as rows of 64.
+        1259 training, 179 validation and 359 test examples, the images as rows of 64 pixels.
     """
     dataset = data.load_digits()
     splits = [data.split(dataset, int(seed)) for seed in seeds]
@@ -71,13 +98,13 @@ def load_digits(seeds: npt.NDArray[np.int32]) -> Digits:
 def draw_batches(
     seeds: npt.NDArray[np.int32], examples: int, steps: int, batch_size: int
 ) -> npt.NDArray[np.int32]:
-    """Draws which examples enter each step, epoch after epoch without repetition.
+    """Draws the examples of each step, without repetition within an epoch.
 
     Args:
-        seeds: of the order, [seeds].
-        examples: how many there are.
-        steps: how many batches.
-        batch_size: at most `examples`; what is left over at the end of an epoch is left out.
+        seeds: the seeds of the order, [seeds].
+        examples: the number of examples.
+        steps: the number of batches.
+        batch_size: at most `examples`. The last, incomplete batch of an epoch is left out.
 
     Returns:
         Indices [seeds, steps, batch_size].
@@ -95,8 +122,35 @@ def draw_batches(
     return np.stack([of_seed(int(seed)) for seed in seeds]).astype(np.int32)
 
 
+def draw_trials(seeds: npt.NDArray[np.int32], steps: int, batch_size: int) -> Trial:
+    """Loads the digits and draws the batches of every seed.
+
+    Args:
+        seeds: [seeds].
+        steps: the number of steps of each training.
+        batch_size: the number of examples in each step.
+
+    Returns:
+        The trials, with a leading axis [seeds].
+    """
+    digits = load_digits(seeds)
+    return Trial(seeds, digits, draw_batches(seeds, digits.train.y.shape[1], steps, batch_size))
+
+
+def take(tree: Any, *place: Any) -> Any:
+    """Returns every leaf of a tree at some indices of its leading axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from bn_jax.lab.experiments.sweeps import take
+        >>> take({"of seeds": np.array([[1, 2], [3, 4]])}, 1, 0)
+        {'of seeds': np.int64(3)}
+    """
+    return jax.tree.map(lambda leaf: leaf[place], tree)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Returns the mean over the examples, those of the mask [n] if there is one."""
+    """Returns the mean over the examples, or over those where a mask [n] is True."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses, where=mask)
 
@@ -107,70 +161,82 @@ def loss_of(
     """Computes the loss of a batch in training.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         variables: its params and batch_stats.
         x: [n, ...].
         y: labels [n].
-        mask: booleans [n]: which examples there are. None: all.
+        mask: booleans [n], False for padding. None: there is no padding.
 
     Returns:
-        The loss, and the variables with new batch_stats.
+        The loss, and the variables with the new batch_stats.
     """
-    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
-    logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], **masked)
+    apply = partial(model.apply, variables, x, train=True, mutable=["batch_stats"])
+    # Some of the models take no mask.
+    logits, updated = apply() if mask is None else apply(mask=mask)
     return cross_entropy(logits, y, mask), {**variables, **updated}
 
 
 def accuracy(model: nn.Module, variables: Any, part: Part, train: bool = False) -> jax.Array:
-    """Computes the share of right answers.
+    """Computes the share of correct answers.
 
     Args:
-        model: called with `x` and `train`.
+        model: the network, called with `x` and `train`.
         variables: its params and batch_stats.
         part: examples.
-        train: whether norms use the statistics of these examples instead of the running ones.
+        train: whether norms use the statistics of these examples or the running statistics.
 
     Returns:
-        A scalar; logits that are not finite are wrong answers.
+        A scalar.
     """
     logits, _ = model.apply(variables, part.x, train=train, mutable=["batch_stats"])
-    right = (jnp.argmax(logits, -1) == part.y) & jnp.isfinite(logits).all(-1)
-    return jnp.mean(right.astype(jnp.float32))
+    return share_correct(logits, part.y)
 
 
-def start(optimizer: optax.GradientTransformation, variables: Any) -> Any:
-    """Returns what a training carries on: the variables and the state of the optimizer."""
-    return variables, optimizer.init(variables["params"])
+def share_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the share of correct answers; logits that are not finite are wrong answers."""
+    correct = (jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1)
+    return jnp.mean(correct.astype(jnp.float32))
+
+
+def init_model(model: nn.Module, trial: Trial) -> Any:
+    """Returns the initial variables of a model, drawn with the trial's seed."""
+    return model.init(jax.random.key(trial.seed), trial.digits.train.x[:1], train=False)
+
+
+def start(optimizer: optax.GradientTransformation, variables: Any) -> State:
+    """Returns the state before the first step."""
+    return State(variables, optimizer.init(variables["params"]))
 
 
 def make_step(
     model: nn.Module, optimizer: optax.GradientTransformation, part: Part, padded: bool = False
-) -> Callable[[Any, jax.Array], tuple[Any, tuple[jax.Array, Any]]]:
+) -> Callable[[State, jax.Array], tuple[State, tuple[jax.Array, Any]]]:
     """Returns a training step for `jax.lax.scan`.
 
     Args:
-        model: called with `x` and `train`.
-        optimizer: of the params.
+        model: the network, called with `x` and `train`.
+        optimizer: the optimizer of the params.
         part: the examples.
-        padded: whether indices may be -1, for no example.
+        padded: whether batches may be padded with the index -1.
 
     Returns:
-        A function of what `start` returns and the indices of a batch, which gives the same after
-        the step, with the loss and the gradients of that batch.
+        A function of the state and of the indices of a batch. It returns the next state, and the
+        loss and the gradients of that batch.
     """
-    x, y = map(jnp.asarray, part)
+    x, y = jnp.asarray(part.x), jnp.asarray(part.y)
 
-    def step(carry: Any, batch: jax.Array) -> tuple[Any, tuple[jax.Array, Any]]:
-        variables, state = carry
+    def step(state: State, batch: jax.Array) -> tuple[State, tuple[jax.Array, Any]]:
+        variables = state.variables
         mask = batch >= 0 if padded else None
 
         def loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
             return loss_of(model, {**variables, "params": params}, x[batch], y[batch], mask)
 
-        (found, updated), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-        updates, state = optimizer.update(gradients, state, variables["params"])
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+        (value, updated), gradients = differentiate(variables["params"])
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        return ({**updated, "params": params}, state), (found, gradients)
+        return State({**updated, "params": params}, optimizer_state), (value, gradients)
 
     return step
 
@@ -185,37 +251,45 @@ def train(
     every: int = 1,
     padded: bool = False,
 ) -> Trained:
-    """Trains once; under `jit` and `vmap` many times at once.
+    """Trains once; under `jit` and `vmap`, many times at once.
 
     Args:
-        model: called with `x` and `train`.
-        optimizer: of the params.
+        model: the network, called with `x` and `train`.
+        optimizer: the optimizer of the params.
         variables: the initial params and batch_stats.
         part: the examples.
-        rows: which of them enter each step, [steps, n].
+        rows: the examples of each step, [steps, n].
         observe: called with the variables before the first step and after every `every` steps.
-        every: divides steps.
-        padded: whether indices may be -1, for no example.
+        every: divides the number of steps.
+        padded: whether `rows` may be padded with the index -1.
 
     Returns:
         The variables after the last step, the losses, and what was observed.
     """
     step = make_step(model, optimizer, part, padded)
 
-    def stretch(carry: Any, batches: jax.Array) -> tuple[Any, Any]:
-        carry, (losses, _) = jax.lax.scan(step, carry, batches)
-        return carry, (losses, None if observe is None else observe(carry[0]))
+    def stretch(state: State, batches: jax.Array) -> tuple[State, Any]:
+        state, (losses, _) = jax.lax.scan(step, state, batches)
+        return state, (losses, None if observe is None else observe(state.variables))
 
     rows = jnp.asarray(rows)
     first = None if observe is None else observe(variables)
-    batches = rows.reshape(-1, every if observe else len(rows), rows.shape[-1])
-    (variables, _), (losses, rest) = jax.lax.scan(stretch, start(optimizer, variables), batches)
-    observed = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
-    return Trained(variables, losses.reshape(-1), observed)
+    stretches = rows.reshape(-1, every if observe else len(rows), rows.shape[-1])
+    state, (losses, rest) = jax.lax.scan(stretch, start(optimizer, variables), stretches)
+    observed = jax.tree.map(
+        lambda before, after: jnp.concatenate([before[None], after]), first, rest
+    )
+    return Trained(state.variables, losses.reshape(-1), observed)
+
+
+def train_trial(model: nn.Module, optimizer: optax.GradientTransformation, trial: Trial) -> Any:
+    """Initializes and trains a model; returns the variables after the last step."""
+    variables = init_model(model, trial)
+    return train(model, optimizer, variables, trial.digits.train, trial.batches).variables
 
 
 def sweep(run: Callable[..., Any], rates: Any, *of_seeds: Any) -> Any:
-    """Makes a run for every learning rate and seed as one compiled program.
+    """Calls `run` for every learning rate and seed, in one compiled program.
 
     Args:
         run: called with a rate, and with each of `of_seeds` at one seed.
@@ -225,6 +299,6 @@ def sweep(run: Callable[..., Any], rates: Any, *of_seeds: Any) -> Any:
     Returns:
         What `run` returns, with leading axes [rates, seeds].
     """
-    seeds = jax.vmap(run, (None, *(0 for _ in of_seeds)))
-    program = jax.jit(jax.vmap(seeds, (0, *(None for _ in of_seeds))))
-    return jax.block_until_ready(program(jnp.asarray(rates), *of_seeds))
+    over_seeds = jax.vmap(run, (None, *(0 for _ in of_seeds)))
+    over_rates = jax.vmap(over_seeds, (0, *(None for _ in of_seeds)))
+    return jax.block_until_ready(jax.jit(over_rates)(jnp.asarray(rates), *of_seeds))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SIZES = 2, 4, 8, 16, 32, 64
 FEATURES = 64
 MEAN, STD = 3.0, 2.0
-# The arms, by what they subtract from the number of values.
+# The arms, and what they subtract from the number of values.
 DDOF = {"unbiased": 1, "biased": 0}
 
 
@@ -35,16 +35,16 @@ def running_variances(setting: Setting) -> dict[str, Any]:
     """Averages the variances of many batches of independent normal values.
 
     Args:
-        setting: the seeds.
+        setting: the seeds, and the size of the run.
 
     Returns:
-        Of each arm, the running variances over the true one, [sizes, seeds, features].
+        For each arm, the running variances over the true variance, [sizes, seeds, features].
     """
-    sizes = _sizes(setting)
     batches = 500 if setting.quick else 2000
-    found = [_averaged(setting.chosen, size, batches) for size in sizes]
+    averages = [_average(setting.chosen, size, batches) for size in _sizes(setting)]
     return {
-        arm: np.stack([np.asarray(one[arm], np.float64) / STD**2 for one in found]) for arm in DDOF
+        arm: np.stack([np.asarray(of_size[arm], np.float64) for of_size in averages]) / STD**2
+        for arm in DDOF
     }
 
 
@@ -53,8 +53,8 @@ def _sizes(setting: Setting) -> tuple[int, ...]:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _averaged(seeds: jax.Array, size: int, batches: int) -> dict[str, jax.Array]:
-    """Returns each arm's running variance after batches of a size, all of equal weight."""
+def _average(seeds: jax.Array, size: int, batches: int) -> dict[str, jax.Array]:
+    """Returns each arm's running variance after batches of one size, all of equal weight."""
     features = len(seeds), FEATURES
     start = {arm: init_batch_stats(features, use_count=True) for arm in DDOF}
 
@@ -64,8 +64,9 @@ def _averaged(seeds: jax.Array, size: int, batches: int) -> dict[str, jax.Array]
 
     def update(batch_stats: Any, batch: jax.Array) -> tuple[Any, None]:
         x = jax.vmap(draw_features, (0, None), 1)(seeds, batch)
-        return {
-            arm: batch_norm(
+
+        def update_arm(arm: str, ddof: int) -> Any:
+            _, updated = batch_norm(
                 {},
                 batch_stats[arm],
                 x,
@@ -73,23 +74,24 @@ def _averaged(seeds: jax.Array, size: int, batches: int) -> dict[str, jax.Array]
                 axis=(1, 2),
                 momentum=None,
                 running_var_ddof=ddof,
-            )[1]
-            for arm, ddof in DDOF.items()
-        }, None
+            )
+            return updated
+
+        return {arm: update_arm(arm, ddof) for arm, ddof in DDOF.items()}, None
 
     batch_stats, _ = jax.lax.scan(update, start, jnp.arange(batches))
-    return {arm: one["var"] for arm, one in batch_stats.items()}
+    return {arm: of_arm["var"] for arm, of_arm in batch_stats.items()}
 
 
 def standard_errors_off(ratios: Any, expected: Any) -> npt.NDArray[np.float64]:
-    """Measures how far means are from what is expected.
+    """Measures how far means are from their expected values.
 
     Args:
-        ratios: independent ones, [sizes, seeds, features].
+        ratios: independent values, [sizes, seeds, features].
         expected: their expected values, [sizes].
 
     Returns:
-        The distance of the mean, in standard errors of it, [sizes].
+        The distance of each mean, in its standard errors, [sizes].
     """
     values = np.asarray(ratios, np.float64).reshape(len(ratios), -1)
     error = values.std(-1, ddof=1) / np.sqrt(values.shape[1])
@@ -119,32 +121,33 @@ def run(setting: Setting) -> Result:
             "formula": expected,
         },
         reported={
-            f"{arm} running variance over the true one, m = {size}": mean_interval(one.mean(-1))
+            f"{arm} running variance over the true one, m = {size}": mean_interval(runs.mean(-1))
             for arm, values in ratios.items()
-            for size, one in zip(sizes, values, strict=True)
+            for size, runs in zip(sizes, values, strict=True)
             if size in (sizes[0], sizes[-1])
         },
     )
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws the ratio by batch size, and how far it is from the formula."""
-    by_size, off = figure.subplots(1, 2)
+    """Draws the ratio by batch size, and its distance from the formula."""
+    by_size, distance = figure.subplots(1, 2)
+    sizes = np.asarray(curves["sizes"])
     for arm, ratios in curves["ratio"].items():
-        formula = np.asarray(curves["formula"][arm])
-        band(by_size, curves["sizes"], ratios, arm, marker="o", linestyle="none")
-        by_size.plot(curves["sizes"], formula, color="gray", linestyle=":")
-    # The arms have the same batches: relative to its formula, either is off by as much.
-    relative = 100 * (np.asarray(ratios) / formula[:, None] - 1)
-    band(off, curves["sizes"], relative, "either arm", marker="o")
+        band(by_size, sizes, ratios, arm, marker="o", linestyle="none")
+        by_size.plot(sizes, curves["formula"][arm], color="gray", linestyle=":")
     by_size.plot([], [], color="gray", linestyle=":", label="formula")
-    off.axhline(0, color="gray", linestyle=":")
-    for axes in (by_size, off):
+    # Both arms have the same batches, and the same distance relative to their formulas.
+    formula = np.asarray(curves["formula"]["biased"])[:, None]
+    relative = 100 * (np.asarray(curves["ratio"]["biased"]) / formula - 1)
+    band(distance, sizes, relative, "either arm", marker="o")
+    distance.axhline(0, color="gray", linestyle=":")
+    for axes in (by_size, distance):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("values per batch and feature, m")
-        axes.legend(frameon=False)
-    by_size.set_ylabel("mean running variance over the true one")
-    off.set_ylabel("distance from the formula (%)")
+        axes.legend()
+    by_size.set_ylabel("mean running variance over the true variance")
+    distance.set_ylabel("distance from the formula (%)")
 
 
 EXPERIMENT = Experiment(
@@ -154,7 +157,7 @@ EXPERIMENT = Experiment(
     source="Ioffe & Szegedy 2015, Algorithm 2",
     published="Var = m / (m - 1) E[s_B^2]; without the factor, (m - 1) / m of it",
     protocol=(
-        "independent normal values, 64 features, batches of m = 2 to 64, cumulative average of "
+        "independent normal values, 64 features, batches of m = 2 to 64; cumulative averages of "
         "the same batches' variances with running_var_ddof 1 and 0"
     ),
     limits=(

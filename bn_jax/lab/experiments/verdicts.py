@@ -1,4 +1,4 @@
-"""What an experiment is, what it finds, and what that says about a claim."""
+"""Experiments, their results, and what a result says about a claim."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,20 +23,39 @@ class Verdict(StrEnum):
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its 95 % confidence interval; of exact figures all are equal."""
+    """An estimate and the ends of its 95 % confidence interval; all equal if it is exact."""
 
     estimate: float
     low: float
     high: float
 
+    def __str__(self) -> str:
+        if not all(map(math.isfinite, self)):
+            return "not finite"
+        estimate, low, high = (f"{figure:.3g}" for figure in self)
+        return estimate if low == high else f"{estimate} ({low} to {high})"
+
+
+class ChosenRate(NamedTuple):
+    """A learning rate that was chosen from a grid, or one for each seed.
+
+    Attributes:
+        value: a scalar, or [seeds, ...].
+        at_edge: whether the rate is the smallest or the largest of its grid, shaped as `value`.
+            A wider grid might hold a better rate.
+    """
+
+    value: Any
+    at_edge: Any
+
 
 class Criterion(NamedTuple):
-    """One measurable part of a claim.
+    """A measurable part of a claim.
 
     Attributes:
         name: what was measured, with its unit.
         published: the figure or the formula of the source.
-        measured: the figure found.
+        measured: our figure.
         at_least: the claim's lower bound.
         at_most: the claim's upper bound.
     """
@@ -50,7 +69,7 @@ class Criterion(NamedTuple):
     @property
     def verdict(self) -> Verdict:
         """Holds if the whole interval is within the bounds, fails if all of it is outside."""
-        _, low, high = self.measured
+        low, high = self.measured.low, self.measured.high
         if self.at_least <= low and high <= self.at_most:
             return Verdict.HOLDS
         if high < self.at_least or low > self.at_most or math.isnan(low + high):
@@ -59,41 +78,46 @@ class Criterion(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an experiment found.
+    """The result of an experiment.
 
     Attributes:
-        criteria: the parts of the claim that were tested.
-        curves: what its figure shows: numbers, texts, lists, arrays and mappings of them.
-        reported: figures that the claim sets no bound for.
+        criteria: the tested parts of the claim.
+        curves: the content of its figure: numbers, texts, lists, arrays and mappings of them.
+        reported: figures without a bound.
+        rates: the learning rates that were chosen on the validation part, by arm.
     """
 
     criteria: tuple[Criterion, ...]
     curves: Mapping[str, Any]
     reported: Mapping[str, Interval] = {}
+    rates: Mapping[str, ChosenRate] = {}
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the criteria: fails, undecided, holds."""
-        found = {criterion.verdict for criterion in self.criteria}
-        return next(
-            one for one in (Verdict.FAILS, Verdict.UNDECIDED, Verdict.HOLDS) if one in found
-        )
+        """The worst verdict of the criteria: fails, then undecided, then holds."""
+        verdicts = {criterion.verdict for criterion in self.criteria}
+        worst_first = (Verdict.FAILS, Verdict.UNDECIDED, Verdict.HOLDS)
+        return next(verdict for verdict in worst_first if verdict in verdicts)
+
+
+def ignore_progress(share: float) -> None:
+    """Does nothing with the share of an experiment that was finished."""
 
 
 class Setting(NamedTuple):
-    """How much is run.
+    """The size of a run.
 
     Attributes:
-        seeds: how many runs of each kind; intervals are over them.
-        first_seed: of these runs; others give an independent repetition.
-        quick: whether fewer and smaller runs will do.
+        seeds: the number of runs of each kind; intervals are over them.
+        first_seed: the first seed of these runs; other seeds give an independent repetition.
+        quick: whether to make fewer and smaller runs.
         advance: called with the share of the experiment that was finished since the last call.
     """
 
     seeds: int = 8
     first_seed: int = 0
     quick: bool = False
-    advance: Callable[[float], object] = lambda share: None
+    advance: Callable[[float], object] = ignore_progress
 
     @property
     def chosen(self) -> npt.NDArray[np.int32]:
@@ -105,11 +129,11 @@ class Experiment(NamedTuple):
     """A claim and the program that tests it.
 
     Attributes:
-        number: of the claim.
-        name: by which it is run.
-        claim: in one sentence.
-        source: who says so.
-        published: the figure or the formula that they give.
+        number: the number of the claim.
+        name: the name of the experiment on the command line.
+        claim: the claim in one sentence.
+        source: the papers that make the claim.
+        published: their figure or formula.
         protocol: what is run.
         limits: what the small setting cannot show.
         run: makes all runs.
@@ -128,18 +152,24 @@ class Experiment(NamedTuple):
 
 
 def exact(value: Any) -> Interval:
-    """Returns the interval of a figure that has no error."""
+    """Returns the interval of a figure without error."""
     return Interval(float(value), float(value), float(value))
+
+
+def relative_error(measured: Any, expected: Any) -> Any:
+    """Returns the largest absolute difference of two arrays, over the largest expected value."""
+    return abs(measured - expected).max() / abs(expected).max()
 
 
 def mean_interval(values: Any) -> Interval:
     """Estimates a mean by Student's distribution.
 
     Args:
-        values: independent ones, one for each seed, [seeds]; for a paired comparison, differences.
+        values: independent values, one for each seed, [seeds]; for a paired comparison, the
+            differences.
 
     Returns:
-        The mean and its interval; if a value is not finite, neither are they.
+        The mean and its interval; not finite if a value is not.
     """
     from scipy import stats
 
@@ -151,7 +181,7 @@ def mean_interval(values: Any) -> Interval:
 
 
 def ratio_interval(values: Any) -> Interval:
-    """Estimates a geometric mean, as of ratios paired by seed.
+    """Estimates a geometric mean, for instance of ratios paired by seed.
 
     Args:
         values: positive, one for each seed, [seeds].
@@ -159,4 +189,4 @@ def ratio_interval(values: Any) -> Interval:
     Returns:
         The geometric mean and its interval.
     """
-    return Interval(*(math.exp(one) for one in mean_interval(np.log(values))))
+    return Interval(*map(math.exp, mean_interval(np.log(values))))
