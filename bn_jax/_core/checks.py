@@ -257,13 +257,18 @@ def check_features(
         for leaf in tree.values():
             fit = fit and jnp.shape(leaf) == features
     if not fit:
-        shapes = [f"{tree} has {jax.tree.map(jnp.shape, dict(trees[tree]))}" for tree in trees]
+        shapes = [f"{name} has {shapes_of(tree)}" for name, tree in trees.items()]
         raise ValueError(
             f"x of shape {shape} has features of shape {features} on {name}={axis}, but "
             f"{' and '.join(shapes)}. Pass the axis that holds the features, or make new trees "
             f"with {' and '.join(f'bn_jax.init_{tree}({features})' for tree in trees)}."
         )
     return features
+
+
+def shapes_of(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the leaves of `params` or `batch_stats`, in their order."""
+    return {name: jnp.shape(leaf) for name, leaf in tree.items()}
 
 
 def _as_residual(residual: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -38,6 +38,7 @@ from bn_jax._core.checks import (
     check_count_kept,
     output_dtype,
     refuse_single_value,
+    shapes_of,
     size_of_groups,
     statistics_dtype,
 )
@@ -436,11 +437,8 @@ def _check_shapes(
     params: Params,
     batch_stats: dict[str, jax.Array],
 ) -> None:
-    shapes = {
-        name: jax.tree.map(jnp.shape, dict(tree))
-        for name, tree in {"params": params, "batch_stats": batch_stats}.items()
-    }
-    leaves = {**shapes["params"], **shapes["batch_stats"]}
+    of_params, of_stats = shapes_of(params), shapes_of(batch_stats)
+    leaves = {**of_params, **of_stats}
     per_group = {"cov", "count"}
     wrong = [name for name in leaves if name not in per_group and leaves[name] != (features,)]
     if not wrong:
@@ -450,8 +448,8 @@ def _check_shapes(
     if wrong:
         raise ValueError(
             f"x of shape {shape} has {features} features on axis={options.axis}, with "
-            f"group_size={options.group_size}, but params has {shapes['params']} and batch_stats "
-            f"has {shapes['batch_stats']}; {wrong} do not fit. Pass the axis that holds the "
+            f"group_size={options.group_size}, but params has {of_params} and batch_stats "
+            f"has {of_stats}; {wrong} do not fit. Pass the axis that holds the "
             f"features, or make new trees with bn_jax.init_params({features}) and "
             f"bn_jax.init_whitening_stats({features}, group_size={options.group_size})."
         )

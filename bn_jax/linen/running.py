@@ -349,7 +349,7 @@ def call_batch_norm(
     if trains and (collects or layer.has_variable("given_moments", "mean")):
         y, updated = _train_on_a_part(layer, inputs, mode, collects)
     else:
-        if collects:
+        if collects and layer.is_mutable_collection("batch_stats"):
             layer.variable("batch_moments", "count", jnp.zeros, features)
         y, updated = run_norm(inputs, mode)
     if mode.update:

@@ -75,7 +75,7 @@ def promote(
 class _FeatureNorm(nnx.Module):
     """The call of the norms without running statistics; `_compute` is what computes it."""
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`.
 
         Args:
@@ -86,10 +86,13 @@ class _FeatureNorm(nnx.Module):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        promoted = promote(self, x)
-        params = _in_features(self, promoted.params, promoted.x)
-        compute = type(self)._compute  # type: ignore[attr-defined]
-        return cast(jax.Array, compute(self, params, promoted.x, mask, promoted.dtype))
+        return _call(self, x, mask)
+
+
+def _call(layer: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    promoted = promote(layer, x)
+    params = _in_features(layer, promoted.params, promoted.x)
+    return cast(jax.Array, layer._compute(layer, params, promoted.x, mask, promoted.dtype))
 
 
 def _in_features(layer: Any, params: Params, x: jax.Array) -> Params:
@@ -152,6 +155,18 @@ class RMSNorm(_FeatureNorm, nnx.RMSNorm):
     """
 
     _compute = staticmethod(compute_rms_norm)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; Flax's layer takes the mask by position too, in this one norm.
+
+        Args:
+            x: floating-point or complex array that holds the features on `feature_axes`.
+            mask: boolean or weights, broadcastable to `x`: what enters the statistics.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        return _call(self, x, mask)
 
 
 class GroupNorm(_FeatureNorm, nnx.GroupNorm):
