@@ -222,9 +222,8 @@ def few_layouts(draw, *, dtypes=("float32", "bfloat16"), maskings=MASKINGS):
 
 
 def define_evaluation(params, stats, x, *, axis, epsilon):
-    scale = params.get("scale", np.ones(stats["mean"].shape))
-    bias = params.get("bias", np.zeros(stats["mean"].shape))
-    return define_affine(x, stats["mean"], stats["var"], scale, bias, axis, epsilon)
+    present = params.get("scale"), params.get("bias")
+    return define_affine(x, stats["mean"], stats["var"], *present, axis, epsilon)
 
 
 def define_training(params, stats, x, *, axis, epsilon, mask=None, running_var_ddof=0, **options):

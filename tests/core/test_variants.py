@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close, standard_normal
+from support import (
+    assert_close,
+    define_affine,
+    define_batch_norm,
+    define_moments,
+    define_standardized,
+    standard_normal,
+)
 
 import bn_jax as bn
 
@@ -28,75 +35,54 @@ def define(
     *,
     use_running_average=False,
     update_running_average=None,
-    axis=-1,
-    momentum=0.99,
-    epsilon=1e-5,
-    mask=1.0,
     virtual_batch_size=None,
-    running_var_ddof=0,
     activation=lambda y: y,
     residual=0.0,
     renorm=None,
+    **options,
 ):
     """Batch norm from its definition, in jax.numpy without any rule of its own.
 
     `renorm` holds r_max and d_max, where it is batch renorm.
     """
-    features = tuple(sorted(a % x.ndim for a in np.atleast_1d(axis)))
-    reduced = tuple(a for a in range(x.ndim) if a not in features)
-    weights = jnp.broadcast_to(jnp.asarray(mask, jnp.float64), x.shape)
-
-    def expand(values):
-        return jnp.expand_dims(values, reduced)
-
-    def measure(x, weights):
-        count = weights.sum(reduced, keepdims=True)
-        mean = (weights * x).sum(reduced, keepdims=True) / count
-        var = (weights * jnp.square(jnp.abs(x - mean))).sum(reduced, keepdims=True) / count
-        return count, mean, var
-
-    def correct(y, mean, var):
-        if renorm is None or use_running_average:
-            return y
-        r_max, d_max = renorm
-        s = jnp.sqrt(expand(stats["var"]) + epsilon)
-        d = (mean - expand(stats["mean"])) / s
-        d = d * jnp.minimum(1, d_max / jnp.abs(d))
-        r = jnp.clip(jnp.sqrt(var + epsilon) / s, 1 / r_max, r_max)
-        return y * jax.lax.stop_gradient(r) + jax.lax.stop_gradient(d)
-
-    def normalize(x, mean, var):
-        y = correct((x - mean) / jnp.sqrt(var + epsilon), mean, var)
-        y = y * expand(params["scale"]) if "scale" in params else y
-        return y + expand(params["bias"]) if "bias" in params else y
-
+    options = {"axis": -1, "epsilon": 1e-5, "mask": 1.0, **options}
+    mask = jnp.broadcast_to(jnp.asarray(options.pop("mask"), jnp.float64), x.shape)
     if use_running_average:
-        y = normalize(x, expand(stats["mean"]), expand(stats["var"]))
+        y = define_evaluation(params, stats, x, options["axis"], options["epsilon"])
     else:
         groups = len(x) // (virtual_batch_size or len(x))
-        y = jnp.concatenate(
-            [
-                normalize(part, *measure(part, part_weights)[1:])
-                for part, part_weights in zip(
-                    jnp.split(x, groups), jnp.split(weights, groups), strict=True
-                )
-            ]
-        )
+        normalize = partial(define_renorm, renorm) if renorm else define_training
+        parts = zip(jnp.split(x, groups), jnp.split(mask, groups), strict=True)
+        y = jnp.concatenate([normalize(params, stats, *part, **options) for part in parts])
     y = activation(y + residual)
     if update_running_average is None:
         update_running_average = not use_running_average
-    if not update_running_average:
-        return y, stats
-    count, mean, var = measure(x, weights)
-    updated = {}
-    if "count" in stats:
-        updated["count"] = stats["count"] + 1
-    if momentum is None:
-        momentum = stats["count"] / (stats["count"] + 1)
-    unbiased = var * count / (count - running_var_ddof)
-    for name, new in (("mean", mean), ("var", unbiased)):
-        updated[name] = momentum * stats[name] + (1 - momentum) * new.squeeze(reduced)
-    return y, updated
+    if update_running_average:
+        _, stats = define_batch_norm(params, stats, x, mask=mask, **options, xp=jnp)
+    return y, stats
+
+
+def define_evaluation(params, stats, x, axis, epsilon):
+    present = params.get("scale"), params.get("bias")
+    return define_affine(x, stats["mean"], stats["var"], *present, axis, epsilon, xp=jnp)
+
+
+def define_training(params, stats, x, mask, **options):
+    return define_batch_norm(params, stats, x, mask=mask, **options, xp=jnp)[0]
+
+
+def define_renorm(renorm, params, stats, x, mask, *, axis, epsilon, **options):
+    """Batch renorm over the last axis: r and d enter as constants."""
+    r_max, d_max = renorm
+    _, mean, var = define_moments(x, axis, mask, xp=jnp)
+    deviation = jnp.sqrt(stats["var"] + epsilon)
+    d = (mean - stats["mean"]) / deviation
+    d = d * jnp.minimum(1, d_max / jnp.abs(d))
+    r = jnp.clip(jnp.sqrt(var + epsilon) / deviation, 1 / r_max, r_max)
+    r, d = jax.lax.stop_gradient((r, d))
+    y = define_affine(x, mean, var, r, d, axis, epsilon, xp=jnp)
+    return define_affine(y, jnp.zeros_like(d), jnp.ones_like(r), params.get("scale"),
+                         params.get("bias"), axis, 0, xp=jnp)  # fmt: skip
 
 
 def define_stateless(
@@ -120,11 +106,9 @@ def define_stateless(
     if num_groups is not None:
         grouped = (*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
         axes = (*(axis for axis in axes if axis != x.ndim - 1), x.ndim)
-    values, weights = x.reshape(grouped), weights.reshape(grouped)
-    count = weights.sum(axes, keepdims=True)
-    mean = 0 if about_zero else (weights * values).sum(axes, keepdims=True) / count
-    var = (weights * jnp.square(jnp.abs(values - mean))).sum(axes, keepdims=True) / count
-    y = ((values - mean) / jnp.sqrt(var + epsilon)).reshape(x.shape)
+    y = define_standardized(
+        x.reshape(grouped), axes, weights.reshape(grouped), epsilon, about_zero=about_zero, xp=jnp
+    ).reshape(x.shape)
     y = y * params["scale"].reshape(features) if "scale" in params else y
     return y + params["bias"].reshape(features) if "bias" in params else y, stats
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx, serialization
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
-from support import assert_close, exact, far_from_initial, standard_normal
+from support import assert_close, define_standardized, exact, far_from_initial, standard_normal
 
 import bn_jax as bn
 
@@ -104,17 +104,14 @@ class Norm:
 
     def define(self, x, mask=None):
         """The output of the initial layer in float64, from the definition."""
-        shape, x = x.shape, exact(x)
-        weight = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), shape)
+        shape = x.shape
+        weight = np.broadcast_to(1.0 if mask is None else mask, shape)
         if self.name == "GroupNorm":
-            x, weight = (one.reshape(*shape[:-1], 2, 3) for one in (x, weight))
-        count = weight.sum(self.reduced, keepdims=True)
-        mean = (weight * x).sum(self.reduced, keepdims=True) / count
-        if self.name == "RMSNorm":
-            mean = np.zeros_like(mean)
-        var = (weight * (x - mean) ** 2).sum(self.reduced, keepdims=True) / count
+            x, weight = (values.reshape(*shape[:-1], 2, 3) for values in (x, weight))
         epsilon = 1e-5 if self.name == "BatchNorm" else 1e-6
-        return ((x - mean) / np.sqrt(var + epsilon)).reshape(shape)
+        return define_standardized(
+            x, self.reduced, weight, epsilon, about_zero=self.name == "RMSNorm"
+        ).reshape(shape)
 
 
 SCALE = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close, define_batch_norm, exact, standard_normal
+from support import assert_close, define_batch_norm, define_standardized, standard_normal
 
 import bn_jax as bn
 
@@ -190,9 +190,7 @@ def one_value():
         train_one.apply(variables_of(IMAGES), STEPS[0][:1, :, :1, :1], mutable=["batch_stats"])
 
 
-def standardized(x, axes, epsilon=1e-5):
-    x = exact(x)
-    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + epsilon)
+standardized = partial(define_standardized, epsilon=1e-5)
 
 
 @row("`LayerNorm((5, 6))`")
