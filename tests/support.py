@@ -207,6 +207,16 @@ def standard_normal(seed, shape, dtype=np.float32):
     return jnp.asarray(values, dtype)
 
 
+def make_state(features, present=("scale", "bias"), seed=100):
+    params = {name: standard_normal(seed + number, features) for number, name in enumerate(present)}
+    mean, var = standard_normal(seed + 8, features), standard_normal(seed + 9, features)
+    return params, {"mean": mean, "var": jnp.abs(var) + 0.1}
+
+
+def features_of(shape, axis):
+    return tuple(shape[a] for a in sorted(a % len(shape) for a in np.atleast_1d(axis)))
+
+
 def bars(examples=60, seed=0):
     """Images of a horizontal, a vertical and no bar, in noise, that need to be standardized."""
     rng = np.random.default_rng(seed)
