@@ -274,4 +274,16 @@ def load_module(name):
 
 def marked(values, chosen, mark):
     """The parameters of a test, with a mark on those that are chosen."""
-    return [pytest.param(value, marks=mark if value in chosen else ()) for value in values]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=mark if value in chosen else (),
+        )
+        for value in values
+    ]
+
+
+def quick(values, chosen):
+    """The parameters of a test; those that are not chosen are left to the exhaustive tier."""
+    assert set(chosen) <= set(values), set(chosen) - set(values)
+    return marked(values, set(values) - set(chosen), pytest.mark.exhaustive)

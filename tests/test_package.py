@@ -14,6 +14,7 @@ from support import (
     marked,
     modules_of_the_package,
 )
+from tiers import QUICK_CASES
 
 import bn_jax as bn
 
@@ -203,3 +204,18 @@ print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} - {{"j
 
 def test_the_whole_surface_needs_nothing_optional():
     assert run(IMPORT_ALONE) == "['bn_jax']"
+
+
+# --- tiers --------------------------------------------------------------------------------------
+
+
+def test_the_quick_tier_names_tests_that_there_are():
+    for name, cases in QUICK_CASES.items():
+        file, test = name.split("::")
+        functions = [
+            node.name
+            for node in ast.walk(ast.parse((ROOT / "tests" / file).read_text()))
+            if isinstance(node, ast.FunctionDef)
+        ]
+        assert test in functions, name
+        assert cases > 0, name

@@ -1,6 +1,7 @@
 """Every way of running on several devices gives the numbers of one."""
 
 import functools
+import itertools
 from functools import partial
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from support import (
     define_batch_norm,
     define_gradients,
     make_state,
+    quick,
     standard_normal,
 )
 
@@ -188,7 +190,16 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.mark.parametrize("subgroups", [False, True], ids=["all devices", "subgroup"])
+IN_SUBGROUPS = ["pmap", "shard_map explicit", "jit without axis_name", "one device"]
+
+
+@pytest.mark.parametrize(
+    ("regime", "subgroups"),
+    quick(
+        list(itertools.product(REGIMES, [False, True])),
+        [*((regime, False) for regime in REGIMES), *((regime, True) for regime in IN_SUBGROUPS)],
+    ),
+)
 @pytest.mark.parametrize(
     ("distribution", "offset"),
     [
@@ -201,7 +212,6 @@ DISTRIBUTIONS = {
         ),
     ],
 )
-@pytest.mark.parametrize("regime", REGIMES)
 def test_n_devices_give_the_numbers_of_one(regime, distribution, offset, subgroups):
     assert len(jax.devices()) >= DEVICES
     x, state = standard_normal(27, (ROWS, 2, 4)) + np.float32(offset), make_state((4,))
@@ -265,7 +275,9 @@ def pull_by(weights):
         ),
     ],
 )
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    "regime", quick(REGIMES, ["pmap", "shard_map", "jit explicit", "one device"])
+)
 def test_poison_on_one_device_does_not_poison_the_state(regime, momentum, poison):
     x, (params, stats) = standard_normal(49, (ROWS, 4)), make_state((4,))
     stats["count"] = jnp.full(4, 2.0)
@@ -383,8 +395,13 @@ def stateless_case(name):
     return partial(loss, ours), (params, x, weights), spec, expected
 
 
-@pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
-@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize(
+    ("make_mesh", "mapped"),
+    quick(
+        list(itertools.product([automatic_mesh, explicit_mesh], [False, True])),
+        [(automatic_mesh, False), (explicit_mesh, True)],
+    ),
+)
 @pytest.mark.parametrize("name", STATELESS)
 def test_a_norm_without_state_on_many_devices(name, mapped, make_mesh):
     loss, (params, x, weights), spec, expected = stateless_case(name)

@@ -147,6 +147,7 @@ def test_evaluation_is_the_definition_and_idempotent(configuration, epsilon):
     assert_equal(np.where(other, 0, disturbed), np.where(other, 0, y))
 
 
+@pytest.mark.exhaustive
 @given(few_layouts(), epsilons)
 def test_moments_of_the_batch_normalize_in_evaluation_and_undo_it_as_parameters(
     configuration, epsilon
@@ -334,6 +335,7 @@ def test_a_scale_of_zero_leaves_the_bias(configuration, epsilon):
 # --- parts and wholes -------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @given(few_layouts(dtypes=DTYPES), st.lists(st.floats(0, 1), max_size=3), st.booleans())
 def test_merged_moments_are_those_of_the_whole(configuration, cuts, nested):
     x, mask, axes = configuration.make_x(), configuration.make_mask(), configuration.reduced_axes
@@ -354,6 +356,7 @@ def test_merged_moments_are_those_of_the_whole(configuration, cuts, nested):
     assert_near(merged.var, var, var, slack=merging_error(moments))
 
 
+@pytest.mark.exhaustive
 @given(trainable, st.integers(0, 4), epsilons, momenta, freedoms)
 def test_ghost_groups_are_batches_of_their_own(
     configuration, choice, epsilon, momentum, running_var_ddof
@@ -416,6 +419,7 @@ def make_repeats(configuration, largest):
     return repeats
 
 
+@pytest.mark.exhaustive
 @given(few_layouts(dtypes=DTYPES), st.integers(1, 4), epsilons, momenta, freedoms)
 def test_weights_are_repetitions_and_zero_is_absence(
     configuration, largest, epsilon, momentum, running_var_ddof
@@ -455,6 +459,7 @@ def make_step(configuration, number, kind):
     return x, np.asarray(kind != "nothing valid")
 
 
+@pytest.mark.exhaustive
 @given(trainable, steps(5), momenta | st.none(), st.booleans(), freedoms)
 def test_running_statistics_after_any_steps(
     configuration, kinds, momentum, use_count, running_var_ddof
@@ -475,6 +480,7 @@ def test_running_statistics_after_any_steps(
     assert_stats(stats, expected, unit)
 
 
+@pytest.mark.exhaustive
 @given(
     trainable,
     st.sampled_from(DTYPES),
