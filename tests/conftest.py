@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiers import QUICK_CASES
+from tiers import EVERY
 
 FOLDER = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     cases = collections.Counter()
     for item in items:
         test = f"{item.path.relative_to(FOLDER)}::{item.originalname}"
-        if cases[test] >= QUICK_CASES.get(test, len(items)):
+        if cases[test] % EVERY.get(test, 1):
             item.add_marker("exhaustive")
         cases[test] += 1
     if any("::" in argument for argument in config.args):

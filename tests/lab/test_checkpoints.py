@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from modules import contract
 from support import far_from_initial
 
 from bn_jax import linen, training
