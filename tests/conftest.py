@@ -32,7 +32,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Puts cases into the exhaustive tier, and leaves no file out of the quick one."""
-    cases = collections.Counter()
+    cases: collections.Counter[str] = collections.Counter()
     for item in items:
         test = f"{item.path.relative_to(FOLDER)}::{item.originalname}"
         if cases[test] % EVERY.get(test, 1):

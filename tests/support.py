@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,8 @@ def exact(values, xp=np):
 
 def assert_close(actual, expected, *, dtype=None, tolerance=None):
     """Compares trees: dtype (where given), finiteness, and value to the tolerance of the dtype."""
-    actual_leaves, actual_tree = jax.tree.flatten(actual)
-    expected_leaves, expected_tree = jax.tree.flatten(expected)
-    assert actual_tree == expected_tree
+    chex.assert_trees_all_equal_structs(actual, expected)
+    actual_leaves, expected_leaves = jax.tree.leaves(actual), jax.tree.leaves(expected)
     assert actual_leaves
     for one, other in zip(actual_leaves, expected_leaves, strict=True):
         if dtype is not None:
@@ -88,6 +88,15 @@ def define_affine(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5, *,
     y = (x - mean) / xp.sqrt(var + epsilon)
     y = y if scale is None else y * expand(scale, axis, x.shape, xp=xp)
     return y if bias is None else y + expand(bias, axis, x.shape, xp=xp)
+
+
+def define_evaluation(params, batch_stats, x, axis=-1, epsilon=1e-5, *, xp=np):
+    """Batch norm in evaluation: the output."""
+    moments, present = (
+        (batch_stats["mean"], batch_stats["var"]),
+        (params.get("scale"), params.get("bias")),
+    )
+    return define_affine(x, *moments, *present, axis=axis, epsilon=epsilon, xp=xp)
 
 
 def define_standardized(x, axes, mask=None, epsilon=1e-6, *, about_zero=False, xp=np):

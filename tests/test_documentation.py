@@ -5,6 +5,7 @@ import doctest
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,7 +51,8 @@ WITH_EXAMPLES = [name for name in MODULES if ">>>" in MODULES[name].read_text()]
 def test_every_docstring_example_runs(name):
     """Also one of a function that a decorator hides from `doctest`."""
     tests = doctest.DocTestFinder().find(load_module(name))
-    runner, printed = doctest.DocTestRunner(), []
+    runner = doctest.DocTestRunner()
+    printed: list[str] = []
     for test in tests:
         runner.run(test, out=printed.append)
     outcome = runner.summarize(verbose=False)
@@ -121,7 +123,7 @@ def test_readme_examples_run(number, tmp_path, monkeypatch):
         write_resnet50("resnet50.safetensors")
     assert len(SNIPPETS) == README.count("```python")
     assert jax.device_count() == 4
-    scope = {"__name__": "readme"}
+    scope: dict[str, Any] = {"__name__": "readme"}
     exec(compile(SNIPPETS[number], "README.md", "exec"), scope)
     y = scope["y"].reshape(-1, scope["y"].shape[-1])
     assert jnp.isfinite(y).all()

@@ -80,7 +80,7 @@ def test_imports_go_downwards(name):
 
 
 def test_no_tool_comes_back_to_itself():
-    imported = {room: set() for room in TOOLS}
+    imported: dict[str, set[str]] = {room: set() for room in TOOLS}
     for name, path in MODULES.items():
         if room_of(name) in TOOLS:
             imported[room_of(name)] |= rooms_imported_by(path) & TOOLS - {room_of(name)}

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
-from support import assert_close, define_affine, define_batch_norm, define_moments, exact, expand
+from support import (
+    assert_close,
+    define_batch_norm,
+    define_evaluation,
+    define_moments,
+    exact,
+    expand,
+)
 
 # --- what is drawn ----------------------------------------------------------------------------
 
@@ -163,11 +170,6 @@ def few_layouts(draw, *, dtypes=("float32", "bfloat16"), maskings=MASKINGS):
 
 
 # --- what is expected -------------------------------------------------------------------------
-
-
-def define_evaluation(params, stats, x, *, axis, epsilon):
-    present = params.get("scale"), params.get("bias")
-    return define_affine(x, stats["mean"], stats["var"], *present, axis, epsilon)
 
 
 def define_training(params, stats, x, *, axis, epsilon, mask=None, running_var_ddof=0, **options):

@@ -1,6 +1,7 @@
 """Batch norm with an activation and a residual is the composition, at no more cost."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -16,8 +17,8 @@ from support import (
 
 import bn_jax as bn
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -122,4 +123,6 @@ def test_a_scan_keeps_the_input_alone_for_the_backward_pass(activation):
     compiled = jax.jit(jax.grad(loss)).lower(x).compile()
     at_work_in_one_layer = 5
     most = (layers + at_work_in_one_layer) * x.size * x.dtype.itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < most
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < most

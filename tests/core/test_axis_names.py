@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -16,8 +17,8 @@ from support import (
 
 import bn_jax as bn
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -62,7 +63,7 @@ def sharded_over(make_mesh, transform, function, x):
     return transform(function)(sharded(x, make_mesh()))
 
 
-KNOWN_AXES = {
+KNOWN_AXES: dict[str, Any] = {
     "shard_map": (under_shard_map, "data", "model"),
     "partial shard_map": (under_partial_shard_map, "data", "nowhere"),
     "partial shard_map, partitioned axis": (under_partial_shard_map, "model", "nowhere"),

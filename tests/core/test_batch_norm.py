@@ -4,6 +4,7 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_evaluation,
     differentiate,
     features_of,
     make_state,
@@ -23,8 +25,8 @@ from support import (
 
 import bn_jax as bn
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -64,7 +66,7 @@ def test_evaluation_after_several_steps(momentum, running_var_ddof):
         )
     assert_close(stats, expected, dtype=jnp.float32)
     y, unchanged = EVALUATE(params, stats, x, epsilon=1e-3)
-    assert_close(y, define_affine(x, *expected.values(), *params.values(), epsilon=1e-3))
+    assert_close(y, define_evaluation(params, expected, x, epsilon=1e-3))
     assert unchanged is stats
 
 
@@ -380,7 +382,7 @@ def test_moments_that_do_not_fit_the_statistics():
 X = np.ones((4, 3), np.float32)
 
 
-BAD_INPUT = {
+BAD_INPUT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "features": (
         dict(x=np.ones((4, 5), np.float32)), ValueError,
         r"x of shape \(4, 5\) has features of shape \(5,\) on axis=-1, but params has "
@@ -486,7 +488,7 @@ def test_one_value_per_device_is_enough_when_synchronized():
 def test_identity_params(offset, masked, axis):
     x = standard_normal(0, (6, 5, 3)) * jnp.array([[[1.0, 20.0, 0.01]]]) + offset
     mask = standard_normal(1, (6, 5, 1)) > -0.5 if masked else None
-    if masked:
+    if mask is not None:
         poisoned = jnp.where(mask, x, jnp.nan)
         chex.assert_trees_all_equal(
             bn.identity_params(poisoned, axis=axis, mask=mask),

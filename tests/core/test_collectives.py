@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from support import (
 import bn_jax as bn
 from benchmarks.hlo import collectives
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -44,7 +45,7 @@ def compile_over(mesh, function, *shapes, mapped=False, out_specs=OVER_DATA):
         for shape in shapes
     ]
     with jax.set_mesh(mesh):
-        text = jax.jit(function).lower(*arguments).compile().as_text()
+        text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     assert {one.kind for one in collectives(text)} <= {"all-reduce"}
     return text
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,8 +26,8 @@ from support import (
 import bn_jax as bn
 from benchmarks.hlo import collectives
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -154,7 +155,7 @@ def by_named_map(transform, subgroups, **options):
     return run
 
 
-REGIMES = {
+REGIMES: dict[str, Any] = {
     "pmap": partial(by_named_map, jax.pmap),
     "vmap": partial(by_named_map, lambda *how, **named: jax.jit(jax.vmap(*how, **named))),
     "shard_map": partial(by_shard_map, automatic_mesh, True),
@@ -258,7 +259,8 @@ def train_by_definition(state, x, mask):
     """A batch without a valid example leaves the statistics as they were."""
     if mask is not None and not mask.any():
         return np.full(x.shape, np.nan), state[1]
-    return define_batch_norm(*state, x, mask=mask)
+    params, stats = state
+    return define_batch_norm(params, stats, x, mask=mask)
 
 
 def pull_by(weights):
@@ -364,7 +366,7 @@ def test_index_groups(transform):
 # --- norms without state --------------------------------------------------------------------------
 
 # Flax's layer, ours as a function, and the axes of x that the mesh axes "data" and "model" share.
-STATELESS = {
+STATELESS: dict[str, Any] = {
     "layer": (nn.LayerNorm(), bn.layer_norm, P("data", None, "model")),
     "rms": (nn.RMSNorm(), bn.rms_norm, P("data", None, "model")),
     "group": (
@@ -441,7 +443,7 @@ def test_examples_on_several_devices_share_only_the_gradients_of_params(name, ma
         )
     placed = jax.device_put((x, weights), NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
-        text = jax.jit(step).lower(params, *placed).compile().as_text()
+        text = jax.jit(step).lower(params, *placed).compile().as_text() or ""
     found = collectives(text)
     assert {one.kind for one in found} == {"all-reduce"}
     assert sum(one.elements for one in found) == sum(leaf.size for leaf in params.values())

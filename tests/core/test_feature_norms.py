@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from support import (
 
 import bn_jax as bn
 
-NORMS = {
+NORMS: dict[str, Any] = {
     "layer": (bn.layer_norm, (2,)),
     "layer over positions": (partial(bn.layer_norm, reduction_axes=(1, 2)), (1, 2)),
     "group": (partial(bn.group_norm, num_groups=1), (1, 2)),
@@ -112,7 +113,7 @@ def test_the_dtype_of_the_result_is_that_of_x_and_params_promoted(norm):
 
 X = jnp.ones((2, 3, 4))
 FOUR = bn.init_params(4)
-ERRORS = {
+ERRORS: dict[str, Any] = {
     "integers": (bn.layer_norm, FOUR, X.astype(int), {}, TypeError, "x has dtype int32"),
     "features": (
         bn.layer_norm, bn.init_params(3), X, {}, ValueError,

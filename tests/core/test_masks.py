@@ -1,6 +1,7 @@
 """What a mask leaves out of batch norm, and what it keeps."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -20,8 +21,8 @@ from support import (
 
 import bn_jax as bn
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -79,10 +80,10 @@ def test_a_feature_with_nothing_valid_keeps_its_statistics():
     mask = jnp.array([[True, False, True]])
     y, updated = TRAIN(params, stats, x, mask=mask)
     kept = jnp.array([0, 2])
-    expected = define_batch_norm(
-        *({name: leaf[kept] for name, leaf in tree.items()} for tree in (params, stats)),
-        x[:, kept],
+    params_kept, stats_kept = (
+        {name: leaf[kept] for name, leaf in tree.items()} for tree in (params, stats)
     )
+    expected = define_batch_norm(params_kept, stats_kept, x[:, kept])
     assert_close((y[:, kept], {n: leaf[kept] for n, leaf in updated.items()}), expected)
     for name in stats:
         assert updated[name][1] == stats[name][1]
@@ -153,7 +154,7 @@ def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, 
 
     def loss(params, x, residual, mask):
         slope = params["slope"]
-        own = {name: params[name] for name in ("scale", "bias")}
+        own: Any = {name: params[name] for name in ("scale", "bias")}
         y, _ = bn.batch_norm(
             own, stats, x, mask=mask, residual=residual, use_running_average=use_running_average,
             activation=lambda y: y * jax.nn.sigmoid(slope * y),

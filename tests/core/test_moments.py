@@ -112,7 +112,7 @@ def test_the_mask_is_a_weight():
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [bool, np.float32])
 def test_what_is_masked_does_not_enter(poison, dtype):
-    x, mask = standard_normal(7, (8, 3)), np.array([1, 0, 1, 1, 0, 1, 1, 1], dtype)[:, None]
+    x, mask = standard_normal(7, (8, 3)), jnp.array([1, 0, 1, 1, 0, 1, 1, 1], dtype)[:, None]
     poisoned = jnp.where(mask != 0, x, poison)
     assert_close(bn.moments(poisoned, 0, mask=mask), bn.moments(x[mask[:, 0] != 0], 0))
 
@@ -120,11 +120,11 @@ def test_what_is_masked_does_not_enter(poison, dtype):
 def test_nothing_valid_counts_zero():
     x = jnp.full((4, 2), jnp.nan)
     found = bn.moments(x, 0, mask=jnp.zeros((4, 1), bool))
-    assert_close(found, bn.Moments(np.zeros(()), np.zeros(2), np.zeros(2)))
+    assert_close(found, bn.Moments(jnp.zeros(()), jnp.zeros(2), jnp.zeros(2)))
     shifted = bn.moments(x, 0, mask=jnp.zeros((4, 1), bool), shift=jnp.ones(2))
     assert_close(shifted, found)
     per_feature = bn.moments(jnp.ones((4, 2)), 0, mask=jnp.array([[True, False]]))
-    assert_close(per_feature, bn.Moments(np.array([4, 0]), np.array([1, 0]), np.zeros(2)))
+    assert_close(per_feature, bn.Moments(jnp.array([4, 0]), jnp.array([1, 0]), jnp.zeros(2)))
     assert_close(bn.moments(jnp.zeros((0, 2)), 0), found)
 
 
@@ -261,7 +261,8 @@ def test_named_axis_merges_by_count():
 def test_what_is_equal_in_all_parts_is_so_in_their_union(mean):
     part = bn.Moments(*(jnp.asarray(value, jnp.float32) for value in (3, mean, 0)))
     merged = bn.merge_moments(*[part] * 301)
-    assert (merged.count, merged.mean) == (903, part.mean)
+    assert merged.count == 903
+    assert merged.mean == part.mean
     assert merged.var <= 1e-5 * np.square(np.spacing(np.abs(part.mean)))
 
 
@@ -320,7 +321,7 @@ def test_an_eager_call_compiles_nothing_the_second_time():
     x, other, shorter = (standard_normal(42 + rows, (rows, 3)) for rows in (6, 6, 5))
     bn.moments(x, 0)
 
-    def note(event, duration, **names):
+    def note(event: str, duration_secs: float, **names: str | int) -> None:
         compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -13,7 +13,6 @@ from drawn import (
     assert_near,
     assert_stats,
     configurations,
-    define_evaluation,
     define_training,
     epsilons,
     few_layouts,
@@ -29,7 +28,7 @@ from drawn import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import define_moments, exact
+from support import define_evaluation, define_moments, exact
 
 import bn_jax as bn
 
@@ -376,8 +375,8 @@ def test_ghost_groups_are_batches_of_their_own(
         define_training(params, stats, group, mask=group_mask, **options)[0]
         for group, group_mask in zip(*groups, strict=True)
     ]
-    expected = np.concatenate(expected, batch_axis)
-    assert_near(y, expected, output_unit(configuration, params, expected))
+    whole = np.concatenate(expected, batch_axis)
+    assert_near(y, whole, output_unit(configuration, params, whole))
     moments = define_moments(x, axis, mask)
     _, expected_stats = define_training(params, stats, x, mask=mask, **options)
     slack = 2 * merging_error(moments)

@@ -1,6 +1,7 @@
 """The running statistics of batch norm: what enters them, and the guard that rests on them."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from support import (
     assert_close,
-    define_affine,
     define_batch_norm,
+    define_evaluation,
     define_gradients,
     define_moments,
     exact,
@@ -23,8 +24,8 @@ import bn_jax as bn
 from bn_jax._core.batch_norm import start_measuring
 from bn_jax._core.moments import CANCELLATION_THRESHOLD, Reduction, centred_moments
 
-TRAIN = partial(bn.batch_norm, use_running_average=False)
-EVALUATE = partial(bn.batch_norm, use_running_average=True)
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -260,9 +261,7 @@ def test_where_statistics_come_from_and_whether_they_update_are_two_switches(opt
     if "momentum" in options:
         stats["count"] = jnp.full(8, 3.0)
     by_batch, _ = TRAIN(params, stats, poisoned, **options)
-    by_running = define_affine(
-        x, stats["mean"], stats["var"], *params.values(), options.get("axis", -1)
-    )
+    by_running = define_evaluation(params, stats, x, options.get("axis", -1))
     known = {name: value for name, value in options.items() if name != "virtual_batch_size"}
     _, updated = define_batch_norm(params, stats, x, **known)
     valid = np.broadcast_to(True if mask is None else mask > 0, x.shape)
@@ -280,7 +279,7 @@ def test_where_statistics_come_from_and_whether_they_update_are_two_switches(opt
 
 def test_no_update_while_initializing():
     x, (params, stats) = standard_normal(91, (1, 3)), make_state((3,))
-    switches = dict(update_running_average=True, initializing=True, momentum=None)
+    switches: dict[str, Any] = dict(update_running_average=True, initializing=True, momentum=None)
     for use_running_average in (False, True):
         _, kept = bn.batch_norm(
             params, stats, x, use_running_average=use_running_average, **switches
@@ -303,7 +302,7 @@ def test_an_update_in_evaluation_is_checked_as_in_training():
 
 # --- a state that is measured ---------------------------------------------------------------------
 
-MEASURING = {
+MEASURING: dict[str, dict[str, Any]] = {
     "plain": {},
     "unbiased": dict(running_var_ddof=1),
     "cumulative, without the count that averaging needs": dict(momentum=None),
@@ -316,11 +315,13 @@ MEASURING = {
 @pytest.mark.parametrize("name", MEASURING)
 def test_batches_are_measured_instead_of_averaged(use_running_average, name):
     options, masked = MEASURING[name], name != "plain"
-    call = partial(bn.batch_norm, use_running_average=use_running_average, **options)
+    call: Any = partial(bn.batch_norm, use_running_average=use_running_average, **options)
     params, stats = make_state(3)
     batches = [standard_normal(seed, (size, 3)) * 2 + 5 for seed, size in enumerate([4, 6])]
-    masks = [standard_normal(9 + seed, x.shape) > -0.5 if masked else None for seed, x in
-             enumerate(batches)]  # fmt: skip
+    masks: list[Any] = [
+        standard_normal(9 + seed, x.shape) > -0.5 if masked else None
+        for seed, x in enumerate(batches)
+    ]
     state = start_measuring(stats)
     for x, mask in zip(batches, masks, strict=True):
         y, state = call(params, state, x, mask=mask)
@@ -330,20 +331,21 @@ def test_batches_are_measured_instead_of_averaged(use_running_average, name):
     count, mean, var = define_moments(np.concatenate(batches), -1, mask)
     ddof = np.full(3, options.get("running_var_ddof", 0))
     calls = (np.full(3, len(batches) * by) for by in (use_running_average, not use_running_average))
-    expected = [count, mean, var, ddof, *calls]
-    assert_close(list(state.pop("measured")[:6]), expected, dtype=jnp.float32)
+    measured = [count, mean, var, ddof, *calls]
+    assert_close(list(state.pop("measured")[:6]), measured, dtype=jnp.float32)
     chex.assert_trees_all_equal(state, stats)
 
 
 def test_only_a_call_that_would_update_measures():
     params, stats = make_state(3)
     state, x = start_measuring(stats), standard_normal(0, (4, 3))
-    for use, options in (
+    cases: list[tuple[bool, dict[str, Any]]] = [
         (True, dict(update_running_average=False)),
         (False, dict(update_running_average=False)),
         (True, dict(initializing=True)),
         (False, dict(initializing=True)),
-    ):
+    ]
+    for use, options in cases:
         _, after = bn.batch_norm(params, state, x, use_running_average=use, **options)
         chex.assert_trees_all_equal(after, state)
 

@@ -16,6 +16,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_evaluation,
     define_moments,
     define_standardized,
     quick,
@@ -49,7 +50,7 @@ def define(
     options = {"axis": -1, "epsilon": 1e-5, "mask": 1.0, **options}
     mask = jnp.broadcast_to(jnp.asarray(options.pop("mask"), jnp.float64), x.shape)
     if use_running_average:
-        y = define_evaluation(params, stats, x, options["axis"], options["epsilon"])
+        y = define_evaluation(params, stats, x, options["axis"], options["epsilon"], xp=jnp)
     else:
         groups = len(x) // (virtual_batch_size or len(x))
         normalize = partial(define_renorm, renorm) if renorm else define_training
@@ -61,11 +62,6 @@ def define(
     if update_running_average:
         _, stats = define_batch_norm(params, stats, x, mask=mask, **options, xp=jnp)
     return y, stats
-
-
-def define_evaluation(params, stats, x, axis, epsilon):
-    present = params.get("scale"), params.get("bias")
-    return define_affine(x, stats["mean"], stats["var"], *present, axis, epsilon, xp=jnp)
 
 
 def define_training(params, stats, x, mask, **options):

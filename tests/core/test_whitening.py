@@ -3,6 +3,7 @@
 import functools
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +18,8 @@ from support import assert_close, differentiate, exact, standard_normal
 import bn_jax as bn
 from bn_jax._core.whitening import inverse_square_root
 
-TRAIN = partial(bn.whitening_norm, use_running_average=False)
-EVALUATE = partial(bn.whitening_norm, use_running_average=True)
+TRAIN: Any = partial(bn.whitening_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.whitening_norm, use_running_average=True)
 COMPLETE = 20
 
 pytestmark = pytest.mark.usefixtures("strict_promotion", "compile_quickly")
@@ -120,7 +121,7 @@ def test_groups_of_one_feature_are_batch_norm():
     params, stats = make_state(size=1)
     x = correlated(0, (20, 6), offset=100.0)
     y, new = TRAIN(params, stats, x, group_size=1, iterations=1)
-    per_feature = {"mean": stats["mean"], "var": stats["cov"].reshape(6)}
+    per_feature: Any = {"mean": stats["mean"], "var": stats["cov"].reshape(6)}
     expected, expected_stats = bn.batch_norm(params, per_feature, x, use_running_average=False)
     assert_close(y, expected)
     assert_close(new["cov"].reshape(6), expected_stats["var"])
@@ -161,7 +162,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_the_cumulative_average_weighs_every_batch_alike():
-    params = {}
+    params: dict[str, Any] = {}
     stats = bn.init_whitening_stats(6, group_size=3, use_count=True)
     covs = []
     for seed in range(3):
@@ -301,7 +302,8 @@ def test_a_masked_position_is_whitened_too():
     x = correlated(0, (12, 6))
     mask = np.arange(12)[:, None] != 5
     y, _ = TRAIN(params, stats, x, group_size=3, iterations=COMPLETE, mask=mask)
-    expected = define_output(params, *define_cov(x, 3, mask), x)
+    mean, cov = define_cov(x, 3, mask)
+    expected = define_output(params, mean, cov, x)
     assert_close(y, expected, tolerance=3e-5)
 
 
@@ -377,7 +379,7 @@ def by_sharded_jit(kind, params, stats, x, mask):
         return jax.tree.map(np.asarray, found)
 
 
-REGIMES = {
+REGIMES: dict[str, Any] = {
     "shard_map": by_shard_map,
     "pmap": by_pmap,
     "sharded jit": partial(by_sharded_jit, jax.sharding.AxisType.Auto),
@@ -477,7 +479,7 @@ def test_initial_statistics_need_groups_that_fit():
 
 # --- modules ------------------------------------------------------------------------------------
 
-OPTIONS = dict(momentum=0.7, iterations=COMPLETE, group_size=3, epsilon=1e-3)
+OPTIONS: dict[str, Any] = dict(momentum=0.7, iterations=COMPLETE, group_size=3, epsilon=1e-3)
 
 
 def two_steps(options, **rest):
@@ -500,7 +502,7 @@ def run_linen(options):
     ys = []
     for x in batches():
         y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-        variables |= updates
+        variables = {**variables, **updates}
         ys.append(y)
     return ys, variables["batch_stats"], layer.apply(variables, x, use_running_average=True)
 
@@ -521,7 +523,7 @@ def test_modules_compute_what_the_function_does(run, momentum):
 
 
 def test_modules_take_masks_and_switches():
-    x, mask = batches()[1], np.arange(10)[:, None] < 7
+    x, mask = batches()[1], jnp.arange(10)[:, None] < 7
     layer = bn.linen.WhiteningNorm(**OPTIONS, use_running_average=False, use_bias=False)
     variables = layer.init(jax.random.key(0), x)
     assert set(variables["params"]) == {"scale"}
@@ -611,5 +613,6 @@ def test_audit_says_what_it_did_not_examine():
 
 
 def test_as_affine_refuses_a_covariance():
+    whitening: Any = bn.init_whitening_stats(6)
     with pytest.raises(ValueError, match=r"batch_stats lacks \['var'\]"):
-        bn.as_affine({}, bn.init_whitening_stats(6))
+        bn.as_affine({}, whitening)

@@ -117,28 +117,31 @@ def promote_and_double(values, *, dtype):
     return tuple(None if one is None else 2 * one for one in values)
 
 
-OFTEN = [
+OFTEN: list[dict[str, Any]] = [
     {"epsilon": 1e-2, "use_fast_variance": False},
     {"use_scale": False},
 ]
-WITH_BIAS = [{"use_bias": False, "scale_init": NORMAL}, {"use_scale": False, "use_bias": False}]
-OFTEN_OF_API = {
+WITH_BIAS: list[dict[str, Any]] = [
+    {"use_bias": False, "scale_init": NORMAL},
+    {"use_scale": False, "use_bias": False},
+]
+OFTEN_OF_API: dict[str, list[dict[str, Any]]] = {
     "linen": [
         {"force_float32_reductions": False},
         {"scale_init": nn.with_partitioning(NORMAL, ("model",)), "param_dtype": jnp.bfloat16},
     ],
     "nnx": [{"promote_dtype": promote_and_double}, {"scale_metadata": {"note": "kept"}}],
 }
-BATCH = [{}, {"use_running_average": True}, {"momentum": 0.5}]
-BATCH_OF_API = {
+BATCH: list[dict[str, Any]] = [{}, {"use_running_average": True}, {"momentum": 0.5}]
+BATCH_OF_API: dict[str, list[dict[str, Any]]] = {
     "linen": [{"axis": 1}, {"axis": 0}, {"axis": (1, 2)}, {"axis": (-1, 1)}],
     "nnx": [{"axis": 1, "num_features": 3}, {"axis": 0, "num_features": 4}],
 }
-LAYER = [
+LAYER: list[dict[str, Any]] = [
     {}, {"reduction_axes": [1, 2]}, {"reduction_axes": (1, 2, 3)}, {"reduction_axes": (-1, 0)},
     {"reduction_axes": 1, "use_fast_variance": False},
 ]  # fmt: skip
-LAYER_OF_API = {
+LAYER_OF_API: dict[str, list[dict[str, Any]]] = {
     "linen": [
         {"feature_axes": 1}, {"reduction_axes": (2, 3), "feature_axes": (2, 3)},
         {"feature_axes": (-1, 1)},
@@ -148,11 +151,11 @@ LAYER_OF_API = {
         {"reduction_axes": (2, 3), "feature_axes": (2, 3), "num_features": 30},
     ],
 }  # fmt: skip
-GROUP = [
+GROUP: list[dict[str, Any]] = [
     {}, {"num_groups": None, "group_size": 2}, {"num_groups": 1}, {"num_groups": 6},
     {"reduction_axes": (1, 2, 3)},
 ]  # fmt: skip
-GROUP_OF_API = {
+GROUP_OF_API: dict[str, list[dict[str, Any]]] = {
     "linen": [
         {"reduction_axes": (2, 3)},
         {"reduction_axes": (-1,), "use_fast_variance": False},
@@ -160,7 +163,7 @@ GROUP_OF_API = {
     ],
     "nnx": [],
 }
-INSTANCE_OF_API = {
+INSTANCE_OF_API: dict[str, list[dict[str, Any]]] = {
     "linen": [{}, {"feature_axes": 1}, {"feature_axes": (1, -1)}],
     "nnx": [{}, {"feature_axes": 1, "num_features": 3}],
 }

@@ -227,7 +227,7 @@ INTERFACES = {"linen": Linen, "nnx": Nnx}
 
 # --- ways ---------------------------------------------------------------------------------------
 
-Way = Callable[[Any, Any], Any]
+Way = Callable[..., Any]
 
 
 def call(layer, x):
@@ -298,13 +298,15 @@ def scan_the_statistics(layer, x):
     def step(layer, carry, x):
         return carry, layer(x)
 
-    axes = nnx.StateAxes({nnx.BatchStat: nnx.Carry, ...: None})
+    filters: dict[Any, Any] = {nnx.BatchStat: nnx.Carry, ...: None}
+    axes = nnx.StateAxes(filters)
     scanned = nnx.scan(step, in_axes=(axes, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
     return scanned(layer.layer, None, x)[1]
 
 
 def scan_the_split_layer(layer, x):
-    graph, params, state = nnx.split(layer.layer, nnx.Param, ...)
+    parts: Any = nnx.split(layer.layer, nnx.Param, ...)
+    graph, params, state = parts
 
     def step(state, x):
         merged = nnx.merge(graph, params, state)

@@ -317,10 +317,10 @@ def dtype_of_statistics(norm):
         return [tree["batch_stats"]["mean"] for tree in (initial, updated)]
 
     with jax.enable_x64(True):
-        types = [
+        found = [
             [mean.dtype for mean in jax.eval_shape(partial(types, kind))] for kind in norm.kinds
         ]
-    assert types == [[jnp.float64, jnp.float64], [jnp.float32, jnp.float64]]
+    assert found == [[jnp.float64, jnp.float64], [jnp.float32, jnp.float64]]
 
 
 @pytest.mark.parametrize(

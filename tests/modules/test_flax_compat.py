@@ -187,7 +187,7 @@ def test_dtypes(norm):
             assert found == expected, chosen
 
 
-ERRORS = {
+ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "BatchNorm": [({"use_running_average": None}, "use_running_average")],
     "GroupNorm": [
         ({"group_size": 3}, "num_groups.*group_size"),
@@ -250,7 +250,7 @@ def test_a_model_has_the_same_names_and_summary(norm):
     ours, flax = (model_of(norm, kind) for kind in norm.kinds)
     if norm.api == "linen":
         variables = [model.init(jax.random.key(0), X) for model in (ours, flax)]
-        tables = [nn.tabulate(model, jax.random.key(0))(X) for model in (ours, flax)]
+        tables = [nn.summary.tabulate(model, jax.random.key(0))(X) for model in (ours, flax)]
         assert f"{norm.name}_1" in variables[0]["params"]
     else:
         variables = [nnx.to_pure_dict(nnx.state(model)) for model in (ours, flax)]
@@ -303,7 +303,8 @@ def test_all_documentation_of_the_norms_is_among_the_examples():
 def test_documentation_of_flax_holds_for_ours(name, monkeypatch):
     for norm in NORMS.values():
         monkeypatch.setattr(FLAX[norm.api], norm.name, norm.ours)
-    test, printed = EXAMPLES[name], []
+    test = EXAMPLES[name]
+    printed: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     with jax.numpy_rank_promotion("allow"):
         done = runner.run(test, out=printed.append, clear_globs=False)

@@ -1,12 +1,20 @@
 """What Linen and NNX layers do alike: attributes, switches, statistics."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from interfaces import INTERFACES, call
-from support import assert_close, define_affine, define_batch_norm, standard_normal
+from support import (
+    assert_close,
+    define_affine,
+    define_batch_norm,
+    define_evaluation,
+    standard_normal,
+)
 
 import bn_jax as bn
 
@@ -56,7 +64,7 @@ def test_complex_input_has_a_complex_mean(interface):
 
 def test_new_attributes_reach_the_core(interface):
     x = standard_normal(7, (8, 3))
-    options = dict(virtual_batch_size=4, running_var_ddof=1, activation=jax.nn.silu)
+    options: dict[str, Any] = dict(virtual_batch_size=4, running_var_ddof=1, activation=jax.nn.silu)
     layer = interface(**options)
     expected = bn.batch_norm(
         layer.params, layer.stats, x, use_running_average=False, residual=x, **options
@@ -96,7 +104,7 @@ def test_where_statistics_come_from_and_whether_they_update(interface, use, upda
     params, stats = layer.params, layer.stats
     y, updated = define_batch_norm(params, stats, x, momentum=0.5)
     if use:
-        y = define_affine(x, *stats.values(), **params)
+        y = define_evaluation(params, stats, x)
     updates = (not use) if update is None else update
     assert_close(layer(x, **(modes if in_call else {})), y)
     assert_close(layer.stats, updated if updates else stats)
@@ -128,11 +136,11 @@ def test_frozen_whatever_the_call_says(interface, modes):
     x = standard_normal(82, (8, 3))
     layer = interface(frozen=True, update_running_average=True)
     stats = layer.stats
-    assert_close(layer(x, **modes), define_affine(x, *stats.values(), **layer.params))
+    assert_close(layer(x, **modes), define_evaluation(layer.params, stats, x))
     chex.assert_trees_all_equal(layer.stats, stats)
 
 
 def test_a_frozen_layer_needs_no_mode(interface):
     x = standard_normal(82, (8, 3))
     layer = interface(frozen=True, use_running_average=None)
-    assert_close(layer(x), define_affine(x, *layer.stats.values(), **layer.params))
+    assert_close(layer(x), define_evaluation(layer.params, layer.stats, x))

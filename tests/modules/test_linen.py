@@ -1,6 +1,7 @@
 """What only a Linen layer has: collections, its errors, and variables in several calls."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,8 +12,8 @@ import pytest
 from interfaces import BROADCAST, CARRIED, STACKED, lifted_scan
 from support import (
     assert_close,
-    define_affine,
     define_batch_norm,
+    define_evaluation,
     define_moments,
     define_steps,
     far_from_initial,
@@ -151,7 +152,7 @@ def test_uneven_batches_are_merged_by_count(counts):
     x = np.array(standard_normal(33, (4, 5, 3))) + np.arange(4, dtype=np.float32)[:, None, None]
     valid = np.arange(5)[None] < np.array(counts)[:, None]
     x[~valid] = np.nan
-    options = dict(use_running_average=False, momentum=0.0, axis_name="data")
+    options: dict[str, Any] = dict(use_running_average=False, momentum=0.0, axis_name="data")
     variables, params, stats = initialized(OURS(**options), x[0])
 
     def train(layer):
@@ -283,7 +284,7 @@ def test_lifted_scan_in_evaluation():
     layer = OURS(use_running_average=True)
     variables, params, stats = initialized(layer, x[0])
     y = nn.apply(BROADCAST, layer)(variables, x)
-    assert_close(y, define_affine(x, *stats.values(), params["scale"], params["bias"]))
+    assert_close(y, define_evaluation(params, stats, x))
     carried = nn.apply(CARRIED, layer, mutable=["batch_stats"])(variables, x)
     chex.assert_trees_all_equal(carried, (y, {"batch_stats": stats}))
     with pytest.raises(TypeError, match="pytree structure"):
@@ -329,7 +330,8 @@ def test_a_reused_layer_with_a_named_axis():
 
 @pytest.mark.parametrize("create", ["eval_shape", "lazy_init"])
 def test_abstract_initialization(create):
-    layer = OURS(use_running_average=False, axis_name="nowhere", axis=(1, -1))
+    axes: Any = (1, -1)
+    layer = OURS(use_running_average=False, axis_name="nowhere", axis=axes)
     x, key = jax.ShapeDtypeStruct((1, 4, 3), jnp.bfloat16), jax.random.key(0)
     init = layer.lazy_init if create == "lazy_init" else partial(jax.eval_shape, layer.init)
     expected = layer.init(key, jnp.ones(x.shape, x.dtype))
@@ -341,7 +343,7 @@ def test_abstract_initialization(create):
 
 def in_parts(layer, variables, parts, **collections):
     """Calls the layer on every part, each time with the old running statistics."""
-    updates = {}
+    updates: dict[str, Any] = {}
     for x, mask in parts:
         given = {"batch_moments": updates["batch_moments"]} if updates else {}
         y, updates = layer.apply(

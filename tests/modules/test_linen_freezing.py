@@ -3,6 +3,7 @@
 import functools
 import re
 from functools import partial
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -210,7 +211,7 @@ def test_paths_that_match_no_norm():
         bn.linen.freeze(dense.apply)(dense.init(jax.random.key(0), X), X)
 
 
-class Derived(FLAX):
+class Derived(nn.BatchNorm):
     """A user's own."""
 
 
@@ -232,7 +233,7 @@ def test_a_subclass_is_left_alone():
 
 
 # Every layer that is replaced, with what it needs to be given.
-REPLACED = {
+REPLACED: dict[Any, dict[str, Any]] = {
     FLAX: dict(use_running_average=False),
     nn.LayerNorm: {},
     nn.RMSNorm: {},

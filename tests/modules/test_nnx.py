@@ -1,5 +1,7 @@
 """What only an NNX layer has: modes to switch, graphs, closures, and bridges to Linen."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from support import (
     assert_close,
     define_affine,
     define_batch_norm,
+    define_evaluation,
     define_steps,
     standard_normal,
 )
@@ -68,7 +71,7 @@ def test_the_input_is_not_rounded_to_dtype_first():
 
 
 def test_a_promote_dtype_of_ones_own_is_called():
-    def to_half(values, *, dtype):
+    def to_half(values: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
         return tuple(None if v is None else v.astype(jnp.float16) for v in values)
 
     x = standard_normal(8, (8, 3)) + 1000
@@ -87,7 +90,7 @@ def test_train_and_eval_switch_it():
     assert_close(layer(x), y)
     assert_close({"mean": layer.mean[...], "var": layer.var[...]}, expected_stats)
     layer.eval()
-    assert_close(layer(x), define_affine(x, *expected_stats.values(), *params.values()))
+    assert_close(layer(x), define_evaluation(params, expected_stats, x))
     assert_close(layer(x, use_running_average=False), y)
     viewed = nnx.view(layer, use_running_average=False)
     assert_close(viewed(x), y)
@@ -118,7 +121,7 @@ def test_a_call_without_update_writes_nothing(modes):
 
 def test_training_mode_does_not_unfreeze():
     x, layer = standard_normal(82, (8, 3)), make(frozen=True)
-    expected = define_affine(x, *stats_of(layer).values(), **params_of(layer))
+    expected = define_evaluation(params_of(layer), stats_of(layer), x)
     layer.train()
     assert_close(layer(x), expected)
 
@@ -146,7 +149,8 @@ def test_statistics_of_their_own_under_shared_parameters():
     params, stats = params_of(layer), stats_of(layer)
     for variable in (layer.mean, layer.var):
         variable.set_value(jnp.stack([variable[...]] * 4))
-    axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
+    filters: dict[Any, Any] = {nnx.BatchStat: 0, ...: None}
+    axes = nnx.StateAxes(filters)
     y = nnx.jit(nnx.vmap(call, in_axes=(axes, 0)))(layer, x)
     for member in range(4):
         updated = {name: leaf[member] for name, leaf in stats_of(layer).items()}

@@ -1,5 +1,7 @@
 """Freezing the norms of an NNX model by path, and replacing Flax's by ours."""
 
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 import optax
@@ -8,8 +10,8 @@ from flax import nnx
 from interfaces import Nnx, call, fill, params_of, stats_of
 from support import (
     assert_close,
-    define_affine,
     define_batch_norm,
+    define_evaluation,
     standard_normal,
 )
 
@@ -36,6 +38,8 @@ def test_a_view_has_switches_of_its_own():
 
 class Tree(nnx.Module):
     """Norms wherever a module can hold them, one of them in two places, and a cycle."""
+
+    other: nnx.Module
 
     def __init__(self, kind, rngs):
         def norm():
@@ -104,7 +108,7 @@ def test_a_frozen_layer_is_not_what_was_compiled_before():
     step(model, x)
     bn.nnx.freeze(model, "layers/0").train()
     params, stats = params_of(model.layers[0]), stats_of(model.layers[0])
-    inner = define_affine(x, *stats.values(), *params.values())
+    inner = define_evaluation(params, stats, x)
     expected = define_batch_norm(
         params_of(model.layers[1]), stats_of(model.layers[1]), inner, momentum=0.5
     )
@@ -130,7 +134,7 @@ def test_what_cannot_be_frozen():
 
 
 # Every layer that is replaced, with its first argument and what is given beside it.
-REPLACED = {
+REPLACED: dict[Any, tuple[tuple[int, ...], dict[str, Any]]] = {
     FLAX: ((3,), {"momentum": 0.5}),
     nnx.LayerNorm: ((3,), {}),
     nnx.RMSNorm: ((3,), {}),
@@ -167,7 +171,7 @@ def test_a_replaced_norm_is_ours(kind):
     assert (jnp.abs(before - step(made, x)).max() > 0.01) == (kind is not nnx.RMSNorm)
 
 
-class Derived(FLAX):
+class Derived(nnx.BatchNorm):
     """A user's own."""
 
 
@@ -177,12 +181,12 @@ def test_replacing_in_a_model():
     optimizer, expected = (
         nnx.Optimizer(one, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param) for one in (tree, theirs)
     )
-    tree.own = Derived(3, rngs=nnx.Rngs(0))
+    tree.other = Derived(3, rngs=nnx.Rngs(0))
     assert bn.nnx.replace_norms(tree) is tree
     assert {type(find(tree)) for find in NORMS.values()} == {OURS}
     assert tree.blocks[1]["again"] is tree.stem
-    assert type(tree.own) is Derived
-    del tree.own
+    assert type(tree.other) is Derived
+    del tree.other
 
     @nnx.jit
     def step(model, optimizer):

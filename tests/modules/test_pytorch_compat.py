@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,8 @@ GOLDEN = {
 }
 IMAGES, CUMULATIVE = GOLDEN["BatchNorm2d", 0.1], GOLDEN["BatchNorm2d", None]
 STEPS = [jnp.asarray(step["x"], jnp.float32) for step in IMAGES["steps"]]
-TRANSLATED = dict(momentum=0.9, running_var_ddof=1, epsilon=1e-3, axis=1)
-ROWS = {}
+TRANSLATED: dict[str, Any] = dict(momentum=0.9, running_var_ddof=1, epsilon=1e-3, axis=1)
+ROWS: dict[str, Callable[[], None]] = {}
 
 
 def row(cell):

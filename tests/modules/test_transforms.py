@@ -25,8 +25,8 @@ from interfaces import (
 from jax.sharding import AxisType, PartitionSpec
 from support import (
     assert_close,
-    define_affine,
     define_batch_norm,
+    define_evaluation,
     define_moments,
     define_steps,
     differentiate,
@@ -172,7 +172,7 @@ def test_scan_carries_the_statistics(interface, way):
     assert_close((way(layer, x), layer.stats), expected)
     evaluating = layer.evaluating()
     before = evaluating.stats
-    y = define_affine(x, *before.values(), layer.params["scale"], layer.params["bias"])
+    y = define_evaluation(layer.params, before, x)
     assert_close(way(evaluating, x), y)
     chex.assert_trees_all_equal(evaluating.stats, before)
 
@@ -425,7 +425,7 @@ def test_a_state_that_is_measured(interface, way, use_running_average, request):
     assert_close(list(layer.measured[:5]), expected)
     chex.assert_trees_all_equal(layer.stats, stats)
     if use_running_average:
-        assert_close(y, define_affine(x, *stats.values(), params["scale"], params["bias"]))
+        assert_close(y, define_evaluation(params, stats, x))
 
 
 ENSEMBLE = {
@@ -464,7 +464,7 @@ def test_which_calls_measure_nothing(interface, options):
     x = standard_normal(62, (4, 3))
     layer = interface(**options).start_measuring()
     before = jax.tree.map(np.array, layer.state)
-    evaluated = define_affine(x, *layer.stats.values(), **layer.params)
+    evaluated = define_evaluation(layer.params, layer.stats, x)
     y = layer(x)
     chex.assert_trees_all_equal(jax.tree.map(np.array, layer.state), before)
     if options["use_running_average"] or "frozen" in options:
