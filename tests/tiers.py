@@ -13,6 +13,7 @@ EVERY = {
     "lab/test_models.py::test_a_residual_mlp_is_as_defined": 2,
     "lab/test_models.py::test_blocks_are_as_defined": 3,
     "lab/test_models.py::test_evaluation_treats_each_example_alone": 2,
+    "lab/test_models.py::test_logits_and_collections": 2,
     "lab/test_models.py::test_masked_examples_change_nothing_for_the_others": 2,
     "lab/test_models.py::test_training_moves_the_scalars": 2,
     "tools/test_audit.py::test_what_is_around_a_norm": 3,
@@ -28,6 +29,7 @@ EVERY = {
     "tools/test_recalibrate.py::test_the_statistics_of_the_whole_data_set_for_any_split": 3,
     "tools/test_remat.py::test_no_number_changes": 3,
     "tools/test_remat.py::test_no_number_changes_whatever_is_kept": 3,
-    f"{TRAINING}_micro_batches_make_the_step_of_virtual_batches": 2,
-    f"{TRAINING}_the_whole_batch_make_the_step_of_the_whole_batch": 2,
+    "tools/test_training.py::test_accumulating_needs_the_memory_of_a_micro_batch": 2,
+    f"{TRAINING}_micro_batches_make_the_step_of_virtual_batches": 3,
+    f"{TRAINING}_the_whole_batch_make_the_step_of_the_whole_batch": 4,
 }
