@@ -1,8 +1,8 @@
 """Of which tests `make test` runs only some cases; `make exhaustive` runs the others.
 
 Of a test with the number k, the quick tier runs the first case and every k-th after it, in the
-order of the parameters. Tests that are not named here run whole, except for the cases that are
-marked `exhaustive` where they are written.
+order of the parameters, and none with the number 0. Tests that are not named here run whole, except
+for the cases that are marked `exhaustive` where they are written.
 """
 
 TRAINING = "tools/test_training.py::test_statistics_of"
@@ -11,11 +11,14 @@ EVERY = {
     "lab/test_checkpoints.py::test_a_position_is_restored_whole_on_other_devices": 2,
     "lab/test_checkpoints.py::test_variables_move_between_device_counts": 2,
     "lab/test_models.py::test_a_residual_mlp_is_as_defined": 2,
+    "lab/test_models.py::test_a_norm_without_state_takes_neither_mode_nor_mask": 2,
+    "lab/test_models.py::test_an_imagenet_network_is_version_one_and_a_half": 2,
     "lab/test_models.py::test_blocks_are_as_defined": 3,
     "lab/test_models.py::test_evaluation_treats_each_example_alone": 2,
     "lab/test_models.py::test_logits_and_collections": 2,
     "lab/test_models.py::test_masked_examples_change_nothing_for_the_others": 2,
     "lab/test_models.py::test_training_moves_the_scalars": 2,
+    "lab/test_processes.py::test_a_run_resumes_after_the_loss_of_process_1": 0,
     "tools/test_audit.py::test_what_is_around_a_norm": 3,
     "tools/test_convert.py::test_larger_resnets_have_every_key_of_torchvision": 3,
     "tools/test_convert.py::test_nnx": 3,

@@ -157,7 +157,7 @@ def test_gradients_of_weights_are_those_of_the_definition(shape, running_var_ddo
         assert_close(found, expected)
 
 
-def test_a_weight_of_zero_has_no_derivative_whatever_it_hides():
+def test_a_weight_of_zero_has_no_derivative_whatever_the_value():
     x, (params, stats) = standard_normal(53, (5, 3)), make_state((3,))
     weights = jnp.array([1.0, 2.0, 0.0, 0.5, 0.0])[:, None]
 
@@ -326,7 +326,7 @@ def test_export_to_every_platform():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape,axis", [((12, 2, 3), -1), ((3, 12), 0), ((12, 3, 2), (1, 2))])
-def test_virtual_batches_are_batches_of_their_own(shape, axis, masked):
+def test_each_virtual_batch_is_a_batch(shape, axis, masked):
     x, (params, stats) = standard_normal(30, shape), make_state(features_of(shape, axis))
     batch_axis = 1 if axis == 0 else 0
     valid = np.array([1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0], bool) if masked else np.ones(12, bool)

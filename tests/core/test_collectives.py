@@ -88,9 +88,7 @@ def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, masked):
 @pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
 @pytest.mark.parametrize("groups_per_device", quick([1, 2], [2]))
 @pytest.mark.parametrize("masked", quick([False, True], [True]))
-def test_groups_that_line_up_with_the_shards_need_no_collective(
-    make_mesh, groups_per_device, masked
-):
+def test_groups_aligned_with_the_shards_need_no_collective(make_mesh, groups_per_device, masked):
     size = X_SHAPE[0] // DEVICES // groups_per_device
     forward, backward, evaluate = passes(masked, virtual_batch_size=size)
     compiled = partial(compile_over, make_mesh())
@@ -117,7 +115,7 @@ def test_a_batch_is_measured_only_where_it_is_needed():
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
-def test_groups_that_do_not_line_up_with_the_shards(size):
+def test_groups_not_aligned_with_the_shards(size):
     x, state = standard_normal(62, (12, 3)), make_state((3,))
     train = jax.jit(partial(TRAIN, *state, virtual_batch_size=size))
     assert_close(train(jax.device_put(x, NamedSharding(explicit_mesh(), P("data")))), train(x))

@@ -322,7 +322,7 @@ def test_features_sharded_as_well(regime, state_spec):
     assert_close(jax.tree.map(np.asarray, found), expected)
 
 
-def test_statistics_that_differ_between_devices_are_synchronized_all_the_same():
+def test_statistics_that_differ_between_devices_are_synchronized_too():
     x, params = standard_normal(34, (4 * DEVICES, 3)) + 2, make_state((3,))[0]
     stats = {"mean": standard_normal(35, (DEVICES, 3)) * 3, "var": jnp.ones((DEVICES, 3))}
     train = jax.shard_map(

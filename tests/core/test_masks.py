@@ -146,7 +146,7 @@ def test_a_batch_with_nothing_valid(rows):
 @pytest.mark.parametrize("poison", quick([np.nan, np.inf], [np.nan]))
 @pytest.mark.parametrize("where", ["x", "residual"])
 @pytest.mark.parametrize("use_running_average", [False, True])
-def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, where, poison):
+def test_masked_poison_does_not_meet_the_activation(use_running_average, where, poison):
     x, residual = standard_normal(60, (6, 3)), standard_normal(61, (6, 3))
     params, stats = make_state((3,))
     params["slope"] = jnp.float32(0.7)
@@ -173,7 +173,7 @@ def test_poison_behind_a_mask_does_not_meet_the_activation(use_running_average, 
 
 
 @pytest.mark.parametrize("function", [TRAIN, EVALUATE], ids=["training", "evaluation"])
-def test_poison_behind_a_mask_does_not_come_back_from_what_follows(function):
+def test_masked_poison_does_not_come_back_from_later_layers(function):
     x, (params, stats) = standard_normal(64, (6, 3)), make_state((3,))
     valid = np.arange(6) != 2
 

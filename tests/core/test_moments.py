@@ -266,7 +266,7 @@ def test_what_is_equal_in_all_parts_is_so_in_their_union(mean):
     assert merged.var <= 1e-5 * np.square(np.spacing(np.abs(part.mean)))
 
 
-def test_index_groups_have_moments_of_their_own():
+def test_each_index_group_has_its_moments():
     x = standard_normal(20, (4, 5, 3))
     grouped = jax.vmap(
         lambda x: bn.moments(x, 0, axis_name="data", axis_index_groups=[[0, 2], [3, 1]]),
@@ -285,7 +285,7 @@ def test_index_groups_have_moments_of_their_own():
         [("float32", True), ("bfloat16", False)],
     ),
 )
-def test_sums_of_their_own_are_the_same_sums(dtype, masked):
+def test_sums_under_vmap_are_the_same_sums(dtype, masked):
     x = (standard_normal(40, (3, 64, 5)) * 2 + 1).astype(dtype)
     mask = standard_normal(41, (3, 64, 1)) > 0 if masked else None
     count, mean, var = define_moments(x, (0, 2), mask)

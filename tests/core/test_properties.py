@@ -357,9 +357,7 @@ def test_merged_moments_are_those_of_the_whole(configuration, cuts, nested):
 
 @pytest.mark.exhaustive
 @given(trainable, st.integers(0, 4), epsilons, momenta, freedoms)
-def test_ghost_groups_are_batches_of_their_own(
-    configuration, choice, epsilon, momentum, running_var_ddof
-):
+def test_each_ghost_group_is_a_batch(configuration, choice, epsilon, momentum, running_var_ddof):
     params, stats = configuration.make_params(), configuration.make_stats()
     x, mask, axis = configuration.make_x(), configuration.make_mask(), configuration.axis
     batch_axis = configuration.reduced_axes[0]
@@ -395,7 +393,7 @@ def hide(configuration, x, mask):
 
 
 @given(few_layouts(dtypes=DTYPES, maskings=("boolean", "weights")), epsilons)
-def test_nothing_behind_a_mask_is_seen(configuration, epsilon):
+def test_masked_values_have_no_effect(configuration, epsilon):
     params, stats = configuration.make_params(), configuration.make_stats()
     x, mask = configuration.make_x(), configuration.make_mask()
     valid = np.broadcast_to(mask, x.shape).astype(bool)

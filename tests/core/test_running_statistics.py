@@ -163,7 +163,7 @@ def test_the_running_mean_neither_lags_nor_drifts(momentum):
     chex.assert_trees_all_equal(updated, arrived)
 
 
-def test_a_momentum_goes_on_counting():
+def test_batches_are_counted_with_a_momentum_too():
     x, stats = standard_normal(48, (8, 3)), bn.init_batch_stats(3, use_count=True)
     for _ in range(3):
         _, stats = TRAIN({}, stats, x)

@@ -268,7 +268,7 @@ def test_gradients_equal_finite_differences():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_masked_equals_the_subset_whatever_is_behind_the_mask(weighted):
+def test_masked_equals_the_subset_whatever_is_masked(weighted):
     params, stats = make_state()
     x = correlated(0, (12, 6))
     kept = np.arange(12) % 4 != 1
@@ -410,7 +410,7 @@ def test_sharded_equals_flattened_with_uneven_counts(regime):
     assert_close(valid(found)[1:], (y[kept[kept]], updated), tolerance=3e-5)
 
 
-def test_index_groups_have_statistics_of_their_own():
+def test_each_index_group_has_its_statistics():
     params, stats = make_state()
     x = correlated(0, (4, 10, 6))
     mapped = jax.pmap(

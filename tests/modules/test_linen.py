@@ -126,7 +126,7 @@ def test_the_cumulative_average_needs_a_count_to_update():
         layer.apply(without_count, x, False, mutable=["batch_stats"])
 
 
-def test_a_momentum_goes_on_counting():
+def test_batches_are_counted_with_a_momentum_too():
     x = standard_normal(13, (8, 3))
     variables = OURS(momentum=None).init(jax.random.key(0), x, use_running_average=False)
     _, updates = OURS(momentum=0.9).apply(variables, x, False, mutable=["batch_stats"])

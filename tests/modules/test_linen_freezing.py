@@ -212,7 +212,7 @@ def test_paths_that_match_no_norm():
 
 
 class Derived(nn.BatchNorm):
-    """A user's own."""
+    """A subclass of a user."""
 
 
 def test_a_subclass_is_left_alone():

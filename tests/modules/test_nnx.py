@@ -70,7 +70,7 @@ def test_the_input_is_not_rounded_to_dtype_first():
     assert_close({"mean": layer.mean[...], "var": layer.var[...]}, stats)
 
 
-def test_a_promote_dtype_of_ones_own_is_called():
+def test_another_promote_dtype_is_called():
     def to_half(values: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
         return tuple(None if v is None else v.astype(jnp.float16) for v in values)
 
@@ -142,7 +142,7 @@ def test_jit_and_grad_update_the_statistics():
     assert_close({"mean": layer.mean[...], "var": layer.var[...]}, expected)
 
 
-def test_statistics_of_their_own_under_shared_parameters():
+def test_separate_statistics_under_shared_parameters():
     """google/flax#4760."""
     x = standard_normal(22, (4, 6, 3))
     layer = make()

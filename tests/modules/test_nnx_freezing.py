@@ -172,7 +172,7 @@ def test_a_replaced_norm_is_ours(kind):
 
 
 class Derived(nnx.BatchNorm):
-    """A user's own."""
+    """A subclass of a user."""
 
 
 def test_replacing_in_a_model():

@@ -460,7 +460,7 @@ def test_an_ensemble_measures(interface, way):
     ],
     ids=["evaluation", "training", "frozen"],
 )
-def test_which_calls_measure_nothing(interface, options):
+def test_calls_that_measure_nothing(interface, options):
     x = standard_normal(62, (4, 3))
     layer = interface(**options).start_measuring()
     before = jax.tree.map(np.array, layer.state)
