@@ -216,6 +216,14 @@ def standard_normal(seed, shape, dtype=np.float32):
     return jnp.asarray(values, dtype)
 
 
+def correlated(seed, shape, offset=0.0):
+    """Values whose covariance has a condition number of some ten."""
+    features = shape[-1]
+    mixing = np.random.default_rng(features).standard_normal((features, features))
+    mixing = np.eye(features) + 0.5 / np.sqrt(features) * mixing
+    return jnp.asarray(exact(standard_normal(seed, shape)) @ mixing + offset, jnp.float32)
+
+
 def make_state(features, present=("scale", "bias"), seed=100):
     params = {name: standard_normal(seed + number, features) for number, name in enumerate(present)}
     mean, var = standard_normal(seed + 8, features), standard_normal(seed + 9, features)
