@@ -3,26 +3,35 @@ VENV := .venv
 OLDEST := .venv-oldest
 LAB := .venv-lab
 READY := $(VENV)/ready
-CORE_TESTS := tests/core/test_moments.py tests/core/test_standardize.py tests/core/test_batch_norm.py \
-	tests/core/test_devices.py tests/modules/test_linen.py tests/modules/test_nnx.py tests/modules/test_flax_compat.py \
-	tests/tools/test_optim.py tests/tools/test_programs.py tests/tools/test_fold.py tests/tools/test_recalibrate.py \
-	tests/tools/test_audit.py
+# What the lower bounds are tested with: what reads JAX and Flax closely.
+CORE_TESTS := $(addprefix tests/core/test_,moments.py standardize.py batch_norm.py masks.py activation.py \
+	running_statistics.py devices.py collectives.py axis_names.py) \
+	$(addprefix tests/modules/test_,layers.py transforms.py linen.py linen_freezing.py nnx.py nnx_freezing.py \
+	flax_compat.py flax_changes.py) \
+	$(addprefix tests/tools/test_,optim.py programs.py fold.py recalibrate.py audit.py)
 
 # Compiling takes less time with it.
 COMPILE_QUICKLY := --xla_cpu_use_fusion_emitters=false
+PYTEST := XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --dist worksteal
+COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 
 TIMED := numerics layer startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test lint format claims notebooks notebooks-refresh bench floors oldest environments clean
+.PHONY: demo test exhaustive lint format claims notebooks notebooks-refresh bench floors oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
 
-# What computes is tested once more as it is compiled for users.
+# Whether everything works: every function, module, tool and command, and each kind of failure once.
 test: $(READY)
-	XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --dist worksteal
-	$(VENV)/bin/python -m pytest -n auto --dist worksteal tests/core/test_moments.py tests/core/test_standardize.py
+	$(PYTEST) -m "not exhaustive"
+
+# The full tables of variants, transforms and devices, which `test` leaves out. What computes is
+# tested once more as it is compiled for users.
+exhaustive: $(READY)
+	$(PYTEST) -m exhaustive
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(COMPUTING)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
@@ -41,7 +50,7 @@ claims: $(READY)
 notebooks: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py
 
-# The same, and their outputs are written anew.
+# The same, and writes their outputs.
 notebooks-refresh: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
 

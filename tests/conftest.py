@@ -1,9 +1,14 @@
+import collections
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
+from tiers import EVERY
+
+FOLDER = Path(__file__).parent
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,6 +27,24 @@ def pytest_configure(config):
     }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Puts cases into the exhaustive tier, and leaves no file out of the quick one."""
+    cases: collections.Counter[str] = collections.Counter()
+    for item in items:
+        test = f"{item.path.relative_to(FOLDER)}::{item.originalname}"
+        every = EVERY.get(test, 1)
+        if every == 0 or cases[test] % every:
+            item.add_marker("exhaustive")
+        cases[test] += 1
+    if any("::" in argument for argument in config.args):
+        return
+    quick = {item.path for item in items if item.get_closest_marker("exhaustive") is None}
+    without = sorted({str(item.path) for item in items if item.path not in quick})
+    if without:
+        raise pytest.UsageError(f"no test of {without} is in the quick tier: make one so")
 
 
 @pytest.fixture(scope="module")

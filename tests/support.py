@@ -1,8 +1,12 @@
-"""What the tests share: the definition in float64 NumPy, tolerances, and readings of HLO."""
+"""What the tests share: the definition in double precision, tolerances, and readings of HLO."""
 
+import importlib
 import re
 import shutil
+import warnings
+from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,17 +24,16 @@ TOLERANCE = {
 }
 
 
-def exact(values):
+def exact(values, xp=np):
     """The same values in double precision, complex where they are."""
-    values = np.asarray(values)
-    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
+    values = xp.asarray(values)
+    return values.astype(xp.complex128 if xp.iscomplexobj(values) else xp.float64)
 
 
 def assert_close(actual, expected, *, dtype=None, tolerance=None):
     """Compares trees: dtype (where given), finiteness, and value to the tolerance of the dtype."""
-    actual_leaves, actual_tree = jax.tree.flatten(actual)
-    expected_leaves, expected_tree = jax.tree.flatten(expected)
-    assert actual_tree == expected_tree
+    chex.assert_trees_all_equal_structs(actual, expected)
+    actual_leaves, expected_leaves = jax.tree.leaves(actual), jax.tree.leaves(expected)
     assert actual_leaves
     for one, other in zip(actual_leaves, expected_leaves, strict=True):
         if dtype is not None:
@@ -44,49 +47,77 @@ def assert_close(actual, expected, *, dtype=None, tolerance=None):
         assert error.max(initial=0) <= bound, f"error {error.max()} above {bound}"
 
 
+# --- the definition -----------------------------------------------------------------------------
+
+# Everything here is the definition in double precision, from the two passes that it has. `xp` is
+# NumPy, or jax.numpy where JAX is to differentiate it.
+
+
 def _axes(axis, rank):
     features = tuple(sorted(a % rank for a in np.atleast_1d(axis)))
     return features, tuple(a for a in range(rank) if a not in features)
 
 
-def define_moments(x, axis=-1, mask=None):
-    """Count, mean and variance in float64, feature by feature, from the definition."""
-    x = exact(x)
-    weights = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), x.shape)
+def define_moments(x, axis=-1, mask=None, *, xp=np):
+    """Count, mean and variance, feature by feature."""
+    x = exact(x, xp)
+    weights = xp.broadcast_to(1.0 if mask is None else xp.asarray(mask, xp.float64), x.shape)
     features, reduced = _axes(axis, x.ndim)
-    values = np.transpose(x, features + reduced).reshape(*(x.shape[a] for a in features), -1)
-    weights = np.transpose(weights, features + reduced).reshape(values.shape)
+    values = xp.transpose(x, features + reduced).reshape(*(x.shape[a] for a in features), -1)
+    weights = xp.transpose(weights, features + reduced).reshape(values.shape)
     count = weights.sum(-1)
-    values = np.where(weights > 0, values, 0)
-    divisor = np.where(count > 0, count, 1)
+    values = xp.where(weights > 0, values, 0)
+    divisor = xp.where(count > 0, count, 1)
     mean = (weights * values).sum(-1) / divisor
-    var = (weights * np.abs(values - mean[..., None]) ** 2).sum(-1) / divisor
+    var = (weights * xp.abs(values - mean[..., None]) ** 2).sum(-1) / divisor
     return count, mean, var
 
 
-def expand(values, axis, shape):
+def expand(values, axis, shape, *, xp=np):
+    """Gives values of the features' shape the rank of an array of `shape`."""
     features, _ = _axes(axis, len(shape))
-    return exact(values).reshape(
+    return exact(values, xp).reshape(
         [size if position in features else 1 for position, size in enumerate(shape)]
     )
 
 
-def define_affine(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
-    """``(x - mean) / sqrt(var + epsilon) * scale + bias`` in float64."""
-    x = exact(x)
-    mean, var, scale, bias = (expand(v, axis, x.shape) for v in (mean, var, scale, bias))
-    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+def define_affine(x, mean, var, scale=None, bias=None, axis=-1, epsilon=1e-5, *, xp=np):
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
+    x = exact(x, xp)
+    mean, var = (expand(values, axis, x.shape, xp=xp) for values in (mean, var))
+    y = (x - mean) / xp.sqrt(var + epsilon)
+    y = y if scale is None else y * expand(scale, axis, x.shape, xp=xp)
+    return y if bias is None else y + expand(bias, axis, x.shape, xp=xp)
+
+
+def define_evaluation(params, batch_stats, x, axis=-1, epsilon=1e-5, *, xp=np):
+    """Batch norm in evaluation: the output."""
+    moments, present = (
+        (batch_stats["mean"], batch_stats["var"]),
+        (params.get("scale"), params.get("bias")),
+    )
+    return define_affine(x, *moments, *present, axis=axis, epsilon=epsilon, xp=xp)
+
+
+def define_standardized(x, axes, mask=None, epsilon=1e-6, *, about_zero=False, xp=np):
+    """`x` with the mean 0 and the variance 1 over `axes`; `about_zero` leaves the mean, as RMS."""
+    kept = tuple(
+        a for a in range(x.ndim) if a not in [axis % x.ndim for axis in np.atleast_1d(axes)]
+    )
+    _, mean, var = define_moments(x, kept, mask, xp=xp)
+    if about_zero:
+        mean, var = xp.zeros_like(mean), var + xp.abs(mean) ** 2
+    return define_affine(x, mean, var, axis=kept, epsilon=epsilon, xp=xp)
 
 
 def define_batch_norm(
-    params, batch_stats, x, *, axis=-1, momentum=0.99, epsilon=1e-5, mask=None, running_var_ddof=0
-):
-    """Training-mode batch norm in float64: output and new running statistics."""
-    count, mean, var = define_moments(x, axis, mask)
-    scale = params.get("scale", np.ones(mean.shape))
-    bias = params.get("bias", np.zeros(mean.shape))
-    y = define_affine(x, mean, var, scale, bias, axis, epsilon)
-    old = {name: exact(value) for name, value in batch_stats.items()}
+    params, batch_stats, x, *, axis=-1, momentum=0.99, epsilon=1e-5, mask=None, running_var_ddof=0,
+    xp=np,
+):  # fmt: skip
+    """Batch norm in training: output and new running statistics."""
+    count, mean, var = define_moments(x, axis, mask, xp=xp)
+    y = define_affine(x, mean, var, params.get("scale"), params.get("bias"), axis, epsilon, xp=xp)
+    old = {name: exact(value, xp) for name, value in batch_stats.items()}
     unbiased = var * count / (count - running_var_ddof)
     updated = {}
     if "count" in old:
@@ -99,14 +130,14 @@ def define_batch_norm(
 
 
 def define_gradients(params, x, mask, pull, *, epsilon=1e-5):
-    """In float64, what batch norm over the last axis makes of the cotangent of its output.
+    """What batch norm over the last axis makes of the cotangent of its output.
 
     `pull` takes the output to that cotangent; where the mask is zero it is taken to be zero.
     """
     count, mean, var = define_moments(x, -1, mask)
     weight = np.broadcast_to(1.0 if mask is None else np.asarray(mask, np.float64), x.shape)
     x = np.where(weight > 0, exact(x), mean)
-    normalized = (x - mean) / np.sqrt(var + epsilon)
+    normalized = define_affine(x, mean, var, epsilon=epsilon)
     y = normalized * exact(params["scale"]) + exact(params["bias"])
     cotangent = np.where(weight > 0, pull(y), 0)
     axes = tuple(range(x.ndim - 1))
@@ -137,6 +168,9 @@ def differentiate(function, x, step=1e-5):
     return gradient
 
 
+# --- compiled programs --------------------------------------------------------------------------
+
+
 def all_reduces(compiled_text):
     """The operand sizes of the all-reduces of compiled HLO, outside any conditional's branch."""
     return [
@@ -165,6 +199,9 @@ def written_out(compiled_text, shape):
     return sorted(dtype for dtype, kind in made if kind != "parameter")
 
 
+# --- values -------------------------------------------------------------------------------------
+
+
 def far_from_initial(tree):
     """Gives ones and zeros, the initial values of a norm, values that differ and are positive."""
     return jax.tree.map(lambda leaf: jnp.abs(jnp.sin(3.0 * leaf + 1)) + leaf, tree)
@@ -179,6 +216,24 @@ def standard_normal(seed, shape, dtype=np.float32):
     return jnp.asarray(values, dtype)
 
 
+def correlated(seed, shape, offset=0.0):
+    """Values whose covariance has a condition number of some ten."""
+    features = shape[-1]
+    mixing = np.random.default_rng(features).standard_normal((features, features))
+    mixing = np.eye(features) + 0.5 / np.sqrt(features) * mixing
+    return jnp.asarray(exact(standard_normal(seed, shape)) @ mixing + offset, jnp.float32)
+
+
+def make_state(features, present=("scale", "bias"), seed=100):
+    params = {name: standard_normal(seed + number, features) for number, name in enumerate(present)}
+    mean, var = standard_normal(seed + 8, features), standard_normal(seed + 9, features)
+    return params, {"mean": mean, "var": jnp.abs(var) + 0.1}
+
+
+def features_of(shape, axis):
+    return tuple(shape[a] for a in sorted(a % len(shape) for a in np.atleast_1d(axis)))
+
+
 def bars(examples=60, seed=0):
     """Images of a horizontal, a vertical and no bar, in noise, that need to be standardized."""
     rng = np.random.default_rng(seed)
@@ -187,6 +242,9 @@ def bars(examples=60, seed=0):
     x[y == 0, 1] += 1
     x[y == 1, :, 1] += 1
     return {"x": 100 - 20 * x, "y": y}
+
+
+# --- files --------------------------------------------------------------------------------------
 
 
 def files(folder):
@@ -198,3 +256,48 @@ def files(folder):
 def copy_of(run, folder):
     shutil.copytree(run, folder)
     return folder
+
+
+# --- the package itself -------------------------------------------------------------------------
+
+PACKAGE = Path(__file__).parent.parent / "bn_jax"
+# Old paths that work for one release, with a warning.
+SHIMS = ("models", "data", "experiments")
+
+
+def modules_of_the_package():
+    """The file of every module by its name, from the folders and not from what imports."""
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def is_public(name):
+    """Whether a module and all packages around it have names without an underscore."""
+    return not any(part.startswith("_") for part in name.split("."))
+
+
+def load_module(name):
+    with warnings.catch_warnings():
+        if name.split(".")[1:2] and name.split(".")[1] in SHIMS:
+            warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(name)
+
+
+def marked(values, chosen, mark):
+    """The parameters of a test, with a mark on those that are chosen."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=mark if value in chosen else (),
+        )
+        for value in values
+    ]
+
+
+def quick(values, chosen):
+    """The parameters of a test; those that are not chosen are left to the exhaustive tier."""
+    assert set(chosen) <= set(values), set(chosen) - set(values)
+    return marked(values, set(values) - set(chosen), pytest.mark.exhaustive)

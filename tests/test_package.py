@@ -1,39 +1,179 @@
+"""The tree of DESIGN.md: layers, names, sizes, and what an import loads."""
+
 import ast
-import doctest
-import importlib
-import re
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from support import assert_close
+from support import (
+    PACKAGE,
+    SHIMS,
+    is_public,
+    load_module,
+    modules_of_the_package,
+)
+from tiers import EVERY
 
 import bn_jax as bn
-from benchmarks.numerics import CONTESTANTS, OURS, cells, load
-from bn_jax.lab import models
 
-ROOT = Path(__file__).parent.parent
-FLOORS = {
-    "_compat": 0,
-    "_paths": 0,
-    "_tables": 0,
-    "_core": 1,
-    "linen": 2,
-    "nnx": 2,
-    "_program": 3,
-    "_recalibrate": 3,
-    "_fold": 3,
-    "_audit": 3,
-    "convert": 3,
-    "optim": 3,
-    "remat": 3,
-    "training": 5,
-    "lab": 5,
-}
+ROOT = PACKAGE.parent
+MODULES = modules_of_the_package()
+
+# From the bottom to the top: a room, which is a file or folder of the package, imports rooms of
+# lower layers and itself.
+LAYERS = [
+    {"_compat", "_moved", "_paths", "_tables"},
+    {"_core"},
+    {"_modules"},
+    {"linen", "nnx"},
+    {"_program", "_fold", "_audit", "_recalibrate", "convert", "optim", "remat"},
+    {"training"},
+    # What `import bn_jax` gives, and with it whoever imports that.
+    {"bn_jax"},
+    {"lab"},
+    {*SHIMS},
+]
+LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+# Here rooms may also import one another, as long as none comes back to itself.
+TOOLS = LAYERS[LAYER_OF["_program"]]
+
+
+def room_of(name):
+    """`_core` for `bn_jax._core.moments`; `bn_jax` for the package itself."""
+    return name.split(".")[1] if "." in name else name
+
+
+def imports_of(path):
+    """The full names of what a file imports, anywhere in it but for the type checker alone."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported_by(path):
+    """The rooms of the package that a file imports; a name that is no room is of the surface."""
+    ours = [name for name in imports_of(path) if name.split(".")[0] == "bn_jax"]
+    rooms = {room_of(name) for name in ours}
+    return {room if room in LAYER_OF else "bn_jax" for room in rooms}
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def test_every_room_has_a_layer():
+    rooms = {room_of(name) for name in MODULES}
+    assert rooms <= set(LAYER_OF)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downwards(name):
+    room = room_of(name)
+    for other in rooms_imported_by(MODULES[name]) - {room}:
+        if not {room, other} <= TOOLS:
+            assert LAYER_OF[other] < LAYER_OF[room], f"{name} imports {other}"
+
+
+def test_no_tool_comes_back_to_itself():
+    imported: dict[str, set[str]] = {room: set() for room in TOOLS}
+    for name, path in MODULES.items():
+        if room_of(name) in TOOLS:
+            imported[room_of(name)] |= rooms_imported_by(path) & TOOLS - {room_of(name)}
+    while imported:
+        free = {room for room, others in imported.items() if not others & set(imported)}
+        assert free, f"a cycle among {imported}"
+        imported = {room: others for room, others in imported.items() if room not in free}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "_core"])
+def test_the_core_imports_jax_alone(name):
+    for imported in imports_of(MODULES[name]):
+        top = imported.split(".")[0]
+        allowed = top == "jax" or top in sys.stdlib_module_names
+        assert allowed or room_of(imported) in ("_core", "_compat"), f"{name} imports {imported}"
+
+
+def test_nothing_private_of_jax_is_imported():
+    private = ".".join(["jax", "_src"])
+    files = [path for folder in ("bn_jax", "benchmarks", "tests") for path in
+             (ROOT / folder).rglob("*.py")]  # fmt: skip
+    assert len(files) > len(MODULES)
+    assert [str(path) for path in files if private in path.read_text()] == []
+
+
+# --- names and sizes ----------------------------------------------------------------------------
+
+
+def test_the_surface_is_named_and_documented():
+    for name in bn.__all__:
+        assert getattr(bn, name).__doc__, name
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    classes = [node for node in source.body if isinstance(node, ast.ClassDef)]
+    assert classes == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_path_of_a_module_leads_to_it(name):
+    """So that `import bn_jax.x as m` and `help(bn_jax.x)` mean the module."""
+    module = load_module(name)
+    found = bn
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+    assert found is module
+
+
+def test_no_public_module_has_the_name_of_a_public_function():
+    exported = {
+        name
+        for module in filter(is_public, MODULES)
+        for name in getattr(load_module(module), "__all__", ())
+        if callable(getattr(load_module(module), name))
+    }
+    assert {"batch_norm", "fold", "from_library"} <= exported
+    assert exported & {name.split(".")[-1] for name in MODULES if is_public(name)} == set()
+
+
+LIBRARY = [name for name in MODULES if room_of(name) != "lab"]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_no_file_of_the_library_is_long(name):
+    assert len(MODULES[name].read_text().splitlines()) <= 600
+
+
+# --- what an import loads -----------------------------------------------------------------------
+
+
+def run(program):
+    """What a program prints in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+IMPORT_THE_CORE = f"""
+import importlib, sys
+for name in {[name for name in MODULES if room_of(name) == "_core"]!r}:
+    importlib.import_module(name)
+print(sorted({{"chex", "flax", "optax"}} & set(sys.modules)))
+"""
+
+
+def test_the_core_loads_without_flax():
+    assert run(IMPORT_THE_CORE) == "[]"
+
+
 OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors", "flatbuffers")
 
 # Flax itself imports rich, so what must not be importable is all that Flax, optax, chex and JAX do
@@ -53,120 +193,25 @@ for name in list(sys.modules):
         del sys.modules[name]
 sys.meta_path.insert(0, Refuse())
 import bn_jax
-bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm, bn_jax.batch_norm
+for name in bn_jax.__all__:
+    getattr(bn_jax, name)
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} - {{"jax"}}))
 """
 
 
-def test_import_needs_nothing_optional():
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['bn_jax']"
+def test_the_whole_surface_needs_nothing_optional():
+    assert run(IMPORT_ALONE) == "['bn_jax']"
 
 
-def imported_by(path):
-    """The rooms of bn_jax and the top-level packages that a file imports anywhere."""
-    rooms, packages = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "bn_jax" and rest:
-                rooms.add(rest[0])
-            elif top not in sys.stdlib_module_names and top != "bn_jax":
-                packages.add(top)
-    return rooms, packages
+# --- tiers --------------------------------------------------------------------------------------
 
 
-def files_of(room):
-    """The file of a room, or those of a folder."""
-    folder = ROOT / "bn_jax" / room
-    return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-
-
-def test_every_room_has_a_floor():
-    rooms = {path.stem for path in (ROOT / "bn_jax").glob("*.py")} - {"__init__"}
-    rooms |= {path.parent.name for path in (ROOT / "bn_jax").glob("*/*.py")}
-    assert rooms == set(FLOORS)
-
-
-@pytest.mark.parametrize("room", FLOORS)
-def test_floors_import_downward(room):
-    for path in files_of(room):
-        rooms, packages = imported_by(path)
-        for other in rooms & set(FLOORS):
-            assert FLOORS[other] <= FLOORS[room], f"{path.name} imports {other}"
-        if FLOORS[room] <= 1:
-            assert packages <= {"jax", "chex"}
-        assert "jax._src" not in path.read_text()
-
-
-def test_the_public_surface_is_named_and_documented():
-    for name in bn.__all__:
-        assert getattr(bn, name).__doc__, name
-    source = ast.parse((ROOT / "bn_jax" / "__init__.py").read_text())
-    defined = [node for node in source.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert defined == []
-
-
-@pytest.mark.parametrize("room", FLOORS)
-def test_docstring_examples(room):
-    module = importlib.import_module(f"bn_jax.{room}")
-    assert doctest.testmod(module).failed == 0
-
-
-@pytest.mark.parametrize("name", [name for name in bn.__all__ if name.islower()])
-def test_public_functions_have_examples(name):
-    documented = getattr(bn, name)
-    documented = getattr(documented, "BatchNorm", documented)
-    assert ">>> " in documented.__doc__
-
-
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def write_resnet50(path):
-    """Zeros under the keys of torchvision."""
-    like = jax.eval_shape(
-        lambda: models.ResNet50(1000).init(jax.random.key(0), jnp.ones((1, 64, 64, 3)), train=False)
-    )
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
-    names = bn.convert.resnet_names
-    bn.convert.save_safetensors(path, bn.convert.to_library(zeros, "pytorch", names=names))
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_examples_run(number, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if "resnet50.safetensors" in SNIPPETS[number]:
-        write_resnet50("resnet50.safetensors")
-    assert len(SNIPPETS) == README.count("```python")
-    assert jax.device_count() == 4
-    scope = {"__name__": "readme"}
-    exec(compile(SNIPPETS[number], "README.md", "exec"), scope)
-    y = scope["y"].reshape(-1, scope["y"].shape[-1])
-    assert jnp.isfinite(y).all()
-    if "updates" in scope and "layer" in scope:
-        # Synchronized: normalized by the statistics of the whole batch.
-        assert_close(y.mean(0), jnp.zeros(3), tolerance=1e-5)
-        assert_close(y.var(0), jnp.ones(3), tolerance=1e-4)
-
-
-def test_readme_quotes_the_measured_figures():
-    measured = load()
-    section = README.split("## Numerical accuracy")[1].split("\n## ")[0]
-    header, _, *quoted = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
-    assert header.split(" | ") == ["input", *CONTESTANTS]
-    assert len(quoted) >= 10
-    for line in quoted:
-        case, *shown = line.split(" | ")
-        assert shown == [cell.replace("|", "\\|") for cell in cells(measured[case])]
-    assert all(row[OURS].within_bound() for row in measured.values())
-    assert f"in all of its {len(measured)} inputs" in section
+def test_the_table_of_the_quick_tier_names_tests_that_exist():
+    for name in EVERY:
+        file, test = name.split("::")
+        functions = [
+            node.name
+            for node in ast.walk(ast.parse((ROOT / "tests" / file).read_text()))
+            if isinstance(node, ast.FunctionDef)
+        ]
+        assert test in functions, name

@@ -1,21 +1,24 @@
 """The measurements of an accelerator work, here on a CPU and small."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import device, report
-from benchmarks.device import FLAX, NORMS, OURS, STRUCK, Sizes
+from benchmarks.device import STRUCK, Sizes
 from benchmarks.inference import Network
+from benchmarks.startup import FLAX, NORMS, OURS, Program, layer
 from benchmarks.sweep import Net
 
+IMAGE: Any = (4, 5)
 SMALL = Sizes(
     layers=((6, 5),),
     block=(2, 4, 4, 3),
     dtypes=(np.float32,),
-    network=Network(partial(Net, width=4), (4, 5)),
+    network=Network(partial(Net, width=4), IMAGE),
     copied=16,
 )
 
@@ -49,7 +52,7 @@ def test_the_table_has_every_arm_of_every_case(measured, monkeypatch, tmp_path):
 
 def test_programs_run_where_they_are_asked_to():
     where = []
-    program = device.Program(lambda x: x + 1, lambda: (jax.numpy.ones(3),))
+    program = Program(lambda x: x + 1, lambda: (jax.numpy.ones(3),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "repeated", lambda function, times: where.append(function()))
         device.measure({"one": program}, jax.devices()[2], rounds=2, repeats=1)
@@ -58,12 +61,17 @@ def test_programs_run_where_they_are_asked_to():
 
 def test_a_call_is_repeated():
     calls = []
-    assert device.repeated(lambda: calls.append(0) or len(calls), 3) == 3
+
+    def count():
+        calls.append(0)
+        return len(calls)
+
+    assert device.repeated(count, 3) == 3
 
 
 @pytest.mark.parametrize("strikes", [False, True])
 def test_the_guard_strikes_where_it_is_said_to(strikes):
-    program = device.layer(NORMS[OURS], (64, 5))
+    program = layer(NORMS[OURS], (64, 5))
     program = device.struck(program) if strikes else program
     variables, x, _ = program.make_arguments()
     delta = variables["batch_stats"]["mean"] - np.mean(x, axis=0)

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def test_what_computes_something_else_is_not_compared(arm, norm, place, found):
         changed = getattr(right, place).copy()
         changed[..., -1] = value
         results = {OURS: right, arm: right._replace(**{place: changed})}
-        programs = {name: {BOTH: partial(Outputs, *one)} for name, one in results.items()}
+        programs: Any = {name: {BOTH: partial(Outputs, *one)} for name, one in results.items()}
         layer.require_agreement(Case(norm, "bfloat16", SHAPE), programs)
 
     compare("y", 1.005)

@@ -60,7 +60,7 @@ def test_no_policy_measures_a_batch_twice():
 
 
 def test_the_docstring_quotes_the_committed_figures():
-    text = cleandoc(bn.remat_policy.__doc__)
+    text = cleandoc(bn.remat_policy.__doc__ or "")
     table = re.findall(r"^ *\| (.*) \|$", text, re.MULTILINE)
     header, *rows = [[cell.strip() for cell in line.split("|")] for line in table]
     assert header == ["keep", "around", "memory", "bytes", "operations"]

@@ -3,6 +3,7 @@
 import subprocess
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from benchmarks.inference import Network
 from benchmarks.startup import FLAX, IMPORTS, NORMS, OURS, PHASES
 from benchmarks.sweep import Net
 
-SMALL = Network(partial(Net, width=4), (4, 5))
+IMAGE: Any = (4, 5)
+SMALL = Network(partial(Net, width=4), IMAGE)
 COMMITTED = report.read("startup")
 
 
@@ -33,7 +35,12 @@ def test_a_size_is_that_of_the_program():
 
 def test_every_phase_is_done_anew():
     traces = []
-    build = startup._Build(startup.Program(lambda x: traces.append(0) or x + 1, lambda: (1.0,)))
+
+    def function(x):
+        traces.append(0)
+        return x + 1
+
+    build = startup._Build(startup.Program(function, lambda: (1.0,)))
     executables = set()
     for _ in range(2):
         for phase in ("forget", *PHASES):
@@ -43,7 +50,7 @@ def test_every_phase_is_done_anew():
 
 
 def test_the_training_step_is_built_in_turns():
-    advanced = []
+    advanced: list[Any] = []
     found = startup.measure_steps(SMALL, 2, partial(advanced.append, 1))
     assert list(found) == [OURS, FLAX] and len(advanced) == 2
     for one in found.values():
@@ -88,7 +95,7 @@ def test_every_call_trains():
 
 
 def test_calls_are_timed_when_compiled(monkeypatch):
-    called = []
+    called: list[Any] = []
     functions = {arm: partial(called.append, arm) for arm in NORMS}
     monkeypatch.setattr(startup, "calls", lambda shape: {"one kind": functions})
     found = startup.measure_calls((2, 3), 4)

@@ -1,6 +1,7 @@
 """All ways of making the runs make the same ones, and the committed figures are of these ways."""
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +32,15 @@ def test_the_runs_are_a_grid():
 def test_a_run_trains(task):
     sizes = SMALL._replace(steps=40, width=32)
     task = sweep.make_task(load_digits(), sizes)
-    slow, fast = (float(sweep.train(NORMS[OURS], sizes, task, rate, 0)) for rate in (1e-3, 0.3))
+    slow, fast = (
+        float(sweep.train(NORMS[OURS], sizes, task, jnp.float32(rate), jnp.int32(0)))
+        for rate in (1e-3, 0.3)
+    )
     assert fast < 0.7 < 0.5 * slow
 
 
 def test_both_ways_of_jax_agree_about_every_run(task):
-    advanced = []
+    advanced: list[Any] = []
     measured = sweep.measure(SMALL, task, 2, partial(advanced.append, 1))
     arms = [f"{name}, {way}" for name in NORMS for way in WAYS]
     assert list(measured)[: len(arms)] == arms and len(advanced) == 4
@@ -45,7 +49,8 @@ def test_both_ways_of_jax_agree_about_every_run(task):
         assert one.runs == SMALL.runs
         assert one.difference <= sweep.TOLERANCE
         assert 0 < one.losses[0] < 0.99 * one.losses[1]
-        assert one.build.median > 0 and one.timing.median > 0
+        assert one.build is not None and one.build.median > 0
+        assert one.timing is not None and one.timing.median > 0
 
 
 def test_runs_that_differ_are_an_error():

@@ -1,14 +1,21 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, define_affine, define_moments, standard_normal
+from support import (
+    assert_close,
+    define_gradients,
+    define_standardized,
+    exact,
+    standard_normal,
+)
 
 import bn_jax as bn
 
-NORMS = {
+NORMS: dict[str, Any] = {
     "layer": (bn.layer_norm, (2,)),
     "layer over positions": (partial(bn.layer_norm, reduction_axes=(1, 2)), (1, 2)),
     "group": (partial(bn.group_norm, num_groups=1), (1, 2)),
@@ -17,12 +24,9 @@ NORMS = {
 PARAMS = {"scale": standard_normal(0, (64,)), "bias": standard_normal(1, (64,))}
 
 
-def define(x, axes, mask=None, epsilon=1e-6):
-    """In float64; `axes` are those that the statistics are taken over."""
-    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    _, mean, var = define_moments(x, kept, mask)
-    ones, zeros = np.ones(mean.shape), np.zeros(mean.shape)
-    normalized = define_affine(x, mean, var, ones, zeros, kept, epsilon)
+def define(x, axes, mask=None):
+    """`axes` are those that the statistics are taken over."""
+    normalized = define_standardized(x, axes, mask)
     return normalized * np.asarray(PARAMS["scale"]) + np.asarray(PARAMS["bias"])
 
 
@@ -46,13 +50,13 @@ def test_gradients_of_a_layer_norm_far_from_zero(offset):
     x = x + np.float32(offset)
     _, pull = jax.vjp(bn.layer_norm, PARAMS, x)
     d_params, d_x = pull(cotangent)
-    mean, var = (one[:, None] for one in define_moments(x, 0)[1:])
-    deviation, pulled = np.sqrt(var + 1e-6), np.float64(cotangent)
-    normalized = (np.float64(x) - mean) / deviation
-    through = pulled * np.asarray(PARAMS["scale"])
-    mean_of, share = (one.mean(1, keepdims=True) for one in (through, through * normalized))
-    assert_close(d_x, (through - mean_of - normalized * share) / deviation)
-    assert_close(d_params, {"scale": (pulled * normalized).sum(0), "bias": pulled.sum(0)})
+    # A layer norm of rows is a batch norm of columns, but for scale and bias.
+    plain = {"scale": np.ones(32), "bias": np.zeros(32)}
+    through = (exact(cotangent) * exact(PARAMS["scale"])).T
+    _, expected = define_gradients(plain, x.T, None, lambda y: through, epsilon=1e-6)
+    assert_close(d_x, expected.T)
+    of_scale = (exact(cotangent) * define_standardized(x, 1)).sum(0)
+    assert_close(d_params, {"scale": of_scale, "bias": exact(cotangent).sum(0)})
 
 
 @pytest.mark.parametrize("value", [0.0, -7.3, 3e10, 1e30])
@@ -93,8 +97,7 @@ def test_what_the_mask_leaves_out_reaches_nothing(name):
     # It counts as normalized.
     assert_close(y[2], np.asarray(x[2]) * scale + bias)
     if name == "rms":
-        mean_square = jnp.mean(jnp.square(x[:2]), 2, keepdims=True, where=mask[:2])
-        normalized = np.asarray(x[:2] / jnp.sqrt(mean_square + 1e-6))
+        normalized = define_standardized(x[:2], 2, mask[:2], about_zero=True)
         assert_close(y[:2], normalized * scale + bias)
     else:
         assert_close(y[:2], define(x[:2], axes, mask[:2]))
@@ -110,12 +113,12 @@ def test_the_dtype_of_the_result_is_that_of_x_and_params_promoted(norm):
 
 X = jnp.ones((2, 3, 4))
 FOUR = bn.init_params(4)
-ERRORS = {
+ERRORS: dict[str, Any] = {
     "integers": (bn.layer_norm, FOUR, X.astype(int), {}, TypeError, "x has dtype int32"),
     "features": (
         bn.layer_norm, bn.init_params(3), X, {}, ValueError,
         r"x of shape \(2, 3, 4\) has features of shape \(4,\) on feature_axes=-1, but params has "
-        r"{'scale': \(3,\), 'bias': \(3,\)}.*make anew with bn_jax.init_params\(\(4,\)\)",
+        r"{'scale': \(3,\), 'bias': \(3,\)}.*make new trees with bn_jax.init_params\(\(4,\)\)",
     ),
     "features of groups": (
         bn.group_norm, bn.init_params(3), X, {"num_groups": 2}, ValueError,

@@ -2,7 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, differentiate, fuses_reductions, standard_normal, written_out
+from support import (
+    assert_close,
+    define_affine,
+    differentiate,
+    exact,
+    fuses_reductions,
+    standard_normal,
+    written_out,
+)
 
 import bn_jax as bn
 from bn_jax._core.standardize import standardize
@@ -29,10 +37,10 @@ def make_transform(present=("scale", "bias"), statistics=(1, 3)):
 
 
 def define(x, shift, delta, var_plus_epsilon, scale, bias):
-    scale = np.ones((1, 3)) if scale is None else scale
-    bias = np.zeros((1, 3)) if bias is None else bias
-    x, mean = np.float64(x), np.float64(shift) + np.float64(delta)
-    return (x - mean) / np.sqrt(np.float64(var_plus_epsilon)) * np.float64(scale) + np.float64(bias)
+    """By features, or by rows as in a layer norm, whose scale and bias are of the features."""
+    mean, axis = exact(shift) + exact(delta), -1 if len(shift) == 1 else 0
+    y = define_affine(x, mean, var_plus_epsilon, axis=axis, epsilon=0)
+    return define_affine(y, np.zeros(3), np.ones(3), scale, bias, epsilon=0)
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)

@@ -9,6 +9,7 @@ The weights are drawn by key, shape and dtype (`drawn`), so that they need not b
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -187,7 +188,7 @@ def equinox_case(rank, x, mode):
     model, state = eqx.nn.make_with_state(Net)()
     whole = jax.tree.map(lambda n: state.get(n) if is_index(n) else n, model, is_leaf=is_index)
     leaves = jax.tree.leaves_with_path(eqx.filter(whole, eqx.is_array))
-    separated = {"simple": True, "separator": "."}
+    separated: Any = {"simple": True, "separator": "."}
     arrays = described({jax.tree_util.keystr(path, **separated): leaf for path, leaf in leaves})
     values = {one[0]: jax.numpy.asarray(drawn(*one)) for one in arrays}
 

@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from modules import test_flax_compat as contract
 from support import far_from_initial
 
 from bn_jax import linen, training
@@ -158,7 +158,7 @@ def made_by(api, direction):
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 @pytest.mark.parametrize("saving", [0, 1], ids=["ours", "flax"])
 def test_orbax_checkpoints_move_between_flax_and_ours(tmp_path, api, saving):
-    """Those of msgpack are in tests/test_flax_compat.py."""
+    """Those of msgpack are in tests/modules/test_flax_compat.py."""
     saved = far_from_initial(made_by(api, saving)[0])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "norms", saved)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from support import assert_close, exact
 
 from bn_jax.lab.experiments import (
     batch_leakage,
@@ -14,7 +15,6 @@ from bn_jax.lab.experiments import (
     unbiased_variance,
 )
 from bn_jax.lab.experiments.verdicts import Setting
-from tests.support import assert_close, exact
 
 
 def test_running_variances_of_many_batches():

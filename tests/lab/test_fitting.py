@@ -65,8 +65,8 @@ def test_fit_reports():
 def test_fit_is_reproducible_and_shuffles():
     (*_, (state, _)), (*_, (again, _)), (*_, (other, _)) = run(), run(), run(seed=1)
     jax.tree.map(np.testing.assert_array_equal, variables(state), variables(again))
-    kernels = (s.params["classifier"]["kernel"] for s in (state, other))
-    assert not np.allclose(*kernels, atol=1e-5)
+    kernel, other_kernel = (s.params["classifier"]["kernel"] for s in (state, other))
+    assert not np.allclose(kernel, other_kernel, atol=1e-5)
     assert state.step == 15
 
 

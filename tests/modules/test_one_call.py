@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def test_captured_intermediates_have_the_same_names(pair):
     options = {"capture_intermediates": True, "mutable": ["intermediates"]}
     _, expected = theirs.apply(variables, X, **options)
     _, found = wrap(model.apply)(variables, X, **options)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_structs(found, expected)
     assert len(jax.tree.leaves(found)) >= 4
 
 

@@ -2,15 +2,17 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close, define_batch_norm, exact, standard_normal
+from support import assert_close, define_batch_norm, define_standardized, standard_normal
 
 import bn_jax as bn
 
@@ -21,8 +23,8 @@ GOLDEN = {
 }
 IMAGES, CUMULATIVE = GOLDEN["BatchNorm2d", 0.1], GOLDEN["BatchNorm2d", None]
 STEPS = [jnp.asarray(step["x"], jnp.float32) for step in IMAGES["steps"]]
-TRANSLATED = dict(momentum=0.9, running_var_ddof=1, epsilon=1e-3, axis=1)
-ROWS = {}
+TRANSLATED: dict[str, Any] = dict(momentum=0.9, running_var_ddof=1, epsilon=1e-3, axis=1)
+ROWS: dict[str, Callable[[], None]] = {}
 
 
 def row(cell):
@@ -190,9 +192,7 @@ def one_value():
         train_one.apply(variables_of(IMAGES), STEPS[0][:1, :, :1, :1], mutable=["batch_stats"])
 
 
-def standardized(x, axes, epsilon=1e-5):
-    x = exact(x)
-    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + epsilon)
+standardized = partial(define_standardized, epsilon=1e-5)
 
 
 @row("`LayerNorm((5, 6))`")

@@ -1,0 +1,206 @@
+"""What a mask leaves out of batch norm, and what it keeps."""
+
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import (
+    assert_close,
+    define_affine,
+    define_batch_norm,
+    define_moments,
+    features_of,
+    make_state,
+    quick,
+    standard_normal,
+)
+
+import bn_jax as bn
+
+TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
+EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+
+@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
+def test_masked_is_the_subset(poison, dtype):
+    x, (params, stats) = standard_normal(11, (8, 2, 3)) + 1, make_state((3,))
+    valid = np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)
+    mask = jnp.asarray(valid.astype(dtype))[:, None, None]
+    weights = standard_normal(12, x.shape)
+
+    def loss(params, x, mask, weights):
+        y, updated = TRAIN(params, stats, x, mask=mask)
+        kept = y * weights if mask is None else jnp.where(mask.astype(bool), y * weights, 0)
+        return jnp.sum(jnp.sin(kept)), (y, updated)
+
+    differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    poisoned = jnp.where(mask.astype(bool), x, poison)
+    (total, (y, updated)), (of_params, of_x) = differentiated(params, poisoned, mask, weights)
+    subset = differentiated(params, x[valid], None, weights[valid])
+    (expected, (expected_y, expected_stats)), (expected_of_params, expected_of_x) = subset
+    assert_close(total, expected)
+    assert_close(y[valid], expected_y)
+    assert_close(updated, expected_stats)
+    assert_close(of_params, expected_of_params)
+    assert_close(of_x[valid], expected_of_x)
+    assert (of_x[~valid] == 0).all()
+
+
+def test_masked_is_the_subset_in_forward_mode():
+    x, (params, stats) = standard_normal(37, (8, 3)).at[2].set(jnp.nan), make_state((3,))
+    valid = np.arange(8) != 2
+    dx = standard_normal(38, x.shape).at[2].set(jnp.inf)
+
+    def push(rows, mask):
+        train = partial(TRAIN, params, stats, mask=mask)
+        _, (dy, updated) = jax.jvp(train, (x[rows],), (dx[rows],))
+        return dy, updated
+
+    dy, updated = jax.jit(partial(push, slice(None)))(valid[:, None])
+    assert_close((dy[valid], updated), jax.jit(partial(push, valid))(None))
+
+
+def test_every_position_is_normalized():
+    x, (params, stats) = standard_normal(13, (6, 3)), make_state((3,))
+    mask = jnp.array([True, True, True, True, False, False])[:, None]
+    y, _ = TRAIN(params, stats, x, mask=mask)
+    _, mean, var = define_moments(x, mask=mask)
+    assert_close(y, define_affine(x, mean, var, **params))
+
+
+def test_a_feature_with_nothing_valid_keeps_its_statistics():
+    x, (params, stats) = standard_normal(14, (6, 3)).at[:, 1].set(jnp.nan), make_state((3,))
+    mask = jnp.array([[True, False, True]])
+    y, updated = TRAIN(params, stats, x, mask=mask)
+    kept = jnp.array([0, 2])
+    params_kept, stats_kept = (
+        {name: leaf[kept] for name, leaf in tree.items()} for tree in (params, stats)
+    )
+    expected = define_batch_norm(params_kept, stats_kept, x[:, kept])
+    assert_close((y[:, kept], {n: leaf[kept] for n, leaf in updated.items()}), expected)
+    for name in stats:
+        assert updated[name][1] == stats[name][1]
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 1, 1, 1), (1, 2, 4, 1), (4, 1), (1, 1, 1, 3), (3,), (), (6, 2, 4, 3), (2, 1, 3)]
+)
+@pytest.mark.parametrize(
+    ("weighted", "axis"),
+    [
+        (False, -1),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in ((True, -1), (False, 1), (True, 1), (False, (2, 3)), (True, (2, 3)))
+        ),
+    ],
+)
+def test_a_mask_broadcasts_from_any_side(shape, weighted, axis):
+    x = standard_normal(39, (6, 2, 4, 3)) + 1
+    weights = np.abs(standard_normal(40, shape)) + 0.1
+    chosen = np.asarray(standard_normal(41, shape)) > -0.7
+    # The first entry stays, so that no feature is left without any value for lack of luck.
+    chosen = chosen | (np.arange(chosen.size).reshape(shape) == 0)
+    mask = weights * chosen if weighted else chosen
+    valid = np.broadcast_to(chosen, x.shape)
+    params, stats = make_state(features_of(x.shape, axis))
+    train = jax.jit(partial(TRAIN, axis=axis))
+    y, updated = train(params, stats, jnp.where(valid, x, jnp.nan), mask=mask)
+    count, mean, var = define_moments(x, axis, mask)
+    some = count > 0
+    expected, expected_stats = define_batch_norm(params, stats, x, axis=axis, mask=mask)
+    for name, old in stats.items():
+        assert_close(updated[name], np.where(some, expected_stats[name], old))
+    mean, var = np.where(some, mean, stats["mean"]), np.where(some, var, stats["var"])
+    expected = define_affine(x, mean, var, **params, axis=axis)
+    assert_close(y[valid], expected[valid])
+
+
+def test_a_loss_on_a_masked_position_reaches_it_through_normalization_alone():
+    x, (params, stats) = standard_normal(42, (6, 3)), make_state((3,))
+    mask = jnp.array([True, True, False, True, True, True])[:, None]
+    gradient = jax.grad(lambda x: TRAIN(params, stats, x, mask=mask)[0][2].sum())(x)
+    _, _, var = define_moments(x, mask=mask)
+    assert_close(gradient[2], params["scale"] / np.sqrt(var + 1e-5))
+    ignoring = jax.grad(lambda x: TRAIN(params, stats, x, mask=mask)[0][3].sum())(x)
+    assert (ignoring[2] == 0).all()
+    assert (jnp.abs(ignoring[:2]) > 1e-3).any()
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_batch_with_nothing_valid(rows):
+    x, (params, stats) = standard_normal(15, (rows, 3)), make_state((3,))
+    y, updated = TRAIN(params, stats, x, mask=jnp.zeros((rows, 1), bool))
+    chex.assert_trees_all_equal(updated, stats)
+    assert y.shape == x.shape
+    assert_close(y, EVALUATE(params, stats, x)[0])
+
+
+@pytest.mark.parametrize("poison", quick([np.nan, np.inf], [np.nan]))
+@pytest.mark.parametrize("where", ["x", "residual"])
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_masked_poison_does_not_meet_the_activation(use_running_average, where, poison):
+    x, residual = standard_normal(60, (6, 3)), standard_normal(61, (6, 3))
+    params, stats = make_state((3,))
+    params["slope"] = jnp.float32(0.7)
+    valid = np.arange(6) != 2
+
+    def loss(params, x, residual, mask):
+        slope = params["slope"]
+        own: Any = {name: params[name] for name in ("scale", "bias")}
+        y, _ = bn.batch_norm(
+            own, stats, x, mask=mask, residual=residual, use_running_average=use_running_average,
+            activation=lambda y: y * jax.nn.sigmoid(slope * y),
+        )  # fmt: skip
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0))
+
+    poisoned = {"x": x, "residual": residual}
+    poisoned[where] = poisoned[where].at[2].set(poison)
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    found = gradient(params, *poisoned.values(), jnp.asarray(valid)[:, None])
+    expected = gradient(params, x[valid], residual[valid], jnp.ones((5, 1), bool))
+    assert_close(found[0], expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert_close(one[valid], other)
+        assert (one[2] == 0).all()
+
+
+@pytest.mark.parametrize("function", [TRAIN, EVALUATE], ids=["training", "evaluation"])
+def test_masked_poison_does_not_come_back_from_later_layers(function):
+    x, (params, stats) = standard_normal(64, (6, 3)), make_state((3,))
+    valid = np.arange(6) != 2
+
+    def loss(params, x, mask):
+        y, _ = function(params, stats, x, mask=mask)
+        return jnp.sum(jnp.where(mask, jax.nn.silu(y), 0))
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    of_params, of_x = gradient(params, x.at[2].set(jnp.nan), jnp.asarray(valid)[:, None])
+    expected = gradient(params, x[valid], jnp.ones((5, 1), bool))
+    assert_close((of_params, of_x[valid]), expected)
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.silu])
+def test_poison_that_is_not_masked_shows_in_the_gradient(activation):
+    x, (params, stats) = standard_normal(63, (6, 3)).at[2, 1].set(jnp.nan), make_state((3,))
+
+    def loss(params, mask):
+        y, _ = EVALUATE(params, stats, x, mask=mask, activation=activation)
+        return jnp.sum(jnp.sin(y))
+
+    of_bias = jax.grad(loss)(params, jnp.ones((6, 1), bool))["bias"]
+    assert jnp.isnan(of_bias).tolist() == [False, True, False]
+
+
+def test_a_mask_that_leaves_one_value_is_no_error():
+    x, (params, stats) = standard_normal(33, (4, 3)), make_state((3,))
+    mask = jnp.array([[False], [True], [False], [False]])
+    y, _ = TRAIN(params, stats, x, mask=mask)
+    assert_close(y[1], params["bias"])

@@ -1,0 +1,143 @@
+"""Every example of a docstring and of the README runs, and what the README quotes is measured."""
+
+import ast
+import doctest
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import (
+    assert_close,
+    is_public,
+    load_module,
+    modules_of_the_package,
+)
+
+import bn_jax as bn
+from benchmarks.numerics import CONTESTANTS, OURS, cells, load
+from bn_jax.lab import models
+
+ROOT = Path(__file__).parent.parent
+MODULES = modules_of_the_package()
+# What users import; modules further down are implementation, which a package above them exports.
+PUBLIC = [
+    name
+    for name in MODULES
+    if is_public(name) and name.count(".") <= (2 if name.startswith("bn_jax.lab") else 1)
+]
+
+# --- docstrings ---------------------------------------------------------------------------------
+
+
+def examples_written(path):
+    """How many examples the docstrings of a file hold."""
+    parser = doctest.DocTestParser()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return sum(
+        len(parser.get_examples(ast.get_docstring(node) or ""))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, documented)
+    )
+
+
+WITH_EXAMPLES = [name for name in MODULES if ">>>" in MODULES[name].read_text()]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_every_docstring_example_runs(name):
+    """Also one of a function that a decorator hides from `doctest`."""
+    tests = doctest.DocTestFinder().find(load_module(name))
+    runner = doctest.DocTestRunner()
+    printed: list[str] = []
+    for test in tests:
+        runner.run(test, out=printed.append)
+    outcome = runner.summarize(verbose=False)
+    assert outcome.failed == 0, "".join(printed)
+    assert outcome.attempted == examples_written(MODULES[name]) > 0
+
+
+# --- what is exported ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_module_says_what_it_exports(module):
+    module = load_module(module)
+    assert module.__doc__
+    assert len(module.__all__) == len(set(module.__all__))
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert inspect.getdoc(value) or not callable(value), name
+
+
+def needs_example(module, name):
+    """Functions and Flax modules are called; types and constants are looked up."""
+    value = getattr(module, name)
+    if inspect.isclass(value):
+        return issubclass(value, nn.Module | nnx.Module)
+    return callable(value)
+
+
+LIBRARY = [name for name in PUBLIC if not name.startswith("bn_jax.lab")]
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_every_public_function_has_an_example(module):
+    module = load_module(module)
+    assert [
+        name
+        for name in module.__all__
+        if needs_example(module, name) and ">>> " not in getattr(module, name).__doc__
+    ] == []
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def write_resnet50(path):
+    """Zeros under the keys of torchvision."""
+    like = jax.eval_shape(
+        lambda: models.ResNet50(1000).init(jax.random.key(0), jnp.ones((1, 64, 64, 3)), train=False)
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+    names = bn.convert.resnet_names
+    bn.convert.save_safetensors(path, bn.convert.to_library(zeros, "pytorch", names=names))
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_examples_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "resnet50.safetensors" in SNIPPETS[number]:
+        write_resnet50("resnet50.safetensors")
+    assert len(SNIPPETS) == README.count("```python")
+    assert jax.device_count() == 4
+    scope: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(SNIPPETS[number], "README.md", "exec"), scope)
+    y = scope["y"].reshape(-1, scope["y"].shape[-1])
+    assert jnp.isfinite(y).all()
+    if "updates" in scope and "layer" in scope:
+        # Synchronized: normalized by the statistics of the whole batch.
+        assert_close(y.mean(0), jnp.zeros(3), tolerance=1e-5)
+        assert_close(y.var(0), jnp.ones(3), tolerance=1e-4)
+
+
+def test_readme_quotes_the_measured_figures():
+    measured = load()
+    section = README.split("## Numerical accuracy")[1].split("\n## ")[0]
+    header, _, *quoted = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    assert header.split(" | ") == ["input", *CONTESTANTS]
+    assert len(quoted) >= 10
+    for line in quoted:
+        case, *shown = line.split(" | ")
+        assert shown == [cell.replace("|", "\\|") for cell in cells(measured[case])]
+    assert all(row[OURS].within_bound() for row in measured.values())
+    assert f"in all of its {len(measured)} inputs" in section
