@@ -32,11 +32,13 @@ class Chain(NamedTuple):
         steps: the affine ones among them.
         passed: the indices of all of them; those that are no steps change the shape.
         output: the value that the last one returns.
+        features: the feature of each position of the output.
     """
 
     steps: tuple[ChainStep, ...]
     passed: tuple[int, ...]
     output: int
+    features: Array
 
 
 def follow(program: Program, linear: Linear, norms: Collection[Norm]) -> Chain:
@@ -44,15 +46,13 @@ def follow(program: Program, linear: Linear, norms: Collection[Norm]) -> Chain:
 
     After its last norm it contains steps by variables only.
     """
-    start = program.equations[linear.equation].outputs[0]
-    chain = best = Chain((), (), start)
-    features = _features_of_output(program, linear)
+    chain = best = _start(program, linear)
     comes_from_variables = True
     while (index := program.only_consumer(chain.output)) is not None:
-        extended = _extended(program, chain, features, index)
+        extended = _extended(program, chain, index)
         if extended is None or loses_imaginary(program, linear.kernel, [index]):
             break
-        chain, features = extended
+        chain = extended
         step = as_affine_step(program, program.equations[index])
         if step is None or step.kind == "same":
             continue
@@ -86,22 +86,21 @@ def steps_of_norm(program: Program, norm: Norm) -> tuple[ChainStep, ...] | None:
     return tuple(ChainStep(step.kind, step.operand, features) for step in steps)
 
 
-def _features_of_output(program: Program, linear: Linear) -> Array:
-    """Returns the features of a linear layer's output: its kernel's output dimensions."""
+def _start(program: Program, linear: Linear) -> Chain:
+    """Returns the empty chain, whose features are the output dimensions of the kernel."""
     shape = program.avals[linear.kernel].shape
     sizes = [shape[dimension] for dimension in linear.kernel_outputs]
     output = program.equations[linear.equation].outputs[0]
     rank = len(program.avals[output].shape)
-    return placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
+    features = placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
+    return Chain((), (), output, features)
 
 
-def _extended(
-    program: Program, chain: Chain, features: Array, index: int
-) -> tuple[Chain, Array] | None:
-    """Returns a chain with one more equation, and the features of the positions after it."""
+def _extended(program: Program, chain: Chain, index: int) -> Chain | None:
+    """Returns a chain with one more equation; None if that can be no part of it."""
     equation = program.equations[index]
     step = as_affine_step(program, equation)
-    steps = chain.steps
+    steps, features = chain.steps, chain.features
     if step is None:
         after = moved(program, equation, features)
         if after is None:
@@ -111,7 +110,7 @@ def _extended(
         steps = (*steps, ChainStep(step.kind, step.operand, features))
     else:
         return None
-    return Chain(steps, (*chain.passed, index), equation.outputs[0]), features
+    return Chain(steps, (*chain.passed, index), equation.outputs[0], features)
 
 
 def _fits(program: Program, equation: Equation, step: Affine, features: Array) -> bool:

@@ -48,13 +48,6 @@ class Decisions(NamedTuple):
     reasons: dict[int, str]
 
 
-class _Target(NamedTuple):
-    """A linear layer that a norm feeds, and the changes of shape and dtype on the way."""
-
-    linear: Linear
-    passed: tuple[int, ...]
-
-
 def decide(program: Program) -> Decisions:
     """Folds each norm into the linear layer before it, or else into those after it."""
     found = (as_linear(program, index) for index in range(len(program.equations)))
@@ -88,19 +81,18 @@ def _decide_backward(program: Program, decisions: Decisions, number: int) -> Non
         return
     decisions.steps[number] = steps
     targets, obstacle = _targets(program, decisions.linears, norm.output, steps[0].features, ())
-    for target in targets:
-        obstacle = obstacle or _why_not_across(program, norm, target)
+    for index, passed in targets.items():
+        obstacle = obstacle or _why_not_across(program, norm, decisions.linears[index], passed)
     if obstacle is not None:
         before = _why_not_before(program, decisions.linears, norm)
         decisions.reasons[number] = f"{before}, and {obstacle}."
         return
-    decisions.homes[number] = [target.linear.equation for target in targets]
+    decisions.homes[number] = list(targets)
     others = [other for other in decisions.norms if other is not norm]
-    for target in targets:
-        index = target.linear.equation
-        decisions.before[index] = Before(steps, target.passed)
+    for index, passed in targets.items():
+        decisions.before[index] = Before(steps, passed)
         if index not in decisions.chains:
-            decisions.chains[index] = follow(program, target.linear, others)
+            decisions.chains[index] = follow(program, decisions.linears[index], others)
 
 
 def _targets(
@@ -109,11 +101,14 @@ def _targets(
     value: int,
     features: Array,
     passed: tuple[int, ...],
-) -> tuple[list[_Target], str | None]:
-    """Returns the linear layers that a value goes to, or why it cannot go into all of them."""
+) -> tuple[dict[int, tuple[int, ...]], str | None]:
+    """Returns the linear layers that a value goes to, or why it cannot go into all of them.
+
+    By the index of the layer these are the changes of shape and dtype on the way, after `passed`.
+    """
     if program.uses[value] > len(program.consumers[value]):
-        return [], "its output is returned"
-    targets: list[_Target] = []
+        return {}, "its output is returned"
+    targets: dict[int, tuple[int, ...]] = {}
     for index in program.consumers[value]:
         equation = program.equations[index]
         after = moved(program, equation, features, spreads=True)
@@ -122,15 +117,15 @@ def _targets(
             after = features
         if index in linears:
             obstacle = _why_not_into(linears[index], features)
-            further = [_Target(linears[index], passed)]
+            further = {index: passed}
         elif after is not None:
             output = equation.outputs[0]
             further, obstacle = _targets(program, linears, output, after, (*passed, index))
         else:
-            further, obstacle = [], f"its output goes to `{equation.function}`"
+            further, obstacle = {}, f"its output goes to `{equation.function}`"
         if obstacle is not None:
-            return [], obstacle
-        targets += further
+            return {}, obstacle
+        targets.update(further)
     return targets, None
 
 
@@ -158,12 +153,13 @@ def _why_not_into(linear: Linear, features: Array) -> str | None:
     return None
 
 
-def _why_not_across(program: Program, norm: Norm, target: _Target) -> str | None:
+def _why_not_across(
+    program: Program, norm: Norm, linear: Linear, passed: tuple[int, ...]
+) -> str | None:
     """Returns why the kernel of the layer after a norm cannot take over its arithmetic."""
-    linear = target.linear
     if loses_imaginary(program, linear.kernel, norm.steps):
         return "the kernel after it is stored as real numbers, but its scale is complex"
-    between = [program.equations[index].outputs[0] for index in target.passed]
+    between = [program.equations[index].outputs[0] for index in passed]
     dtypes = [program.avals[value].dtype for value in (norm.output, *between, linear.data)]
     narrowest = min(dtypes, key=_digits)
     widest = max(_digits(dtypes[0]), _digits(program.avals[norm.input].dtype))

@@ -16,7 +16,7 @@ def kernel_root(program: Program, value: int) -> tuple[int, tuple[Equation, ...]
     """Returns the value that a kernel is a rearrangement of, and the equations between them."""
     layout: list[Equation] = []
     while (equation := program.producer(value)) is not None and equation.name in LAYOUT:
-        before, after = (program.avals[ends[0]] for ends in (equation.inputs, equation.outputs))
+        before, after = program.avals[equation.inputs[0]], program.avals[value]
         if prod(before.shape) != prod(after.shape) or not jnp.issubdtype(before.dtype, jnp.inexact):
             break
         layout.append(equation)
