@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,16 +25,6 @@ class Known:
     def __getitem__(self, value: int) -> Any:
         self._values = evaluate(self.program, self._values, [value])
         return self._values[value]
-
-
-class Source(Protocol):
-    """How parameters are computed that belong together."""
-
-    def compute(self, known: Known) -> Sequence[Any]:
-        """Returns the parameters: arrays of NumPy in double precision, or values as they are."""
-
-    def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
-        """Returns what two traces of a function must agree in to compute the same parameters."""
 
 
 class StoredValue(NamedTuple):
@@ -118,6 +108,12 @@ class KernelAndBias(NamedTuple):
         after = _recipe_of_steps(program, self.chain.steps, seen)
         kernel = recipe_of(program, self.linear.kernel, seen)
         return kernel, self.linear.kernel_outputs, before, after
+
+
+# How parameters that belong together are computed. `compute` returns them, as arrays of NumPy in
+# double precision or as the values that they are. `recipe` returns what two traces of a function
+# must agree in to compute the same parameters.
+Source: TypeAlias = StoredValue | ScaleAndOffset | KernelAndBias
 
 
 def _recipe_of_steps(

@@ -14,10 +14,8 @@ from bn_jax._program.primitives import LAYOUT, SHAPES
 class Key(NamedTuple):
     """The value of a parameter that is in no program before it is folded.
 
-    Attributes:
-        owner: of a kernel or its bias the index of the equation of the linear layer; of a scale or
-            an offset the number of the norm.
-        part: which parameter it is.
+    The owner of a kernel or its bias is the index of the linear layer's equation, that of a scale
+    or an offset the number of the norm.
     """
 
     owner: int
@@ -68,9 +66,7 @@ class FoldedStep(NamedTuple):
 class Signature(NamedTuple):
     """What must be the same for all arguments of a folded model.
 
-    Attributes:
-        parameters: path, shape and dtype of each, and how it is computed.
-        report: what became of each norm.
+    These are the path, shape and dtype of each parameter, how it is computed, and the report.
     """
 
     parameters: tuple[tuple[str, Hashable], ...]
