@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from bn_jax._fold.decisions import Decisions, decide
+from bn_jax._fold.features import placed
 from bn_jax._fold.kernels import kernel_root, path_of, widest_dtype
 from bn_jax._fold.parameters import KernelAndBias, ScaleAndOffset, Source, StoredValue
 from bn_jax._fold.report import FoldedNorm, FoldReport
@@ -163,10 +164,7 @@ def _layer_step(program: Program, decisions: Decisions, index: int) -> FoldedSte
         operands = {linear.data: data, linear.kernel: kernel}
         (y,) = equation.run([operands[value] for value in equation.inputs])
         if bias is not None:
-            shape = [1] * y.ndim
-            for dimension in linear.outputs:
-                shape[dimension] = y.shape[dimension]
-            y = y.astype(wide) + bias.astype(wide).reshape(shape)
+            y = y.astype(wide) + placed(bias.astype(wide), linear.outputs, y.ndim)
         y = y.astype(dtype)
         for reshape in reshapes:
             (y,) = reshape.run([y])
