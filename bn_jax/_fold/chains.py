@@ -1,13 +1,13 @@
 """The equations after a linear layer that can go into its kernel and bias."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from bn_jax._fold.features import Array, broadcast_root, moved, placed
-from bn_jax._fold.kernels import is_stored_real, multiplies_by_complex
+from bn_jax._fold.kernels import loses_imaginary
 from bn_jax._program import Affine, Equation, Linear, Norm, Program, as_affine_step
 
 
@@ -32,31 +32,28 @@ class Chain(NamedTuple):
         steps: the affine ones among them.
         passed: the indices of all of them; those that are no steps change the shape.
         output: the value that the last one returns.
+        features: the feature of each position of the output.
     """
 
     steps: tuple[ChainStep, ...]
     passed: tuple[int, ...]
     output: int
+    features: Array
 
 
-def follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> Chain:
+def follow(program: Program, linear: Linear, norms: Collection[Norm]) -> Chain:
     """Returns the longest chain after a linear layer that cuts no norm in two.
 
     After its last norm it contains steps by variables only.
     """
-    norms = tuple(norms)
-    start = program.equations[linear.equation].outputs[0]
-    chain = best = Chain((), (), start)
-    features = _features_of_output(program, linear)
-    is_real = is_stored_real(program, linear.kernel)
+    chain = best = _start(program, linear)
     comes_from_variables = True
     while (index := program.only_consumer(chain.output)) is not None:
-        equation = program.equations[index]
-        extended = _extended(program, chain, features, index)
-        if extended is None or (is_real and multiplies_by_complex(program, equation)):
+        extended = _extended(program, chain, index)
+        if extended is None or loses_imaginary(program, linear.kernel, [index]):
             break
-        chain, features = extended
-        step = as_affine_step(program, equation)
+        chain = extended
+        step = as_affine_step(program, program.equations[index])
         if step is None or step.kind == "same":
             continue
         # After the last norm a constant stays in the program: it may depend on the batch size.
@@ -68,28 +65,42 @@ def follow(program: Program, linear: Linear, norms: Iterable[Norm]) -> Chain:
     return best
 
 
-def steps_of_norm(program: Program, norm: Norm, features: Array) -> list[ChainStep]:
-    """Returns the steps of a norm that changes no shape."""
-    steps = (as_affine_step(program, program.equations[index]) for index in norm.steps)
-    return [ChainStep(step.kind, step.operand, features) for step in steps if step is not None]
+def steps_of_norm(program: Program, norm: Norm) -> tuple[ChainStep, ...] | None:
+    """Returns the steps of a norm on the features of its input; None if it changes the shape.
+
+    Its features are all positions along the axes that any of its operands varies along.
+    """
+    input_shape = program.avals[norm.input].shape
+    shape = (1,) * len(input_shape)
+    steps: list[Affine] = []
+    for index in norm.steps:
+        equation = program.equations[index]
+        step = as_affine_step(program, equation)
+        if step is None or program.avals[equation.outputs[0]].shape != input_shape:
+            return None
+        if step.operand is not None:
+            _, operand_shape = broadcast_root(program, step.operand)
+            shape = np.broadcast_shapes(shape, operand_shape)
+        steps.append(step)
+    features = np.arange(prod(shape)).reshape(shape)
+    return tuple(ChainStep(step.kind, step.operand, features) for step in steps)
 
 
-def _features_of_output(program: Program, linear: Linear) -> Array:
-    """Returns the features of a linear layer's output: its kernel's output dimensions."""
+def _start(program: Program, linear: Linear) -> Chain:
+    """Returns the empty chain, whose features are the output dimensions of the kernel."""
     shape = program.avals[linear.kernel].shape
     sizes = [shape[dimension] for dimension in linear.kernel_outputs]
     output = program.equations[linear.equation].outputs[0]
     rank = len(program.avals[output].shape)
-    return placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
+    features = placed(np.arange(prod(sizes)).reshape(sizes), linear.outputs, rank)
+    return Chain((), (), output, features)
 
 
-def _extended(
-    program: Program, chain: Chain, features: Array, index: int
-) -> tuple[Chain, Array] | None:
-    """Returns a chain with one more equation, and the features of the positions after it."""
+def _extended(program: Program, chain: Chain, index: int) -> Chain | None:
+    """Returns a chain with one more equation; None if that can be no part of it."""
     equation = program.equations[index]
     step = as_affine_step(program, equation)
-    steps = chain.steps
+    steps, features = chain.steps, chain.features
     if step is None:
         after = moved(program, equation, features)
         if after is None:
@@ -99,7 +110,7 @@ def _extended(
         steps = (*steps, ChainStep(step.kind, step.operand, features))
     else:
         return None
-    return Chain(steps, (*chain.passed, index), equation.outputs[0]), features
+    return Chain(steps, (*chain.passed, index), equation.outputs[0], features)
 
 
 def _fits(program: Program, equation: Equation, step: Affine, features: Array) -> bool:

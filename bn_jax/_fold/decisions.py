@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from bn_jax._fold.chains import Chain, follow
-from bn_jax._fold.features import Array, features_of_norm, moved
-from bn_jax._fold.kernels import is_stored_real, multiplies_by_complex, path_of
+from bn_jax._fold.chains import Chain, ChainStep, follow, steps_of_norm
+from bn_jax._fold.features import Array, moved
+from bn_jax._fold.kernels import loses_imaginary, path_of
 from bn_jax._program import Linear, Norm, Program, as_affine_step, as_linear, find_norms
 from bn_jax._program.primitives import SHAPES
 
@@ -16,13 +17,11 @@ class Before(NamedTuple):
     """A norm before a linear layer.
 
     Attributes:
-        norm: the norm.
-        features: the feature of each position of its input.
+        steps: of the norm.
         passed: the indices of the changes of shape and dtype between norm and layer.
     """
 
-    norm: Norm
-    features: Array
+    steps: tuple[ChainStep, ...]
     passed: tuple[int, ...]
 
 
@@ -35,8 +34,8 @@ class Decisions(NamedTuple):
         chains: what follows a linear layer and goes into it, by the same index.
         before: the norm that goes into the linear layer after it, by the same index.
         homes: for each folded norm, the indices of the linear layers that it goes into.
-        features: the feature of each position of a norm's input, for a norm that goes into the
-            layers after it or becomes one multiplication and one addition.
+        steps: of each norm that goes into the layers after it or becomes one multiplication and one
+            addition.
         reasons: for each norm that is left, why.
     """
 
@@ -45,15 +44,8 @@ class Decisions(NamedTuple):
     chains: dict[int, Chain]
     before: dict[int, Before]
     homes: dict[int, list[int]]
-    features: dict[int, Array]
+    steps: dict[int, tuple[ChainStep, ...]]
     reasons: dict[int, str]
-
-
-class _Target(NamedTuple):
-    """A linear layer that a norm feeds, and the changes of shape and dtype on the way."""
-
-    linear: Linear
-    passed: tuple[int, ...]
 
 
 def decide(program: Program) -> Decisions:
@@ -83,25 +75,24 @@ def decide(program: Program) -> Decisions:
 def _decide_backward(program: Program, decisions: Decisions, number: int) -> None:
     """Folds a norm into the linear layers that it feeds, or notes why it is left."""
     norm = decisions.norms[number]
-    features = features_of_norm(program, norm)
-    if features is None:
+    steps = steps_of_norm(program, norm)
+    if steps is None:
         decisions.reasons[number] = "It changes the shape of its input."
         return
-    decisions.features[number] = features
-    targets, obstacle = _targets(program, decisions.linears, norm.output, features, ())
-    for target in targets:
-        obstacle = obstacle or _why_not_across(program, norm, target)
+    decisions.steps[number] = steps
+    targets, obstacle = _targets(program, decisions.linears, norm.output, steps[0].features, ())
+    for index, passed in targets.items():
+        obstacle = obstacle or _why_not_across(program, norm, decisions.linears[index], passed)
     if obstacle is not None:
         before = _why_not_before(program, decisions.linears, norm)
         decisions.reasons[number] = f"{before}, and {obstacle}."
         return
-    decisions.homes[number] = [target.linear.equation for target in targets]
+    decisions.homes[number] = list(targets)
     others = [other for other in decisions.norms if other is not norm]
-    for target in targets:
-        index = target.linear.equation
-        decisions.before[index] = Before(norm, features, target.passed)
+    for index, passed in targets.items():
+        decisions.before[index] = Before(steps, passed)
         if index not in decisions.chains:
-            decisions.chains[index] = follow(program, target.linear, others)
+            decisions.chains[index] = follow(program, decisions.linears[index], others)
 
 
 def _targets(
@@ -110,11 +101,14 @@ def _targets(
     value: int,
     features: Array,
     passed: tuple[int, ...],
-) -> tuple[list[_Target], str | None]:
-    """Returns the linear layers that a value goes to, or why it cannot go into all of them."""
+) -> tuple[dict[int, tuple[int, ...]], str | None]:
+    """Returns the linear layers that a value goes to, or why it cannot go into all of them.
+
+    By the index of the layer these are the changes of shape and dtype on the way, after `passed`.
+    """
     if program.uses[value] > len(program.consumers[value]):
-        return [], "its output is returned"
-    targets: list[_Target] = []
+        return {}, "its output is returned"
+    targets: dict[int, tuple[int, ...]] = {}
     for index in program.consumers[value]:
         equation = program.equations[index]
         after = moved(program, equation, features, spreads=True)
@@ -123,15 +117,15 @@ def _targets(
             after = features
         if index in linears:
             obstacle = _why_not_into(linears[index], features)
-            further = [_Target(linears[index], passed)]
+            further = {index: passed}
         elif after is not None:
             output = equation.outputs[0]
             further, obstacle = _targets(program, linears, output, after, (*passed, index))
         else:
-            further, obstacle = [], f"its output goes to `{equation.function}`"
+            further, obstacle = {}, f"its output goes to `{equation.function}`"
         if obstacle is not None:
-            return [], obstacle
-        targets += further
+            return {}, obstacle
+        targets.update(further)
     return targets, None
 
 
@@ -159,27 +153,28 @@ def _why_not_into(linear: Linear, features: Array) -> str | None:
     return None
 
 
-def _why_not_across(program: Program, norm: Norm, target: _Target) -> str | None:
+def _why_not_across(
+    program: Program, norm: Norm, linear: Linear, passed: tuple[int, ...]
+) -> str | None:
     """Returns why the kernel of the layer after a norm cannot take over its arithmetic."""
-    linear = target.linear
-    steps = [program.equations[index] for index in norm.steps]
-    if is_stored_real(program, linear.kernel) and any(
-        multiplies_by_complex(program, step) for step in steps
-    ):
+    if loses_imaginary(program, linear.kernel, norm.steps):
         return "the kernel after it is stored as real numbers, but its scale is complex"
-    between = [program.equations[index].outputs[0] for index in target.passed]
+    between = [program.equations[index].outputs[0] for index in passed]
     dtypes = [program.avals[value].dtype for value in (norm.output, *between, linear.data)]
-    digits = [jnp.finfo(dtype).nmant for dtype in dtypes]
-    narrowest = min(range(len(dtypes)), key=digits.__getitem__)
-    widest = max(digits[0], jnp.finfo(program.avals[norm.input].dtype).nmant)
-    is_half = digits[-1] < jnp.finfo(jnp.float32).nmant
+    narrowest = min(dtypes, key=_digits)
+    widest = max(_digits(dtypes[0]), _digits(program.avals[norm.input].dtype))
+    is_half = _digits(dtypes[-1]) < _digits(jnp.float32)
     # A folded norm takes the mean off last, so that its input is rounded with the mean in it.
-    if digits[narrowest] < widest or is_half:
+    if _digits(narrowest) < widest or is_half:
         return (
-            f"the linear layer after it computes in {dtypes[narrowest].name}, where its input "
+            f"the linear layer after it computes in {narrowest.name}, where its input "
             "would be rounded before its mean is taken off"
         )
     return None
+
+
+def _digits(dtype: DTypeLike) -> int:
+    return int(jnp.finfo(dtype).nmant)
 
 
 def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm) -> str:
@@ -207,9 +202,6 @@ def _why_not_into_kernel_before(
     kernel = path_of(program, linear.kernel, "kernel")
     if is_shared:
         return f"The output of {kernel} is used elsewhere too"
-    steps = [program.equations[index] for index in norm.steps]
-    if is_stored_real(program, linear.kernel) and any(
-        multiplies_by_complex(program, step) for step in steps
-    ):
+    if loses_imaginary(program, linear.kernel, norm.steps):
         return f"Its scale is complex, but {kernel} is stored as real numbers"
     return f"It, or a step before it, varies along more axes than the features of {kernel}"

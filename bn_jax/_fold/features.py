@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bn_jax import _compat
-from bn_jax._program import Equation, Norm, Program, as_affine_step
+from bn_jax._program import Equation, Program
 from bn_jax._program.primitives import MARKS, SHAPES
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -41,39 +41,13 @@ def broadcast_root(program: Program, value: int) -> tuple[int, tuple[int, ...]]:
     return root, tuple(outer)
 
 
-def features_of_norm(program: Program, norm: Norm) -> Array | None:
-    """Returns the features of a norm's input; None for a norm that changes the shape.
-
-    Its features are all positions along the axes that any of its operands varies along.
-    """
-    input_shape = program.avals[norm.input].shape
-    shape = (1,) * len(input_shape)
-    for index in norm.steps:
-        equation = program.equations[index]
-        step = as_affine_step(program, equation)
-        if step is None or program.avals[equation.outputs[0]].shape != input_shape:
-            return None
-        if step.operand is not None:
-            _, operand_shape = broadcast_root(program, step.operand)
-            shape = np.broadcast_shapes(shape, operand_shape)
-    return np.arange(prod(shape)).reshape(shape)
-
-
 def moved(
     program: Program, equation: Equation, values: Array, *, spreads: bool = False
 ) -> Array | None:
     """Returns values by position, of size 1 along free axes, after a change of shape.
 
-    Args:
-        program: of the equation.
-        equation: the change of shape.
-        values: by position of its input.
-        spreads: what to do where a reshape joins free axes with others: whether to repeat the
-            values along the free ones.
-
-    Returns:
-        The values by position of its output; None where the equation is no change of shape, or
-        joins free axes with others.
+    None where the equation is no change of shape, or where a reshape joins free axes with others.
+    With `spreads`, the values are repeated along those free axes instead.
     """
     if equation.name not in SHAPES:
         return None
@@ -139,5 +113,4 @@ def _may_be_smaller(size: int, other: int) -> bool:
     try:
         return size < other
     except _compat.InconclusiveDimensionOperation:
-        is_multiple = size % other == 0
-        return not is_multiple
+        return bool(size % other != 0)

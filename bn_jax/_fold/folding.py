@@ -141,11 +141,12 @@ def _compute_params(plan: Plan, leaves: Sequence[Any]) -> dict[str, Any]:
     """Returns the parameters of the folded program as nested dictionaries."""
     known = Known(plan.program, leaves)
     params = {}
-    for entry in plan.entries.values():
-        value = entry.source.compute(known)
-        if isinstance(value, np.ndarray):
-            value = _rounded(entry, value)
-        params[entry.path] = jnp.asarray(value)
+    for group in plan.groups:
+        values = group.source.compute(known)
+        for entry, value in zip(group.entries.values(), values, strict=True):
+            if isinstance(value, np.ndarray):
+                value = _rounded(entry, value)
+            params[entry.path] = jnp.asarray(value)
     return unflatten_dict(params, sep="/")
 
 

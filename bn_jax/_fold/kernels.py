@@ -16,7 +16,7 @@ def kernel_root(program: Program, value: int) -> tuple[int, tuple[Equation, ...]
     """Returns the value that a kernel is a rearrangement of, and the equations between them."""
     layout: list[Equation] = []
     while (equation := program.producer(value)) is not None and equation.name in LAYOUT:
-        before, after = (program.avals[ends[0]] for ends in (equation.inputs, equation.outputs))
+        before, after = program.avals[equation.inputs[0]], program.avals[value]
         if prod(before.shape) != prod(after.shape) or not jnp.issubdtype(before.dtype, jnp.inexact):
             break
         layout.append(equation)
@@ -24,22 +24,18 @@ def kernel_root(program: Program, value: int) -> tuple[int, tuple[Equation, ...]
     return value, tuple(reversed(layout))
 
 
-def is_stored_real(program: Program, kernel: int) -> bool:
-    """Returns whether a kernel is real where it is stored or rearranged.
-
-    An imaginary part would be lost there.
-    """
+def loses_imaginary(program: Program, kernel: int, indices: Iterable[int]) -> bool:
+    """Returns whether one of these affine steps is complex, but the kernel is stored as real."""
     root, layout = kernel_root(program, kernel)
     values = [root, *(equation.outputs[0] for equation in layout)]
-    return any(not _is_complex(program, value) for value in values)
-
-
-def multiplies_by_complex(program: Program, equation: Equation) -> bool:
-    """Returns whether an equation is an affine step that makes complex numbers of real ones."""
-    step = as_affine_step(program, equation)
-    if step is None or step.operand is None or step.kind not in ("mul", "div"):
+    if all(_is_complex(program, value) for value in values):
         return False
-    return may_be_complex(program, step.operand)
+    steps = (as_affine_step(program, program.equations[index]) for index in indices)
+    return any(
+        may_be_complex(program, step.operand)
+        for step in steps
+        if step is not None and step.operand is not None and step.kind in ("mul", "div")
+    )
 
 
 def may_be_complex(program: Program, value: int) -> bool:
@@ -67,11 +63,8 @@ def widest_dtype(program: Program, indices: Iterable[int]) -> np.dtype[Any]:
 def path_of(program: Program, value: int, default: str | None = None) -> str:
     """Returns the path of a leaf; for a computed value, a path made of what it is computed from.
 
-    Args:
-        program: of `trace`.
-        value: a known value.
-        default: the last part of the path of a computed value; by default the names of the leaves
-            that it comes from, and of the primitive that computes it.
+    `default` is the last part of the path of a computed value. Without it, that is the names of the
+    leaves that the value comes from, and of the primitive that computes it.
     """
     if value in program.leaves:
         return program.paths[program.leaves.index(value)] or "variables"

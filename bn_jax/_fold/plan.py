@@ -1,27 +1,22 @@
 """The folded program: its steps, its parameters by path, and how each parameter is computed."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from bn_jax._fold.decisions import Decisions, decide
-from bn_jax._fold.features import Array
+from bn_jax._fold.features import placed
 from bn_jax._fold.kernels import kernel_root, path_of, widest_dtype
-from bn_jax._fold.parameters import LayerParameter, NormParameter, Source, StoredValue
+from bn_jax._fold.parameters import KernelAndBias, ScaleAndOffset, Source, StoredValue
 from bn_jax._fold.report import FoldedNorm, FoldReport
-from bn_jax._program import Equation, Linear, Norm, Program, Step, Value, steps_to
+from bn_jax._program import Equation, Program, Step, Value, steps_to
 from bn_jax._program.primitives import LAYOUT, SHAPES
 
 
 class Key(NamedTuple):
     """The value of a parameter that is in no program before it is folded.
 
-    Attributes:
-        owner: of a kernel or its bias the index of the equation of the linear layer; of a scale or
-            an offset the number of the norm.
-        part: which parameter it is.
+    The owner of a kernel or its bias is the index of the linear layer's equation, that of a scale
+    or an offset the number of the norm.
     """
 
     owner: int
@@ -29,27 +24,50 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A parameter of the folded program.
-
-    Attributes:
-        path: where it is in the tree of parameters.
-        shape: of the array.
-        dtype: of the array.
-        source: how it is computed.
-    """
+    """A parameter of the folded program: its path in the tree, its shape and its dtype."""
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
+
+
+class Group(NamedTuple):
+    """Parameters that are computed together.
+
+    Attributes:
+        source: how they are computed.
+        entries: the parameters in the order of what `source` returns: by number those that are
+            values of the program, by `Key` others.
+    """
+
     source: Source
+    entries: Mapping[Value, Entry]
+
+
+class FoldedStep(NamedTuple):
+    """A step that takes the place of equations of the program.
+
+    Attributes:
+        inputs: the values it takes.
+        outputs: the value it computes.
+        function: computes the output from the inputs.
+        group: the parameters among its inputs; None if there are none.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value]
+    function: Callable[..., Any]
+    group: Group | None = None
+
+    def run(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Computes the output from the values of the inputs."""
+        return [self.function(*values)]
 
 
 class Signature(NamedTuple):
     """What must be the same for all arguments of a folded model.
 
-    Attributes:
-        parameters: path, shape and dtype of each, and how it is computed.
-        report: what became of each norm.
+    These are the path, shape and dtype of each parameter, how it is computed, and the report.
     """
 
     parameters: tuple[tuple[str, Hashable], ...]
@@ -62,22 +80,28 @@ class Plan(NamedTuple):
     Attributes:
         program: as it was traced.
         steps: of the folded program, in order.
-        entries: the parameters: by number those that are values of the program, by `Key` others.
+        groups: the parameters.
         report: what became of each norm.
     """
 
     program: Program
     steps: tuple[Step, ...]
-    entries: Mapping[Value, Entry]
+    groups: tuple[Group, ...]
     report: FoldReport
+
+    @property
+    def entries(self) -> dict[Value, Entry]:
+        """All parameters, by their values."""
+        return {value: entry for group in self.groups for value, entry in group.entries.items()}
 
     def signature(self) -> Signature:
         """Returns what must be the same for all arguments."""
         seen: dict[int, str] = {}
         parameters = []
-        for entry in self.entries.values():
-            recipe = entry.source.recipe(self.program, seen)
-            parameters.append((entry.path, (entry.shape, entry.dtype, recipe)))
+        for group in self.groups:
+            recipe = group.source.recipe(self.program, seen)
+            for entry in group.entries.values():
+                parameters.append((entry.path, (entry.shape, entry.dtype, recipe)))
         return Signature(tuple(parameters), self.report)
 
 
@@ -85,104 +109,11 @@ def make_plan(program: Program) -> Plan:
     """Returns the folded program of a traced forward function."""
     decisions = decide(program)
     steps = _live_steps(program, decisions)
-    entries = _name_entries(program, decisions, steps)
-    return Plan(program, steps, entries, _report(decisions, entries))
+    groups = _name_parameters(program, steps)
+    return Plan(program, steps, groups, _report(decisions, groups))
 
 
 # --- steps --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """A linear layer with norms in it, its bias, and the changes of shape after it."""
-
-    linear: Linear
-    equation: Equation
-    layout: tuple[Equation, ...]
-    reshapes: tuple[Equation, ...]
-    has_bias: bool
-    wide: np.dtype[Any]
-    dtype: np.dtype[Any]
-    output: int
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """The data, the kernel as it is stored, and the bias if there is one."""
-        index = self.linear.equation
-        if self.has_bias:
-            return self.linear.data, Key(index, "kernel"), Key(index, "bias")
-        return self.linear.data, Key(index, "kernel")
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        """The output of the last equation that the layer replaces."""
-        return (self.output,)
-
-    def run(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Applies the layer, and adds the bias in the widest dtype of what it replaces."""
-        data, kernel, *biases = values
-        for equation in self.layout:
-            (kernel,) = equation.run([kernel])
-        operands = {self.linear.data: data, self.linear.kernel: kernel}
-        (y,) = self.equation.run([operands[value] for value in self.equation.inputs])
-        for bias in biases:
-            shape = [1] * y.ndim
-            for dimension in self.linear.outputs:
-                shape[dimension] = y.shape[dimension]
-            y = y.astype(self.wide) + bias.astype(self.wide).reshape(shape)
-        y = y.astype(self.dtype)
-        for equation in self.reshapes:
-            (y,) = equation.run([y])
-        return [y]
-
-
-@dataclass(frozen=True)
-class NormStep:
-    """A norm that is left as one multiplication and one addition."""
-
-    number: int
-    norm: Norm
-    features: Array
-    wide: np.dtype[Any]
-    dtype: np.dtype[Any]
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """What the norm takes, its scale and its offset."""
-        return self.norm.input, Key(self.number, "scale"), Key(self.number, "offset")
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        """What the norm returned."""
-        return (self.norm.output,)
-
-    def run(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Multiplies and adds in the widest dtype of the norm."""
-        x, scale, offset = values
-        a, b = (array.astype(self.wide).reshape(self.features.shape) for array in (scale, offset))
-        return [(x.astype(self.wide) * a + b).astype(self.dtype)]
-
-
-@dataclass(frozen=True)
-class PassingStep:
-    """What stands in the place of a norm that went into the layers after it: a cast."""
-
-    norm: Norm
-    dtype: np.dtype[Any]
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """What the norm took."""
-        return (self.norm.input,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        """What the norm returned."""
-        return (self.norm.output,)
-
-    def run(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Casts."""
-        return [values[0].astype(self.dtype)]
 
 
 def _live_steps(program: Program, decisions: Decisions) -> tuple[Step, ...]:
@@ -190,14 +121,9 @@ def _live_steps(program: Program, decisions: Decisions) -> tuple[Step, ...]:
     replaced: dict[int, Step] = {
         index: _layer_step(program, decisions, index) for index in decisions.chains
     }
-    for number, features in decisions.features.items():
-        norm = decisions.norms[number]
-        dtype = program.avals[norm.output].dtype
-        if number in decisions.homes:
-            replaced[norm.steps[0]] = PassingStep(norm, dtype)
-        else:
-            wide = widest_dtype(program, norm.steps)
-            replaced[norm.steps[0]] = NormStep(number, norm, features, wide, dtype)
+    for number in decisions.steps:
+        first = decisions.norms[number].steps[0]
+        replaced[first] = _step_of_norm(program, decisions, number)
     given = {
         *program.constants,
         *program.arguments,
@@ -221,99 +147,129 @@ def _stays(program: Program, equation: Equation) -> bool:
     return equation.name in LAYOUT or not program.origins[equation.outputs[0]]
 
 
-def _layer_step(program: Program, decisions: Decisions, index: int) -> LayerStep:
+def _layer_step(program: Program, decisions: Decisions, index: int) -> FoldedStep:
+    """Returns a linear layer with norms in it, its bias, and the changes of shape after it."""
     linear, chain = decisions.linears[index], decisions.chains[index]
+    equation = program.equations[index]
     _, layout = kernel_root(program, linear.kernel)
     passed = [program.equations[number] for number in chain.passed]
-    adds = any(step.kind in ("add", "sub", "from") for step in chain.steps)
-    return LayerStep(
-        linear=linear,
-        equation=program.equations[index],
-        layout=layout,
-        reshapes=tuple(equation for equation in passed if equation.name in SHAPES),
-        has_bias=adds or index in decisions.before,
-        wide=widest_dtype(program, (index, *chain.passed)),
-        dtype=program.avals[chain.output].dtype,
-        output=chain.output,
-    )
+    reshapes = [reshape for reshape in passed if reshape.name in SHAPES]
+    # The bias is added in the widest dtype of what the layer replaces.
+    wide = widest_dtype(program, (index, *chain.passed))
+    dtype = program.avals[chain.output].dtype
+
+    def apply(data: Any, kernel: Any, bias: Any = None) -> Any:
+        for rearrangement in layout:
+            (kernel,) = rearrangement.run([kernel])
+        operands = {linear.data: data, linear.kernel: kernel}
+        (y,) = equation.run([operands[value] for value in equation.inputs])
+        if bias is not None:
+            y = y.astype(wide) + placed(bias.astype(wide), linear.outputs, y.ndim)
+        y = y.astype(dtype)
+        for reshape in reshapes:
+            (y,) = reshape.run([y])
+        return y
+
+    source = KernelAndBias(linear, chain, decisions.before.get(index))
+    group = Group(source, _entries_of_layer(program, source, wide))
+    return FoldedStep((linear.data, *group.entries), (chain.output,), apply, group)
+
+
+def _entries_of_layer(program: Program, source: KernelAndBias, wide: Any) -> dict[Value, Entry]:
+    linear = source.linear
+    root, _ = kernel_root(program, linear.kernel)
+    aval = program.avals[root]
+    path = path_of(program, root, "kernel")
+    entries: dict[Value, Entry] = {
+        Key(linear.equation, "kernel"): Entry(path, aval.shape, aval.dtype)
+    }
+    if source.has_bias:
+        *parents, name = path.split("/")
+        bias_path = "/".join([*parents, "bias" if name == "kernel" else f"{name}_bias"])
+        kernel_shape = program.avals[linear.kernel].shape
+        shape = tuple(kernel_shape[dimension] for dimension in linear.kernel_outputs)
+        entries[Key(linear.equation, "bias")] = Entry(bias_path, shape, wide)
+    return entries
+
+
+def _step_of_norm(program: Program, decisions: Decisions, number: int) -> FoldedStep:
+    """Returns what stands in the place of a norm that is in no layer before it.
+
+    Where the norm goes into the layers after it, that is a cast. Otherwise it is one multiplication
+    and one addition, in the widest dtype of the norm.
+    """
+    norm, steps = decisions.norms[number], decisions.steps[number]
+    wide = widest_dtype(program, norm.steps)
+    dtype = program.avals[norm.output].dtype
+    by_feature = steps[0].features.shape
+
+    def cast(x: Any) -> Any:
+        return x.astype(dtype)
+
+    def multiply_and_add(x: Any, scale: Any, offset: Any) -> Any:
+        a, b = (array.astype(wide).reshape(by_feature) for array in (scale, offset))
+        return (x.astype(wide) * a + b).astype(dtype)
+
+    if number in decisions.homes:
+        return FoldedStep((norm.input,), (norm.output,), cast)
+    shape = tuple(size for size in by_feature if size != 1) or (1,)
+    prefix = f"{norm.path}/" if norm.path else ""
+    entries: dict[Value, Entry] = {
+        Key(number, "scale"): Entry(f"{prefix}scale", shape, wide),
+        Key(number, "offset"): Entry(f"{prefix}bias", shape, wide),
+    }
+    group = Group(ScaleAndOffset(steps, wide), entries)
+    return FoldedStep((norm.input, *entries), (norm.output,), multiply_and_add, group)
 
 
 # --- parameters ---------------------------------------------------------------------------------
 
 
-def _name_entries(
-    program: Program, decisions: Decisions, steps: Sequence[Step]
-) -> dict[Value, Entry]:
+def _name_parameters(program: Program, steps: Sequence[Step]) -> tuple[Group, ...]:
     """Names the parameters that the steps take; variables that are left alone choose first."""
     computed = {value for step in steps for value in step.outputs}
     computed.update(program.constants, program.arguments)
     used = {*program.outputs, *(value for step in steps for value in step.inputs)} - computed
     stored = [value for value in used if isinstance(value, int)]
-    entries: dict[Value, Entry] = {}
+    groups = []
     for value in sorted(stored, key=lambda value: (value not in program.leaves, value)):
         aval = program.avals[value]
-        entry = Entry(path_of(program, value), aval.shape, aval.dtype, StoredValue(value))
-        _add_entries(entries, {value: entry})
-    for step in steps:
-        if isinstance(step, LayerStep):
-            _add_entries(entries, _entries_of_layer(program, decisions, step))
-        elif isinstance(step, NormStep):
-            _add_entries(entries, _entries_of_norm(step))
-    return entries
+        entry = Entry(path_of(program, value), aval.shape, aval.dtype)
+        groups.append(Group(StoredValue(value), {value: entry}))
+    groups += [step.group for step in steps if isinstance(step, FoldedStep) and step.group]
+    taken: list[str] = []
+    named = []
+    for group in groups:
+        paths = _free_paths([entry.path for entry in group.entries.values()], taken)
+        taken += paths
+        entries = {
+            value: entry._replace(path=path)
+            for (value, entry), path in zip(group.entries.items(), paths, strict=True)
+        }
+        named.append(Group(group.source, entries))
+    return tuple(named)
 
 
-def _entries_of_norm(step: NormStep) -> dict[Value, Entry]:
-    shape = tuple(size for size in step.features.shape if size != 1) or (1,)
-    prefix = f"{step.norm.path}/" if step.norm.path else ""
-    scale = NormParameter(step.norm, step.features, "scale")
-    offset = NormParameter(step.norm, step.features, "offset")
-    return {
-        Key(step.number, "scale"): Entry(f"{prefix}scale", shape, step.wide, scale),
-        Key(step.number, "offset"): Entry(f"{prefix}bias", shape, step.wide, offset),
-    }
+def _free_paths(paths: Sequence[str], taken: Sequence[str]) -> Sequence[str]:
+    """Returns paths that are free: these, or these with the same number in all of them.
 
-
-def _entries_of_layer(
-    program: Program, decisions: Decisions, step: LayerStep
-) -> dict[Value, Entry]:
-    linear, index = step.linear, step.linear.equation
-    chain, before = decisions.chains[index], decisions.before.get(index)
-    root, _ = kernel_root(program, linear.kernel)
-    path = path_of(program, root, "kernel")
-    aval = program.avals[root]
-    kernel = LayerParameter(linear, chain, before, "kernel")
-    entries: dict[Value, Entry] = {
-        Key(index, "kernel"): Entry(path, aval.shape, aval.dtype, kernel)
-    }
-    if step.has_bias:
-        *parents, name = path.split("/")
-        bias_path = "/".join([*parents, "bias" if name == "kernel" else f"{name}_bias"])
-        kernel_shape = program.avals[linear.kernel].shape
-        shape = tuple(kernel_shape[dimension] for dimension in linear.kernel_outputs)
-        bias = LayerParameter(linear, chain, before, "bias")
-        entries[Key(index, "bias")] = Entry(bias_path, shape, step.wide, bias)
-    return entries
-
-
-def _add_entries(entries: dict[Value, Entry], new: Mapping[Value, Entry]) -> None:
-    """Adds entries under paths that are free. All of the new ones get the same number.
-
-    A path is not free if an entry has the same path, or one inside or around it. The number goes
-    after the path; where the path is inside that of an entry, after its first name.
+    A path is not free if it is taken, or one inside or around it is. The number goes after the
+    path; where the path is inside one that is taken, after its first name.
     """
-    taken = [f"{entry.path}/" for entry in entries.values()]
-    paths = [entry.path for entry in new.values()]
-    is_inside = any(path.startswith(prefix) for path in paths for prefix in taken)
-    renamed, number = paths, 0
+
+    def is_inside(path: str, other: str) -> bool:
+        return path.startswith(f"{other}/")
+
+    after_first = any(is_inside(path, other) for path in paths for other in taken)
+    free, number = paths, 0
     while any(
-        f"{path}/".startswith(prefix) or prefix.startswith(f"{path}/")
-        for path in renamed
-        for prefix in taken
+        path == other or is_inside(path, other) or is_inside(other, path)
+        for path in free
+        for other in taken
     ):
         number += 1
-        renamed = [_numbered(path, number, first=is_inside) for path in paths]
-    for (key, entry), path in zip(new.items(), renamed, strict=True):
-        entries[key] = entry._replace(path=path)
+        free = [_numbered(path, number, first=after_first) for path in paths]
+    return free
 
 
 def _numbered(path: str, number: int, *, first: bool) -> str:
@@ -323,13 +279,14 @@ def _numbered(path: str, number: int, *, first: bool) -> str:
     return "/".join([f"{name}_{number}", *rest])
 
 
-def _report(decisions: Decisions, entries: Mapping[Value, Entry]) -> FoldReport:
+def _report(decisions: Decisions, groups: Sequence[Group]) -> FoldReport:
+    paths = {value: entry.path for group in groups for value, entry in group.entries.items()}
     rows = []
     for number, norm in enumerate(decisions.norms):
         into, reason = None, decisions.reasons.get(number)
         if reason is None:
             keys = [Key(home, "kernel") for home in decisions.homes[number]]
-            into = ", ".join(entries[key].path for key in keys if key in entries) or None
+            into = ", ".join(paths[key] for key in keys if key in paths) or None
             reason = None if into else "No output depends on it."
         rows.append(FoldedNorm(norm.path, into, reason))
     return FoldReport(rows)

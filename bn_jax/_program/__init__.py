@@ -4,6 +4,16 @@
 - `trace`: such a function as a flat `Program`;
 - `find_norms`, `as_affine_step`, `as_linear`: what its equations compute;
 - `evaluate`: values of a program, computed from others.
+
+Example:
+    >>> import jax, jax.numpy as jnp, bn_jax as bn
+    >>> from bn_jax._program import find_norms, trace
+    >>> layer = bn.linen.BatchNorm(use_running_average=True)
+    >>> x = jnp.ones((2, 3))
+    >>> program = trace(layer.apply, layer.init(jax.random.key(0), x), x)
+    >>> norm, = find_norms(program)
+    >>> [program.equations[index].name for index in norm.steps]
+    ['sub', 'sub', 'mul', 'add']
 """
 
 from bn_jax._program.evaluator import (

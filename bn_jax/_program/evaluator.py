@@ -34,30 +34,12 @@ class Step(Protocol):
 def evaluate(
     program: Program, values: Mapping[Value, Any], wanted: Iterable[Value]
 ) -> dict[Value, Any]:
-    """Computes values of a program, and nothing that they do not need.
+    """Computes the wanted values of a program from others, and nothing that they do not need.
 
-    Args:
-        program: of `trace`.
-        values: the values to start from, by number. They are not computed again, so that a value
-            inside the program can be set. Constants of the program need not be among them.
-        wanted: the numbers of the values to compute.
-
-    Returns:
-        All values that are known then: the given ones, the constants, the wanted ones, and those
-        computed on the way.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from bn_jax._program import evaluate, trace
-        >>> program = trace(lambda w, x: jnp.sin(w * x), 2.0, 3.0)
-        >>> (product,) = program.equations[0].outputs
-        >>> values = dict(zip(program.leaves + program.arguments, (2.0, 3.0), strict=True))
-        >>> float(evaluate(program, values, [product])[product])
-        6.0
-        >>> float(evaluate(program, {product: jnp.zeros(())}, program.outputs)[program.outputs[0]])
-        0.0
+    Any value can be among those to start from, also one inside the program. The result has these
+    values, the constants, the wanted values, and all that were computed on the way.
     """
-    computed: dict[Value, Any] = dict(program.constants.items())
+    computed = inputs_of(program)
     computed.update(values)
     run_steps(steps_to(program, wanted, computed), computed)
     return computed
@@ -68,12 +50,10 @@ def inputs_of(
     leaves: Sequence[Any] | None = None,
     arguments: Sequence[Any] | None = None,
 ) -> dict[Value, Any]:
-    """Returns the values that the evaluation of a program starts from, by number.
+    """Returns the values that an evaluation starts from, by number.
 
-    Args:
-        program: of `trace`.
-        leaves: the leaves of the variables, where they are known.
-        arguments: the leaves of the other arguments, where they are known.
+    These are the constants, and the leaves of the variables and of the other arguments where they
+    are known.
     """
     values: dict[Value, Any] = dict(program.constants.items())
     if leaves is not None:
@@ -93,16 +73,9 @@ def steps_to(
 ) -> tuple[Step, ...]:
     """Returns the steps that compute the wanted values from the given ones, in program order.
 
-    Args:
-        program: of `trace`.
-        wanted: the values to compute.
-        given: the values that need no step.
-        replaced: by the index of an equation, the step that takes its place. It may compute what
-            a later equation did, which is then not run either.
-        always: the indices of equations that are run in any case, such as those that print.
-
-    Returns:
-        Equations of the program, and steps of `replaced`.
+    A step of `replaced` takes the place of the equation at its index. It may compute what a later
+    equation did, which is then not run either. The equations `always` are run in any case, such as
+    those that print.
     """
     replaced = replaced or {}
     producers: dict[Value, int] = dict(program.producers.items())

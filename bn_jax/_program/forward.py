@@ -68,11 +68,7 @@ class PureForward:
         return _collections(variables).get("params", {})
 
     def batch_stats(self, variables: Any) -> Any:
-        """Returns the running statistics among the variables, in the structure of these.
-
-        Raises:
-            TypeError: the variables are a tree without collections.
-        """
+        """Returns the running statistics among the variables, in the structure of these."""
         if self.graph is not None:
             return nnx.filter_state(variables, nnx.BatchStat)
         return _collections(variables).get("batch_stats", {})
@@ -93,12 +89,11 @@ class PureForward:
     def statistics(self, variables: Any) -> dict[int, str]:
         """Returns which leaves of the variables are the running mean or variance of a norm.
 
-        Returns:
-            The path of the norm, by the leaf's index in ``jax.tree.leaves(variables)``.
+        The result has the path of the norm by the leaf's index in ``jax.tree.leaves(variables)``.
         """
         norms = batch_stats_by_path(self.batch_stats(variables))
         leaves = jax.tree.leaves_with_path(variables, is_leaf=is_variable)
-        found = {}
+        paths = {}
         for index, (keys, leaf) in enumerate(leaves):
             names = format_path(keys).split("/")
             if self.graph is None and names.pop(0) != "batch_stats":
@@ -107,29 +102,14 @@ class PureForward:
                 continue
             path = "/".join(names[:-1])
             if path in norms and names[-1] in ("mean", "var"):
-                found[index] = path
-        return found
+                paths[index] = path
+        return paths
 
 
 def as_pure(forward: Callable[..., Any], variables: Any) -> tuple[PureForward, Any]:
-    """Returns a model as a pure function, and apart from it the arrays that it needs.
+    """Returns a model as a pure function, and the variables to call it with.
 
-    Args:
-        forward: ``forward(variables, *args)``; of an NNX model, ``forward(model, *args)``.
-        variables: a tree of arrays, such as ``{"params": ..., "batch_stats": ...}``, or an
-            `nnx.Module`, which stays as it is.
-
-    Returns:
-        The function, and the variables to call it with: of a module an `nnx.State`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from bn_jax._program import as_pure
-        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-        >>> pure, variables = as_pure(lambda model, x: model(x), model)
-        >>> jax.eval_shape(pure, variables, jnp.ones((4, 2))).shape
-        (4, 3)
+    An `nnx.Module` stays as it is; its variables are an `nnx.State`.
     """
     if not isinstance(variables, nnx.Module):
         return PureForward(forward), variables

@@ -1,7 +1,7 @@
 """The norms in a traced program, found by what the equations compute."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from bn_jax._program.operations import Affine, as_affine_step
@@ -34,28 +34,29 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
 
     A norm by known statistics is a run of affine equations, one of which multiplies or divides by a
     known value that comes from variables through a root. It extends to both sides over the affine
-    equations whose known values come from variables at the same path.
-
-    Args:
-        program: of `trace`.
-
-    Returns:
-        The norms in the order of the program. One that normalizes by its input (in training, or a
-        layer norm), and one that is inside a scan or the like, have an obstacle.
+    equations whose known values come from variables at the same path. A norm that normalizes by its
+    input (in training, or a layer norm) has an obstacle, and so has one inside a scan or the like.
     """
     rooted = _rooted(program)
-    norms: list[Norm] = []
-    claimed: set[int] = set()
+    affine: dict[int, Affine] = {}
+    scalings: set[int] = set()
     for index, equation in enumerate(program.equations):
         step = as_affine_step(program, equation)
-        if step is not None and _scales_by(rooted, step):
-            norms.append(_extend(program, rooted, claimed, index))
-            claimed.update(norms[-1].steps)
+        if step is not None:
+            affine[index] = step
+            if step.kind in ("mul", "div") and step.operand in rooted:
+                scalings.add(index)
+    norms: list[Norm] = []
+    # A norm extends neither over the scaling of another norm nor over an equation of one.
+    taken = set(scalings)
+    for index, equation in enumerate(program.equations):
+        if index in scalings:
+            norms.append(_extend(program, affine, taken, index))
+            taken.update(norms[-1].steps)
         elif _normalizes_by_unknown(program, equation):
             norms.append(_with_obstacle(equation, _affine_path_after(program, index), "input"))
         else:
-            inside = [norm for body in equation.bodies for norm in find_norms(body)]
-            for norm in inside:
+            for norm in [norm for body in equation.bodies for norm in find_norms(body)]:
                 norms.append(_with_obstacle(equation, norm.path, norm.obstacle or equation.name))
     return tuple(norms)
 
@@ -73,56 +74,41 @@ def _rooted(program: Program) -> set[int]:
     return rooted
 
 
-def _scales_by(rooted: set[int], step: Affine) -> bool:
-    return step.kind in ("mul", "div") and step.operand in rooted
+def _extend(program: Program, affine: Mapping[int, Affine], taken: set[int], start: int) -> Norm:
+    """Returns the norm around the equation that multiplies by the inverse deviation."""
 
+    def variables_of(index: int) -> tuple[str, ...]:
+        operand = affine[index].operand
+        return () if operand is None else program.leaf_paths(operand)
 
-def _extend(program: Program, rooted: set[int], claimed: set[int], start: int) -> Norm:
-    """Returns the norm around the equation that multiplies by the inverse deviation.
-
-    It leaves out `claimed`, the equations of the norms before it.
-    """
-    scaling = _affine_step_at(program, start)
-    assert scaling.operand is not None
-    leaves = program.leaf_paths(scaling.operand)
-    path = parent_of(leaves)
-    homes = {path, *(parent_of([leaf]) for leaf in leaves)}
+    path = parent_of(variables_of(start))
+    homes = {path, *(parent_of([leaf]) for leaf in variables_of(start))}
 
     def run(next_index: Callable[[int], int | None]) -> list[int]:
         """Follows affine steps, up to the last one that takes a variable of this norm."""
         passed: list[int] = []
-        taken = 0
+        length = 0
         index = next_index(start)
-        while index is not None and index not in claimed:
-            step = as_affine_step(program, program.equations[index])
-            if step is None or _scales_by(rooted, step):
-                break
-            variables = () if step.operand is None else program.leaf_paths(step.operand)
+        while index is not None and index in affine and index not in taken:
+            variables = variables_of(index)
             if not {parent_of([leaf]) for leaf in variables} <= homes:
                 break
             passed.append(index)
             if variables:
-                taken = len(passed)
+                length = len(passed)
             index = next_index(index)
-        return passed[:taken]
+        return passed[:length]
 
     def before(index: int) -> int | None:
-        value = _affine_step_at(program, index).input
+        value = affine[index].input
         return program.producers.get(value) if program.uses[value] == 1 else None
 
     def after(index: int) -> int | None:
         return program.only_consumer(program.equations[index].outputs[0])
 
     steps = (*reversed(run(before)), start, *run(after))
-    first = _affine_step_at(program, steps[0])
-    return Norm(path, steps, first.input, program.equations[steps[-1]].outputs[0], None)
-
-
-def _affine_step_at(program: Program, index: int) -> Affine:
-    """Returns an equation that is known to be affine as a step."""
-    step = as_affine_step(program, program.equations[index])
-    assert step is not None
-    return step
+    output = program.equations[steps[-1]].outputs[0]
+    return Norm(path, steps, affine[steps[0]].input, output, None)
 
 
 def _normalizes_by_unknown(program: Program, equation: Equation) -> bool:

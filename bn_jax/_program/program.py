@@ -1,6 +1,9 @@
 """The data of a traced program: its equations, its values, and what is known of them."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -47,7 +50,8 @@ class Equation(NamedTuple):
         return _compat.bind(self.source, values)
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Program:
     """A forward function, traced and flattened. Values are numbered from 0.
 
     Attributes:
@@ -61,9 +65,6 @@ class Program(NamedTuple):
         tree: the structure of what is returned.
         origins: for each value that depends on no argument, the indices of the leaves that it
             depends on (none for a constant); None for a value that depends on an argument.
-        producers: the index of the equation that computes a value.
-        uses: how often each value is used, by equations or as an output.
-        consumers: the indices of the equations that take a value.
     """
 
     equations: tuple[Equation, ...]
@@ -75,9 +76,27 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]
     tree: jax.tree_util.PyTreeDef | None
     origins: tuple[Origins, ...]
-    producers: Mapping[int, int]
-    uses: Mapping[int, int]
-    consumers: Mapping[int, tuple[int, ...]]
+
+    @cached_property
+    def producers(self) -> Mapping[int, int]:
+        """The index of the equation that computes a value, by value."""
+        equations = enumerate(self.equations)
+        return {value: index for index, equation in equations for value in equation.outputs}
+
+    @cached_property
+    def consumers(self) -> Mapping[int, Sequence[int]]:
+        """The indices of the equations that take a value, by value."""
+        consumers: dict[int, list[int]] = {value: [] for value in range(len(self.avals))}
+        for index, equation in enumerate(self.equations):
+            for value in equation.inputs:
+                consumers[value].append(index)
+        return consumers
+
+    @cached_property
+    def uses(self) -> Mapping[int, int]:
+        """How often each value is used, by equations or as an output."""
+        taken = [value for equation in self.equations for value in equation.inputs]
+        return Counter([*taken, *self.outputs])
 
     def is_known(self, value: int) -> bool:
         """Returns whether a value depends on variables and constants only."""

@@ -20,10 +20,7 @@ from bn_jax._program.program import Program
 def recipe_of(program: Program, value: int, seen: dict[int, str]) -> str:
     """Returns a digest of how a known value is computed: from which leaves, by which equations.
 
-    Args:
-        program: of `trace`.
-        value: the number of the value.
-        seen: the digests of values of this program so far; new ones are added.
+    `seen` has the digests of values of this program so far; new ones are added.
     """
     if value not in seen:
         recipe: tuple[Any, ...]

@@ -2,19 +2,8 @@
 
 `trace` makes a `Program` of a forward function. It looks at the equations alone, never at names of
 modules, so that layers of this library, of Flax and written by hand are alike.
-
-Example:
-    >>> import jax, jax.numpy as jnp, bn_jax as bn
-    >>> from bn_jax._program import find_norms, trace
-    >>> layer = bn.linen.BatchNorm(use_running_average=True)
-    >>> x = jnp.ones((2, 3))
-    >>> program = trace(layer.apply, layer.init(jax.random.key(0), x), x)
-    >>> norm, = find_norms(program)
-    >>> [program.equations[index].name for index in norm.steps]
-    ['sub', 'sub', 'mul', 'add']
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,15 +22,9 @@ _COLLECTIONS = ("params", "batch_stats")
 def trace(forward: Callable[..., Any], variables: Any, *args: Any) -> Program:
     """Traces ``forward(variables, *args)`` on shapes and dtypes alone.
 
-    Args:
-        forward: the model; what it does with arrays may depend on their shapes only.
-        variables: a tree of arrays, `jax.ShapeDtypeStruct` or an `nnx.State`.
-        *args: further trees of these.
-
-    Returns:
-        The program, with the bodies of `jax.jit`, `jax.checkpoint` and the like in place of their
-        calls, and without the names that policies of `jax.checkpoint` use.
-        `jax.lax.scan`, `while_loop`, `cond` and `jax.shard_map` stay one equation each.
+    The bodies of `jax.jit`, `jax.checkpoint` and the like take the place of their calls, and names
+    for policies of `jax.checkpoint` are left out. `jax.lax.scan`, `while_loop`, `cond` and
+    `jax.shard_map` stay one equation each.
     """
     closed, shapes = jax.make_jaxpr(forward, return_shape=True)(variables, *args)
     paths = tuple(_leaf_path(keys) for keys, _ in jax.tree.leaves_with_path(variables))
@@ -77,12 +60,6 @@ def _read(
         for variable, known in zip(jaxpr.invars, origins, strict=True)
     ]
     outputs = reader.read(jaxpr, consts, inputs)
-    consumers: dict[int, list[int]] = {value: [] for value in range(len(reader.avals))}
-    for index, equation in enumerate(reader.equations):
-        for value in equation.inputs:
-            consumers[value].append(index)
-    uses = Counter({value: len(indices) for value, indices in consumers.items()})
-    uses.update(outputs)
     return Program(
         equations=tuple(reader.equations),
         avals=tuple(reader.avals),
@@ -93,13 +70,6 @@ def _read(
         outputs=tuple(outputs),
         tree=tree,
         origins=tuple(reader.origins),
-        producers={
-            value: index
-            for index, equation in enumerate(reader.equations)
-            for value in equation.outputs
-        },
-        uses=uses,
-        consumers={value: tuple(indices) for value, indices in consumers.items()},
     )
 
 
@@ -148,42 +118,34 @@ class _Reader:
             # `jax.ad_checkpoint.checkpoint_name` returns its input.
             return inputs
         if name in CALLS:
-            body, consts = next(_jaxprs(eqn.params))
-            return self.read(body, consts, inputs)
+            return self._read_body(eqn, inputs)
         origins = [self.origins[value] for value in inputs]
-        is_known = None not in origins and not eqn.effects
-        has_bodies = bool(eqn.outvars) and not is_known
-        bodies = tuple(self._bodies(eqn, origins)) if has_bodies else ()
-        # The body of a function with a derivative rule replaces it only where a norm by known
-        # statistics is inside. Anything else such a function does keeps its rule.
-        if name in WITH_DERIVATIVE and any(origins) and _has_norm(bodies):
-            body, consts = next(_jaxprs(eqn.params))
-            return self.read(body, consts, inputs)
-        of_outputs = _union(origins) if is_known else None
+        known = [leaves for leaves in origins if leaves is not None]
+        is_known = len(known) == len(origins) and not eqn.effects
+        bodies = () if is_known or not eqn.outvars else self._bodies(eqn, origins)
+        function = name
+        if name in WITH_DERIVATIVE:
+            # The body of a function with a derivative rule replaces it only where a norm by known
+            # statistics is inside. Anything else such a function does keeps its rule.
+            norms = (norm for body in bodies for norm in find_norms(body))
+            if any(known) and any(norm.obstacle is None for norm in norms):
+                return self._read_body(eqn, inputs)
+            body, _ = next(_jaxprs(eqn.params))
+            function = str(body.debug_info.func_name)
+        of_outputs = frozenset[int]().union(*known) if is_known else None
         outputs = tuple(self.new(variable.aval, of_outputs) for variable in eqn.outvars)
-        function = _function_of(eqn) if name in WITH_DERIVATIVE else name
         self.equations.append(Equation(name, eqn.params, inputs, outputs, eqn, function, bodies))
         return outputs
 
-    def _bodies(self, eqn: JaxprEqn, origins: Sequence[Origins]) -> Iterator[Program]:
-        for jaxpr, consts in _jaxprs(eqn.params):
-            inside = _origins_inside(eqn, origins, len(jaxpr.invars))
-            yield _read(jaxpr, consts, inside, self.paths)
+    def _read_body(self, eqn: JaxprEqn, inputs: Sequence[int]) -> Sequence[int]:
+        body, consts = next(_jaxprs(eqn.params))
+        return self.read(body, consts, inputs)
 
-
-def _has_norm(programs: Sequence[Program]) -> bool:
-    return any(norm.obstacle is None for program in programs for norm in find_norms(program))
-
-
-def _union(origins: Sequence[Origins]) -> Origins:
-    return frozenset().union(*(leaves or () for leaves in origins))
-
-
-def _function_of(eqn: JaxprEqn) -> str:
-    """Returns the name of the called function, which has a derivative rule."""
-    for jaxpr, _ in _jaxprs(eqn.params):
-        return str(jaxpr.debug_info.func_name)
-    return str(eqn.primitive.name)
+    def _bodies(self, eqn: JaxprEqn, origins: Sequence[Origins]) -> tuple[Program, ...]:
+        return tuple(
+            _read(jaxpr, consts, _origins_inside(eqn, origins, len(jaxpr.invars)), self.paths)
+            for jaxpr, consts in _jaxprs(eqn.params)
+        )
 
 
 def _jaxprs(options: Mapping[str, Any]) -> Iterator[tuple[Jaxpr, Sequence[Any]]]:
