@@ -71,7 +71,12 @@ def save_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) ->
         TypeError: `arrays` is not a mapping of arrays.
         ImportError: safetensors is not installed.
 
-    Example: see `load_safetensors`.
+    Example:
+        >>> import os, tempfile, jax.numpy as jnp, bn_jax as bn
+        >>> path = os.path.join(tempfile.mkdtemp(), "norm.safetensors")
+        >>> bn.convert.save_safetensors(path, {"weight": jnp.ones(2)})
+        >>> bn.convert.load_safetensors(path)["weight"].tolist()
+        [1.0, 1.0]
     """
     safetensors = _import_safetensors()
     require_mapping("arrays", arrays, "model.state_dict() or to_library(variables, 'pytorch')")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bn_jax.lab.experiments.verdicts import Experiment, Result
     from bn_jax.lab.fitting import Report
 
-__all__ = ["ShowClaim", "ShowReport", "claims", "training"]
+__all__ = ["ShowClaim", "ShowReport", "show_claims", "show_training"]
 
 ShowReport: TypeAlias = "Callable[[str, Report], None]"
 
@@ -45,7 +45,7 @@ def _bars(*columns: "ProgressColumn") -> "Progress":
 
 
 @contextlib.contextmanager
-def training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReport]:
+def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReport]:
     """Shows the progress of each arm.
 
     Args:
@@ -88,7 +88,7 @@ def _reached(report: "Report") -> str:
 
 
 @contextlib.contextmanager
-def claims(experiments: "Sequence[Experiment]") -> Iterator[ShowClaim]:
+def show_claims(experiments: "Sequence[Experiment]") -> Iterator[ShowClaim]:
     """Shows the progress of each experiment; without a terminal, prints a line for every result.
 
     Args:

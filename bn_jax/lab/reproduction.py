@@ -13,7 +13,7 @@ from bn_jax.lab import progress
 from bn_jax.lab.arguments import check_range
 from bn_jax.lab.errors import INTERRUPTED, CommandError
 from bn_jax.lab.experiments import EXPERIMENTS
-from bn_jax.lab.experiments.reproduce import choose, reproduce_each
+from bn_jax.lab.experiments.reproducing import choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Result, Setting
 
 __all__ = ["EXPERIMENTS", "check_names", "check_setting", "default_processes", "reproduce"]
@@ -63,7 +63,7 @@ def reproduce(
     results: dict[Experiment, Result] = {}
     try:
         with (
-            progress.claims(chosen) as show,
+            progress.show_claims(chosen) as show,
             contextlib.closing(
                 reproduce_each(chosen, setting, folder, min(processes, len(chosen)), show)
             ) as finished,

@@ -226,7 +226,7 @@ def _train(run: Run) -> None:
 
 def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
     if jax.process_index() == 0:
-        return progress.training(runs.ARMS, run.steps_per_epoch, run.config.epochs)
+        return progress.show_training(runs.ARMS, run.steps_per_epoch, run.config.epochs)
     return contextlib.nullcontext(lambda arm, report: None)
 
 

@@ -4,14 +4,6 @@ from typing import Any
 
 from bn_jax import _moved
 from bn_jax.training.accumulation import accumulated_train_step
-from bn_jax.training.batches import (
-    DATA_AXIS,
-    Batch,
-    make_mesh,
-    pad_batch,
-    process_rows,
-    shard_batch,
-)
 from bn_jax.training.classification import (
     Evaluation,
     Metrics,
@@ -19,6 +11,14 @@ from bn_jax.training.classification import (
     eval_step,
     evaluate,
     train_step,
+)
+from bn_jax.training.sharding import (
+    DATA_AXIS,
+    Batch,
+    make_mesh,
+    pad_batch,
+    process_rows,
+    shard_batch,
 )
 from bn_jax.training.state import TrainState
 from bn_jax.training.statistics import sync_batch_stats, warn_if_never_updated

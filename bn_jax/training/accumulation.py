@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from bn_jax.training.batches import Batch
 from bn_jax.training.classification import Metrics, measure
+from bn_jax.training.sharding import Batch
 from bn_jax.training.state import TrainState
 
 __all__ = ["accumulated_train_step"]

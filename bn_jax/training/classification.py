@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax.training.batches import Batch
+from bn_jax.training.sharding import Batch
 from bn_jax.training.state import TrainState
 from bn_jax.training.statistics import is_readable, warn_of_initial
 from bn_jax.training.steps import Apply, apply_in_evaluation, make_train_step

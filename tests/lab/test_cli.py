@@ -400,7 +400,7 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with progress.training(runs.ARMS, 2, 5) as show:
+    with progress.show_training(runs.ARMS, 2, 5) as show:
         show(runs.PER_DEVICE, report(10, 0.25))
     out, err = capsys.readouterr()
     assert out == ""

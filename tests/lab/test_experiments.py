@@ -22,7 +22,7 @@ from bn_jax.lab.experiments import (
     corruptions,
     figures,
     nets,
-    reproduce,
+    reproducing,
     scale_invariance,
     selection,
     small_batches,
@@ -44,7 +44,7 @@ CLAIMS = 18
 def test_every_claim_has_an_experiment():
     assert [one.number for one in EXPERIMENTS.values()] == list(range(1, CLAIMS + 1))
     folder = Path(cli.__file__).parent / "experiments"
-    shared = {"__init__", "figures", "nets", "reproduce", "selection", "sweeps", "verdicts"}
+    shared = {"__init__", "figures", "nets", "reproducing", "selection", "sweeps", "verdicts"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
@@ -240,7 +240,7 @@ def test_processes_run_alike_show_how_far_they_are_and_are_stopped(tmp_path):
     quick = TINY._replace(run=run_in_quick_process)
     endless = TINY._replace(number=2, name="endless", run=run_for_ever)
     shown = []
-    found = reproduce.reproduce_each(
+    found = reproducing.reproduce_each(
         [endless, quick], Setting(2, 7, True), tmp_path, 2, lambda *given: shown.append(given)
     )
     experiment, result = next(found)
@@ -269,9 +269,9 @@ def test_bands_leave_out_what_is_not_finite():
 
 
 def test_names_and_numbers_choose_each_claim_once(tiny):
-    chosen = reproduce.choose(["2", "tiny", "other", "2"])
+    chosen = reproducing.choose(["2", "tiny", "other", "2"])
     assert [one.name for one in chosen] == ["tiny", "other"]
-    assert reproduce.choose(["all"]) == list(EXPERIMENTS.values())
+    assert reproducing.choose(["all"]) == list(EXPERIMENTS.values())
     assert Setting(3, 5).chosen.tolist() == [5, 6, 7]
 
 
@@ -396,7 +396,7 @@ def test_a_stream_is_sorted_by_class_within_each_kind():
 def test_verdicts_with_other_seeds_stand_beside(tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
     for first, folder in zip(claims.FIRST_SEEDS, folders, strict=True):
-        reproduce.reproduce(TINY, Setting(2, first), folder)
+        reproducing.reproduce(TINY, Setting(2, first), folder)
     found = json.loads(json.dumps(claims.collect(folders)))
     assert found["seeds"] == 2 and list(found["claims"]) == ["tiny"]
     assert "curves" not in found["claims"]["tiny"]

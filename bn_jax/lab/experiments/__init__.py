@@ -22,6 +22,8 @@ from bn_jax.lab.experiments import (
 )
 from bn_jax.lab.experiments.verdicts import Experiment
 
+__all__ = ["EXPERIMENTS", "Experiment"]
+
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
