@@ -37,9 +37,7 @@ class Slopes(NamedTuple):
 class Saturation(NamedTuple):
     """How much of what an activation returns passes no gradient back.
 
-    Attributes:
-        is_bounded: whether the activation is flat on both sides.
-        share: the share of values if it is bounded, otherwise of units.
+    It is the share of values if the activation is bounded, flat on both sides; otherwise of units.
     """
 
     is_bounded: bool

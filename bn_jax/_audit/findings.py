@@ -35,13 +35,7 @@ INITIAL_SHARE_FIT = 0.02
 
 
 class Case(NamedTuple):
-    """What the findings are about.
-
-    Attributes:
-        model: the model.
-        norms: the evidence on each of its norms.
-        weight_decay_mask: the mask for Optax, or None.
-    """
+    """What the findings are about: a model, the evidence on its norms, and the mask for Optax."""
 
     model: Model
     norms: list[Evidence]
@@ -50,11 +44,6 @@ class Case(NamedTuple):
 
 Finder: TypeAlias = Callable[[Case], Iterator[Finding]]
 NormFinder: TypeAlias = Callable[[Evidence], Iterator[Finding]]
-
-
-def find_all(case: Case) -> tuple[Finding, ...]:
-    """Returns the findings of every kind."""
-    return tuple(finding for find in FINDERS for finding in find(case))
 
 
 def of_each_norm(*finders: NormFinder) -> Finder:
@@ -307,14 +296,14 @@ def small_batch(norm: Evidence) -> Iterator[Finding]:
     """Finds a norm whose variance in training is a poor estimate."""
     if norm.var_error is None or norm.var_error <= LARGEST_VAR_ERROR:
         return
-    if norm.ghost is None:
+    if norm.ghost_size is None:
         batch = "the batch"
         advice = (
             "Train with a larger batch, synchronize over devices with axis_name='data', or use "
             "GroupNorm. (If training takes more examples than you passed, pass as many.)"
         )
     else:
-        batch = f"each ghost batch of {norm.ghost.examples} examples"
+        batch = f"each ghost batch of {norm.ghost_size} examples"
         advice = "Raise virtual_batch_size or leave it out, or use GroupNorm."
     values = 1 + 2 / norm.var_error**2
     yield Finding(
@@ -380,23 +369,21 @@ def weight_decay(case: Case) -> Iterator[Finding]:
     if mask is None:
         return
     decays = leaves_by_path(mask(case.model.params) if callable(mask) else mask)
-    is_of_norm = leaves_by_path(norm_params_mask(case.model.params, _as_tree(case.model.norms)))
+    is_of_norm = leaves_by_path(norm_params_mask(case.model.params, case.model.batch_stats))
     norm_params = [path for path, of_norm in is_of_norm.items() if of_norm]
-    decaying: dict[str, list[str]] = {}
-    is_covered = False
-    for path in norm_params:
-        applies = _at_or_around(path, decays)
-        is_covered = is_covered or applies is not None
-        if applies:
-            norm, _, name = path.rpartition("/")
-            decaying.setdefault(norm, []).append(name)
-    if norm_params and not is_covered:
+    applies = {path: _at_or_around(path, decays) for path in norm_params}
+    if norm_params and all(decay is None for decay in applies.values()):
         raise ValueError(
             f"weight_decay_mask covers no parameter of a norm: expected leaves at "
             f"{_listed(norm_params)} or around them, received "
             f"{_listed(decays) if decays else 'none'}. Pass a tree in the structure "
             "of params, or a function of them: weight_decay_mask=bn.optim.no_weight_decay_mask."
         )
+    decaying: dict[str, list[str]] = {}
+    for path, decay in applies.items():
+        if decay:
+            norm, _, name = path.rpartition("/")
+            decaying.setdefault(norm, []).append(name)
     for norm, names in decaying.items():
         yield Finding(
             "weight decay",
@@ -412,17 +399,6 @@ def _at_or_around(path: str, leaves: Mapping[str, Any]) -> Any:
     while path not in leaves and path:
         path = path.rpartition("/")[0]
     return leaves.get(path)
-
-
-def _as_tree(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns running statistics by path as nested mappings."""
-    tree: dict[str, Any] = {}
-    for path, norm in norms.items():
-        node = tree
-        for name in filter(None, path.split("/")):
-            node = node.setdefault(name, {})
-        node.update(norm)
-    return tree
 
 
 # The findings come in this order. The next kind is one row more, and one name in `report.Kind`.

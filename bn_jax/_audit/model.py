@@ -41,23 +41,34 @@ class Model:
         training: the model as a pure function, an NNX module in training.
         evaluation: the same, an NNX module in evaluation.
         variables: its arrays.
-        params: the parameters among them.
         norms: the running statistics of each norm, by path.
-        statistics: the path of the norm for each leaf of `variables` that is its mean or variance.
         attributes: the attributes of norms that are known without a call, by path.
-        advice: the line that recalibrates the model.
         whitening: the paths of whitening norms.
     """
 
     training: PureForward
     evaluation: PureForward
     variables: Any
-    params: Any
     norms: dict[str, BatchStats]
-    statistics: dict[int, str]
     attributes: dict[str, Attributes]
-    advice: str
     whitening: tuple[str, ...]
+
+    @property
+    def params(self) -> Any:
+        """The parameters among the variables."""
+        return self.evaluation.params(self.variables)
+
+    @property
+    def batch_stats(self) -> Any:
+        """The running statistics among the variables."""
+        return self.evaluation.batch_stats(self.variables)
+
+    @property
+    def advice(self) -> str:
+        """The line that recalibrates the model."""
+        if self.evaluation.graph is None:
+            return _ADVICE_FOR_FUNCTIONS
+        return _ADVICE_FOR_MODULES
 
     def evaluate(self, variables: Any, batch: Any) -> Any:
         """Returns the output in evaluation."""
@@ -102,11 +113,8 @@ def model_of(forward: Callable[..., Any], variables: Any) -> Model:
         training=pure.in_mode(arrays, train=True),
         evaluation=pure.in_mode(arrays, train=False),
         variables=arrays,
-        params=pure.params(arrays),
         norms=norms,
-        statistics=pure.statistics(arrays),
         attributes=attributes,
-        advice=_ADVICE_FOR_FUNCTIONS if pure.graph is None else _ADVICE_FOR_MODULES,
         whitening=tuple(whitening_paths(batch_stats)),
     )
 

@@ -73,18 +73,14 @@ class Observations(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What a run of the model returns, by path, and the summaries of the sites.
+    """What the norms measure in a run of the model, by path, and a summary of each site.
 
-    Attributes:
-        trained: what is measured in training.
-        evaluated: what is measured in evaluation.
-        shifted: what is measured in training with the biases of the sites larger by 1.
-        summaries: one for each site.
+    `shifted` is measured in training with the biases of the sites larger by 1.
     """
 
-    trained: Any
-    evaluated: Any
-    shifted: Any
+    trained: dict[str, Measured]
+    evaluated: dict[str, Measured]
+    shifted: dict[str, Measured]
     summaries: list[Calls]
 
 
@@ -99,14 +95,15 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     recording = nn.intercept_methods(_record(attributes))
     with norms_replaced(), recording, _observing(object()):
         program = trace(model.evaluate, model.variables, batch)
-        sites = find_sites(program, model.norms, model.statistics)
+        statistics = model.evaluation.statistics(model.variables)
+        sites = find_sites(program, model.norms, statistics)
         run = _run(program, model, batch, sites)
-    checked = [_with_bias_checked(program, site, run.trained, run.shifted) for site in sites]
+    trained, shifted = _on_host(run.trained), _on_host(run.shifted)
     return Observations(
         model=model,
-        sites=tuple(checked),
-        trained=run.trained,
-        evaluated=run.evaluated,
+        sites=tuple(_with_bias_checked(program, site, trained, shifted) for site in sites),
+        trained=trained,
+        evaluated=_on_host(run.evaluated),
         calls=gather(sites, run.summaries),
         attributes=attributes,
         examples=examples,
@@ -132,12 +129,7 @@ def _number_of_examples(batch: Any) -> int:
 def _record(attributes: dict[str, Attributes]) -> Callable[..., Any]:
     """Returns an interceptor of Linen's calls that notes the attributes of batch norms."""
 
-    def note(
-        next_call: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        context: nn.module.InterceptorContext,
-    ) -> Any:
+    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm):
             attributes["/".join(context.module.path)] = attributes_of(context.module)
         return next_call(*args, **kwargs)
@@ -163,12 +155,7 @@ def _run(program: Program, model: Model, batch: Any, sites: Sequence[Site]) -> _
             summaries=[summarize(program, site, values) for site in sites],
         )
 
-    result: _Run = jax.device_get(run(model.variables, batch))
-    return result._replace(
-        trained=_on_host(result.trained),
-        evaluated=_on_host(result.evaluated),
-        shifted=_on_host(result.shifted),
-    )
+    return jax.device_get(run(model.variables, batch))
 
 
 def _on_host(measured: Mapping[str, Measured]) -> dict[str, Measurement]:
