@@ -33,61 +33,37 @@ class Noise(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far the running statistics are from measured ones, by feature.
+    """How far the running statistics are from measured ones, by feature."""
 
-    Attributes:
-        mean: the difference of the means in standard deviations.
-        mean_errors: the same difference in standard errors.
-        log_var: the logarithm of the measured variance over the running variance.
-        var_errors: its absolute value in standard errors.
-        is_far: whether mean or variance is farther than chance explains, and enough to matter.
-    """
-
-    mean: np.ndarray
-    mean_errors: np.ndarray
-    log_var: np.ndarray
-    var_errors: np.ndarray
+    mean: np.ndarray  # the difference of the means in standard deviations
+    mean_errors: np.ndarray  # the same difference in standard errors
+    log_var: np.ndarray  # the logarithm of the measured variance over the running variance
+    var_errors: np.ndarray  # its absolute value in standard errors
+    # Whether mean or variance is farther than chance explains, and enough to matter.
     is_far: np.ndarray
 
 
 class Evidence(NamedTuple):
-    """All that is known about one norm, with features flattened.
+    """All that is known about one norm, with features flattened."""
 
-    Attributes:
-        path: the path of the norm in ``batch_stats``.
-        features: the shape of its statistics.
-        is_initial: whether its running statistics are the initial ones.
-        mean: the running mean.
-        var: the running variance.
-        scale: the scale, if there is one.
-        epsilon: the epsilon of the norm.
-        trained: measurements in training, if there were values.
-        evaluated: measurements in evaluation, if there were values.
-        calls: what its calls in evaluation took and returned, if they are found in the program.
-        has_bad_input: whether something that is not masked is not finite.
-        sites: its calls in the program.
-        in_training: the distance from the statistics in training.
-        in_evaluation: the distance from the statistics in evaluation.
-        var_error: the relative standard error of the variance that training normalizes by.
-        ghost_size: the number of examples in a ghost batch, if training normalizes by parts of the
-            batch.
-    """
-
-    path: str
-    features: tuple[int, ...]
-    is_initial: bool
-    mean: np.ndarray
-    var: np.ndarray
+    path: str  # the path of the norm in ``batch_stats``
+    features: tuple[int, ...]  # the shape of its statistics
+    is_initial: bool  # whether its running statistics are the initial ones
+    mean: np.ndarray  # the running mean
+    var: np.ndarray  # the running variance
     scale: np.ndarray | None
     epsilon: float
-    trained: Measurement | None
-    evaluated: Measurement | None
+    trained: Measurement | None  # measurements in training, if there were values
+    evaluated: Measurement | None  # measurements in evaluation, if there were values
+    # What its calls in evaluation took and returned, if they are found in the program.
     calls: Calls | None
-    has_bad_input: np.ndarray
-    sites: tuple[Site, ...]
-    in_training: Distance | None
-    in_evaluation: Distance | None
+    has_bad_input: np.ndarray  # whether something that is not masked is not finite
+    sites: tuple[Site, ...]  # its calls in the program
+    in_training: Distance | None  # the distance from the statistics in training
+    in_evaluation: Distance | None  # the distance from the statistics in evaluation
+    # The relative standard error of the variance that training normalizes by.
     var_error: float | None
+    # The number of examples in a ghost batch, if training normalizes by parts of the batch.
     ghost_size: int | None
 
     @property
@@ -115,7 +91,7 @@ class Evidence(NamedTuple):
             # Only a norm that is far off in both modes is stale: show the mode that agrees more.
             distance = min(distance, self.in_evaluation, key=lambda each: each.is_far.sum())
         batch = self.trained or self.evaluated
-        saturation = self.calls.saturation() if self.calls else None
+        saturation = self.calls.saturation if self.calls else None
         layer = Layer(
             path=self.path,
             features=math.prod(self.features),
@@ -168,7 +144,7 @@ def is_initial(norm: Mapping[str, Any]) -> bool:
 
 def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     norm = observed.model.norms[path]
-    attributes = observed.attributes.get(path, Attributes())
+    attributes = observed.model.attributes.get(path, Attributes())
     mean, var = flat(norm["mean"]), flat(norm["var"])
     calls = observed.calls.get(path)
     trained, evaluated = observed.trained.get(path), observed.evaluated.get(path)

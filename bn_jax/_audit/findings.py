@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +40,6 @@ class Case(NamedTuple):
     model: Model
     norms: list[Evidence]
     weight_decay_mask: Any
-
-
-Finder: TypeAlias = Callable[[Case], Iterator[Finding]]
-NormFinder: TypeAlias = Callable[[Evidence], Iterator[Finding]]
-
-
-def of_each_norm(*finders: NormFinder) -> Finder:
-    """Returns a finder that looks at the norms one after another, each for all of these kinds."""
-
-    def find(case: Case) -> Iterator[Finding]:
-        for norm in case.norms:
-            for find_in_norm in finders:
-                yield from find_in_norm(norm)
-
-    return find
 
 
 # --- not finite ---------------------------------------------------------------------------------
@@ -319,7 +304,7 @@ def saturated(norm: Evidence) -> Iterator[Finding]:
     """Finds a norm after which an activation passes no gradient back."""
     if norm.calls is None or not norm.calls.finite_output.all():
         return
-    saturation = norm.calls.saturation()
+    saturation = norm.calls.saturation
     # With statistics that are wrong, evaluation does not normalize, but training may.
     if saturation is None or norm.is_initial or norm.is_stale:
         return
@@ -402,21 +387,32 @@ def _at_or_around(path: str, leaves: Mapping[str, Any]) -> Any:
 
 
 # The findings come in this order. The next kind is one row more, and one name in `report.Kind`.
-FINDERS: tuple[Finder, ...] = (
+# The norms are examined one after another, each for all kinds of `NORM_FINDERS`.
+NORM_FINDERS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    normalizes_by_batch,
+    dead_scales,
+    constant_features,
+    bias_without_effect,
+    small_batch,
+    saturated,
+    redundant_scale,
+)
+
+
+def faults_of_single_norms(case: Case) -> Iterator[Finding]:
+    """Finds the kinds of `NORM_FINDERS` in each norm."""
+    for norm in case.norms:
+        for find in NORM_FINDERS:
+            yield from find(norm)
+
+
+FINDERS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     not_finite_variables,
     not_finite_inputs,
     not_finite_outputs,
     never_updated,
     stale,
     differs_in_evaluation,
-    of_each_norm(
-        normalizes_by_batch,
-        dead_scales,
-        constant_features,
-        bias_without_effect,
-        small_batch,
-        saturated,
-        redundant_scale,
-    ),
+    faults_of_single_norms,
     weight_decay,
 )

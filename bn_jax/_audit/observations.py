@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax._audit.calls import Calls, gather, summarize, wanted_values
-from bn_jax._audit.model import Attributes, Model, attributes_of, model_of
+from bn_jax._audit.model import LINE, Attributes, Model, attributes_of, model_of
 from bn_jax._audit.sites import Site, find_sites
 from bn_jax._core.types import Measured
 from bn_jax._program import Program, evaluate, in_double, inputs_of, trace
+from bn_jax._recalibrate.measuring import measure
 from bn_jax.linen.patching import norms_replaced
 
 # How exactly a mean must be moved by 1, relative to the values; less exactly in half precision.
@@ -28,21 +29,13 @@ _observing = jax.make_user_context(None)
 
 
 class Measurement(NamedTuple):
-    """What one norm measured in the batch: `bn_jax.Measured` on the host, features flattened.
+    """What one norm measured in the batch: `bn_jax.Measured` on the host, features flattened."""
 
-    Attributes:
-        values: the number of values, [F].
-        mean: their mean, [F].
-        var: their variance, [F].
-        by_running: how often the norm normalized by running statistics, [F].
-        by_batch: how often it normalized by statistics of the batch, [F].
-    """
-
-    values: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-    by_running: np.ndarray
-    by_batch: np.ndarray
+    values: np.ndarray  # the number of values, [F]
+    mean: np.ndarray  # their mean, [F]
+    var: np.ndarray  # their variance, [F]
+    by_running: np.ndarray  # how often the norm normalized by running statistics, [F]
+    by_batch: np.ndarray  # how often it normalized by statistics of the batch, [F]
 
     @property
     def is_called(self) -> bool:
@@ -51,25 +44,14 @@ class Measurement(NamedTuple):
 
 
 class Observations(NamedTuple):
-    """What `observe` returns.
-
-    Attributes:
-        model: the model.
-        sites: the calls of batch norms in the program of evaluation, in its order.
-        trained: measurements in training, by path.
-        evaluated: measurements in evaluation, by path.
-        calls: inputs and outputs of the calls in evaluation, by path.
-        attributes: attributes of the norms, by path, where they are known.
-        examples: the number of examples in the batch.
-    """
+    """What `observe` returns."""
 
     model: Model
-    sites: tuple[Site, ...]
-    trained: dict[str, Measurement]
-    evaluated: dict[str, Measurement]
-    calls: dict[str, Calls]
-    attributes: dict[str, Attributes]
-    examples: int
+    sites: tuple[Site, ...]  # the calls of batch norms in the program of evaluation, in its order
+    trained: dict[str, Measurement]  # measurements in training, by path
+    evaluated: dict[str, Measurement]  # measurements in evaluation, by path
+    calls: dict[str, Calls]  # inputs and outputs of the calls in evaluation, by path
+    examples: int  # the number of examples in the batch
 
 
 class _Run(NamedTuple):
@@ -91,8 +73,7 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     """
     examples = _number_of_examples(batch)
     model = model_of(forward, variables)
-    attributes = dict(model.attributes)
-    recording = nn.intercept_methods(_record(attributes))
+    recording = nn.intercept_methods(_record(model.attributes))
     with norms_replaced(), recording, _observing(object()):
         program = trace(model.evaluate, model.variables, batch)
         statistics = model.evaluation.statistics(model.variables)
@@ -105,7 +86,6 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
         trained=trained,
         evaluated=_on_host(run.evaluated),
         calls=gather(sites, run.summaries),
-        attributes=attributes,
         examples=examples,
     )
 
@@ -149,9 +129,9 @@ def _run(program: Program, model: Model, batch: Any, sites: Sequence[Site]) -> _
         moved = [leaf + 1 if index in biases else leaf for index, leaf in enumerate(leaves)]
         shifted = jax.tree.unflatten(jax.tree.structure(variables), moved)
         return _Run(
-            trained=model.measure(variables, batch, train=True),
-            evaluated=model.measure(variables, batch, train=False),
-            shifted=model.measure(shifted, batch, train=True) if biases else {},
+            trained=measure(model.training, variables, batch, line=LINE),
+            evaluated=measure(model.evaluation, variables, batch, line=LINE),
+            shifted=measure(model.training, shifted, batch, line=LINE) if biases else {},
             summaries=[summarize(program, site, values) for site in sites],
         )
 

@@ -22,28 +22,19 @@ class Activation(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A call of a batch norm in the program of evaluation.
+    """A call of a batch norm in the program of evaluation."""
 
-    Attributes:
-        path: the path of the norm in ``batch_stats``.
-        input: the value that it takes.
-        output: the value that it returns.
-        axes: the feature axes.
-        params: the paths of its scale and bias.
-        bias: the path of a bias that is added directly before norms and used nowhere else, or None.
-        activation: the activation after it; None if there is none, or more than one value depends
-            on the output, or only affine steps follow.
-        takers: the paths of the kernels and norms that take the output, or None if anything else
-            takes it.
-    """
-
-    path: str
-    input: int
-    output: int
-    axes: tuple[int, ...]
-    params: tuple[str, ...]
+    path: str  # the path of the norm in ``batch_stats``
+    input: int  # the value that it takes
+    output: int  # the value that it returns
+    axes: tuple[int, ...]  # the feature axes
+    params: tuple[str, ...]  # the paths of its scale and bias
+    # The path of a bias that is added directly before norms and used nowhere else, or None.
     bias: str | None
+    # The activation after it; None if there is none, or more than one value depends on the output,
+    # or only affine steps follow.
     activation: Activation | None
+    # The paths of the kernels and norms that take the output, or None if anything else takes it.
     takers: tuple[str, ...] | None
 
 

@@ -27,14 +27,16 @@ LINE = (
 )
 
 
-def measure(pure: PureForward, variables: Any, *args: Any, line: str = LINE) -> dict[str, Measured]:
+def measure(
+    pure: PureForward, variables: Any, batch: Any, *, line: str = LINE
+) -> dict[str, Measured]:
     """Calls a model in which every batch norm measures, and returns what they measured, by path.
 
     Norms that are not called have measured nothing. `line` is a correct forward function, for the
     error of one that returns no updated statistics.
     """
     if pure.graph is not None:
-        return _measure_module(pure.forward, pure.bind(variables), args)
+        return _measure_module(pure.forward, pure.bind(variables), batch)
 
     def start(node: Any) -> Any:
         if not is_batch_stats(node):
@@ -43,18 +45,16 @@ def measure(pure: PureForward, variables: Any, *args: Any, line: str = LINE) -> 
 
     marked = jax.tree.map(start, variables["batch_stats"], is_leaf=is_batch_stats)
     with norms_replaced():
-        returned = pure({**variables, "batch_stats": marked}, *args)
+        returned = pure({**variables, "batch_stats": marked}, batch)
     return _measured_in(require_updates(returned, line))
 
 
-def _measure_module(
-    forward: Callable[..., Any], module: nnx.Module, args: tuple[Any, ...]
-) -> dict[str, Measured]:
+def _measure_module(forward: Forward, module: nnx.Module, batch: Any) -> dict[str, Measured]:
     for _, layer in nnx.iter_graph(replace_norms(module)):
         if isinstance(layer, BatchNorm):
             batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
             layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
-    forward(module, *args)
+    forward(module, batch)
     return _measured_in(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 
 

@@ -17,27 +17,16 @@ Globs: TypeAlias = str | Iterable[str]
 
 
 class Leaf(NamedTuple):
-    """An array of a Flax model, and its place in another library.
+    """An array of a Flax model, and its place in another library."""
 
-    Attributes:
-        path: where it is in Flax.
-        shape: its shape in Flax.
-        dtype: its dtype in Flax.
-        name: its name in Flax, the last part of the path.
-        layer: the path of its layer in the other library.
-        key: its key in the other library.
-        is_transposed: whether it is the kernel of a transposed convolution.
-        is_count: whether it counts the batches of a cumulative average.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    name: str
-    layer: str
-    key: str
-    is_transposed: bool
-    is_count: bool
+    path: str  # where it is in Flax
+    shape: tuple[int, ...]  # its shape in Flax
+    dtype: np.dtype[Any]  # its dtype in Flax
+    name: str  # its name in Flax, the last part of the path
+    layer: str  # the path of its layer in the other library
+    key: str  # its key in the other library
+    is_transposed: bool  # whether it is the kernel of a transposed convolution
+    is_count: bool  # whether it counts the batches of a cumulative average
 
     @property
     def is_kernel(self) -> bool:

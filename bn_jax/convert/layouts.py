@@ -18,58 +18,40 @@ Keys: TypeAlias = Mapping[str, str]
 
 
 class Extra(NamedTuple):
-    """A part of a norm's running statistics that Flax does not have.
+    """A part of a norm's running statistics that Flax does not have."""
 
-    Attributes:
-        key: the template of its key.
-        fresh: its value for averages that were taken in Flax.
-        copy_of: the statistic that it repeats, where it has no value of its own.
-    """
-
-    key: str
-    fresh: np.ndarray | None = None
+    key: str  # the template of its key
+    fresh: np.ndarray | None = None  # its value for averages that were taken in Flax
+    # The statistic that it repeats, where it has no value of its own.
     copy_of: Literal["mean", "var"] | None = None
 
 
 class Layout(NamedTuple):
-    """How a library lays out its arrays, and what it calls the attributes of a batch norm.
+    """How a library lays out its arrays, and what it calls the attributes of a batch norm."""
 
-    Attributes:
-        norm: the keys of a norm's scale, bias and statistics; in PyTorch also of the count of
-            batches in a cumulative average.
-        layer: the keys of the kernel, bias and embedding of any other layer.
-        kernel: the axes of a kernel: ``s`` all spatial axes, ``i`` the inputs, ``o`` the outputs.
-            Flax has ``sio``.
-        transposed_kernel: the axes of the kernel of a transposed convolution.
-        flips_transposed: whether a transposed convolution reads its kernel backwards, compared
-            with Flax.
-        extras: what a norm's statistics have beside mean and variance.
-        attributes: by the name of a batch norm's attribute in Flax, its name in the library. It may
-            have one name for `use_scale` and `use_bias`.
-        defaults: the default values of a batch norm's attributes.
-        source: the expression that gives the arrays of a model.
-        separator: the text between the parts of a layer's path.
-        counter: the template of the key of the number of steps, if the stored averages are still
-            to be divided by ``1 - momentum**counter``.
-        momentum_weighs_new: whether momentum is the weight of the new value.
-        running_var_ddof: 1 if the running variance is unbiased, else 0.
-        needs_like: whether shapes depend on more than the variables of Flax know.
-    """
-
+    # The keys of a norm's scale, bias and statistics; in PyTorch also of the count of batches in a
+    # cumulative average.
     norm: Keys
-    layer: Keys
+    layer: Keys  # the keys of the kernel, bias and embedding of any other layer
+    # The axes of a kernel: ``s`` all spatial axes, ``i`` the inputs, ``o`` the outputs. Flax has
+    # ``sio``.
     kernel: str
-    transposed_kernel: str
+    transposed_kernel: str  # the axes of the kernel of a transposed convolution
+    # Whether a transposed convolution reads its kernel backwards, compared with Flax.
     flips_transposed: bool
-    extras: tuple[Extra, ...]
+    extras: tuple[Extra, ...]  # what a norm's statistics have beside mean and variance
+    # By the name of a batch norm's attribute in Flax, its name in the library. It may have one name
+    # for `use_scale` and `use_bias`.
     attributes: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    source: str
-    separator: str = "."
+    defaults: Mapping[str, Any]  # the default values of a batch norm's attributes
+    source: str  # the expression that gives the arrays of a model
+    separator: str = "."  # the text between the parts of a layer's path
+    # The template of the key of the number of steps, if the stored averages are still to be divided
+    # by ``1 - momentum**counter``.
     counter: str | None = None
-    momentum_weighs_new: bool = False
-    running_var_ddof: int = 0
-    needs_like: bool = False
+    momentum_weighs_new: bool = False  # whether momentum is the weight of the new value
+    running_var_ddof: int = 0  # 1 if the running variance is unbiased, else 0
+    needs_like: bool = False  # whether shapes depend on more than the variables of Flax know
 
 
 _PYTORCH = Layout(
