@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bn_jax._audit.evidence import collect_evidence
-from bn_jax._audit.findings import Case, find_all
+from bn_jax._audit.findings import FINDERS, Case
 from bn_jax._audit.observations import observe
 from bn_jax._audit.report import Audit
 
@@ -84,8 +84,9 @@ def audit(
     """
     observed = observe(forward, variables, batch)
     norms = collect_evidence(observed)
+    case = Case(observed.model, norms, weight_decay_mask)
     return Audit(
         layers=tuple(norm.as_layer() for norm in norms),
-        findings=find_all(Case(observed.model, norms, weight_decay_mask)),
+        findings=tuple(finding for find in FINDERS for finding in find(case)),
         unexamined=observed.model.whitening,
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._audit.sites import Activation, Site
+from bn_jax._audit.sites import Site
 from bn_jax._program import Program, Value, evaluate, in_double
 
 # An activation is flat where it has less than this share of its largest slope. One that is flat on
@@ -20,66 +20,30 @@ FLAT_ONE_SIDED = 1e-3
 _SLOPE_POINTS = (-30.0, -3.0, -1.5, -0.5, -0.01, 0.0, 0.01, 0.5, 1.5, 3.0, 30.0)
 
 
-class Slopes(NamedTuple):
-    """The slopes of an activation.
-
-    Attributes:
-        at_points: the largest absolute slope of all units at each of `_SLOPE_POINTS`.
-        flat_values: the share of values where it is under `FLAT_BOUNDED` of the largest slope.
-        flat_units: the share of units where it is under `FLAT_ONE_SIDED` of it for all values.
-    """
-
-    at_points: Any
-    flat_values: Any
-    flat_units: Any
-
-
 class Saturation(NamedTuple):
-    """How much of what an activation returns passes no gradient back.
+    """How much of what an activation returns passes no gradient back."""
 
-    Attributes:
-        is_bounded: whether the activation is flat on both sides.
-        share: the share of values if it is bounded, otherwise of units.
-    """
+    # Whether the activation is flat on both sides. One that is steep on one side of 0 only, as
+    # ReLU6 is, does not count: half of its values are flat by design.
+    is_bounded: Any
+    flat_values: Any  # the share of values where the slope is under `FLAT_BOUNDED` of the largest
+    flat_units: Any  # the share of units where it is under `FLAT_ONE_SIDED` of it for all values
 
-    is_bounded: bool
-    share: float
+    @property
+    def share(self) -> Any:
+        """The share of values of a bounded activation, of units of any other."""
+        return self.flat_values if self.is_bounded else self.flat_units
 
 
 class Calls(NamedTuple):
-    """Inputs and outputs of the calls of a norm in evaluation, with features flattened.
+    """Inputs and outputs of the calls of a norm in evaluation, with features flattened."""
 
-    Attributes:
-        values: the number of values of each feature.
-        means: the mean of each example, [N, F].
-        squares: the mean square of each example around the mean of all of them, [N, F].
-        finite_input: whether all inputs of a feature are finite, [F].
-        finite_output: whether all outputs of a feature are finite, [F].
-        slopes: the slopes of the activation after the norm, if there is one.
-    """
-
-    values: int
-    means: Any
-    squares: Any
-    finite_input: Any
-    finite_output: Any
-    slopes: Slopes | None
-
-    def saturation(self) -> Saturation | None:
-        """Returns how far the activation is saturated; None without an activation.
-
-        An activation that is steep on one side of 0 only, as ReLU6 is, does not count as bounded:
-        half of its values are flat by design.
-        """
-        if self.slopes is None:
-            return None
-        is_steep = self.slopes.at_points >= FLAT_BOUNDED * self.slopes.at_points.max()
-        steep = dict(zip(_SLOPE_POINTS, is_steep, strict=True))
-        is_bounded = not (steep[-30.0] or steep[30.0])
-        has_two_sides = steep[-0.01] and steep[0.01] and steep[-0.5] == steep[0.5]
-        if is_bounded and has_two_sides:
-            return Saturation(True, self.slopes.flat_values)
-        return Saturation(False, self.slopes.flat_units)
+    values: int  # the number of values of each feature
+    means: Any  # the mean of each example, [N, F]
+    squares: Any  # the mean square of each example around the mean of all of them, [N, F]
+    finite_input: Any  # whether all inputs of a feature are finite, [F]
+    finite_output: Any  # whether all outputs of a feature are finite, [F]
+    saturation: Saturation | None  # of the activation after the norm, if there is one
 
 
 # --- on the device ------------------------------------------------------------------------------
@@ -107,7 +71,7 @@ def summarize(program: Program, site: Site, values: Mapping[Value, Any]) -> Call
         squares=jnp.mean(jnp.abs(x - center) ** 2, axis=1),
         finite_input=jnp.all(jnp.isfinite(x), axis=(0, 1)),
         finite_output=jnp.all(jnp.isfinite(y), axis=(0, 1)),
-        slopes=None if site.activation is None else _slopes(program, site, site.activation, values),
+        saturation=_saturation(program, site, values),
     )
 
 
@@ -120,10 +84,11 @@ def _as_examples(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return moved.reshape(examples, -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _slopes(
-    program: Program, site: Site, activation: Activation, values: Mapping[Value, Any]
-) -> Slopes:
-    """Differentiates the activation after a norm."""
+def _saturation(program: Program, site: Site, values: Mapping[Value, Any]) -> Saturation | None:
+    """Differentiates the activation after a norm, if there is one."""
+    activation = site.activation
+    if activation is None:
+        return None
     known: dict[Value, Any] = {value: values[value] for value in activation.inputs}
 
     def activate(y: jax.Array) -> jax.Array:
@@ -137,10 +102,13 @@ def _slopes(
 
     y = values[site.output]
     points = jnp.asarray(_SLOPE_POINTS, y.dtype)
-    at_points = jax.lax.map(lambda point: jnp.max(slope(jnp.full_like(y, point))), points)
-    relative = _as_examples(slope(y), site.axes) / jnp.max(at_points)
-    return Slopes(
-        at_points=at_points,
+    largest = jax.lax.map(lambda point: jnp.max(slope(jnp.full_like(y, point))), points)
+    is_steep = dict(zip(_SLOPE_POINTS, largest >= FLAT_BOUNDED * jnp.max(largest), strict=True))
+    is_flat_outside = ~(is_steep[-30.0] | is_steep[30.0])
+    has_two_sides = is_steep[-0.01] & is_steep[0.01] & (is_steep[-0.5] == is_steep[0.5])
+    relative = _as_examples(slope(y), site.axes) / jnp.max(largest)
+    return Saturation(
+        is_bounded=is_flat_outside & has_two_sides,
         flat_values=jnp.mean(relative < FLAT_BOUNDED),
         flat_units=jnp.mean(jnp.all(relative < FLAT_ONE_SIDED, axis=(0, 1))),
     )
@@ -165,14 +133,14 @@ def _together(calls: Sequence[Calls]) -> Calls:
     if len(calls) == 1:
         return calls[0]
     means = np.concatenate([call.means for call in calls])
-    slopes = [call.slopes for call in calls if call.slopes is not None]
+    saturations = [call.saturation for call in calls if call.saturation is not None]
     return Calls(
         values=sum(call.values for call in calls),
         means=means,
         squares=np.concatenate([_squares_around(call, means.mean(0)) for call in calls]),
         finite_input=np.all([call.finite_input for call in calls], axis=0),
         finite_output=np.all([call.finite_output for call in calls], axis=0),
-        slopes=max(slopes, key=lambda each: float(each.flat_values), default=None),
+        saturation=max(saturations, key=lambda each: float(each.flat_values), default=None),
     )
 
 

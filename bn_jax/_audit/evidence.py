@@ -26,85 +26,45 @@ ASSUMED_KURTOSIS = 6.0
 
 
 class Noise(NamedTuple):
-    """How uncertain the statistics of one batch are, by feature.
-
-    Attributes:
-        mean: the standard error of the mean.
-        var: the relative standard error of the variance.
-    """
+    """The standard errors of the statistics of one batch, by feature; of the variance relative."""
 
     mean: np.ndarray
     var: np.ndarray
 
 
 class Distance(NamedTuple):
-    """How far the running statistics are from measured ones, by feature.
+    """How far the running statistics are from measured ones, by feature."""
 
-    Attributes:
-        mean: the difference of the means in standard deviations.
-        mean_errors: the same difference in standard errors.
-        log_var: the logarithm of the measured variance over the running variance.
-        var_errors: its absolute value in standard errors.
-        is_far: whether mean or variance is farther than chance explains, and enough to matter.
-    """
-
-    mean: np.ndarray
-    mean_errors: np.ndarray
-    log_var: np.ndarray
-    var_errors: np.ndarray
+    mean: np.ndarray  # the difference of the means in standard deviations
+    mean_errors: np.ndarray  # the same difference in standard errors
+    log_var: np.ndarray  # the logarithm of the measured variance over the running variance
+    var_errors: np.ndarray  # its absolute value in standard errors
+    # Whether mean or variance is farther than chance explains, and enough to matter.
     is_far: np.ndarray
 
 
-class GhostBatch(NamedTuple):
-    """A part of the batch that training normalizes alone.
-
-    Attributes:
-        examples: the number of examples in it.
-        share: the same as a share of the batch.
-    """
-
-    examples: int
-    share: float
-
-
 class Evidence(NamedTuple):
-    """All that is known about one norm, with features flattened.
+    """All that is known about one norm, with features flattened."""
 
-    Attributes:
-        path: the path of the norm in ``batch_stats``.
-        features: the shape of its statistics.
-        is_initial: whether its running statistics are the initial ones.
-        mean: the running mean.
-        var: the running variance.
-        scale: the scale, if there is one.
-        epsilon: the epsilon of the norm.
-        trained: measurements in training, if there were values.
-        evaluated: measurements in evaluation, if there were values.
-        calls: what its calls in evaluation took and returned, if they are found in the program.
-        has_bad_input: whether something that is not masked is not finite.
-        sites: its calls in the program.
-        in_training: the distance from the statistics in training.
-        in_evaluation: the distance from the statistics in evaluation.
-        var_error: the relative standard error of the variance that training normalizes by.
-        ghost: the ghost batch, if training normalizes parts of the batch.
-    """
-
-    path: str
-    features: tuple[int, ...]
-    is_initial: bool
-    mean: np.ndarray
-    var: np.ndarray
+    path: str  # the path of the norm in ``batch_stats``
+    features: tuple[int, ...]  # the shape of its statistics
+    is_initial: bool  # whether its running statistics are the initial ones
+    mean: np.ndarray  # the running mean
+    var: np.ndarray  # the running variance
     scale: np.ndarray | None
     epsilon: float
-    trained: Measurement | None
-    evaluated: Measurement | None
+    trained: Measurement | None  # measurements in training, if there were values
+    evaluated: Measurement | None  # measurements in evaluation, if there were values
+    # What its calls in evaluation took and returned, if they are found in the program.
     calls: Calls | None
-    has_bad_input: np.ndarray
-    sites: tuple[Site, ...]
-    in_training: Distance | None
-    in_evaluation: Distance | None
+    has_bad_input: np.ndarray  # whether something that is not masked is not finite
+    sites: tuple[Site, ...]  # its calls in the program
+    in_training: Distance | None  # the distance from the statistics in training
+    in_evaluation: Distance | None  # the distance from the statistics in evaluation
+    # The relative standard error of the variance that training normalizes by.
     var_error: float | None
-    ghost: GhostBatch | None
+    # The number of examples in a ghost batch, if training normalizes by parts of the batch.
+    ghost_size: int | None
 
     @property
     def is_stale(self) -> bool:
@@ -131,9 +91,8 @@ class Evidence(NamedTuple):
             # Only a norm that is far off in both modes is stale: show the mode that agrees more.
             distance = min(distance, self.in_evaluation, key=lambda each: each.is_far.sum())
         batch = self.trained or self.evaluated
-        largest = _largest(distance)
-        saturation = self.calls.saturation() if self.calls else None
-        return Layer(
+        saturation = self.calls.saturation if self.calls else None
+        layer = Layer(
             path=self.path,
             features=math.prod(self.features),
             values=None if batch is None else int(batch.values.max()),
@@ -141,13 +100,22 @@ class Evidence(NamedTuple):
             running_var=self.var.reshape(self.features),
             batch_mean=None if batch is None else batch.mean.reshape(self.features),
             batch_var=None if batch is None else batch.var.reshape(self.features),
-            mean_off=largest.mean_off,
-            mean_errors=largest.mean_errors,
-            var_off=largest.var_off,
-            var_errors=largest.var_errors,
+            mean_off=None,
+            mean_errors=None,
+            var_off=None,
+            var_errors=None,
             var_error=self.var_error,
             saturated=None if saturation is None else float(saturation.share),
             is_found=bool(self.sites),
+        )
+        if distance is None:
+            return layer
+        log_var = np.abs(distance.log_var)
+        return layer._replace(
+            mean_off=float(distance.mean.max()),
+            mean_errors=float(distance.mean_errors[distance.mean.argmax()]),
+            var_off=float(np.exp(log_var.max())),
+            var_errors=float(distance.var_errors[log_var.argmax()]),
         )
 
 
@@ -155,17 +123,17 @@ def collect_evidence(observed: Observations) -> list[Evidence]:
     """Returns the evidence on every norm, in the order of the program as far as it is known."""
     in_program = [site.path for site in observed.sites]
     paths = dict.fromkeys([*in_program, *observed.model.norms])
-    return [_evidence_on(path, observed) for path in paths]
+    params = leaves_by_path(observed.model.params)
+    return [
+        _evidence_on(path, observed, params.get(f"{path}/scale" if path else "scale"))
+        for path in paths
+    ]
 
 
 def is_initial(norm: Mapping[str, Any]) -> bool:
-    """Tells whether no batch has entered the running statistics of a norm.
+    """Tells whether no batch has entered the running statistics of a norm, boxed or not.
 
-    Args:
-        norm: ``mean``, ``var`` and possibly ``count`` of the norm, boxed or not.
-
-    Returns:
-        True for a `count` of 0 in every feature; without one, for means of 0 and variances of 1.
+    Their `count` is 0 in every feature; without one, the means are 0 and the variances 1.
     """
     (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
     if "count" in norm:
@@ -174,9 +142,9 @@ def is_initial(norm: Mapping[str, Any]) -> bool:
     return not np.any(mean) and bool(np.all(var == 1))
 
 
-def _evidence_on(path: str, observed: Observations) -> Evidence:
+def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     norm = observed.model.norms[path]
-    attributes = observed.attributes.get(path, Attributes())
+    attributes = observed.model.attributes.get(path, Attributes())
     mean, var = flat(norm["mean"]), flat(norm["var"])
     calls = observed.calls.get(path)
     trained, evaluated = observed.trained.get(path), observed.evaluated.get(path)
@@ -189,8 +157,10 @@ def _evidence_on(path: str, observed: Observations) -> Evidence:
             return None
         return _distance(mean, var, measured, noise, attributes.epsilon)
 
-    scale = leaves_by_path(observed.model.params).get(f"{path}/scale" if path else "scale")
-    ghost = _ghost_batch(attributes.virtual_batch_size, observed.examples)
+    ghost_size = attributes.virtual_batch_size
+    if ghost_size is not None and ghost_size >= observed.examples:
+        ghost_size = None
+    share = 1.0 if ghost_size is None else ghost_size / observed.examples
     return Evidence(
         path=path,
         features=np.shape(norm["mean"]),
@@ -206,19 +176,13 @@ def _evidence_on(path: str, observed: Observations) -> Evidence:
         sites=tuple(site for site in observed.sites if site.path == path),
         in_training=distance_from(trained),
         in_evaluation=distance_from(evaluated),
-        var_error=_var_error(evaluated, noise, 1.0 if ghost is None else ghost.share),
-        ghost=ghost,
+        var_error=_var_error(evaluated, noise, share),
+        ghost_size=ghost_size,
     )
 
 
 def _if_any_value(measured: Measurement | None) -> Measurement | None:
     return measured if measured is not None and measured.values.any() else None
-
-
-def _ghost_batch(size: int | None, examples: int) -> GhostBatch | None:
-    if size is None or size >= examples:
-        return None
-    return GhostBatch(size, size / examples)
 
 
 # --- errors and distances -----------------------------------------------------------------------
@@ -276,28 +240,6 @@ def _distance(
     varies = measured.var > epsilon
     is_far |= varies & (np.abs(log_var) >= math.log(FAR_VAR)) & (var_errors >= limit)
     return Distance(in_deviations, mean_errors, log_var, var_errors, is_far)
-
-
-class _Largest(NamedTuple):
-    """The distances of a row of the report."""
-
-    mean_off: float | None = None
-    mean_errors: float | None = None
-    var_off: float | None = None
-    var_errors: float | None = None
-
-
-def _largest(distance: Distance | None) -> _Largest:
-    if distance is None:
-        return _Largest()
-    mean_worst = distance.mean.argmax()
-    log_var = np.abs(distance.log_var)
-    return _Largest(
-        mean_off=float(distance.mean[mean_worst]),
-        mean_errors=float(distance.mean_errors[mean_worst]),
-        var_off=float(np.exp(log_var.max())),
-        var_errors=float(distance.var_errors[log_var.argmax()]),
-    )
 
 
 def _var_error(measured: Measurement | None, noise: Noise | None, share: float) -> float | None:

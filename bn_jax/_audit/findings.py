@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,37 +35,11 @@ INITIAL_SHARE_FIT = 0.02
 
 
 class Case(NamedTuple):
-    """What the findings are about.
-
-    Attributes:
-        model: the model.
-        norms: the evidence on each of its norms.
-        weight_decay_mask: the mask for Optax, or None.
-    """
+    """What the findings are about: a model, the evidence on its norms, and the mask for Optax."""
 
     model: Model
     norms: list[Evidence]
     weight_decay_mask: Any
-
-
-Finder: TypeAlias = Callable[[Case], Iterator[Finding]]
-NormFinder: TypeAlias = Callable[[Evidence], Iterator[Finding]]
-
-
-def find_all(case: Case) -> tuple[Finding, ...]:
-    """Returns the findings of every kind."""
-    return tuple(finding for find in FINDERS for finding in find(case))
-
-
-def of_each_norm(*finders: NormFinder) -> Finder:
-    """Returns a finder that looks at the norms one after another, each for all of these kinds."""
-
-    def find(case: Case) -> Iterator[Finding]:
-        for norm in case.norms:
-            for find_in_norm in finders:
-                yield from find_in_norm(norm)
-
-    return find
 
 
 # --- not finite ---------------------------------------------------------------------------------
@@ -307,14 +281,14 @@ def small_batch(norm: Evidence) -> Iterator[Finding]:
     """Finds a norm whose variance in training is a poor estimate."""
     if norm.var_error is None or norm.var_error <= LARGEST_VAR_ERROR:
         return
-    if norm.ghost is None:
+    if norm.ghost_size is None:
         batch = "the batch"
         advice = (
             "Train with a larger batch, synchronize over devices with axis_name='data', or use "
             "GroupNorm. (If training takes more examples than you passed, pass as many.)"
         )
     else:
-        batch = f"each ghost batch of {norm.ghost.examples} examples"
+        batch = f"each ghost batch of {norm.ghost_size} examples"
         advice = "Raise virtual_batch_size or leave it out, or use GroupNorm."
     values = 1 + 2 / norm.var_error**2
     yield Finding(
@@ -330,7 +304,7 @@ def saturated(norm: Evidence) -> Iterator[Finding]:
     """Finds a norm after which an activation passes no gradient back."""
     if norm.calls is None or not norm.calls.finite_output.all():
         return
-    saturation = norm.calls.saturation()
+    saturation = norm.calls.saturation
     # With statistics that are wrong, evaluation does not normalize, but training may.
     if saturation is None or norm.is_initial or norm.is_stale:
         return
@@ -380,23 +354,21 @@ def weight_decay(case: Case) -> Iterator[Finding]:
     if mask is None:
         return
     decays = leaves_by_path(mask(case.model.params) if callable(mask) else mask)
-    is_of_norm = leaves_by_path(norm_params_mask(case.model.params, _as_tree(case.model.norms)))
+    is_of_norm = leaves_by_path(norm_params_mask(case.model.params, case.model.batch_stats))
     norm_params = [path for path, of_norm in is_of_norm.items() if of_norm]
-    decaying: dict[str, list[str]] = {}
-    is_covered = False
-    for path in norm_params:
-        applies = _at_or_around(path, decays)
-        is_covered = is_covered or applies is not None
-        if applies:
-            norm, _, name = path.rpartition("/")
-            decaying.setdefault(norm, []).append(name)
-    if norm_params and not is_covered:
+    applies = {path: _at_or_around(path, decays) for path in norm_params}
+    if norm_params and all(decay is None for decay in applies.values()):
         raise ValueError(
             f"weight_decay_mask covers no parameter of a norm: expected leaves at "
             f"{_listed(norm_params)} or around them, received "
             f"{_listed(decays) if decays else 'none'}. Pass a tree in the structure "
             "of params, or a function of them: weight_decay_mask=bn.optim.no_weight_decay_mask."
         )
+    decaying: dict[str, list[str]] = {}
+    for path, decay in applies.items():
+        if decay:
+            norm, _, name = path.rpartition("/")
+            decaying.setdefault(norm, []).append(name)
     for norm, names in decaying.items():
         yield Finding(
             "weight decay",
@@ -414,33 +386,33 @@ def _at_or_around(path: str, leaves: Mapping[str, Any]) -> Any:
     return leaves.get(path)
 
 
-def _as_tree(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns running statistics by path as nested mappings."""
-    tree: dict[str, Any] = {}
-    for path, norm in norms.items():
-        node = tree
-        for name in filter(None, path.split("/")):
-            node = node.setdefault(name, {})
-        node.update(norm)
-    return tree
-
-
 # The findings come in this order. The next kind is one row more, and one name in `report.Kind`.
-FINDERS: tuple[Finder, ...] = (
+# The norms are examined one after another, each for all kinds of `NORM_FINDERS`.
+NORM_FINDERS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    normalizes_by_batch,
+    dead_scales,
+    constant_features,
+    bias_without_effect,
+    small_batch,
+    saturated,
+    redundant_scale,
+)
+
+
+def faults_of_single_norms(case: Case) -> Iterator[Finding]:
+    """Finds the kinds of `NORM_FINDERS` in each norm."""
+    for norm in case.norms:
+        for find in NORM_FINDERS:
+            yield from find(norm)
+
+
+FINDERS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     not_finite_variables,
     not_finite_inputs,
     not_finite_outputs,
     never_updated,
     stale,
     differs_in_evaluation,
-    of_each_norm(
-        normalizes_by_batch,
-        dead_scales,
-        constant_features,
-        bias_without_effect,
-        small_batch,
-        saturated,
-        redundant_scale,
-    ),
+    faults_of_single_norms,
     weight_decay,
 )

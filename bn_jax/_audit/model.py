@@ -9,10 +9,10 @@ import jax
 from flax import nnx
 
 from bn_jax import nnx as bn_nnx
-from bn_jax._core.types import BatchStats, Measured
+from bn_jax._core.types import BatchStats
 from bn_jax._paths import batch_stats_by_path, format_path, whitening_paths
 from bn_jax._program import PureForward, as_pure, is_variable, value_of
-from bn_jax._recalibrate.measuring import measure, require_updates
+from bn_jax._recalibrate.measuring import require_updates
 
 DEFAULT_EPSILON = 1e-5
 LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
@@ -35,44 +35,40 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """A model of Linen, of plain functions or of NNX.
+    """A model of Linen, of plain functions or of NNX."""
 
-    Attributes:
-        training: the model as a pure function, an NNX module in training.
-        evaluation: the same, an NNX module in evaluation.
-        variables: its arrays.
-        params: the parameters among them.
-        norms: the running statistics of each norm, by path.
-        statistics: the path of the norm for each leaf of `variables` that is its mean or variance.
-        attributes: the attributes of norms that are known without a call, by path.
-        advice: the line that recalibrates the model.
-        whitening: the paths of whitening norms.
-    """
-
-    training: PureForward
-    evaluation: PureForward
+    training: PureForward  # the model in training, called as ``training(variables, batch)``
+    evaluation: PureForward  # the model in evaluation
     variables: Any
-    params: Any
-    norms: dict[str, BatchStats]
-    statistics: dict[int, str]
+    norms: dict[str, BatchStats]  # the running statistics of each norm, by path
+    # The attributes of its norms, by path; a Linen norm notes them when it is called.
     attributes: dict[str, Attributes]
-    advice: str
-    whitening: tuple[str, ...]
+    whitening: tuple[str, ...]  # the paths of whitening norms
+
+    @property
+    def params(self) -> Any:
+        """The parameters among the variables."""
+        return self.evaluation.params(self.variables)
+
+    @property
+    def batch_stats(self) -> Any:
+        """The running statistics among the variables."""
+        return self.evaluation.batch_stats(self.variables)
+
+    @property
+    def advice(self) -> str:
+        """The line that recalibrates the model."""
+        if self.evaluation.graph is None:
+            return _ADVICE_FOR_FUNCTIONS
+        return _ADVICE_FOR_MODULES
 
     def evaluate(self, variables: Any, batch: Any) -> Any:
         """Returns the output in evaluation."""
+        returned = self.evaluation(variables, batch)
         if self.evaluation.graph is not None:
-            return self.evaluation(variables, batch)
-        returned = self.evaluation(variables, batch, False)
+            return returned
         require_updates(returned, LINE)
         return returned[0]
-
-    def measure(self, variables: Any, batch: Any, *, train: bool) -> dict[str, Measured]:
-        """Returns what each norm measures in one mode, by path."""
-        pure = self.training if train else self.evaluation
-        if pure.graph is not None:
-            return measure(pure, variables, batch, line=LINE)
-        return measure(pure, variables, batch, train, line=LINE)
 
 
 def model_of(forward: Callable[..., Any], variables: Any) -> Model:
@@ -98,15 +94,18 @@ def model_of(forward: Callable[..., Any], variables: Any) -> Model:
             "variables hold no batch norm, nothing with a mean and a var in batch_stats: pass all "
             "that init returned, {'params': params, 'batch_stats': batch_stats}, or the module."
         )
+    if pure.graph is None:
+        training = PureForward(lambda variables, batch: forward(variables, batch, True))
+        evaluation = PureForward(lambda variables, batch: forward(variables, batch, False))
+    else:
+        training = pure.in_mode(arrays, train=True)
+        evaluation = pure.in_mode(arrays, train=False)
     return Model(
-        training=pure.in_mode(arrays, train=True),
-        evaluation=pure.in_mode(arrays, train=False),
+        training=training,
+        evaluation=evaluation,
         variables=arrays,
-        params=pure.params(arrays),
         norms=norms,
-        statistics=pure.statistics(arrays),
         attributes=attributes,
-        advice=_ADVICE_FOR_FUNCTIONS if pure.graph is None else _ADVICE_FOR_MODULES,
         whitening=tuple(whitening_paths(batch_stats)),
     )
 

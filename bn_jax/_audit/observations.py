@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax._audit.calls import Calls, gather, summarize, wanted_values
-from bn_jax._audit.model import Attributes, Model, attributes_of, model_of
+from bn_jax._audit.model import LINE, Attributes, Model, attributes_of, model_of
 from bn_jax._audit.sites import Site, find_sites
 from bn_jax._core.types import Measured
 from bn_jax._program import Program, evaluate, in_double, inputs_of, trace
+from bn_jax._recalibrate.measuring import measure
 from bn_jax.linen.patching import norms_replaced
 
 # How exactly a mean must be moved by 1, relative to the values; less exactly in half precision.
@@ -28,21 +29,13 @@ _observing = jax.make_user_context(None)
 
 
 class Measurement(NamedTuple):
-    """What one norm measured in the batch: `bn_jax.Measured` on the host, features flattened.
+    """What one norm measured in the batch: `bn_jax.Measured` on the host, features flattened."""
 
-    Attributes:
-        values: the number of values, [F].
-        mean: their mean, [F].
-        var: their variance, [F].
-        by_running: how often the norm normalized by running statistics, [F].
-        by_batch: how often it normalized by statistics of the batch, [F].
-    """
-
-    values: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-    by_running: np.ndarray
-    by_batch: np.ndarray
+    values: np.ndarray  # the number of values, [F]
+    mean: np.ndarray  # their mean, [F]
+    var: np.ndarray  # their variance, [F]
+    by_running: np.ndarray  # how often the norm normalized by running statistics, [F]
+    by_batch: np.ndarray  # how often it normalized by statistics of the batch, [F]
 
     @property
     def is_called(self) -> bool:
@@ -51,40 +44,25 @@ class Measurement(NamedTuple):
 
 
 class Observations(NamedTuple):
-    """What `observe` returns.
-
-    Attributes:
-        model: the model.
-        sites: the calls of batch norms in the program of evaluation, in its order.
-        trained: measurements in training, by path.
-        evaluated: measurements in evaluation, by path.
-        calls: inputs and outputs of the calls in evaluation, by path.
-        attributes: attributes of the norms, by path, where they are known.
-        examples: the number of examples in the batch.
-    """
+    """What `observe` returns."""
 
     model: Model
-    sites: tuple[Site, ...]
-    trained: dict[str, Measurement]
-    evaluated: dict[str, Measurement]
-    calls: dict[str, Calls]
-    attributes: dict[str, Attributes]
-    examples: int
+    sites: tuple[Site, ...]  # the calls of batch norms in the program of evaluation, in its order
+    trained: dict[str, Measurement]  # measurements in training, by path
+    evaluated: dict[str, Measurement]  # measurements in evaluation, by path
+    calls: dict[str, Calls]  # inputs and outputs of the calls in evaluation, by path
+    examples: int  # the number of examples in the batch
 
 
 class _Run(NamedTuple):
-    """What a run of the model returns, by path, and the summaries of the sites.
+    """What the norms measure in a run of the model, by path, and a summary of each site.
 
-    Attributes:
-        trained: what is measured in training.
-        evaluated: what is measured in evaluation.
-        shifted: what is measured in training with the biases of the sites larger by 1.
-        summaries: one for each site.
+    `shifted` is measured in training with the biases of the sites larger by 1.
     """
 
-    trained: Any
-    evaluated: Any
-    shifted: Any
+    trained: dict[str, Measured]
+    evaluated: dict[str, Measured]
+    shifted: dict[str, Measured]
     summaries: list[Calls]
 
 
@@ -95,20 +73,19 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     """
     examples = _number_of_examples(batch)
     model = model_of(forward, variables)
-    attributes = dict(model.attributes)
-    recording = nn.intercept_methods(_record(attributes))
+    recording = nn.intercept_methods(_record(model.attributes))
     with norms_replaced(), recording, _observing(object()):
         program = trace(model.evaluate, model.variables, batch)
-        sites = find_sites(program, model.norms, model.statistics)
+        statistics = model.evaluation.statistics(model.variables)
+        sites = find_sites(program, model.norms, statistics)
         run = _run(program, model, batch, sites)
-    checked = [_with_bias_checked(program, site, run.trained, run.shifted) for site in sites]
+    trained, shifted = _on_host(run.trained), _on_host(run.shifted)
     return Observations(
         model=model,
-        sites=tuple(checked),
-        trained=run.trained,
-        evaluated=run.evaluated,
+        sites=tuple(_with_bias_checked(program, site, trained, shifted) for site in sites),
+        trained=trained,
+        evaluated=_on_host(run.evaluated),
         calls=gather(sites, run.summaries),
-        attributes=attributes,
         examples=examples,
     )
 
@@ -132,12 +109,7 @@ def _number_of_examples(batch: Any) -> int:
 def _record(attributes: dict[str, Attributes]) -> Callable[..., Any]:
     """Returns an interceptor of Linen's calls that notes the attributes of batch norms."""
 
-    def note(
-        next_call: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        context: nn.module.InterceptorContext,
-    ) -> Any:
+    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm):
             attributes["/".join(context.module.path)] = attributes_of(context.module)
         return next_call(*args, **kwargs)
@@ -157,18 +129,13 @@ def _run(program: Program, model: Model, batch: Any, sites: Sequence[Site]) -> _
         moved = [leaf + 1 if index in biases else leaf for index, leaf in enumerate(leaves)]
         shifted = jax.tree.unflatten(jax.tree.structure(variables), moved)
         return _Run(
-            trained=model.measure(variables, batch, train=True),
-            evaluated=model.measure(variables, batch, train=False),
-            shifted=model.measure(shifted, batch, train=True) if biases else {},
+            trained=measure(model.training, variables, batch, line=LINE),
+            evaluated=measure(model.evaluation, variables, batch, line=LINE),
+            shifted=measure(model.training, shifted, batch, line=LINE) if biases else {},
             summaries=[summarize(program, site, values) for site in sites],
         )
 
-    result: _Run = jax.device_get(run(model.variables, batch))
-    return result._replace(
-        trained=_on_host(result.trained),
-        evaluated=_on_host(result.evaluated),
-        shifted=_on_host(result.shifted),
-    )
+    return jax.device_get(run(model.variables, batch))
 
 
 def _on_host(measured: Mapping[str, Measured]) -> dict[str, Measurement]:

@@ -7,23 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._program import (
-    Equation,
-    Norm,
-    Program,
-    as_affine_step,
-    as_linear,
-    find_norms,
-)
+from bn_jax._program import Equation, Program, as_affine_step, as_linear, find_norms
 from bn_jax._program.primitives import COPIES_AND_CASTS, ELEMENTWISE, WITH_DERIVATIVE
 
 
 class Activation(NamedTuple):
     """What is computed from the output of a norm element by element.
 
-    Attributes:
-        output: the value that it returns.
-        inputs: the known values that it takes.
+    `output` is the value that it returns, `inputs` are the known values that it takes.
     """
 
     output: int
@@ -31,28 +22,19 @@ class Activation(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A call of a batch norm in the program of evaluation.
+    """A call of a batch norm in the program of evaluation."""
 
-    Attributes:
-        path: the path of the norm in ``batch_stats``.
-        input: the value that it takes.
-        output: the value that it returns.
-        axes: the feature axes.
-        params: the paths of its scale and bias.
-        bias: the path of a bias that is added directly before norms and used nowhere else, or None.
-        activation: the activation after it; None if there is none, or more than one value depends
-            on the output, or only affine steps follow.
-        takers: the paths of the kernels and norms that take the output, or None if anything else
-            takes it.
-    """
-
-    path: str
-    input: int
-    output: int
-    axes: tuple[int, ...]
-    params: tuple[str, ...]
+    path: str  # the path of the norm in ``batch_stats``
+    input: int  # the value that it takes
+    output: int  # the value that it returns
+    axes: tuple[int, ...]  # the feature axes
+    params: tuple[str, ...]  # the paths of its scale and bias
+    # The path of a bias that is added directly before norms and used nowhere else, or None.
     bias: str | None
+    # The activation after it; None if there is none, or more than one value depends on the output,
+    # or only affine steps follow.
     activation: Activation | None
+    # The paths of the kernels and norms that take the output, or None if anything else takes it.
     takers: tuple[str, ...] | None
 
 
@@ -67,12 +49,10 @@ class _Call(NamedTuple):
 def find_sites(
     program: Program, norms: Mapping[str, Mapping[str, Any]], statistics: Mapping[int, str]
 ) -> list[Site]:
-    """Returns the calls of batch norms that are found in the program, in its order.
+    """Returns the calls of batch norms that are found in the program of evaluation, in its order.
 
-    Args:
-        program: the program of evaluation.
-        norms: the running statistics of each norm, by its path.
-        statistics: the path of the norm for each leaf that is a running mean or variance.
+    `norms` are the running statistics by path; `statistics` is the path of the norm for each leaf
+    of the variables that is a running mean or variance.
     """
     calls = _find_calls(program, statistics)
     starts = {call.steps[0]: call.path for call in calls}
@@ -88,13 +68,14 @@ def find_sites(
         features = math.prod(program.avals[first.input].shape[axis] for axis in axes)
         if features != np.size(norms[call.path]["mean"]):
             continue
+        leaves = {leaf for index in call.steps for leaf in _leaves_in(program, index)}
         sites.append(
             Site(
                 path=call.path,
                 input=first.input,
                 output=call.output,
                 axes=tuple(axes),
-                params=_params_of(program, call.steps, statistics),
+                params=tuple(program.paths[leaf] for leaf in sorted(leaves - set(statistics))),
                 bias=None,
                 activation=_activation_after(program, call.output, claimed),
                 takers=_takers(program, call.output, starts, fed[call.path]),
@@ -109,37 +90,19 @@ def find_sites(
 def _find_calls(program: Program, statistics: Mapping[int, str]) -> list[_Call]:
     calls = []
     for norm in find_norms(program):
-        steps = _steps_of(program, norm, statistics)
-        if steps:
-            path = _norms_in(program, steps[0], statistics)[0]
-            calls.append(_Call(path, steps, program.equations[steps[-1]].outputs[0]))
+        for number, index in enumerate(norm.steps):
+            paths = [statistics[leaf] for leaf in _leaves_in(program, index) if leaf in statistics]
+            if paths:
+                output = program.equations[norm.steps[-1]].outputs[0]
+                calls.append(_Call(paths[0], norm.steps[number:], output))
+                break
     return calls
-
-
-def _steps_of(program: Program, norm: Norm, statistics: Mapping[int, str]) -> tuple[int, ...]:
-    """Returns the steps from the first that takes a running statistic."""
-    for number, index in enumerate(norm.steps):
-        if _norms_in(program, index, statistics):
-            return norm.steps[number:]
-    return ()
 
 
 def _leaves_in(program: Program, index: int) -> list[int]:
     """Returns the leaves of the variables that the inputs of an equation depend on."""
     inputs = program.equations[index].inputs
     return [leaf for value in inputs for leaf in sorted(program.origins[value] or ())]
-
-
-def _norms_in(program: Program, index: int, statistics: Mapping[int, str]) -> list[str]:
-    """Returns the norms whose statistics an equation takes."""
-    return [statistics[leaf] for leaf in _leaves_in(program, index) if leaf in statistics]
-
-
-def _params_of(
-    program: Program, steps: Sequence[int], statistics: Mapping[int, str]
-) -> tuple[str, ...]:
-    leaves = {leaf for index in steps for leaf in _leaves_in(program, index)}
-    return tuple(program.paths[leaf] for leaf in sorted(leaves - set(statistics)))
 
 
 def _operand_axes(program: Program, index: int) -> set[int]:

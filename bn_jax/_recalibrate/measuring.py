@@ -27,23 +27,16 @@ LINE = (
 )
 
 
-def measure(pure: PureForward, variables: Any, *args: Any, line: str = LINE) -> dict[str, Measured]:
-    """Calls a model in which every batch norm measures.
+def measure(
+    pure: PureForward, variables: Any, batch: Any, *, line: str = LINE
+) -> dict[str, Measured]:
+    """Calls a model in which every batch norm measures, and returns what they measured, by path.
 
-    Args:
-        pure: the model, called as ``forward(variables, *args)``.
-        variables: its variables, as `as_pure` returned them.
-        *args: the batch, and further arguments of the forward function.
-        line: a correct forward function, for the error if there are no updated statistics.
-
-    Returns:
-        What each norm has measured, by path; norms that are not called have measured nothing.
-
-    Raises:
-        ValueError: the forward function returns no updated statistics.
+    Norms that are not called have measured nothing. `line` is a correct forward function, for the
+    error of one that returns no updated statistics.
     """
     if pure.graph is not None:
-        return _measure_module(pure.forward, pure.bind(variables), args)
+        return _measure_module(pure.forward, pure.bind(variables), batch)
 
     def start(node: Any) -> Any:
         if not is_batch_stats(node):
@@ -52,18 +45,16 @@ def measure(pure: PureForward, variables: Any, *args: Any, line: str = LINE) -> 
 
     marked = jax.tree.map(start, variables["batch_stats"], is_leaf=is_batch_stats)
     with norms_replaced():
-        returned = pure({**variables, "batch_stats": marked}, *args)
+        returned = pure({**variables, "batch_stats": marked}, batch)
     return _measured_in(require_updates(returned, line))
 
 
-def _measure_module(
-    forward: Callable[..., Any], module: nnx.Module, args: tuple[Any, ...]
-) -> dict[str, Measured]:
+def _measure_module(forward: Forward, module: nnx.Module, batch: Any) -> dict[str, Measured]:
     for _, layer in nnx.iter_graph(replace_norms(module)):
         if isinstance(layer, BatchNorm):
             batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
             layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])
-    forward(module, *args)
+    forward(module, batch)
     return _measured_in(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 
 
@@ -81,17 +72,9 @@ def statistics_in(node: Any) -> Any:
 
 
 def require_updates(returned: Any, line: str) -> Any:
-    """Returns the statistics that a forward function returned.
+    """Returns the statistics in the ``(y, updates)`` that a forward function returned.
 
-    Args:
-        returned: what it returned, expected as ``(y, updates)``.
-        line: a correct forward function, for the error.
-
-    Returns:
-        ``updates["batch_stats"]``.
-
-    Raises:
-        ValueError: it returned anything else.
+    `line` is a correct forward function, for the error if it returned anything else.
     """
     received = "an array" if isinstance(returned, jax.Array) else f"a {type(returned).__name__}"
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
@@ -116,9 +99,7 @@ _steps: WeakKeyDictionary[Forward, _Step] = WeakKeyDictionary()
 def prepare(pure: PureForward, others: Any) -> Measure:
     """Returns the compiled function that measures one batch.
 
-    Args:
-        pure: the model.
-        others: its variables without the running statistics.
+    `others` are the variables of the model without the running statistics.
     """
     try:
         hash(pure.graph)

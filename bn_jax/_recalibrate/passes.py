@@ -20,17 +20,9 @@ import numpy as np
 from bn_jax._core.types import Measured
 from bn_jax._paths import batch_stats_by_path, whitening_paths
 from bn_jax._program import as_pure
+from bn_jax._recalibrate import pooling
 from bn_jax._recalibrate.measuring import Forward, Measure, prepare
-from bn_jax._recalibrate.pooling import (
-    Pools,
-    agree,
-    as_double,
-    changes,
-    is_measured_again,
-    passes_needed,
-    pooled,
-    replace_statistics,
-)
+from bn_jax._recalibrate.pooling import Pools
 from bn_jax._recalibrate.report import Recalibration
 
 # The limit where a norm depends on itself: statistics that settle at all have settled by then.
@@ -156,12 +148,12 @@ def recalibrate(
             if count == 0:
                 raise ValueError(_about_no_batches(batches, number))
             before = current
-            current = replace_statistics(before, pools, count, initial, prior)
-            needed = 1 if is_iterator else passes_needed(pools)
-            settled = number >= needed or agree(before, current)
+            current = pooling.replace_statistics(before, pools, count, initial, prior)
+            needed = 1 if is_iterator else pooling.passes_needed(pools)
+            settled = number >= needed or pooling.agree(before, current)
             if passes is None and needed < math.inf:
                 limit = needed
-    layers = tuple(changes(initial, current, pools))
+    layers = tuple(pooling.changes(initial, current, pools))
     return Recalibration(current, layers, number, settled)
 
 
@@ -194,9 +186,9 @@ def _measure_all(
         if is_iterator and count == 0:
             _require_one_pass(measure, batch_stats, batch, measured)
         # Read one step late, so that the device computes the next one meanwhile.
-        pools = pooled(pools, waiting)
+        pools = pooling.pooled(pools, waiting)
         waiting, count = measured, count + 1
-    return pooled(pools, waiting), count
+    return pooling.pooled(pools, waiting), count
 
 
 # --- iterators that give their batches once -----------------------------------------------------
@@ -205,7 +197,7 @@ def _measure_all(
 def _require_one_pass(measure: Measure, batch_stats: Any, batch: Any, measured: Pools) -> None:
     """Raises an error if a further pass over the data is needed."""
     measured = jax.device_get(measured)
-    needed = passes_needed(measured)
+    needed = pooling.passes_needed(measured)
     if needed > 1 and _depends_on_statistics(measure, batch_stats, batch, measured):
         if needed == math.inf:
             reason = "a norm is called several times and normalizes"
@@ -225,11 +217,11 @@ def _depends_on_statistics(measure: Measure, batch_stats: Any, batch: Any, measu
 
     It measures the batch a second time, with other statistics than the old ones and the batch's.
     """
-    others = {path: _changed(as_double(norm)) for path, norm in measured.items()}
-    statistics = replace_statistics(batch_stats, others, 1, batch_stats, 0.0)
+    others = {path: _changed(pooling.as_double(norm)) for path, norm in measured.items()}
+    statistics = pooling.replace_statistics(batch_stats, others, 1, batch_stats, 0.0)
     again = jax.device_get(measure(statistics, batch, 0))
     return not all(
-        is_measured_again(norm, again[path])
+        pooling.is_measured_again(norm, again[path])
         for path, norm in measured.items()
         if np.any(norm.by_running)
     )

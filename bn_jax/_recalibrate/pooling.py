@@ -86,12 +86,8 @@ def replace_statistics(
 ) -> Any:
     """Returns the collection with new statistics of each norm, wherever a batch entered.
 
-    Args:
-        batch_stats: the collection that the batches were measured with.
-        pools: what all batches have measured.
-        batches: the number of batches.
-        initial: the collection before the first pass.
-        prior: the share of the initial statistics.
+    The `pools` are what so many batches measured with `batch_stats`. Of the statistics before the
+    first pass, `initial`, the new ones keep the share `prior`.
     """
 
     def replace(path: Any, node: Any, initial_node: Any) -> Any:
@@ -158,9 +154,7 @@ def is_measured_again(first: Measured, second: Measured) -> bool:
     """Tells whether two measurements of a norm agree, if there are any values."""
     if not np.any(first.count) or not np.array_equal(first.count, second.count):
         return False
-    return _is_close(
-        {"mean": first.mean, "var": first.var}, {"mean": second.mean, "var": second.var}
-    )
+    return _is_close(first._asdict(), second._asdict())
 
 
 def _is_close(before: Statistics, after: Statistics) -> bool:

@@ -63,7 +63,15 @@ class Recalibration(NamedTuple):
         )
 
     def _rows(self) -> Sequence[Sequence[str]]:
-        return [_cells(layer) for layer in self._largest_first()]
+        return [
+            (
+                _name(layer),
+                f"{layer.mean:.4g} std",
+                f"{layer.var:.4g} times",
+                f"{layer.values:.10g}",
+            )
+            for layer in self._largest_first()
+        ]
 
     def _sentences(self) -> list[str]:
         sentences = [_about_kept(layer) for layer in self._largest_first() if layer.kept]
@@ -73,11 +81,6 @@ class Recalibration(NamedTuple):
                 "would still change. Allow more passes."
             )
         return sentences
-
-
-def _cells(layer: LayerChange) -> tuple[str, str, str, str]:
-    values = f"{layer.values:.10g}"
-    return _name(layer), f"{layer.mean:.4g} std", f"{layer.var:.4g} times", values
 
 
 def _name(layer: LayerChange) -> str:

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-__all__ = ["as_array", "flatten", "require_mapping", "unflatten", "variables_of"]
-
 # safetensors refuses tensors in another memory format, and tensors that share memory.
 _STATE_DICT = "{k: v.contiguous().clone() for k, v in model.state_dict().items()}"
 _COLLECTIONS = {"params", "batch_stats"}
@@ -20,7 +18,10 @@ def variables_of(tree: Any) -> Any:
     if isinstance(tree, nnx.Module):
         return nnx.state(tree, kept)
     if isinstance(tree, nnx.State):
-        return nnx.filter_state(tree, nnx.Any(kept, _is_plain))
+        # A pure state holds arrays without variables.
+        return nnx.filter_state(
+            tree, nnx.Any(kept, lambda _, leaf: not isinstance(leaf, nnx.Variable))
+        )
     if not isinstance(tree, Mapping):
         raise TypeError(
             f"the variables are a {type(tree).__name__}, expected those of Linen, a mapping of "
@@ -33,10 +34,6 @@ def variables_of(tree: Any) -> Any:
             f"{sorted(_COLLECTIONS)}: pass {{name: variables[name] for name in {sorted(known)}}}"
         )
     return tree
-
-
-def _is_plain(_: tuple[Any, ...], leaf: Any) -> bool:
-    return not isinstance(leaf, nnx.Variable)
 
 
 def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

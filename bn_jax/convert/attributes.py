@@ -6,8 +6,6 @@ from typing import Any
 
 from bn_jax.convert.layouts import Layout, Library, layout_of
 
-__all__ = ["attributes_from_library", "attributes_to_library"]
-
 # The defaults of bn_jax.linen.BatchNorm and bn_jax.nnx.BatchNorm.
 _DEFAULTS: Mapping[str, Any] = dict(
     momentum=0.99,
@@ -46,9 +44,9 @@ def attributes_from_library(library: Library, **attributes: Any) -> dict[str, An
     """
     layout = layout_of(library)
     names = layout.attributes
-    _require_known(attributes, {*names, *layout.defaults}, f"{library}'s batch norm")
+    _require_known(attributes, {*names.values(), *layout.defaults}, f"{library}'s batch norm")
     values = {**layout.defaults, **attributes}
-    if missing := [name for name in names if name not in values]:
+    if missing := [name for name in names.values() if name not in values]:
         raise ValueError(f"attributes {missing} are missing, which {library} has no default for")
     if library == "equinox-ema" or values.get("mode", "batch") != "batch":
         raise ValueError(
@@ -56,14 +54,11 @@ def attributes_from_library(library: Library, **attributes: Any) -> dict[str, An
             "does its default, 'legacy', expected mode='batch': bn_jax has no such mode. "
             "For evaluation alone translate mode='batch'."
         )
-    momentum = values[names.momentum]
-    translated = {
-        "momentum": _complement(momentum) if layout.momentum_weighs_new else momentum,
-        "epsilon": values[names.epsilon],
-        "use_scale": values[names.use_scale],
-        "use_bias": values[names.use_bias] and values.get("affine", True),
-        "running_var_ddof": layout.running_var_ddof,
-    }
+    translated = {ours: values[theirs] for ours, theirs in names.items()}
+    translated["use_bias"] = translated["use_bias"] and values.get("affine", True)
+    translated["running_var_ddof"] = layout.running_var_ddof
+    if layout.momentum_weighs_new:
+        translated["momentum"] = _complement(translated["momentum"])
     if not values.get("track_running_stats", True):
         translated |= {"use_running_average": False, "update_running_average": False}
     return translated
@@ -96,13 +91,9 @@ def attributes_to_library(library: Library, **attributes: Any) -> dict[str, Any]
     obstacles = _obstacles(values, library, layout)
     if obstacles:
         raise ValueError(f"{library}'s batch norm does not support {'; '.join(obstacles)}.")
-    names, momentum = layout.attributes, values["momentum"]
-    translated = {
-        names.momentum: _complement(momentum) if layout.momentum_weighs_new else momentum,
-        names.epsilon: values["epsilon"],
-        names.use_scale: values["use_scale"],
-        names.use_bias: values["use_bias"],
-    }
+    if layout.momentum_weighs_new:
+        values["momentum"] = _complement(values["momentum"])
+    translated = {theirs: values[ours] for ours, theirs in layout.attributes.items()}
     if "affine" in layout.defaults and values["use_scale"] == values["use_bias"]:
         del translated["bias"]  # older versions of PyTorch have no such argument
     if "mode" in layout.defaults:
@@ -121,7 +112,8 @@ def _obstacles(values: Mapping[str, Any], library: Library, layout: Layout) -> l
         obstacles.append(f"running_var_ddof={ddof}, expected {layout.running_var_ddof}")
     if values["momentum"] is None and not layout.momentum_weighs_new:
         obstacles.append("momentum=None, expected a number")
-    if use_scale != use_bias and layout.attributes.use_scale == layout.attributes.use_bias:
+    names = layout.attributes
+    if use_scale != use_bias and names["use_scale"] == names["use_bias"]:
         obstacles.append(
             f"use_scale={use_scale} with use_bias={use_bias}, expected both or neither"
         )

@@ -11,8 +11,6 @@ import numpy as np
 
 from bn_jax.convert.arrays import as_array, require_mapping
 
-__all__ = ["load_safetensors", "save_safetensors"]
-
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Loads arrays from a safetensors file, which is safe whoever wrote it.

@@ -12,8 +12,6 @@ from jax.typing import DTypeLike
 from bn_jax.convert.keys import Leaf, at_layer
 from bn_jax.convert.layouts import Layout
 
-__all__ = ["fits", "read", "shape_in_library", "write"]
-
 
 def read(
     leaf: Leaf,

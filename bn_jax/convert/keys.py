@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,34 +12,21 @@ from bn_jax._paths import format_path, matches_whole
 from bn_jax.convert.arrays import variables_of
 from bn_jax.convert.layouts import Layout
 
-__all__ = ["Leaf", "Names", "at_layer", "leaves_of", "running_statistics"]
-
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 Globs: TypeAlias = str | Iterable[str]
 
 
 class Leaf(NamedTuple):
-    """An array of a Flax model, and its place in another library.
+    """An array of a Flax model, and its place in another library."""
 
-    Attributes:
-        path: where it is in Flax.
-        shape: its shape in Flax.
-        dtype: its dtype in Flax.
-        name: its name in Flax, the last part of the path.
-        layer: the path of its layer in the other library.
-        key: its key in the other library.
-        is_transposed: whether it is the kernel of a transposed convolution.
-        is_count: whether it counts the batches of a cumulative average.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    name: str
-    layer: str
-    key: str
-    is_transposed: bool
-    is_count: bool
+    path: str  # where it is in Flax
+    shape: tuple[int, ...]  # its shape in Flax
+    dtype: np.dtype[Any]  # its dtype in Flax
+    name: str  # its name in Flax, the last part of the path
+    layer: str  # the path of its layer in the other library
+    key: str  # its key in the other library
+    is_transposed: bool  # whether it is the kernel of a transposed convolution
+    is_count: bool  # whether it counts the batches of a cumulative average
 
     @property
     def is_kernel(self) -> bool:
@@ -49,15 +35,12 @@ class Leaf(NamedTuple):
 
 
 class _Named(NamedTuple):
-    """A leaf of a Flax model, by the parts of its path."""
+    """A leaf of a Flax model with its path, the path of its layer, and its name there."""
 
-    parts: tuple[str, ...]
+    path: str
     layer: str
-    leaf: Any
-
-    @property
-    def name(self) -> str:
-        return self.parts[-1]
+    name: str
+    array: Any
 
 
 def leaves_of(variables: Any, layout: Layout, names: Names, transposed: Globs | None) -> list[Leaf]:
@@ -69,23 +52,25 @@ def leaves_of(variables: Any, layout: Layout, names: Names, transposed: Globs | 
     _check_names(names, set(siblings))
     transposed_layers = _transposed_layers(variables, transposed, named, layout)
     leaves: dict[str, Leaf] = {}
-    for layer_leaf in named:
-        path, name, beside = "/".join(layer_leaf.parts), layer_leaf.name, siblings[layer_leaf.layer]
-        layer = _layer_in_library(layer_leaf.layer, names, layout.separator)
-        key = at_layer(_key_template(name, beside, layout, path), layer)
+    for leaf in named:
+        beside = siblings[leaf.layer]
+        is_count = leaf.name == "count" and {"mean", "var"} <= beside
+        layer = _layer_in_library(leaf.layer, names, layout.separator)
+        key = at_layer(_key_template(leaf, beside, is_count, layout), layer)
         if key in leaves:
             raise ValueError(
-                f"names takes both {leaves[key].path} and {path} to {key}, expected a key for each"
+                f"names takes both {leaves[key].path} and {leaf.path} to {key}, expected a key for "
+                "each"
             )
         leaves[key] = Leaf(
-            path=path,
-            shape=tuple(layer_leaf.leaf.shape),
-            dtype=layer_leaf.leaf.dtype,
-            name=name,
+            path=leaf.path,
+            shape=tuple(leaf.array.shape),
+            dtype=leaf.array.dtype,
+            name=leaf.name,
             layer=layer,
             key=key,
-            is_transposed=name == "kernel" and layer_leaf.layer in transposed_layers,
-            is_count=_is_count(name, beside),
+            is_transposed=leaf.name == "kernel" and leaf.layer in transposed_layers,
+            is_count=is_count,
         )
     return list(leaves.values())
 
@@ -105,11 +90,14 @@ def at_layer(template: str, layer: str) -> str:
 
 
 def _named_leaves(tree: Any) -> list[_Named]:
-    paths = [(_parts(keys), leaf) for keys, leaf in jax.tree.leaves_with_path(tree)]
-    if {parts[0] for parts, _ in paths} <= {"params", "batch_stats"}:
-        # In Linen a path starts with the collection, which is no part of the layer's path.
-        return [_Named(parts, "/".join(parts[1:-1]), leaf) for parts, leaf in paths]
-    return [_Named(parts, "/".join(parts[:-1]), leaf) for parts, leaf in paths]
+    leaves = [(_parts(keys), leaf) for keys, leaf in jax.tree.leaves_with_path(tree)]
+    # In Linen a path starts with the collection, which is no part of the layer's path.
+    is_linen = {parts[0] for parts, _ in leaves} <= {"params", "batch_stats"}
+    start = 1 if is_linen else 0
+    return [
+        _Named("/".join(parts), "/".join(parts[start:-1]), parts[-1], leaf)
+        for parts, leaf in leaves
+    ]
 
 
 def _parts(keys: tuple[Any, ...]) -> tuple[str, ...]:
@@ -122,25 +110,18 @@ def _parts(keys: tuple[Any, ...]) -> tuple[str, ...]:
 # --- keys ---------------------------------------------------------------------------------------
 
 
-def _is_count(name: str, siblings: set[str]) -> bool:
-    """Tells whether a leaf counts the batches of the averages beside it."""
-    return name == "count" and {"mean", "var"} <= siblings
-
-
-def _key_template(name: str, siblings: set[str], layout: Layout, path: str) -> str:
+def _key_template(leaf: _Named, siblings: set[str], is_count: bool, layout: Layout) -> str:
     """Returns the template of a leaf's key; an unknown parameter keeps its name."""
-    is_norm = not siblings & {"kernel", "embedding"}
-    known = asdict(layout.norm if is_norm else layout.layer)
-    is_count = _is_count(name, siblings)
-    if is_count and known.get("count") is None:
+    templates = layout.layer if siblings & {"kernel", "embedding"} else layout.norm
+    if is_count and "count" not in templates:
         raise ValueError(
-            f"{path} counts the batches of a cumulative average (momentum=None), which only "
+            f"{leaf.path} counts the batches of a cumulative average (momentum=None), which only "
             "PyTorch has, expected mean and var alone: leave it out."
         )
-    if name in known and (name != "count" or is_count):
-        return str(known[name])
-    module, separator, _ = layout.layer.bias.rpartition(layout.separator)
-    return module + separator + name
+    if leaf.name in templates and (leaf.name != "count" or is_count):
+        return templates[leaf.name]
+    module, separator, _ = layout.layer["bias"].rpartition(layout.separator)
+    return module + separator + leaf.name
 
 
 # --- the names of layers ------------------------------------------------------------------------
@@ -192,7 +173,7 @@ def _transposed_layers(
     """Returns the transposed convolutions: by the argument, and by the types in an NNX module."""
     # A kernel of rank 3 or more may be that of a convolution.
     convolutions = {
-        leaf.layer for leaf in named if leaf.name == "kernel" and len(leaf.leaf.shape) > 2
+        leaf.layer for leaf in named if leaf.name == "kernel" and len(leaf.array.shape) > 2
     }
     if isinstance(variables, nnx.Module):
         by_type = {

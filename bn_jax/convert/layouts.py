@@ -1,21 +1,9 @@
 """How each library lays out its arrays: one description per library, as data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-
-__all__ = [
-    "LAYOUTS",
-    "AttributeNames",
-    "Extra",
-    "LayerKeys",
-    "Layout",
-    "Library",
-    "NormKeys",
-    "layout_of",
-]
 
 Library: TypeAlias = Literal["pytorch", "keras", "haiku", "equinox", "equinox-ema"]
 
@@ -25,123 +13,61 @@ Library: TypeAlias = Literal["pytorch", "keras", "haiku", "equinox", "equinox-em
 SETTLED_COUNTER = 10**9
 
 
-@dataclass(frozen=True)
-class NormKeys:
-    """Templates of the keys of a norm; ``{}`` stands for the path of the layer.
-
-    Attributes:
-        scale: the key of the scale.
-        bias: the key of the bias.
-        mean: the key of the running mean.
-        var: the key of the running variance.
-        count: the key of the number of batches in a cumulative average; None if there is none.
-    """
-
-    scale: str
-    bias: str
-    mean: str
-    var: str
-    count: str | None = None
-
-
-@dataclass(frozen=True)
-class LayerKeys:
-    """Templates of the keys of any other layer.
-
-    Attributes:
-        kernel: the key of the kernel.
-        bias: the key of the bias.
-        embedding: the key of an embedding table.
-    """
-
-    kernel: str
-    bias: str
-    embedding: str
+# By the name of a leaf in Flax, the template of its key; ``{}`` stands for the path of the layer.
+Keys: TypeAlias = Mapping[str, str]
 
 
 class Extra(NamedTuple):
-    """A part of a norm's running statistics that Flax does not have.
+    """A part of a norm's running statistics that Flax does not have."""
 
-    Attributes:
-        key: the template of its key.
-        fresh: its value for averages that were taken in Flax.
-        copy_of: the statistic that it repeats, where it has no value of its own.
-    """
-
-    key: str
-    fresh: np.ndarray | None = None
+    key: str  # the template of its key
+    fresh: np.ndarray | None = None  # its value for averages that were taken in Flax
+    # The statistic that it repeats, where it has no value of its own.
     copy_of: Literal["mean", "var"] | None = None
 
 
-class AttributeNames(NamedTuple):
-    """The names of a batch norm's attributes, by what Flax calls them.
-
-    Attributes:
-        momentum: the name of `momentum`.
-        epsilon: the name of `epsilon`.
-        use_scale: the name of `use_scale`.
-        use_bias: the name of `use_bias`, which may be that of `use_scale`.
-    """
-
-    momentum: str
-    epsilon: str
-    use_scale: str
-    use_bias: str
-
-
 class Layout(NamedTuple):
-    """How a library lays out its arrays, and what it calls the attributes of a batch norm.
+    """How a library lays out its arrays, and what it calls the attributes of a batch norm."""
 
-    Attributes:
-        norm: the keys of a norm.
-        layer: the keys of the other layers.
-        kernel: the axes of a kernel: ``s`` all spatial axes, ``i`` the inputs, ``o`` the outputs.
-            Flax has ``sio``.
-        transposed_kernel: the axes of the kernel of a transposed convolution.
-        flips_transposed: whether a transposed convolution reads its kernel backwards, compared
-            with Flax.
-        extras: what a norm's statistics have beside mean and variance.
-        attributes: the names of a batch norm's attributes.
-        defaults: the default values of a batch norm's attributes.
-        source: the expression that gives the arrays of a model.
-        separator: the text between the parts of a layer's path.
-        counter: the template of the key of the number of steps, if the stored averages are still
-            to be divided by ``1 - momentum**counter``.
-        momentum_weighs_new: whether momentum is the weight of the new value.
-        running_var_ddof: 1 if the running variance is unbiased, else 0.
-        needs_like: whether shapes depend on more than the variables of Flax know.
-    """
-
-    norm: NormKeys
-    layer: LayerKeys
+    # The keys of a norm's scale, bias and statistics; in PyTorch also of the count of batches in a
+    # cumulative average.
+    norm: Keys
+    layer: Keys  # the keys of the kernel, bias and embedding of any other layer
+    # The axes of a kernel: ``s`` all spatial axes, ``i`` the inputs, ``o`` the outputs. Flax has
+    # ``sio``.
     kernel: str
-    transposed_kernel: str
+    transposed_kernel: str  # the axes of the kernel of a transposed convolution
+    # Whether a transposed convolution reads its kernel backwards, compared with Flax.
     flips_transposed: bool
-    extras: tuple[Extra, ...]
-    attributes: AttributeNames
-    defaults: Mapping[str, Any]
-    source: str
-    separator: str = "."
+    extras: tuple[Extra, ...]  # what a norm's statistics have beside mean and variance
+    # By the name of a batch norm's attribute in Flax, its name in the library. It may have one name
+    # for `use_scale` and `use_bias`.
+    attributes: Mapping[str, str]
+    defaults: Mapping[str, Any]  # the default values of a batch norm's attributes
+    source: str  # the expression that gives the arrays of a model
+    separator: str = "."  # the text between the parts of a layer's path
+    # The template of the key of the number of steps, if the stored averages are still to be divided
+    # by ``1 - momentum**counter``.
     counter: str | None = None
-    momentum_weighs_new: bool = False
-    running_var_ddof: int = 0
-    needs_like: bool = False
+    momentum_weighs_new: bool = False  # whether momentum is the weight of the new value
+    running_var_ddof: int = 0  # 1 if the running variance is unbiased, else 0
+    needs_like: bool = False  # whether shapes depend on more than the variables of Flax know
 
 
 _PYTORCH = Layout(
-    norm=NormKeys(
+    norm=dict(
         scale="{}.weight",
         bias="{}.bias",
         mean="{}.running_mean",
         var="{}.running_var",
         count="{}.num_batches_tracked",
     ),
-    layer=LayerKeys(kernel="{}.weight", bias="{}.bias", embedding="{}.weight"),
+    layer=dict(kernel="{}.weight", bias="{}.bias", embedding="{}.weight"),
     kernel="ois",
     transposed_kernel="ios",
     flips_transposed=True,
     extras=(Extra("{}.num_batches_tracked", np.array(0, np.int64)),),
-    attributes=AttributeNames("momentum", "eps", "affine", "bias"),
+    attributes=dict(momentum="momentum", epsilon="eps", use_scale="affine", use_bias="bias"),
     defaults=dict(momentum=0.1, eps=1e-5, affine=True, bias=True, track_running_stats=True),
     source="model.state_dict()",
     momentum_weighs_new=True,
@@ -149,28 +75,26 @@ _PYTORCH = Layout(
 )
 
 _KERAS = Layout(
-    norm=NormKeys(
-        scale="{}/gamma", bias="{}/beta", mean="{}/moving_mean", var="{}/moving_variance"
-    ),
-    layer=LayerKeys(kernel="{}/kernel", bias="{}/bias", embedding="{}/embeddings"),
+    norm=dict(scale="{}/gamma", bias="{}/beta", mean="{}/moving_mean", var="{}/moving_variance"),
+    layer=dict(kernel="{}/kernel", bias="{}/bias", embedding="{}/embeddings"),
     kernel="sio",
     transposed_kernel="soi",
     flips_transposed=True,
     extras=(),
-    attributes=AttributeNames("momentum", "epsilon", "scale", "center"),
+    attributes=dict(momentum="momentum", epsilon="epsilon", use_scale="scale", use_bias="center"),
     defaults=dict(momentum=0.99, epsilon=1e-3, scale=True, center=True),
     source="{w.path: w.numpy() for w in model.weights}",
     separator="/",
 )
 
 _HAIKU = Layout(
-    norm=NormKeys(
+    norm=dict(
         scale="params/{}/scale",
         bias="params/{}/offset",
         mean="state/{}/~/mean_ema/average",
         var="state/{}/~/var_ema/average",
     ),
-    layer=LayerKeys(kernel="params/{}/w", bias="params/{}/b", embedding="params/{}/embeddings"),
+    layer=dict(kernel="params/{}/w", bias="params/{}/b", embedding="params/{}/embeddings"),
     kernel="sio",
     transposed_kernel="soi",
     flips_transposed=False,
@@ -181,7 +105,9 @@ _HAIKU = Layout(
         Extra("state/{}/~/var_ema/hidden", copy_of="var"),
         Extra("state/{}/~/var_ema/counter", np.array(SETTLED_COUNTER, np.int32)),
     ),
-    attributes=AttributeNames("decay_rate", "eps", "create_scale", "create_offset"),
+    attributes=dict(
+        momentum="decay_rate", epsilon="eps", use_scale="create_scale", use_bias="create_offset"
+    ),
     defaults=dict(eps=1e-5),
     source='{"params": params, "state": state}',
     separator="/",
@@ -189,18 +115,23 @@ _HAIKU = Layout(
 )
 
 _EQUINOX = Layout(
-    norm=NormKeys(
+    norm=dict(
         scale="{}.weight",
         bias="{}.bias",
         mean="{}.batch_state_index.0",
         var="{}.batch_state_index.1",
     ),
-    layer=LayerKeys(kernel="{}.weight", bias="{}.bias", embedding="{}.weight"),
+    layer=dict(kernel="{}.weight", bias="{}.bias", embedding="{}.weight"),
     kernel="ois",
     transposed_kernel="ois",
     flips_transposed=False,
     extras=(Extra("{}.batch_counter", np.array(SETTLED_COUNTER, np.int32)),),
-    attributes=AttributeNames("momentum", "eps", "channelwise_affine", "channelwise_affine"),
+    attributes=dict(
+        momentum="momentum",
+        epsilon="eps",
+        use_scale="channelwise_affine",
+        use_bias="channelwise_affine",
+    ),
     defaults=dict(momentum=0.99, eps=1e-5, channelwise_affine=True, mode="legacy"),
     source="its leaves by their path, as the docstring of bn_jax.convert makes them",
     counter="{}.batch_counter",
@@ -208,7 +139,7 @@ _EQUINOX = Layout(
 )
 
 _EQUINOX_EMA = _EQUINOX._replace(
-    norm=replace(_EQUINOX.norm, mean="{}.ema_state_index.0", var="{}.ema_state_index.1"),
+    norm={**_EQUINOX.norm, "mean": "{}.ema_state_index.0", "var": "{}.ema_state_index.1"},
     extras=(Extra("{}.ema_first_time_index", np.array(False)),),
     counter=None,
 )

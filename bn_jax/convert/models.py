@@ -1,5 +1,6 @@
 """Whole models, from and to other libraries."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,13 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from bn_jax.convert.agreement import require_agreement
 from bn_jax.convert.arrays import as_array, flatten, require_mapping, unflatten, variables_of
-from bn_jax.convert.kernels import read, write
+from bn_jax.convert.kernels import fits, read, shape_in_library, write
 from bn_jax.convert.keys import Leaf, Names, at_layer, leaves_of, running_statistics
 from bn_jax.convert.layouts import Layout, Library, layout_of
-
-__all__ = ["from_library", "to_library"]
 
 
 def from_library(
@@ -84,7 +82,7 @@ def from_library(
     require_mapping("arrays", arrays, layout.source)
     flat = {key: as_array(key, value) for key, value in flatten(arrays).items()}
     leaves = leaves_of(like, layout, names, transposed)
-    require_agreement("arrays", leaves, flat, layout)
+    _require_agreement("arrays", leaves, flat, layout)
     values = [read(leaf, flat, layout, momentum, dtype) for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(variables_of(like)), values)
 
@@ -144,7 +142,7 @@ def to_library(
     if like is not None:
         require_mapping("like", like, layout.source)
         flat = flatten(like)
-        require_agreement("like", leaves, flat, layout)
+        _require_agreement("like", leaves, flat, layout)
         written = {key: written[key].reshape(np.shape(array)) for key, array in flat.items()}
         _keep_unchanged(written, flat, leaves, layout, momentum)
     elif layout.needs_like:
@@ -197,3 +195,50 @@ def _keep_unchanged(
 
 def _is_same(first: np.ndarray, second: np.ndarray) -> bool:
     return first.dtype == second.dtype and first.tobytes() == second.tobytes()
+
+
+# --- keys and shapes that do not fit ------------------------------------------------------------
+
+
+def _require_agreement(
+    name: str, leaves: list[Leaf], received: Mapping[str, Any], layout: Layout
+) -> None:
+    """Raises one error for all keys of the argument `name` that do not fit the leaves."""
+    expected = {leaf.key: f"{shape_in_library(leaf, layout)} for {leaf.path}" for leaf in leaves}
+    norms = running_statistics(leaves)
+    optional = {at_layer(extra.key, norm) for extra in layout.extras for norm in norms}
+    if layout.counter is not None:
+        for norm in norms:
+            expected[at_layer(layout.counter, norm)] = "() for the averages"
+    shapes = {key: tuple(np.shape(array)) for key, array in received.items()}
+    unknown = [key for key in shapes if key not in expected and key not in optional]
+    missing = [key for key in expected if key not in shapes]
+    misshaped = [
+        leaf.key
+        for leaf in leaves
+        if leaf.key in shapes and not fits(shapes[leaf.key], leaf, layout)
+    ]
+    if not (unknown or missing or misshaped):
+        return
+    lines = [f"{name} does not fit the variables of Flax."]
+    if missing:
+        lines.append(f"missing from {name}, {len(missing)} in all:")
+        lines += [f"  {key} {expected[key]}{_hint(key, unknown)}" for key in missing]
+    if unknown:
+        lines.append(f"unknown in {name}, {len(unknown)} in all:")
+        lines += [f"  {key} {shapes[key]}" for key in unknown]
+    if misshaped:
+        lines.append(f"of another shape in {name}, {len(misshaped)} in all:")
+        lines += [f"  {key} {shapes[key]}, expected {expected[key]}" for key in misshaped]
+    lines.append(
+        "Pass names={'path in Flax': 'path in the library'} or a function to say which layer is "
+        "which, and transposed=['path in Flax'] to say which layers are ConvTranspose. Where no "
+        f"name of a layer helps, rename or remove the unknown keys of {name} yourself."
+    )
+    raise ValueError("\n".join(lines))
+
+
+def _hint(key: str, candidates: list[str]) -> str:
+    # Comparing every pair takes long; where hundreds of keys are unknown, the names are wrong.
+    near = difflib.get_close_matches(key, candidates[:100], n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""

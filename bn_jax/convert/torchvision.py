@@ -2,8 +2,6 @@
 
 import re
 
-__all__ = ["resnet_names"]
-
 
 def resnet_names(layer: str) -> str:
     """Returns torchvision's name of a layer of `bn_jax.lab.models.ResNet18` to `ResNet152`.

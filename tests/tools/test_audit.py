@@ -537,6 +537,9 @@ def test_a_small_batch(sound):
     assert kinds(report) == [("small batch", "norm_0"), ("small batch", "norm_1")]
     assert report.layers[0].var_error == pytest.approx(np.sqrt(2 / 5), rel=0.1)
     assert "of 6.0 independent values, 63% of itself" in report.findings[0].message
+    # A ghost batch of all examples is the batch.
+    whole = audited(Net(options={"virtual_batch_size": 6}), sound, inputs(1, 6))
+    assert whole.findings == report.findings
 
 
 def test_a_variance_under_epsilon(sound):
@@ -880,6 +883,10 @@ def test_a_mask_of_other_parameters(sound):
     )
     with pytest.raises(ValueError, match=message):
         audited(Net(), sound, weight_decay_mask={"params": {"norm_0": True}})
+    assert_finds(
+        audited(Net(), sound, weight_decay_mask={"norm_0": {"bias": True}}),
+        ("weight decay", "norm_0", r"applies to its bias\."),
+    )
 
 
 @pytest.mark.parametrize("batch", [np.zeros((0, 6), np.float32), (), np.float32(1)])
