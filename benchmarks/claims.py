@@ -79,13 +79,11 @@ def _beside(result: Mapping[str, Any], repeated: Mapping[str, Any]) -> dict[str,
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Returns two tables: the verdict of each claim, and the figures of each criterion."""
     first, second = (f"seeds from {seed}" for seed in figures["first_seeds"])
-    verdicts = Table(
-        title=f"Verdicts with {figures['seeds']} seeds, and with as many others", box=SIMPLE_HEAD
-    )
+    verdicts = Table(title=f"Verdicts with two sets of {figures['seeds']} seeds", box=SIMPLE_HEAD)
     for column in ("claim", "source", first, second):
         verdicts.add_column(column)
     measured = Table(
-        title="What was measured: estimate and 95 % interval, and with the other seeds",
+        title="Measured figures: estimate and 95 % interval, with both sets of seeds",
         box=SIMPLE_HEAD,
     )
     for column in ("claim", "measured", "published", first, "verdict", second, "verdict"):

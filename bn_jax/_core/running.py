@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import place_like
@@ -221,8 +222,10 @@ def average(
 
 
 def _select(enters: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    further = tuple(range(enters.ndim, new.ndim))
-    return jnp.where(jnp.expand_dims(enters, further), new, old.astype(new.dtype))
+    old = old.astype(new.dtype)
+    if enters.ndim == new.ndim:
+        return lax.select(enters, new, old)
+    return jnp.where(jnp.expand_dims(enters, tuple(range(enters.ndim, new.ndim))), new, old)
 
 
 def _blend(weight: Weight, old: jax.Array, new: jax.Array) -> jax.Array:

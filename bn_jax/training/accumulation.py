@@ -65,6 +65,20 @@ def accumulated_train_step(
     Raises:
         ValueError: `micro_batches` does not divide the examples, or the model has running
             statistics whose moments it does not collect.
+
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np, optax, bn_jax as bn
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train, mask=None):
+        ...         return nn.Dense(2)(bn.linen.BatchNorm(not train, momentum=0.0)(x))
+        >>> mesh = bn.training.make_mesh(jax.devices()[:1])
+        >>> state = bn.training.create_state(Net(), optax.sgd(0.1), (1,), 0, mesh)
+        >>> x, y = np.array([[1.0], [3.0], [5.0], [7.0]], "float32"), np.array([0, 1, 0, 1])
+        >>> batch = bn.training.pad_batch(x, y, 4)
+        >>> state, _ = bn.training.accumulated_train_step(state, batch, micro_batches=2)
+        >>> state.batch_stats["BatchNorm_0"]["mean"].tolist()
+        [4.0]
     """
     parts = _split_batch(batch, micro_batches)
     nothing = _sums_of_nothing(state, parts)

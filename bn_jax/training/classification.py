@@ -65,6 +65,17 @@ def create_state(
 
     Returns:
         The state before the first step.
+
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np, optax, bn_jax as bn
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train, mask=None):
+        ...         return nn.Dense(2)(bn.linen.BatchNorm(not train)(x))
+        >>> mesh = bn.training.make_mesh(jax.devices()[:1])
+        >>> state = bn.training.create_state(Net(), optax.sgd(0.1), (1,), 0, mesh)
+        >>> int(state.step), sorted(state.batch_stats)
+        (0, ['BatchNorm_0'])
     """
 
     def init() -> TrainState:
@@ -136,6 +147,19 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
     Returns:
         The metrics over the valid examples.
+
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np, optax, bn_jax as bn
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train, mask=None):
+        ...         return nn.Dense(2)(bn.linen.BatchNorm(not train)(x))
+        >>> mesh = bn.training.make_mesh(jax.devices()[:1])
+        >>> state = bn.training.create_state(Net(), optax.sgd(0.1), (1,), 0, mesh)
+        >>> x, y = np.array([[1.0], [3.0]], "float32"), np.array([0, 1])
+        >>> batch = bn.training.pad_batch(x, y, 4)
+        >>> int(bn.training.eval_step(state, batch).examples)
+        2
     """
     return measure(apply_in_evaluation(state)(batch.x, train=False), batch)
 
@@ -154,6 +178,20 @@ def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
 
     Returns:
         The means over all valid examples.
+
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np, optax, bn_jax as bn
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train, mask=None):
+        ...         return nn.Dense(2)(bn.linen.BatchNorm(not train)(x))
+        >>> mesh = bn.training.make_mesh(jax.devices()[:1])
+        >>> state = bn.training.create_state(Net(), optax.sgd(0.1), (1,), 0, mesh)
+        >>> x, y = np.array([[1.0], [3.0]], "float32"), np.array([0, 1])
+        >>> batch = bn.training.pad_batch(x, y, 4)
+        >>> state, _ = bn.training.train_step(state, batch)
+        >>> bn.training.evaluate(state, [batch, batch]).examples
+        4
     """
     if is_readable(state.batch_stats):
         warn_of_initial(state.batch_stats, stacklevel=3)
