@@ -271,14 +271,13 @@ def run_norm(inputs: Inputs, mode: Mode) -> tuple[jax.Array, BatchStats]:
         y = _normalize_by(inputs, batch_stats)
         if not mode.update:
             return y, batch_stats
-        # Nothing is normalized by what is measured here, so that its groups do not matter.
+        # A state that is measured accepts any batch: nothing is normalized by the moments.
         moments = _merge_groups(measure(inputs, for_averages_only="measured" in batch_stats))
     else:
         batch = measure(inputs, initializing=mode.initializing)
-        moments = _merge_groups(batch)
-        y = _normalize_by_batch(batch)
         if not mode.update:
-            return y, batch_stats
+            return _normalize_by_batch(batch), batch_stats
+        moments, y = _merge_groups(batch), _normalize_by_batch(batch)
     return y, update(
         options,
         batch_stats,

@@ -114,8 +114,8 @@ def test_the_mask_is_a_weight():
 @pytest.mark.parametrize("dtype", [bool, np.float32])
 def test_what_is_masked_does_not_enter(poison, dtype):
     x, mask = standard_normal(7, (8, 3)), jnp.array([1, 0, 1, 1, 0, 1, 1, 1], dtype)[:, None]
-    poisoned = jnp.where(mask != 0, x, poison)
-    assert_close(bn.moments(poisoned, 0, mask=mask), bn.moments(x[mask[:, 0] != 0], 0))
+    poisoned = jnp.where(mask.astype(bool), x, poison)
+    assert_close(bn.moments(poisoned, 0, mask=mask), bn.moments(x[mask[:, 0].astype(bool)], 0))
 
 
 def test_nothing_valid_counts_zero():
