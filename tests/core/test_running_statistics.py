@@ -440,3 +440,20 @@ def test_what_is_measured_has_the_shape_of_the_features():
     }
     with pytest.raises(ValueError, match=r"'measured.count': \(2,\)"):
         EVALUATE({}, state, jnp.ones((2, 3)))
+
+
+def test_statistics_that_have_arrived_stay_to_the_bit():
+    values = jnp.abs(standard_normal(90, (1000,))) + 0.1
+    batch_stats: bn.BatchStats = {"mean": values, "var": values}
+    moments = bn.Moments(jnp.ones(()), values, values)
+    found = bn.update_batch_stats(batch_stats, moments, momentum=0.99)
+    chex.assert_trees_all_equal(found, batch_stats)
+    # A sum of shares is off by a rounding for some of them.
+    assert (values * jnp.float32(0.99) + values * jnp.float32(0.01) != values).any()
+
+
+def test_a_weight_of_one_leaves_nothing_of_the_old_value():
+    old: bn.BatchStats = {"mean": jnp.full(2, 1e8), "var": jnp.full(2, 1e8)}
+    batch = bn.Moments(jnp.ones(()), jnp.array([0.1, 0.3]), jnp.array([0.1, 0.3]))
+    found = bn.update_batch_stats(old, batch, momentum=0.0)
+    chex.assert_trees_all_equal(found, {"mean": batch.mean, "var": batch.var})
