@@ -326,10 +326,7 @@ def call_batch_norm(
         The normalized array, of the shape of `x`.
     """
     state = _frozen_state(layer)
-    if state.frozen:
-        mode = Mode(use_running_average=True, update=False)
-    else:
-        mode = _choose_mode(layer, use_running_average, update_running_average)
+    mode = _choose_mode(layer, state.frozen, use_running_average, update_running_average)
     _require_batch_stats(layer, mode.update)
     x = as_floating("x", x)
     features = features_of("axis", layer.axis, x)
@@ -367,10 +364,7 @@ def _call_whitening_norm(
     update_running_average: bool | None,
 ) -> jax.Array:
     state = _frozen_state(layer)
-    if state.frozen:
-        mode = Mode(use_running_average=True, update=False)
-    else:
-        mode = _choose_mode(layer, use_running_average, update_running_average)
+    mode = _choose_mode(layer, state.frozen, use_running_average, update_running_average)
     _require_batch_stats(layer, mode.update)
     x = as_floating("x", x)
     features = features_of("axis", layer.axis, x)
@@ -419,9 +413,14 @@ def _frozen_state(layer: nn.Module) -> _FrozenState:
 
 
 def _choose_mode(
-    layer: nn.Module, use_running_average: bool | None, update_running_average: bool | None
+    layer: nn.Module,
+    frozen: bool,
+    use_running_average: bool | None,
+    update_running_average: bool | None,
 ) -> Mode:
     """Returns how a call runs, by its arguments and the attributes of the layer."""
+    if frozen:
+        return Mode(use_running_average=True, update=False)
     use = _value_given_once(layer, "use_running_average", use_running_average)
     update = _value_given_once(layer, "update_running_average", update_running_average)
     if use is None:
