@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from bn_jax._core.batch_renorm import batch_renorm
     from bn_jax._core.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
     from bn_jax._core.moments import merge_moments, moments
-    from bn_jax._core.running import init_batch_stats, start_measuring, update_batch_stats
+    from bn_jax._core.running import (
+        init_batch_stats,
+        promote_batch_stats,
+        start_measuring,
+        update_batch_stats,
+    )
     from bn_jax._core.types import BatchStats, Measured, Moments, Params, WhiteningStats
     from bn_jax._core.whitening import init_whitening_stats, whitening_norm
     from bn_jax._fold import Folded, FoldedNorm, FoldReport, absorb_scale, as_affine, fold
@@ -64,6 +69,7 @@ __all__ = [
     "nnx",
     "normalize_by_batch",
     "optim",
+    "promote_batch_stats",
     "recalibrate",
     "remat",
     "remat_policy",
@@ -81,7 +87,12 @@ _HOMES = {
     "_core.batch_renorm": ("batch_renorm",),
     "_core.feature_norms": ("group_norm", "instance_norm", "layer_norm", "rms_norm"),
     "_core.moments": ("merge_moments", "moments"),
-    "_core.running": ("init_batch_stats", "start_measuring", "update_batch_stats"),
+    "_core.running": (
+        "init_batch_stats",
+        "promote_batch_stats",
+        "start_measuring",
+        "update_batch_stats",
+    ),
     "_core.types": ("BatchStats", "Measured", "Moments", "Params", "WhiteningStats"),
     "_core.whitening": ("init_whitening_stats", "whitening_norm"),
     "_fold": ("FoldReport", "Folded", "FoldedNorm", "absorb_scale", "as_affine", "fold"),

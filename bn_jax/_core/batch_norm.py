@@ -205,10 +205,12 @@ def batch_norm(
             batch of one is allowed.
 
     Returns:
-        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old (but a real
-        mean becomes complex where `x` is). In evaluation they are the old ones. A feature whose
-        batch moments are not finite, or to which no more than `running_var_ddof` valid values
-        contributed, keeps its old ones. A feature without a valid value is normalized by them.
+        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old, but in at
+        least float32, and a real mean becomes complex where `x` is. In evaluation they are the old
+        ones. A feature whose batch moments are not finite, or to which no more than
+        `running_var_ddof` valid values contributed, keeps its old values. A feature without a valid
+        value is normalized by them. A carry of `lax.scan` must have the dtypes of the result from
+        the start: `bn_jax.promote_batch_stats` casts a state in half precision.
 
     Raises:
         TypeError: `x` is integer or boolean, or `dtype` is real where something is complex.

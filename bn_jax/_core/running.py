@@ -3,9 +3,10 @@
 Batch norm, batch renorm and whitening share `average`; the first two share all of it.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from numbers import Real
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from bn_jax._core.types import (
     Options,
 )
 
+Tree = TypeVar("Tree")
+
 
 def init_batch_stats(
     features: Axes, *, dtype: DTypeLike = jnp.float32, use_count: bool = False
@@ -31,8 +34,8 @@ def init_batch_stats(
 
     Args:
         features: the number of features, or their shape where there are several feature axes.
-        dtype: the dtype of the statistics. For complex input it is the dtype of the mean, and the
-            variance is real.
+        dtype: the dtype of the statistics; half precision becomes float32. For complex input it is
+            the dtype of the mean, and the variance is real.
         use_count: whether to add ``"count": zeros``, the number of batches, which ``momentum=None``
             needs. It is a float (exact up to 2**24 batches), so that averaging ``batch_stats`` over
             devices does not change its type.
@@ -46,13 +49,59 @@ def init_batch_stats(
         Array([1., 1.], dtype=float32)
     """
     shape = (features,) if isinstance(features, int) else tuple(features)
+    real = statistics_dtype(dtype)
     batch_stats: BatchStats = {
-        "mean": jnp.zeros(shape, dtype),
-        "var": jnp.ones(shape, jnp.finfo(dtype).dtype),
+        "mean": jnp.zeros(shape, mean_dtype(real, dtype)),
+        "var": jnp.ones(shape, real),
     }
     if use_count:
-        batch_stats["count"] = jnp.zeros(shape, statistics_dtype(dtype))
+        batch_stats["count"] = jnp.zeros(shape, real)
     return batch_stats
+
+
+def promote_batch_stats(tree: Tree) -> Tree:
+    """Casts running statistics in half precision to float32, the dtype that updates return.
+
+    An update in half precision would be lost: with a momentum of 0.99, the step is soon less than
+    half a unit in the last place, and a count stops at 256 in bfloat16. So the first update
+    returns float32 whatever it was passed. `lax.scan`, `while_loop` and `cond` need equal types
+    before and after, and so do Flax's `nn.scan` and `nnx.scan`. Call this function first where the
+    whole model has been cast to half precision, or loaded in it.
+
+    Args:
+        tree: running statistics, alone or in any tree: the collection ``batch_stats`` of a Linen
+            model, or ``nnx.state(model, nnx.BatchStat)``.
+
+    Returns:
+        The same tree with every floating-point leaf of less than 32 bits in float32. Other leaves
+        stay as they are.
+
+    Raises:
+        ValueError: `tree` holds ``params`` too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bn_jax as bn
+        >>> half = jax.tree.map(jnp.bfloat16, bn.init_batch_stats(1))
+        >>> def step(batch_stats, x):
+        ...     y, batch_stats = bn.batch_norm({}, batch_stats, x, use_running_average=False)
+        ...     return batch_stats, y
+        >>> batch_stats, _ = jax.lax.scan(step, bn.promote_batch_stats(half), jnp.ones((100, 2, 1)))
+        >>> batch_stats["mean"].round(3)
+        Array([0.634], dtype=float32)
+    """
+    if isinstance(tree, Mapping) and "params" in tree:
+        raise ValueError(
+            f"tree has {sorted(tree)}; expected running statistics alone, because every leaf in "
+            "half precision is cast. Write promote_batch_stats(variables['batch_stats'])."
+        )
+    return cast(Tree, jax.tree.map(_promote, tree))
+
+
+def _promote(leaf: Any) -> Any:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
+        return leaf
+    return leaf.astype(jnp.float32)
 
 
 def update_batch_stats(
@@ -80,9 +129,10 @@ def update_batch_stats(
         by_running: whether the running statistics normalized the batch; only `measured` records it.
 
     Returns:
-        The new `batch_stats` in the dtypes of the old ones (but a real mean becomes complex where
-        the batch's is). A feature whose moments are not finite, or whose count is no more than
-        `running_var_ddof`, keeps its old ones.
+        The new `batch_stats` in the dtypes of the old ones, but in at least float32 (see
+        `promote_batch_stats`), and a real mean becomes complex where the batch's is. A feature
+        whose moments are not finite, or whose count is no more than `running_var_ddof`, keeps its
+        old values.
 
     Raises:
         ValueError: shapes, `momentum` or `running_var_ddof` do not fit.
@@ -134,7 +184,7 @@ def update(
         ddof = options.running_var_ddof
         measured = _measure_too(batch_stats["measured"], batch, ddof, by_running, by_batch)
         return {**batch_stats, "measured": measured}
-    weight, ddof = weigh_batch(options.momentum, batch_stats.get("count")), options.running_var_ddof
+    weight, ddof = weigh_batch(options.momentum), options.running_var_ddof
     averaged = _average_moments(ddof, weight.is_small, weight.value, batch_stats, batch)
     return cast(BatchStats, averaged)
 
@@ -143,26 +193,25 @@ class Weight(NamedTuple):
     """The weight of a batch in the running statistics: ``1 - momentum`` or ``1 / (count + 1)``.
 
     Attributes:
-        value: the weight.
+        value: the weight; None for the one that follows from the count.
         is_small: whether it is known to be less than a half; None where only the program can tell.
     """
 
-    value: jax.Array
+    value: jax.Array | float | None
     is_small: bool | None
 
 
-def weigh_batch(momentum: float | jax.Array | None, count: jax.Array | None) -> Weight:
+def weigh_batch(momentum: float | jax.Array | None) -> Weight:
     """Returns the weight of the next batch.
 
     Args:
         momentum: the weight of the old values, or None for the cumulative average.
-        count: how many batches have entered the old values; needed where `momentum` is None.
     """
+    if momentum is None:
+        return Weight(None, None)
     if isinstance(momentum, Real):
         weight = 1 - float(momentum)
-        return Weight(jnp.asarray(weight), weight < 0.5)
-    if momentum is None:
-        return Weight(1 / (jnp.asarray(count) + 1), None)
+        return Weight(weight, weight < 0.5)
     return Weight(1 - jnp.asarray(momentum), None)
 
 
@@ -170,7 +219,7 @@ def weigh_batch(momentum: float | jax.Array | None, count: jax.Array | None) -> 
 def _average_moments(
     running_var_ddof: int,
     is_small: bool | None,
-    weight: jax.Array,
+    weight: jax.Array | float | None,
     batch_stats: BatchStats,
     batch: CentredMoments,
 ) -> dict[str, jax.Array]:
@@ -197,7 +246,7 @@ def average(
     values or not at all.
 
     Args:
-        weight: its value is a scalar, or of `rank` axes.
+        weight: its value is a scalar, or of `rank` axes, or follows from the count.
         old: the old values by name. Where there is a ``"count"``, of `rank` axes, it counts the
             batches that entered.
         batch: the values of the batch, of `rank` axes or more.
@@ -206,12 +255,18 @@ def average(
         rank: how many axes tell features or groups apart.
 
     Returns:
-        The new values, in the dtypes of the old ones.
+        The new values, in the dtypes of the old ones, but in at least float32, whether the batch
+        enters or not.
     """
+    # A step of the average, or of the count, may be less than half a unit of half precision.
+    old = promote_batch_stats(old)
+    share = jnp.asarray(1 / (old["count"] + 1) if weight.value is None else weight.value)
+    # Without a weak type, which every product would have to convert.
+    share = lax.convert_element_type(share, share.dtype)
     placed = {name: place_like(batch[name], old[name]) for name in batch}
     new = {}
     for name, values in batch.items():
-        new[name] = _blend(weight, placed[name], values)
+        new[name] = _blend(share, weight.is_small, placed[name], values)
         finite = jnp.isfinite(new[name])
         further = tuple(range(rank, values.ndim))
         enters = enters & (jnp.all(finite, further) if further else finite)
@@ -228,22 +283,22 @@ def _select(enters: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(jnp.expand_dims(enters, tuple(range(enters.ndim, new.ndim))), new, old)
 
 
-def _blend(weight: Weight, old: jax.Array, new: jax.Array) -> jax.Array:
+def _blend(share: jax.Array, is_small: bool | None, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the new running value, in the dtype that it is stored in."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(old.dtype, new.dtype)
-    new, old_value, share = new.astype(dtype), old.astype(dtype), weight.value
+    new, old_value = new.astype(dtype), old.astype(dtype)
     if share.ndim:
         share = place_like(new, jnp.expand_dims(share, tuple(range(share.ndim, new.ndim))))
     share = share.astype(dtype)
     # A step from the old value stays where it is once it has arrived, whatever the rounding of a
     # small weight; a sum of shares leaves nothing of the old value where the weight is 1.
-    if weight.is_small:
+    if is_small:
         blended = old_value + share * (new - old_value)
     else:
         blended = (1 - share) * old_value + share * new
-    if weight.is_small is None:
-        blended = jnp.where(share.real < 0.5, old_value + share * (new - old_value), blended)
+    if is_small is None:
+        blended = lax.select(share.real < 0.5, old_value + share * (new - old_value), blended)
     becomes_complex = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
     return blended if becomes_complex else blended.astype(old.dtype)
 
@@ -286,8 +341,8 @@ def start_measuring(batch_stats: BatchStats) -> BatchStats:
 def _measure_too(
     old: Measured, batch: CentredMoments, running_var_ddof: int, by_running: bool, by_batch: bool
 ) -> Measured:
-    """Merges the moments of a batch into what has been measured, in its dtypes."""
-    old = Measured(*(place_like(batch.var, leaf) for leaf in old))
+    """Merges the moments of a batch into what has been measured, in at least float32."""
+    old = Measured(*(place_like(batch.var, leaf) for leaf in promote_batch_stats(old)))
     real = old.var.dtype
     dtype = mean_dtype(real, old.mean.dtype, batch.shift.dtype)
     sound = jnp.isfinite(batch.shift + batch.delta) & jnp.isfinite(batch.var) & (batch.count > 0)

@@ -86,7 +86,7 @@ def init_whitening_stats(
     Args:
         features: the number of features.
         group_size: how many consecutive features are whitened together; None for all.
-        dtype: the dtype of the statistics.
+        dtype: the dtype of the statistics; half precision becomes float32.
         use_count: whether to add ``"count": zeros``, the number of batches, which ``momentum=None``
             needs.
 
@@ -102,10 +102,11 @@ def init_whitening_stats(
         {'cov': (2, 3, 3), 'mean': (6,)}
     """
     groups, size = _groups_of(features, group_size)
+    dtype = statistics_dtype(dtype)
     identity = jnp.tile(jnp.eye(size, dtype=dtype)[None], (groups, 1, 1))
     batch_stats: WhiteningStats = {"mean": jnp.zeros(features, dtype), "cov": identity}
     if use_count:
-        batch_stats["count"] = jnp.zeros(groups, statistics_dtype(dtype))
+        batch_stats["count"] = jnp.zeros(groups, dtype)
     return batch_stats
 
 
@@ -173,9 +174,10 @@ def whitening_norm(
             batch of one is allowed.
 
     Returns:
-        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old; the old ones
-        where there is no update. A group whose batch moments are not finite keeps its old ones.
-        Where nothing valid contributed, all groups do, and the running ones whiten.
+        `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old, but in at
+        least float32 (see `bn_jax.promote_batch_stats`); the old ones where there is no update. A
+        group whose batch moments are not finite keeps its old values. Where nothing valid
+        contributed, all groups do, and the running ones whiten.
 
     Raises:
         TypeError: `x` is integer, boolean or complex, or something else is complex.
@@ -395,14 +397,18 @@ def _whiten(inputs: _Inputs, mean: _Centre, cov: jax.Array) -> jax.Array:
 
 def _update(inputs: _Inputs, batch: _Batch) -> WhiteningStats:
     old = inputs.batch_stats
-    weight = weigh_batch(inputs.options.momentum, old.get("count"))
+    weight = weigh_batch(inputs.options.momentum)
     averaged = _average_groups(inputs.size, weight.is_small, weight.value, old, batch)
     return cast(WhiteningStats, averaged)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _average_groups(
-    size: int, is_small: bool | None, weight: jax.Array, old: WhiteningStats, batch: _Batch
+    size: int,
+    is_small: bool | None,
+    weight: jax.Array | float | None,
+    old: WhiteningStats,
+    batch: _Batch,
 ) -> dict[str, jax.Array]:
     """Averages mean and covariance; a group enters with all that it has, or not at all."""
     groups, features = len(old["cov"]), old["mean"].shape

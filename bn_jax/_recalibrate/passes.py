@@ -17,6 +17,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import Measured
 from bn_jax._paths import batch_stats_by_path, whitening_paths
 from bn_jax._program import as_pure
@@ -134,7 +135,7 @@ def recalibrate(
     if passes is not None and passes < 1:
         raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
     pure, arrays = as_pure(forward, variables)
-    initial = pure.batch_stats(arrays)
+    initial = promote_batch_stats(pure.batch_stats(arrays))
     _require_batch_norms(initial)
     measure = prepare(pure, pure.others(arrays))
     limit: float = PASSES_OF_A_LOOP if passes is None else passes

@@ -34,8 +34,8 @@ class Recalibration(NamedTuple):
     """The statistics that `recalibrate` measured; `print` shows a table of what changed.
 
     Attributes:
-        batch_stats: the collection, in the structure and dtypes of the old one; for an `nnx.Module`
-            the `nnx.State` for ``nnx.update(model, ...)``.
+        batch_stats: the collection, in the structure and dtypes of the old one, but in at least
+            float32; for an `nnx.Module` the `nnx.State` for ``nnx.update(model, ...)``.
         layers: the change of each norm, in the order of `batch_stats`.
         passes: the number of passes over the batches.
         settled: whether a further pass would change nothing beyond rounding.

@@ -46,10 +46,12 @@ class BatchNorm(nn.BatchNorm):
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
     Parameters are ``scale`` and ``bias``, of the sizes of the feature axes, in `param_dtype`. The
     collection ``batch_stats`` holds ``mean`` and ``var`` in float32 (float64 for double precision;
-    the mean of complex input is complex, where Flax's changes its dtype at the first update). A
-    checkpoint of Flax's layer loads into this one and the other way round. While initializing,
-    nothing is updated and `axis_name` need not exist; nor need it under `jit`, plain or sharded,
-    where statistics are global (`bn_jax.batch_norm` has the rule).
+    the mean of complex input is complex, where Flax's changes its dtype at the first update).
+    Statistics in half precision, from a checkpoint or a cast of the whole tree, become float32 at
+    the first update; `bn_jax.promote_batch_stats` casts them before a scan. A checkpoint of Flax's
+    layer loads into this one and the other way round. While initializing, nothing is updated and
+    `axis_name` need not exist; nor need it under `jit`, plain or sharded, where statistics are
+    global (`bn_jax.batch_norm` has the rule).
 
     Two more collections support splitting one batch over several calls, as
     `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is named as mutable
@@ -82,8 +84,8 @@ class BatchNorm(nn.BatchNorm):
             the other attributes say. `freeze` sets it from outside, by path.
 
     Attributes that mean less than in Flax: `use_fast_variance`, because the variance here is both
-    fast and safe, and `force_float32_reductions`, which only chooses the dtype that ``batch_stats``
-    is stored in, because statistics are always computed in at least float32.
+    fast and safe, and `force_float32_reductions`, because statistics are always computed and stored
+    in at least float32: where it is False, `param_dtype` is their dtype if that is wider.
 
     Raises:
         ValueError: ``batch_stats`` is missing or immutable, `use_running_average` is given nowhere

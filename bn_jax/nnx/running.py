@@ -18,6 +18,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from bn_jax._core.batch_norm import run_norm
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import as_floating, check_inputs
+from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import (
     Activation,
     AxisName,
@@ -48,9 +49,11 @@ class BatchNorm(RunningNorm, nnx.BatchNorm):
 
     ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``, as `bn_jax.batch_norm` computes it.
     ``scale`` and ``bias`` are `nnx.Param` of shape ``[num_features]`` in `param_dtype`, ``mean``
-    and ``var`` are `nnx.BatchStat` in float32. No derivative flows into the updated statistics. A
-    layer with an `nnx.BatchStat` ``measured``, which holds a `bn_jax.Measured`, measures instead of
-    averaging, in evaluation too, as `bn_jax.batch_norm` says.
+    and ``var`` are `nnx.BatchStat` in float32. If the whole model has been cast to half precision,
+    they become float32 again at the first update; `bn_jax.promote_batch_stats` casts them before a
+    scan. No derivative flows into the updated statistics. A layer with an `nnx.BatchStat`
+    ``measured``, which holds a `bn_jax.Measured`, measures instead of averaging, in evaluation too,
+    as `bn_jax.batch_norm` says.
 
     Args:
         num_features: the size of `axis`.
@@ -61,8 +64,9 @@ class BatchNorm(RunningNorm, nnx.BatchNorm):
             average over all batches, whose ``count`` is then stored as well.
         epsilon: added to the variance.
         dtype: the dtype of the result; by default the promoted dtype of input, statistics and
-            parameters, as in Flax. Statistics are always computed, kept and used in at least
-            float32, where Flax casts them to `dtype`.
+            parameters, as in Flax; statistics that the call updates count as float32 at least.
+            Statistics are always computed, kept and used in at least float32, where Flax casts them
+            to `dtype`.
         param_dtype: the dtype of ``scale`` and ``bias``.
         use_bias: whether to add ``bias``.
         use_scale: whether to multiply by ``scale``.
@@ -411,9 +415,11 @@ def _call_batch_norm(
     mode = _choose_mode(layer, use_running_average, update_running_average)
     variables = _batch_stats_of(layer, "mean", "var", "count", "measured")
     batch_stats = cast(BatchStats, {name: variables[name].get_value() for name in variables})
-    promoted = promote(
-        layer, x, statistics=(batch_stats["mean"], batch_stats["var"]), residual=residual
-    )
+    statistics = batch_stats["mean"], batch_stats["var"]
+    if mode.update:
+        # So y has one dtype, before the update that makes them float32 and after it.
+        statistics = promote_batch_stats(statistics)
+    promoted = promote(layer, x, statistics=statistics, residual=residual)
     params = promoted.params
     inputs = check_inputs(
         Options.of_module(layer, dtype=promoted.dtype, correction=correction),

@@ -125,7 +125,13 @@ def _sums_of_nothing(state: TrainState, parts: Batch) -> _Sums:
     _check_collected(state.batch_stats, zeros.moments)
     if not jax.tree.leaves(zeros.moments):
         return zeros
-    return zeros._replace(updates={**zeros.updates, "batch_stats": state.batch_stats})
+    # In the dtypes that an update returns, as the scan over the parts needs.
+    batch_stats = jax.tree.map(
+        lambda leaf, updated: leaf.astype(updated.dtype),
+        state.batch_stats,
+        zeros.updates["batch_stats"],
+    )
+    return zeros._replace(updates={**zeros.updates, "batch_stats": batch_stats})
 
 
 def _check_collected(batch_stats: Any, moments: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from bn_jax._audit import is_initial
 from bn_jax._core.moments import merge_moments
+from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import Moments
 from bn_jax._paths import batch_stats_by_path, is_batch_stats
 
@@ -95,7 +96,7 @@ def sync_batch_stats(batch_stats: Any) -> Any:
             `vmap` return it, and `shard_map` with ``out_specs`` that name the axis.
 
     Returns:
-        The collection without that axis.
+        The collection without that axis, in at least float32.
 
     Raises:
         ValueError: the collection holds the state of a layer that is no batch norm.
@@ -107,7 +108,8 @@ def sync_batch_stats(batch_stats: Any) -> Any:
         >>> merged["norm"]["mean"].tolist(), merged["norm"]["var"].tolist()
         ([2.0], [2.0])
     """
-    return jax.tree.map(_merge_devices, batch_stats, is_leaf=is_batch_stats)
+    promoted = promote_batch_stats(batch_stats)
+    return jax.tree.map(_merge_devices, promoted, is_leaf=is_batch_stats)
 
 
 def _merge_devices(norm: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
