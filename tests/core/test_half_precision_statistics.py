@@ -20,7 +20,7 @@ from support import assert_close, exact, standard_normal
 import bn_jax as bn
 from bn_jax import training
 
-HALVES = [jnp.bfloat16, jnp.float16]
+HALVES = [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.exhaustive)]
 FEATURES = 4
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -136,14 +136,14 @@ def test_wider_statistics_keep_their_types():
 
 @pytest.mark.parametrize("half", HALVES)
 def test_new_statistics_are_never_in_half_precision(half):
-    made = (
+    made: list[Any] = [
         bn.init_batch_stats(2, dtype=half, use_count=True),
         bn.init_whitening_stats(2, dtype=half, use_count=True),
-    )
+    ]
     for options in ({}, dict(force_float32_reductions=False, param_dtype=half)):
         layer = bn.linen.BatchNorm(use_running_average=False, momentum=None, **options)
         variables = layer.init(jax.random.key(0), X.astype(half))
-        made += (variables["batch_stats"],)
+        made.append(variables["batch_stats"])
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(jnp.float32)}
 
 
@@ -213,7 +213,7 @@ def test_promotion_changes_half_precision_alone():
         "other": (jnp.ones(2), jnp.arange(2), jnp.ones(2, bool), key, 1.0, None),
     }
     found = bn.promote_batch_stats(tree)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal_structs(found, tree)
     assert {leaf.dtype for leaf in found["norm"].values()} == {jnp.dtype(jnp.float32)}
     assert [leaf.dtype for leaf in found["numpy"]] == [np.float32, np.float64]
     assert all(one is other for one, other in zip(found["other"], tree["other"], strict=True))
