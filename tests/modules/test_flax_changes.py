@@ -80,7 +80,8 @@ def variance_far_from_zero(norm):
 
 @changed(
     "`use_fast_variance` and `force_float32_reductions` mean less",
-    "One variance is both fast and safe, and statistics are always taken in at least float32.",
+    "One variance is both fast and safe, and statistics are always taken and stored in at least "
+    "float32.",
     [name for name in LINEN if name in CANCELLING],
 )
 def attributes_that_mean_less(norm):
