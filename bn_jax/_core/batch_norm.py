@@ -442,11 +442,12 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
     """
     options, x, mask = inputs.options, inputs.x, inputs.mask
     reduced, shape = _reduced_axes(inputs), _feature_shape(inputs)
-    size = options.virtual_batch_size
+    size, number = options.virtual_batch_size, None
     if size is not None:
         check_virtual_batch_size(options, x.shape, reduced[0] if reduced else None)
     elif options.axis_index_groups is not None and not bound_axes(x, options.axis_name):
         size = examples_of_a_group(options, x.shape[reduced[0]] if reduced else 1)
+        number = len(options.axis_index_groups)
     if size is None:
         reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
         examples = Examples(x, mask, reduction, shape)
@@ -455,8 +456,8 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
         # No other reduced axis comes before.
         batch_axis = reduced[0]
         examples = Examples(
-            x=split_axis(batch_axis, size, x),
-            mask=None if mask is None else split_axis(batch_axis, size, mask),
+            x=split_axis(batch_axis, size, x, number),
+            mask=None if mask is None else split_axis(batch_axis, size, mask, number),
             reduction=Reduction(tuple([axis + 1 for axis in reduced]), of_groups=True),
             feature_shape=(*shape[:batch_axis], 1, *shape[batch_axis:]),
             group_axis=batch_axis,

@@ -102,7 +102,7 @@ def init_whitening_stats(
         {'cov': (2, 3, 3), 'mean': (6,)}
     """
     groups, size = _groups_of(features, group_size)
-    identity = jnp.tile(jnp.eye(size, dtype=dtype)[None], (groups, 1, 1))
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype)[None], (groups, size, size))
     batch_stats: WhiteningStats = {"mean": jnp.zeros(features, dtype), "cov": identity}
     if use_count:
         batch_stats["count"] = jnp.zeros(groups, statistics_dtype(dtype))
@@ -405,7 +405,7 @@ def _average_groups(
     size: int, is_small: bool | None, weight: jax.Array, old: WhiteningStats, batch: _Batch
 ) -> dict[str, jax.Array]:
     """Averages mean and covariance; a group enters with all that it has, or not at all."""
-    groups, features = len(old["cov"]), old["mean"].shape
+    groups, features = old["cov"].shape[0], old["mean"].shape
     in_groups = {**cast(dict[str, jax.Array], old), "mean": old["mean"].reshape(groups, size)}
     mean = (batch.centre.shift + batch.centre.delta).reshape(groups, size)
     moments = {"mean": mean, "cov": batch.cov}
@@ -416,7 +416,7 @@ def _average_groups(
 def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
     """Returns the number of groups and the features in each."""
     size = features if group_size is None else size_of_groups(features, None, group_size)
-    return features // max(1, size), size
+    return features // size if size != 0 else 0, size
 
 
 def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
