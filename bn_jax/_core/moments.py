@@ -508,7 +508,8 @@ def unshared(values: Values) -> Values:
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
     sizes = as_numbers(shape, mask.dtype)
-    unseen = prod(sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1)
+    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
+    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
     return _sum(reduction, mask) * unseen
 
 
