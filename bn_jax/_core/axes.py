@@ -257,8 +257,12 @@ def reshape_like(kind: Any, values: jax.Array) -> jax.Array:
 def split_axis(axis: int, size: int, values: jax.Array, number: int | None = None) -> jax.Array:
     """Splits an axis into groups of `size`; an axis of length 1, to broadcast, into two of them.
 
-    A symbolic size may not divide the length to the `number` of groups, although it is that of
-    these: JAX simplifies no more than some of its quotients.
+    Args:
+        axis: the axis to split.
+        size: how many values make up a group.
+        values: the array.
+        number: how many groups there are, where that is known besides. JAX cannot always divide one
+            symbolic size by another.
     """
     length = values.shape[axis]
     pair = (1, 1) if length == 1 else (length // size if number is None else number, size)

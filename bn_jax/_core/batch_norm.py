@@ -197,7 +197,8 @@ def batch_norm(
             into as many groups instead, as by `virtual_batch_size`.
         virtual_batch_size: how many consecutive examples share statistics (ghost batch norm, Hoffer
             et al. 2017); None for all. Examples lie along the first axis that is not a feature
-            axis. The running statistics merge the groups by count.
+            axis. The running statistics merge the groups by count. Under `jax.export` with a
+            symbolic batch, the batch must be a known multiple: ``"4*b"`` for groups of 4.
         running_var_ddof: 0 for the biased running variance, as in Flax; 1 for the unbiased one of
             Algorithm 2 of the paper, as in PyTorch.
         dtype: the dtype of `y`; by default the promoted dtype of `x`, `params` and `residual`.

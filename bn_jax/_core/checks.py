@@ -374,9 +374,7 @@ def examples_of_a_group(options: Options, batch_size: int) -> int:
             f"indices, and examples for {devices} devices of as many each. Mend these, or "
             "call inside of shard_map, pmap or vmap."
         )
-    # Of the two ways to write this, JAX sees of this alone that the groups make up the batch,
-    # where a constraint such as ``mod(b, 4) == 0`` says that they do.
-    return (batch_size // devices) * len(groups[0])
+    return batch_size // len(groups)
 
 
 def size_of_groups(features: int, num_groups: int | None, group_size: int | None) -> int:

@@ -102,7 +102,7 @@ def init_whitening_stats(
         {'cov': (2, 3, 3), 'mean': (6,)}
     """
     groups, size = _groups_of(features, group_size)
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype)[None], (groups, size, size))
+    identity = jnp.tile(jnp.eye(size, dtype=dtype)[None], (groups, 1, 1))
     batch_stats: WhiteningStats = {"mean": jnp.zeros(features, dtype), "cov": identity}
     if use_count:
         batch_stats["count"] = jnp.zeros(groups, statistics_dtype(dtype))

@@ -95,10 +95,12 @@ def _split_batch(batch: Batch, micro_batches: int) -> Batch:
     """Returns the micro-batches on a new first axis of every leaf."""
     examples = batch.y.shape[0]
     if micro_batches < 1 or examples % micro_batches != 0:
+        advice = "choose a divisor, or pad the batch with bn_jax.training.pad_batch"
+        if micro_batches > 1 and not isinstance(examples, int):
+            advice = f"the number is symbolic, so export with {micro_batches * examples} examples"
         raise ValueError(
             f"micro_batches={micro_batches} does not divide the {examples} examples of batch: "
-            "choose a divisor, or pad the batch with bn_jax.training.pad_batch; a symbolic batch "
-            f"must be a known multiple, for example {micro_batches}*b"
+            f"{advice}"
         )
     size = examples // micro_batches
 
