@@ -256,10 +256,6 @@ NORMS = {
         lambda p, s, x, w: bn.layer_norm(p, x, reduction_axes=(1, 2, 3), mask=w),
         lambda p, s, x, w: define_rows(p, x, (1, 2, 3), w),
     ),
-    "rms norm": Norm(
-        lambda p, s, x, w: bn.rms_norm(p, x),
-        lambda p, s, x, w: define_rows(p, x, -1, about_zero=True),
-    ),
     "rms norm of images": Norm(
         lambda p, s, x, w: bn.rms_norm(p, x, reduction_axes=(1, 2, 3)),
         lambda p, s, x, w: define_rows(p, x, (1, 2, 3), about_zero=True),
@@ -271,10 +267,6 @@ NORMS = {
     "group norm, weights": Norm(
         lambda p, s, x, w: bn.group_norm(p, x, num_groups=2, mask=w),
         lambda p, s, x, w: define_rows(p, x, (1, 2, 4), w, groups=2),
-    ),
-    "instance norm": Norm(
-        lambda p, s, x, w: bn.instance_norm(p, x),
-        lambda p, s, x, w: define_rows(p, x, (1, 2)),
     ),
     "instance norm, weights": Norm(
         lambda p, s, x, w: bn.instance_norm(p, x, mask=w),
