@@ -128,7 +128,7 @@ def define_rows(params, x, axes, mask=None, *, about_zero=False, groups=None):
 
 
 class Norm(NamedTuple):
-    """A norm and its definition, functions of parameters, statistics, input and weights."""
+    """A norm and its definition: functions of parameters, statistics, input and weights."""
 
     ours: Callable[..., Any]
     define: Callable[..., Any]
@@ -282,7 +282,7 @@ TOGETHER: dict[str, list[str]] = {
         "ghost, weights", "groups, weights of examples", "batch renorm, weights", "merged moments",
         "measured", "moments of positions", "layer norm of images, weights",
     ],
-    "few": ["batch norm", "groups", "whitening", "layer norm of images"],
+    "few": ["batch norm", "groups", "whitening", "layer norm"],
     **{name: [name] for name in NORMS},
 }  # fmt: skip
 OTHER_DTYPES = ["float64", "bfloat16", "float16"]
@@ -312,12 +312,12 @@ def with_derivatives(names, params, stats, x, weights):
     return *changes, jax.grad(loss, (0, 1, 2))(*variables)
 
 
-def assert_exported(exported, function, *arguments):
+def assert_exported(exported, function, *arguments, tolerance=None):
     """The exported program agrees with the one compiled for these sizes, in dtypes too."""
     expected = jax.jit(function)(*arguments)
     actual = exported.call(*arguments)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-    assert_close(actual, expected)
+    assert_close(actual, expected, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("names", quick(["some", "all"], ["some"]))
@@ -395,17 +395,19 @@ def test_a_training_step_of_linen_modules(name):
         # What a product of symbolic sizes may outgrow is compared by the policy.
         @partial(jax.checkpoint, policy=bn.remat_policy("narrow"))
         def loss(params):
-            x_of_params = x @ params["kernel"]
+            widened = x @ params["kernel"]
             collections = {**variables, "params": params["norms"]}
-            y, updates = apply(collections, x_of_params, mutable=["batch_stats"])
+            y, updates = apply(collections, widened @ params["kernel"].T, mutable=["batch_stats"])
             return jnp.sum(y**2), updates
 
-        params = {"norms": variables["params"], "kernel": jnp.eye(FEATURES)}
+        params = {"norms": variables["params"], "kernel": jnp.eye(FEATURES, 12)}
         return jax.grad(loss, has_aux=True)(params)
 
     exported = export_with(step, SYMBOLIC, (variables, make_arguments(SIZES[0])[2]))
     for sizes in SIZES[1:]:
-        assert_exported(exported, step, variables, make_arguments(sizes)[2])
+        # Norms in a row multiply the rounding of those before them.
+        x = make_arguments(sizes)[2]
+        assert_exported(exported, step, variables, x, tolerance=1e-4)
 
 
 def make_nnx(name):
@@ -466,7 +468,8 @@ def test_an_accumulated_step(whole_batch_statistics):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train, mask=None):
-            return nn.Dense(2)(bn.linen.BatchNorm(not train)(x, mask=mask[:, None]))
+            mask = None if mask is None else mask[:, None]
+            return nn.Dense(2)(bn.linen.BatchNorm(not train)(x, mask=mask))
 
     mesh = bn.training.make_mesh(jax.devices()[:1])
     state = bn.training.create_state(Model(), optax.sgd(0.1), (3,), 0, mesh)
@@ -477,7 +480,7 @@ def test_an_accumulated_step(whole_batch_statistics):
             state.replace(**variables), bn.training.Batch(x, y, mask), 2,
             whole_batch_statistics=whole_batch_statistics,
         )  # fmt: skip
-        return new.params, new.batch_stats, metrics
+        return new.params, new.batch_stats, metrics.loss
 
     (batch,) = export.symbolic_shape("2*b")
     shapes = (
@@ -486,8 +489,7 @@ def test_an_accumulated_step(whole_batch_statistics):
     )
     exported = export.export(jax.jit(step))(jax.tree.map(jax.typeof, variables), *shapes)
     for size in 4, 8:
-        labels = jnp.arange(size) % 2
-        arguments = standard_normal(1, (size, 3)), labels, jnp.arange(size) != 1
+        arguments = standard_normal(1, (size, 3)), jnp.arange(size) % 2, jnp.arange(size) != 1
         assert_exported(exported, step, variables, *arguments)
 
 
