@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from bn_jax._compat import InconclusiveDimensionOperation
 from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME
 from bn_jax._program.primitives import LINEAR
 
@@ -92,4 +93,13 @@ def _is_narrow(primitive: Any, *operands: Any, **options: Any) -> bool:
     if primitive.name not in LINEAR:
         return False
     output = jax.eval_shape(partial(primitive.bind, **options), *operands)
-    return prod(output.shape) <= max(prod(operand.shape) for operand in operands)
+    size = prod(output.shape)
+    return any(_is_no_larger(size, prod(operand.shape)) for operand in operands)
+
+
+def _is_no_larger(size: int, other: int) -> bool:
+    """Compares numbers of values; a symbolic batch is taken to outgrow what has none."""
+    try:
+        return size <= other
+    except InconclusiveDimensionOperation:
+        return False

@@ -12,7 +12,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bn_jax._compat import is_axis_bound, varying_axes, vmap_axes
+from bn_jax._compat import InconclusiveDimensionOperation, is_axis_bound, varying_axes, vmap_axes
 from bn_jax._core.types import AxisIndexGroups, AxisName
 
 
@@ -94,11 +94,19 @@ def bound_axes(x: jax.Array, axis_name: AxisName | None) -> tuple[str, ...]:
 
     Raises:
         NameError: other axes are known, so that the name must be wrong.
+        ValueError: the size of the axis is symbolic.
     """
     if axis_name is None:
         return ()
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    bound = tuple(name for name in names if is_axis_bound(name))
+    try:
+        bound = tuple(name for name in names if is_axis_bound(name))
+    except InconclusiveDimensionOperation:
+        raise ValueError(
+            f"axis_name={axis_name!r} is bound by a vmap over an axis of symbolic size, over which "
+            "JAX cannot sum: export with a number for that size, or reshape the axis into the "
+            "batch instead of mapping over it, without axis_name."
+        ) from None
     if bound == names:
         return bound
     others, in_use = list(dict.fromkeys([*_manual_mesh_axes(), *vmap_axes()])), _mesh_axes(x)
@@ -134,13 +142,24 @@ def _size_of(names: tuple[str, ...]) -> int:
 
 
 def static_count(reduction: Reduction, shape: tuple[int, ...]) -> int:
-    """Returns how many values of each feature a reduction covers on all devices, mask aside."""
+    """Returns how many values of each feature a reduction covers on all devices, mask aside.
+
+    Under `jax.export` it is symbolic where a reduced size is.
+    """
     count = 1
     for axis in reduction.axes:
         count *= shape[axis]
     if reduction.axis_index_groups is not None:
         return count * len(reduction.axis_index_groups[0])
     return count * _size_of(reduction.axis_names) if reduction.axis_names else count
+
+
+def as_numbers(sizes: tuple[int, ...], dtype: jnp.dtype) -> tuple[Any, ...]:
+    """Returns sizes of axes, the symbolic ones as values of a floating-point dtype.
+
+    JAX computes with symbolic sizes in int32, in which the product of several may overflow.
+    """
+    return tuple(size if isinstance(size, int) else jnp.asarray(size, dtype) for size in sizes)
 
 
 def all_reduce(reduction: Reduction, *totals: jax.Array) -> tuple[jax.Array, ...]:
@@ -235,10 +254,18 @@ def reshape_like(kind: Any, values: jax.Array) -> jax.Array:
     return lax.reshape(values, kind.shape, out_sharding=_explicit_sharding(kind))
 
 
-def split_axis(axis: int, size: int, values: jax.Array) -> jax.Array:
-    """Splits an axis into groups of `size`; an axis of length 1, to broadcast, into two of them."""
+def split_axis(axis: int, size: int, values: jax.Array, number: int | None = None) -> jax.Array:
+    """Splits an axis into groups of `size`; an axis of length 1, to broadcast, into two of them.
+
+    Args:
+        axis: the axis to split.
+        size: how many values make up a group.
+        values: the array.
+        number: how many groups there are, where that is known besides. JAX cannot always divide one
+            symbolic size by another.
+    """
     length = values.shape[axis]
-    pair = (1, 1) if length == 1 else (length // size, size)
+    pair = (1, 1) if length == 1 else (length // size if number is None else number, size)
     shape = (*values.shape[:axis], *pair, *values.shape[axis + 1 :])
     sharding = jax.typeof(values).sharding
     names = sharding.spec[axis]

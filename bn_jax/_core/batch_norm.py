@@ -197,7 +197,8 @@ def batch_norm(
             into as many groups instead, as by `virtual_batch_size`.
         virtual_batch_size: how many consecutive examples share statistics (ghost batch norm, Hoffer
             et al. 2017); None for all. Examples lie along the first axis that is not a feature
-            axis. The running statistics merge the groups by count.
+            axis. The running statistics merge the groups by count. Under `jax.export` with a
+            symbolic batch, the batch must be a known multiple: ``"4*b"`` for groups of 4.
         running_var_ddof: 0 for the biased running variance, as in Flax; 1 for the unbiased one of
             Algorithm 2 of the paper, as in PyTorch.
         dtype: the dtype of `y`; by default the promoted dtype of `x`, `params` and `residual`.
@@ -444,11 +445,12 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
     """
     options, x, mask = inputs.options, inputs.x, inputs.mask
     reduced, shape = _reduced_axes(inputs), _feature_shape(inputs)
-    size = options.virtual_batch_size
+    size, number = options.virtual_batch_size, None
     if size is not None:
         check_virtual_batch_size(options, x.shape, reduced[0] if reduced else None)
     elif options.axis_index_groups is not None and not bound_axes(x, options.axis_name):
         size = examples_of_a_group(options, x.shape[reduced[0]] if reduced else 1)
+        number = len(options.axis_index_groups)
     if size is None:
         reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
         examples = Examples(x, mask, reduction, shape)
@@ -457,8 +459,8 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
         # No other reduced axis comes before.
         batch_axis = reduced[0]
         examples = Examples(
-            x=split_axis(batch_axis, size, x),
-            mask=None if mask is None else split_axis(batch_axis, size, mask),
+            x=split_axis(batch_axis, size, x, number),
+            mask=None if mask is None else split_axis(batch_axis, size, mask, number),
             reduction=Reduction(tuple([axis + 1 for axis in reduced]), of_groups=True),
             feature_shape=(*shape[:batch_axis], 1, *shape[batch_axis:]),
             group_axis=batch_axis,

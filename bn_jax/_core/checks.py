@@ -342,7 +342,11 @@ def check_virtual_batch_size(
     batch_size = shape[batch_axis]
     if size is None or (size >= 1 and batch_size % size == 0):
         return
-    divisors = [divisor for divisor in range(1, batch_size + 1) if batch_size % divisor == 0]
+    if size >= 1 and not isinstance(batch_size, int):
+        _refuse_symbolic(f"virtual_batch_size={size}", "examples", batch_size, size)
+    # 1 divides a symbolic batch too, and is the nearest divisor of any batch to a size under 1.
+    last = batch_size if size >= 1 else 1
+    divisors = [divisor for divisor in range(1, last + 1) if batch_size % divisor == 0]
     below = [divisor for divisor in divisors if divisor < size][-1:]
     above = [divisor for divisor in divisors if divisor > size][:1]
     raise ValueError(
@@ -359,11 +363,15 @@ def examples_of_a_group(options: Options, batch_size: int) -> int:
     """
     groups = canonical_groups(options.axis_name, options.axis_index_groups or ())
     consecutive = [index for group in groups for index in sorted(group)]
-    if consecutive != list(range(len(consecutive))) or batch_size % len(consecutive):
+    devices = len(consecutive)
+    are_consecutive, divides = consecutive == list(range(devices)), batch_size % devices == 0
+    if are_consecutive and not divides and not isinstance(batch_size, int):
+        _refuse_symbolic(f"axis_index_groups={groups}", "examples", batch_size, devices)
+    if not are_consecutive or not divides:
         raise ValueError(
             f"axis_index_groups={groups} cannot divide the {batch_size} examples of x, since "
             f"nothing binds axis_name={options.axis_name!r} here: expected groups of consecutive "
-            f"indices, and examples for {len(consecutive)} devices of as many each. Mend these, or "
+            f"indices, and examples for {devices} devices of as many each. Mend these, or "
             "call inside of shard_map, pmap or vmap."
         )
     return batch_size // len(groups)
@@ -377,9 +385,19 @@ def size_of_groups(features: int, num_groups: int | None, group_size: int | None
             "the other (num_groups=None where group_size is given, because it is 32 otherwise)."
         )
     name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    if number and number > 0 and features % number != 0 and not isinstance(features, int):
+        _refuse_symbolic(f"{name}={number}", "features", features, number)
     if number is None or number < 1 or features % number:
         raise ValueError(
             f"{name}={number} does not divide the {features} features of x: pass one of "
             f"{[divisor for divisor in range(1, features + 1) if features % divisor == 0]}."
         )
     return features // number if group_size is None else number
+
+
+def _refuse_symbolic(argument: str, kind: str, size: int, factor: int) -> NoReturn:
+    """Raises the ValueError for a symbolic size of x that may not be a multiple of `factor`."""
+    raise ValueError(
+        f"{argument} needs a multiple of {factor} {kind}, but the number of {kind} of x is "
+        f"symbolic, {size}, and may be another: export with {factor * size} {kind}."
+    )

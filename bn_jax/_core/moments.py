@@ -45,6 +45,7 @@ from bn_jax._core.axes import (
     Reduction,
     agree,
     all_reduce,
+    as_numbers,
     make_common,
     make_reduction,
     sharding_of_groups,
@@ -444,17 +445,20 @@ def _counted(
     """Returns the count and the sums over all devices."""
     dtype = statistics_dtype(sums[0].dtype)
     if mask is None:
-        count = jnp.full((1,) * x.ndim, static_count(reduction, x.shape), dtype)
-        return count, *all_reduce(reduction, *sums)
+        number = static_count(reduction, x.shape)
+        if not isinstance(number, int):
+            number = static_count(reduction, as_numbers(x.shape, dtype))
+        return jnp.full((1,) * x.ndim, number, dtype), *all_reduce(reduction, *sums)
     return all_reduce(reduction, _local_count(reduction, mask.astype(dtype), x.shape), *sums)
 
 
 def _divisor(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
 ) -> jax.Array | float:
-    """Returns the count, or 1 where nothing entered; a Python number where there is no mask."""
-    if mask is None:
-        return float(max(1, static_count(reduction, x.shape)))
+    """Returns the count, or 1 where nothing entered; a Python number where it is static."""
+    number = static_count(reduction, x.shape)
+    if mask is None and isinstance(number, int):
+        return float(max(1, number))
     return jnp.where(count > 0, count, 1)
 
 
@@ -503,7 +507,9 @@ def unshared(values: Values) -> Values:
 
 def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
-    unseen = prod(shape[axis] for axis in reduction.axes if mask.shape[axis] == 1)
+    sizes = as_numbers(shape, mask.dtype)
+    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
+    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
     return _sum(reduction, mask) * unseen
 
 

@@ -13,7 +13,6 @@ size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g
 """
 
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -94,8 +93,9 @@ def _standardize_jvp(
 def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     """Tells whether scale and variance differ in shape and make a multiplier as large as x."""
     leaves = jax.tree.leaves(transform)
-    size = prod(jnp.broadcast_shapes(*(leaf.shape for leaf in leaves)))
-    return max(leaf.size for leaf in leaves) < size == x.size
+    # Of shapes, not of numbers of values: symbolic ones cannot be ordered.
+    is_large = jnp.broadcast_shapes(*(leaf.shape for leaf in leaves)) == x.shape
+    return is_large and all(leaf.shape != x.shape for leaf in leaves)
 
 
 def _tangent(

@@ -411,7 +411,7 @@ def _average_groups(
     batch: _Batch,
 ) -> dict[str, jax.Array]:
     """Averages mean and covariance; a group enters with all that it has, or not at all."""
-    groups, features = len(old["cov"]), old["mean"].shape
+    groups, features = old["cov"].shape[0], old["mean"].shape
     in_groups = {**cast(dict[str, jax.Array], old), "mean": old["mean"].reshape(groups, size)}
     mean = (batch.centre.shift + batch.centre.delta).reshape(groups, size)
     moments = {"mean": mean, "cov": batch.cov}
@@ -422,7 +422,7 @@ def _average_groups(
 def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
     """Returns the number of groups and the features in each."""
     size = features if group_size is None else size_of_groups(features, None, group_size)
-    return features // max(1, size), size
+    return features // size if size != 0 else 0, size
 
 
 def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -93,15 +93,19 @@ def accumulated_train_step(
 
 def _split_batch(batch: Batch, micro_batches: int) -> Batch:
     """Returns the micro-batches on a new first axis of every leaf."""
-    examples = len(batch.y)
-    if micro_batches < 1 or examples % micro_batches:
+    examples = batch.y.shape[0]
+    if micro_batches < 1 or examples % micro_batches != 0:
+        advice = "choose a divisor, or pad the batch with bn_jax.training.pad_batch"
+        if micro_batches > 1 and not isinstance(examples, int):
+            advice = f"the number is symbolic, so export with {micro_batches * examples} examples"
         raise ValueError(
             f"micro_batches={micro_batches} does not divide the {examples} examples of batch: "
-            "choose a divisor, or pad the batch with bn_jax.training.pad_batch"
+            f"{advice}"
         )
+    size = examples // micro_batches
 
     def split(leaf: jax.Array) -> jax.Array:
-        return jnp.swapaxes(leaf.reshape(-1, micro_batches, *leaf.shape[1:]), 0, 1)
+        return jnp.swapaxes(leaf.reshape(size, micro_batches, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
 
