@@ -29,7 +29,7 @@ from bn_jax._core.checks import (
     check_inputs,
     check_virtual_batch_size,
     examples_of_a_group,
-    refuse_single_value,
+    warn_of_single_value,
 )
 from bn_jax._core.moments import CentredMoments, centred_moments, merge_centred, moments
 from bn_jax._core.running import update
@@ -201,8 +201,8 @@ def batch_norm(
         running_var_ddof: 0 for the biased running variance, as in Flax; 1 for the unbiased one of
             Algorithm 2 of the paper, as in PyTorch.
         dtype: the dtype of `y`; by default the promoted dtype of `x`, `params` and `residual`.
-        initializing: True while a model is initialized: no update, no synchronization, and a
-            batch of one is allowed.
+        initializing: True while a model is initialized: no update, no synchronization, and no
+            warning of one value per feature.
 
     Returns:
         `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old (but a real
@@ -213,9 +213,15 @@ def batch_norm(
     Raises:
         TypeError: `x` is integer or boolean, or `dtype` is real where something is complex.
         ValueError: an argument does not fit the others; the message says which and how to fix
-            it. Training on one value per feature is such a case: the output would be `bias`
-            whatever the input.
+            it.
         NameError: `axis_name` is not bound, but other axes are.
+
+    Warns:
+        UserWarning: there is one value per feature to train on (by the shape of `x` and the size of
+            `axis_name`; values of a mask are not looked at). Then `y` is `bias` whatever `x` is,
+            the gradient by `x` is 0, and the running variance moves towards 0 (with
+            ``running_var_ddof=1``, the running statistics stay as they are). A virtual batch of one
+            example is such a case too; its running variance is that between the examples.
 
     Where it differs from `flax.linen.BatchNorm`: the variance does not cancel, devices are merged
     by their counts, an empty device or batch is no special case, and a batch that is not finite
@@ -402,7 +408,7 @@ def measure(
 
     Args:
         inputs: the checked arguments of the call.
-        initializing: True for no synchronization and no groups, and for one value per feature.
+        initializing: True for no synchronization, no groups, and no warning.
         for_averages_only: True where nothing is normalized by the moments. Groups of examples would
             be merged afterwards, so that there are none then.
 
@@ -438,7 +444,7 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
     """Returns the examples with those in a group of their own that share statistics.
 
     Raises:
-        ValueError: the groups do not divide the batch, or there is one value per feature.
+        ValueError: the groups do not divide the batch.
     """
     options, x, mask = inputs.options, inputs.x, inputs.mask
     reduced, shape = _reduced_axes(inputs), _feature_shape(inputs)
@@ -462,7 +468,7 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
             group_axis=batch_axis,
         )
     if static_count(examples.reduction, examples.x.shape) == 1:
-        refuse_single_value(x.shape, options.axis)
+        warn_of_single_value(options, x.shape, in_groups=size is not None)
     return examples
 
 

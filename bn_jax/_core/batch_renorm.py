@@ -62,8 +62,8 @@ def batch_renorm(
 
     The correction changes what the next layers and the gradient of `scale` see. The derivative by
     `x` is batch norm's times `r`. So two values per feature still send back none (but for
-    `epsilon`), and one value is an error here too, although `y` would depend on it through `d`:
-    nothing below would train, and the running variance would go to 0.
+    `epsilon`). Training on one value is warned of here too, although `y` depends on it through `d`:
+    nothing below trains, and the running variance moves towards 0.
 
     Args:
         params: as in `batch_norm`.
@@ -96,6 +96,9 @@ def batch_renorm(
         TypeError: as in `batch_norm`.
         ValueError: `r_max` is less than 1, `d_max` less than 0, or as in `batch_norm`.
         NameError: `axis_name` is not bound, but other axes are.
+
+    Warns:
+        UserWarning: there is one value per feature to train on, as in `batch_norm`.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn

@@ -3,9 +3,11 @@
 A message names the argument, what was received, what was expected, and the fix.
 """
 
+import inspect
+import warnings
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -314,14 +316,43 @@ def check_count_kept(batch_stats: Mapping[str, Any], init: str) -> None:
         )
 
 
-def refuse_single_value(shape: tuple[int, ...], axis: Axes) -> NoReturn:
-    """Raises the ValueError for training on one value per feature, which can train nothing."""
-    raise ValueError(
-        f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "
-        "y would have no derivative by x, and the variance be 0. Use a larger batch, "
-        "synchronize over devices with axis_name, or evaluate with use_running_average=True "
-        "and no update_running_average=True."
+def warn_of_single_value(options: Options, shape: tuple[int, ...], *, in_groups: bool) -> None:
+    """Warns of training on one value per feature, of which nothing can be learned.
+
+    It is no error: `tabulate`, `eval_shape` and initializations make such calls, and while tracing
+    nothing tells them from a training step. Python's filter shows a text once for every line of a
+    program. So the text of a layer names the layer and nothing that changes from call to call, and
+    the line is the user's, whichever transforms are between.
+    """
+    if options.describe_layer is None:
+        where = f"x of shape {shape} with axis={options.axis}"
+    else:
+        where = options.describe_layer()
+    y = "y is `bias` whatever x is" if options.correction is None else "y depends on x by d alone"
+    effect, remedy = "", "a larger batch"
+    if in_groups:
+        remedy = "larger groups of examples (virtual_batch_size, axis_index_groups)"
+    elif options.running_var_ddof == 0:
+        effect = " An update moves the running variance towards 0."
+    warnings.warn(
+        f"{where} has one value per feature to train on. Normalized by its own mean, {y}, and no "
+        f"gradient reaches x.{effect} Use {remedy}, synchronize over devices with axis_name, or "
+        "evaluate with use_running_average=True (and no update_running_average=True). Where the "
+        "call shows shapes only, as in tabulate and eval_shape, evaluate too.",
+        UserWarning,
+        _stacklevel_of_user(),
     )
+
+
+def _stacklevel_of_user() -> int:
+    """Returns the `stacklevel`, for the caller, of the first line outside of this and Flax."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package not in ("bn_jax", "flax", "jax", "contextlib"):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_virtual_batch_size(

@@ -37,10 +37,10 @@ from bn_jax._core.checks import (
     canonical_axes,
     check_count_kept,
     output_dtype,
-    refuse_single_value,
     shapes_of,
     size_of_groups,
     statistics_dtype,
+    warn_of_single_value,
 )
 from bn_jax._core.moments import centre, centred_moments, covariance
 from bn_jax._core.running import Weight, average, weigh_batch
@@ -169,8 +169,8 @@ def whitening_norm(
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
         dtype: the dtype of `y`; by default the promoted dtype of `x` and `params`. All else is
             computed in at least float32, with products in full precision.
-        initializing: True while a model is initialized: no update, no synchronization, and a
-            batch of one is allowed.
+        initializing: True while a model is initialized: no update, no synchronization, and no
+            warning of one value per feature.
 
     Returns:
         `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old; the old ones
@@ -180,8 +180,13 @@ def whitening_norm(
     Raises:
         TypeError: `x` is integer, boolean or complex, or something else is complex.
         ValueError: an argument does not fit the others; the message says which and how to fix
-            it. Training on one value per feature is such a case.
+            it.
         NameError: `axis_name` is not bound, but other axes are.
+
+    Warns:
+        UserWarning: there is one value per feature to train on, as in `batch_norm`. Then `y` is
+            `bias` whatever `x` is, the gradient by `x` is 0, and the running covariances move
+            towards 0.
 
     Where it differs from the papers: the iteration is coupled and starts from a matrix divided by
     its Frobenius norm. The papers average inverse roots, not covariances.
@@ -355,7 +360,7 @@ def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
     else:
         reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
         if static_count(reduction, x.shape) == 1:
-            refuse_single_value(x.shape, inputs.axis)
+            warn_of_single_value(options, x.shape, in_groups=False)
     running_mean = inputs.expand(inputs.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))

@@ -439,7 +439,6 @@ def test_each_index_group_has_its_statistics():
         (dict(momentum=None), ValueError, r"momentum=None .* use_count=True"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
         (dict(iterations=0), ValueError, "iterations=0 must be at least 1"),
-        (dict(x=jnp.ones((1, 6))), ValueError, "has one value per feature to train on"),
         (dict(axis_index_groups=[[0]]), ValueError, "without axis_name"),
         (dict(batch_stats=bn.init_batch_stats(6)), ValueError, r"has \['mean', 'var'\]; expected"),
         (dict(params={"gain": jnp.ones(6)}), ValueError, r"unknown entries \['gain'\]"),
