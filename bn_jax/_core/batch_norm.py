@@ -98,7 +98,7 @@ def identity_params(
         x: floating-point or complex array, the batch.
         axis: the feature axis or axes of `x`.
         epsilon: the norm's epsilon.
-        mask: boolean or non-negative weights, broadcastable to `x`, as the norm will have it.
+        mask: boolean or weights, as the norm will have it; `batch_norm` says which.
         axis_name: the named axis or axes that the norm synchronizes over.
 
     Returns:
@@ -182,9 +182,12 @@ def batch_norm(
             complement). None for the cumulative average, every batch weighing the same; it needs
             ``batch_stats["count"]``.
         epsilon: added to the variance.
-        mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
-            Every position is still normalized. NaN or infinity where the mask is zero reaches no
-            other position, no statistic and no derivative.
+        mask: boolean or weights, broadcastable to `x` by its last axes: what enters the statistics.
+            A weight is finite and not negative: another is an error where it is known, and counts
+            as 0 where it is traced. A mask of fewer axes than `x` that fits its first axes as well
+            is an error: write ``mask[..., None]``. Every position is still normalized. NaN or
+            infinity where the mask is zero reaches no other position, no statistic and no
+            derivative.
         activation: an elementwise function applied to the result, `jax.nn.relu` for example.
         residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes to synchronize over. Where `shard_map`, `pmap` or `vmap`

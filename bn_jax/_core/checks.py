@@ -206,8 +206,14 @@ def canonical_axes(name: str, axes: Axes, rank: int) -> tuple[int, ...]:
 
 
 def as_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the mask with the rank of x, or raises the ValueError that shows both shapes."""
-    mask = jnp.asarray(mask)
+    """Returns the mask with the rank of x, booleans or weights that are finite and not negative.
+
+    Raises:
+        TypeError: the mask is complex.
+        ValueError: its shape does not fit x, or fits it in two ways; or a weight is known that is
+            negative or not finite.
+    """
+    mask = _as_weights(mask)
     rank_difference = len(shape) - mask.ndim
     padded = (1,) * rank_difference + mask.shape
     if rank_difference < 0 or any(
@@ -217,7 +223,37 @@ def as_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             f"mask of shape {mask.shape} does not broadcast to x of shape {shape}: give it "
             "trailing axes of size 1, for example mask[:, None] for one value per example."
         )
+    # Which axes are meant must not depend on whether two sizes happen to be equal.
+    if mask.shape == shape[: mask.ndim] and padded != mask.shape + (1,) * rank_difference:
+        leading, trailing = (":, " * mask.ndim)[:-2], "None, " * rank_difference
+        raise ValueError(
+            f"mask of shape {mask.shape} fits the first and the last axes of x of shape {shape}: "
+            f"write mask[{leading}{', None' * rank_difference}] for the first, the examples, or "
+            f"mask[{trailing}{leading}] for the last, the features."
+        )
     return mask.reshape(padded)
+
+
+def _as_weights(mask: Any) -> jax.Array:
+    """Returns the mask as an array; a traced weight below 0, NaN or infinite becomes 0."""
+    weights = jnp.asarray(mask)
+    if weights.dtype == jnp.bool_:
+        return weights
+    if jnp.iscomplexobj(weights):
+        raise TypeError(f"mask has dtype {weights.dtype}; expected booleans or real weights.")
+    # Under jit, what jnp makes of a NumPy array is traced; the array itself is known.
+    known = mask if hasattr(mask, "__array__") else weights
+    if isinstance(known, jax.core.Tracer) or not getattr(known, "is_fully_addressable", True):
+        return jnp.where((weights >= 0) & jnp.isfinite(weights), weights, 0)
+    known = jax.device_get(known)
+    wrong = known[~((known >= 0) & (known < jnp.inf))]
+    if wrong.size:
+        raise ValueError(
+            f"mask has {wrong.size} weights that are negative or not finite, {wrong[0]} for "
+            "example; expected booleans, or finite weights of at least 0. Write mask == 0 for an "
+            "additive attention mask, in which 0 keeps and -1e9 drops."
+        )
+    return weights
 
 
 def as_params(params: Mapping[str, Any]) -> Params:

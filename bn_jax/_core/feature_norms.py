@@ -58,8 +58,9 @@ def layer_norm(
         reduction_axes: the axes that the statistics are taken over.
         feature_axes: the axes of scale and bias.
         epsilon: added to the variance.
-        mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
-            Where nothing does, `x` counts as already normalized: mean 0, variance 1.
+        mask: boolean or weights, broadcastable to `x`: what enters the statistics; the rules are
+            `bn_jax.batch_norm`'s. Where nothing does, `x` counts as already normalized: mean 0,
+            variance 1.
         axis_name: the named axis or axes that the features are spread over, if any;
             `bn_jax.batch_norm` says what holds where nothing binds it.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.

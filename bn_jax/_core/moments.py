@@ -113,8 +113,10 @@ def moments(
     Args:
         x: a floating-point or complex array. Half precision is accumulated in float32.
         axes: the axes to reduce over; all of them by default.
-        mask: boolean or non-negative weights, broadcastable to `x`. Where it is zero or False,
-            values do not enter, even if `x` is NaN there, and have no derivative.
+        mask: boolean or weights, broadcastable to `x`. Where it is zero or False, values do not
+            enter, even if `x` is NaN there, and have no derivative. A weight that is negative or
+            not finite is an error where it is known, and counts as 0 where it is traced;
+            `batch_norm` has the rules.
         shift: a guess of the mean, of the shape of the result, the same on every device of
             `axis_name`. The better it is, the rarer is the second pass. Zero by default.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.

@@ -161,9 +161,10 @@ def whitening_norm(
         iterations: how many Newton iterations to take.
         group_size: how many consecutive features are whitened together; None for all. A group with
             at least as many features as the batch has values cannot become white.
-        mask: boolean or non-negative weights, broadcastable to `x`, of size 1 on `axis`: what
-            enters the statistics. Every position is still whitened. One that is masked and not
-            finite becomes NaN in its group, and reaches nothing else and no derivative.
+        mask: boolean or weights, broadcastable to `x`, of size 1 on `axis`: what enters the
+            statistics; the rules are `batch_norm`'s. Every position is still whitened. One that is
+            masked and not finite becomes NaN in its group, and reaches nothing else and no
+            derivative.
         axis_name: the named axis or axes to synchronize over, as in `batch_norm`, by two
             collectives.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
