@@ -24,6 +24,7 @@ from bn_jax._core.checkpoint_names import MOMENTS_NAME, named
 from bn_jax._core.checks import (
     Inputs,
     as_floating,
+    as_shape,
     canonical_axes,
     check_count_kept,
     check_inputs,
@@ -72,7 +73,7 @@ def init_params(
         >>> bn.init_params(2)["scale"]
         Array([1., 1.], dtype=float32)
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
+    shape = as_shape(features)
     params: Params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, dtype)
@@ -254,9 +255,9 @@ def batch_norm(
         running_var_ddof=running_var_ddof,
         dtype=dtype,
     )
+    inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    x = as_floating("x", x)
-    return run_norm(check_inputs(options, params, batch_stats, x, mask, residual), mode)
+    return run_norm(inputs, mode)
 
 
 def choose_mode(

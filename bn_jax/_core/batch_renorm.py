@@ -123,9 +123,9 @@ def batch_renorm(
         dtype=dtype,
         correction=make_correction(r_max, d_max),
     )
+    inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    x = as_floating("x", x)
-    return run_norm(check_inputs(options, params, batch_stats, x, mask, residual), mode)
+    return run_norm(inputs, mode)
 
 
 def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Correction:

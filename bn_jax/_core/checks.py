@@ -5,7 +5,7 @@ A message names the argument, what was received, what was expected, and the fix.
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -73,7 +73,7 @@ def check_inputs(
     """
     params = as_params(params)
     feature_axes = canonical_axes("axis", options.axis, x.ndim)
-    known = _statistics_of(batch_stats)
+    known = statistics_of(batch_stats)
     features = check_features(
         "axis", options.axis, feature_axes, x.shape, params=params, batch_stats=known
     )
@@ -151,8 +151,54 @@ def make_row_inputs(
     )
 
 
+def as_shape(features: Axes) -> tuple[int, ...]:
+    """Returns the shape of the features, or raises the error that says what they must be."""
+    several = isinstance(features, Sequence) and not isinstance(features, str)
+    shape: tuple[int, ...] = tuple(cast(Any, features)) if several else (cast(int, features),)
+    for size in shape:
+        if (
+            isinstance(size, bool)
+            or not hasattr(size, "__index__")
+            or getattr(size, "ndim", 0) != 0
+        ):
+            raise TypeError(
+                f"features={features!r} must be an integer, for example 64, or a tuple of integers "
+                "where there are several feature axes."
+            )
+        if size < 0:
+            raise ValueError(f"features={features!r} must not be negative: it is a size.")
+    return shape
+
+
+def check_tree(name: str, tree: Any, example: str, others: set[str]) -> None:
+    """Raises the TypeError for an argument in the wrong place: no mapping, or with others' entries.
+
+    Args:
+        name: the argument.
+        tree: what was passed.
+        example: a call that makes the argument.
+        others: entries that only the other tree of a call has.
+    """
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"{name} is of type {type(tree).__name__}; expected a mapping of arrays, {example} for "
+            "example. The order is (params, batch_stats, x), without batch_stats for norms that "
+            "keep none."
+        )
+    if others & set(tree):
+        raise TypeError(
+            f"{name} has {sorted(tree)}, entries of another tree; expected what {example} makes. "
+            "The order is (params, batch_stats, x)."
+        )
+
+
 def as_floating(name: str, x: jax.Array) -> jax.Array:
     """Returns `x` as a JAX array, or raises the TypeError that says what to cast."""
+    if x is None or isinstance(x, Mapping | str):
+        raise TypeError(
+            f"{name} is of type {type(x).__name__}; expected a floating-point array. Arrays come "
+            "after the trees: (params, batch_stats, x), or (params, x) for norms without state."
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -258,6 +304,7 @@ def _as_weights(mask: Any) -> jax.Array:
 
 def as_params(params: Mapping[str, Any]) -> Params:
     """Returns scale and bias as arrays, or raises the ValueError that says what else is there."""
+    check_tree("params", params, "bn_jax.init_params(features)", {"mean", "var", "cov"})
     unknown = set(params) - {"scale", "bias"}
     if unknown:
         raise ValueError(
@@ -267,8 +314,9 @@ def as_params(params: Mapping[str, Any]) -> Params:
     return cast(Params, {name: jnp.asarray(values) for name, values in params.items()})
 
 
-def _statistics_of(batch_stats: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the arrays of `batch_stats` by name, or raises the ValueError for those missing."""
+def statistics_of(batch_stats: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the arrays of `batch_stats` by name, or raises the error for what is missing."""
+    check_tree("batch_stats", batch_stats, "bn_jax.init_batch_stats(features)", {"scale", "bias"})
     if "mean" not in batch_stats or "var" not in batch_stats:
         raise ValueError(
             f"batch_stats lacks {sorted({'mean', 'var'} - set(batch_stats))}; it has "
@@ -449,4 +497,6 @@ def size_of_groups(features: int, num_groups: int | None, group_size: int | None
             f"{name}={number} does not divide the {features} features of x: pass one of "
             f"{[divisor for divisor in range(1, features + 1) if features % divisor == 0]}."
         )
+    if features == 0:
+        return 1
     return features // number if group_size is None else number

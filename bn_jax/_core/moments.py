@@ -163,11 +163,14 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
     A set whose count is 0 contributes nothing, whatever its mean and variance.
 
     Args:
-        first: the moments of one set, each array a scalar or of shape ``[*F]``.
+        first: the moments of one set, each array of shape ``[*F]``; the count may be a scalar.
         *others: the moments of the other sets, of the same feature shape.
 
     Returns:
         The `Moments` of the union.
+
+    Raises:
+        ValueError: means and variances differ in shape, or a count is neither a scalar nor of it.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -177,7 +180,15 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
         Array(True, dtype=bool)
     """
     sets = (first, *others)
-    feature_shape = jnp.broadcast_shapes(*(jnp.shape(leaf) for part in sets for leaf in part))
+    feature_shape = jnp.shape(first.mean)
+    for part in sets:
+        of_count, of_mean, of_var = map(jnp.shape, part)
+        if not of_mean == of_var == feature_shape or of_count not in ((), feature_shape):
+            raise ValueError(
+                f"moments of the shapes {[tuple(map(jnp.shape, part)) for part in sets]} (count, "
+                "mean, var) cannot be merged: expected one shape for all, or a scalar count. "
+                "Take them over the same axes, or broadcast them yourself."
+            )
     counts_shape = jnp.broadcast_shapes(*(jnp.shape(part.count) for part in sets))
     count = jnp.stack([jnp.broadcast_to(part.count, counts_shape) for part in sets])
     mean = jnp.stack([jnp.broadcast_to(part.mean, feature_shape) for part in sets])

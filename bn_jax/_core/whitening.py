@@ -25,17 +25,26 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import make_reduction, reshape_like, split_axis, static_count
+from bn_jax._core.axes import (
+    make_reduction,
+    place_like,
+    reshape_like,
+    split_axis,
+    static_count,
+)
 from bn_jax._core.batch_norm import choose_mode
 from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME, named
 from bn_jax._core.checks import (
     as_floating,
     as_mask,
     as_params,
+    as_shape,
     canonical_axes,
     check_count_kept,
+    check_tree,
     output_dtype,
     shapes_of,
     size_of_groups,
@@ -101,6 +110,7 @@ def init_whitening_stats(
         >>> jax.tree.map(jax.numpy.shape, bn.init_whitening_stats(6, group_size=3))
         {'cov': (2, 3, 3), 'mean': (6,)}
     """
+    (features,) = as_shape((features,))
     groups, size = _groups_of(features, group_size)
     identity = jnp.tile(jnp.eye(size, dtype=dtype)[None], (groups, 1, 1))
     batch_stats: WhiteningStats = {"mean": jnp.zeros(features, dtype), "cov": identity}
@@ -216,7 +226,8 @@ def whitening_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
+    # No whitening is measured, whatever its statistics hold.
+    mode = choose_mode({}, use_running_average, update_running_average, initializing)
     return run_whitening(options, mode, params, batch_stats, as_floating("x", x), mask)
 
 
@@ -229,17 +240,18 @@ def run_whitening(
     mask: jax.Array | None,
 ) -> tuple[jax.Array, WhiteningStats]:
     """Computes `whitening_norm`."""
+    inputs = _check_inputs(options, params, batch_stats, x, mask)
     if mode.update and options.momentum is None:
         check_count_kept(batch_stats, "init_whitening_stats")
-    inputs = _check_inputs(options, params, batch_stats, x, mask)
     if mode.use_running_average:
         mean = inputs.expand(inputs.batch_stats["mean"])
         y = _whiten(inputs, _Centre(mean, jnp.zeros_like(mean)), inputs.running_cov())
+        y = place_like(x, y)
         if not mode.update:
             return y, batch_stats
     batch = _measure(inputs, mode.initializing)
     if not mode.use_running_average:
-        y = _whiten(inputs, batch.centre, batch.cov)
+        y = place_like(x, _whiten(inputs, batch.centre, batch.cov))
     return y, _update(inputs, batch) if mode.update else batch_stats
 
 
@@ -343,7 +355,7 @@ def _check_inputs(
         options=options,
         params=params,
         batch_stats=cast(WhiteningStats, stats),
-        x=named(INPUT_NAME, x),
+        x=named(INPUT_NAME, _with_whole_features(x, axis)),
         mask=mask,
         axis=axis,
         size=_groups_of(x.shape[axis], options.group_size)[1],
@@ -422,11 +434,15 @@ def _average_groups(
 def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
     """Returns the number of groups and the features in each."""
     size = features if group_size is None else size_of_groups(features, None, group_size)
-    return features // max(1, size), size
+    if features == 0:
+        size = 1
+    return features // size, size
 
 
 def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Returns the statistics, or raises the ValueError that says what they should be."""
+    init = "bn_jax.init_whitening_stats(features)"
+    check_tree("batch_stats", batch_stats, init, {"scale", "bias"})
     known = {"mean", "cov", "count"}
     if not {"mean", "cov"} <= set(batch_stats) <= known:
         raise ValueError(
@@ -434,6 +450,18 @@ def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
             "'count'. Make a new one with bn_jax.init_whitening_stats(features, group_size=...)."
         )
     return {name: jnp.asarray(values) for name, values in batch_stats.items()}
+
+
+def _with_whole_features(x: jax.Array, axis: int) -> jax.Array:
+    """Gathers the features where they are sharded explicitly, which groups need not follow.
+
+    Where the compiler decides (an automatic mesh), it decides here too.
+    """
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _check_shapes(

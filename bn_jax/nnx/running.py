@@ -415,9 +415,9 @@ def _call_batch_norm(
     mode = _choose_mode(layer, use_running_average, update_running_average)
     variables = _batch_stats_of(layer, "mean", "var", "count", "measured")
     batch_stats = cast(BatchStats, {name: variables[name].get_value() for name in variables})
-    promoted = promote(
-        layer, x, statistics=(batch_stats["mean"], batch_stats["var"]), residual=residual
-    )
+    x = as_floating("x", x)
+    statistics = (batch_stats["mean"], batch_stats["var"])
+    promoted = promote(layer, x, statistics=statistics, residual=residual)
     params = promoted.params
     inputs = check_inputs(
         Options.of_module(
@@ -428,7 +428,7 @@ def _call_batch_norm(
         ),
         params if layer.train_params else jax.lax.stop_gradient(params),
         batch_stats,
-        as_floating("x", promoted.x),
+        promoted.x,
         mask,
         residual,
     )
