@@ -24,12 +24,13 @@ from bn_jax._core.checkpoint_names import MOMENTS_NAME, named
 from bn_jax._core.checks import (
     Inputs,
     as_floating,
+    as_shape,
     canonical_axes,
     check_count_kept,
     check_inputs,
     check_virtual_batch_size,
     examples_of_a_group,
-    refuse_single_value,
+    warn_of_single_value,
 )
 from bn_jax._core.moments import CentredMoments, centred_moments, merge_centred, moments
 from bn_jax._core.running import update
@@ -72,7 +73,7 @@ def init_params(
         >>> bn.init_params(2)["scale"]
         Array([1., 1.], dtype=float32)
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
+    shape = as_shape(features)
     params: Params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, dtype)
@@ -98,7 +99,7 @@ def identity_params(
         x: floating-point or complex array, the batch.
         axis: the feature axis or axes of `x`.
         epsilon: the norm's epsilon.
-        mask: boolean or non-negative weights, broadcastable to `x`, as the norm will have it.
+        mask: boolean or weights, as the norm will have it; `batch_norm` says which.
         axis_name: the named axis or axes that the norm synchronizes over.
 
     Returns:
@@ -182,9 +183,12 @@ def batch_norm(
             complement). None for the cumulative average, every batch weighing the same; it needs
             ``batch_stats["count"]``.
         epsilon: added to the variance.
-        mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
-            Every position is still normalized. NaN or infinity where the mask is zero reaches no
-            other position, no statistic and no derivative.
+        mask: boolean or weights, broadcastable to `x` by its last axes: what enters the statistics.
+            A weight is finite and not negative: another is an error where it is known, and counts
+            as 0 where it is traced. A mask of fewer axes than `x` that fits its first axes as well
+            is an error: write ``mask[..., None]``. Every position is still normalized. NaN or
+            infinity where the mask is zero reaches no other position, no statistic and no
+            derivative.
         activation: an elementwise function applied to the result, `jax.nn.relu` for example.
         residual: an array of the shape of `x`, added before the activation.
         axis_name: the named axis or axes to synchronize over. Where `shard_map`, `pmap` or `vmap`
@@ -202,8 +206,8 @@ def batch_norm(
         running_var_ddof: 0 for the biased running variance, as in Flax; 1 for the unbiased one of
             Algorithm 2 of the paper, as in PyTorch.
         dtype: the dtype of `y`; by default the promoted dtype of `x`, `params` and `residual`.
-        initializing: True while a model is initialized: no update, no synchronization, and a
-            batch of one is allowed.
+        initializing: True while a model is initialized: no update, no synchronization, and no
+            warning of one value per feature.
 
     Returns:
         `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old, but in at
@@ -216,9 +220,15 @@ def batch_norm(
     Raises:
         TypeError: `x` is integer or boolean, or `dtype` is real where something is complex.
         ValueError: an argument does not fit the others; the message says which and how to fix
-            it. Training on one value per feature is such a case: the output would be `bias`
-            whatever the input.
+            it.
         NameError: `axis_name` is not bound, but other axes are.
+
+    Warns:
+        UserWarning: there is one value per feature to train on (by the shape of `x` and the size of
+            `axis_name`; values of a mask are not looked at). Then `y` is `bias` whatever `x` is,
+            the gradient by `x` is 0, and the running variance moves towards 0 (with
+            ``running_var_ddof=1``, the running statistics stay as they are). A virtual batch of one
+            example is such a case too; its running variance is that between the examples.
 
     Where it differs from `flax.linen.BatchNorm`: the variance does not cancel, devices are merged
     by their counts, an empty device or batch is no special case, and a batch that is not finite
@@ -248,9 +258,9 @@ def batch_norm(
         running_var_ddof=running_var_ddof,
         dtype=dtype,
     )
+    inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    x = as_floating("x", x)
-    return run_norm(check_inputs(options, params, batch_stats, x, mask, residual), mode)
+    return run_norm(inputs, mode)
 
 
 def choose_mode(
@@ -405,7 +415,7 @@ def measure(
 
     Args:
         inputs: the checked arguments of the call.
-        initializing: True for no synchronization and no groups, and for one value per feature.
+        initializing: True for no synchronization, no groups, and no warning.
         for_averages_only: True where nothing is normalized by the moments. Groups of examples would
             be merged afterwards, so that there are none then.
 
@@ -441,7 +451,7 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
     """Returns the examples with those in a group of their own that share statistics.
 
     Raises:
-        ValueError: the groups do not divide the batch, or there is one value per feature.
+        ValueError: the groups do not divide the batch.
     """
     options, x, mask = inputs.options, inputs.x, inputs.mask
     reduced, shape = _reduced_axes(inputs), _feature_shape(inputs)
@@ -466,7 +476,7 @@ def _examples_in_groups(inputs: Inputs) -> Examples:
             group_axis=batch_axis,
         )
     if static_count(examples.reduction, examples.x.shape) == 1:
-        refuse_single_value(x.shape, options.axis)
+        warn_of_single_value(options, x.shape, in_groups=size is not None)
     return examples
 
 

@@ -62,8 +62,8 @@ def batch_renorm(
 
     The correction changes what the next layers and the gradient of `scale` see. The derivative by
     `x` is batch norm's times `r`. So two values per feature still send back none (but for
-    `epsilon`), and one value is an error here too, although `y` would depend on it through `d`:
-    nothing below would train, and the running variance would go to 0.
+    `epsilon`). Training on one value is warned of here too, although `y` depends on it through `d`:
+    nothing below trains, and the running variance moves towards 0.
 
     Args:
         params: as in `batch_norm`.
@@ -97,6 +97,9 @@ def batch_renorm(
         ValueError: `r_max` is less than 1, `d_max` less than 0, or as in `batch_norm`.
         NameError: `axis_name` is not bound, but other axes are.
 
+    Warns:
+        UserWarning: there is one value per feature to train on, as in `batch_norm`.
+
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
         >>> params, batch_stats = bn.init_params(1), bn.init_batch_stats(1)
@@ -120,9 +123,9 @@ def batch_renorm(
         dtype=dtype,
         correction=make_correction(r_max, d_max),
     )
+    inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    x = as_floating("x", x)
-    return run_norm(check_inputs(options, params, batch_stats, x, mask, residual), mode)
+    return run_norm(inputs, mode)
 
 
 def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Correction:

@@ -3,9 +3,11 @@
 A message names the argument, what was received, what was expected, and the fix.
 """
 
-from collections.abc import Mapping
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def check_inputs(
     """
     params = as_params(params)
     feature_axes = canonical_axes("axis", options.axis, x.ndim)
-    known = _statistics_of(batch_stats)
+    known = statistics_of(batch_stats)
     features = check_features(
         "axis", options.axis, feature_axes, x.shape, params=params, batch_stats=known
     )
@@ -149,8 +151,54 @@ def make_row_inputs(
     )
 
 
+def as_shape(features: Axes) -> tuple[int, ...]:
+    """Returns the shape of the features, or raises the error that says what they must be."""
+    several = isinstance(features, Sequence) and not isinstance(features, str)
+    shape: tuple[int, ...] = tuple(cast(Any, features)) if several else (cast(int, features),)
+    for size in shape:
+        if (
+            isinstance(size, bool)
+            or not hasattr(size, "__index__")
+            or getattr(size, "ndim", 0) != 0
+        ):
+            raise TypeError(
+                f"features={features!r} must be an integer, for example 64, or a tuple of integers "
+                "where there are several feature axes."
+            )
+        if size < 0:
+            raise ValueError(f"features={features!r} must not be negative: it is a size.")
+    return shape
+
+
+def check_tree(name: str, tree: Any, example: str, others: set[str]) -> None:
+    """Raises the TypeError for an argument in the wrong place: no mapping, or with others' entries.
+
+    Args:
+        name: the argument.
+        tree: what was passed.
+        example: a call that makes the argument.
+        others: entries that only the other tree of a call has.
+    """
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"{name} is of type {type(tree).__name__}; expected a mapping of arrays, {example} for "
+            "example. The order is (params, batch_stats, x), without batch_stats for norms that "
+            "keep none."
+        )
+    if others & set(tree):
+        raise TypeError(
+            f"{name} has {sorted(tree)}, entries of another tree; expected what {example} makes. "
+            "The order is (params, batch_stats, x)."
+        )
+
+
 def as_floating(name: str, x: jax.Array) -> jax.Array:
     """Returns `x` as a JAX array, or raises the TypeError that says what to cast."""
+    if x is None or isinstance(x, Mapping | str):
+        raise TypeError(
+            f"{name} is of type {type(x).__name__}; expected a floating-point array. Arrays come "
+            "after the trees: (params, batch_stats, x), or (params, x) for norms without state."
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -204,8 +252,14 @@ def canonical_axes(name: str, axes: Axes, rank: int) -> tuple[int, ...]:
 
 
 def as_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the mask with the rank of x, or raises the ValueError that shows both shapes."""
-    mask = jnp.asarray(mask)
+    """Returns the mask with the rank of x, booleans or weights that are finite and not negative.
+
+    Raises:
+        TypeError: the mask is complex.
+        ValueError: its shape does not fit x, or fits it in two ways; or a weight is known that is
+            negative or not finite.
+    """
+    mask = _as_weights(mask)
     rank_difference = len(shape) - mask.ndim
     padded = (1,) * rank_difference + mask.shape
     if rank_difference < 0 or any(
@@ -215,11 +269,42 @@ def as_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             f"mask of shape {mask.shape} does not broadcast to x of shape {shape}: give it "
             "trailing axes of size 1, for example mask[:, None] for one value per example."
         )
+    # Which axes are meant must not depend on whether two sizes happen to be equal.
+    if mask.shape == shape[: mask.ndim] and padded != mask.shape + (1,) * rank_difference:
+        leading, trailing = (":, " * mask.ndim)[:-2], "None, " * rank_difference
+        raise ValueError(
+            f"mask of shape {mask.shape} fits the first and the last axes of x of shape {shape}: "
+            f"write mask[{leading}{', None' * rank_difference}] for the first, the examples, or "
+            f"mask[{trailing}{leading}] for the last, the features."
+        )
     return mask.reshape(padded)
+
+
+def _as_weights(mask: Any) -> jax.Array:
+    """Returns the mask as an array; a traced weight below 0, NaN or infinite becomes 0."""
+    weights = jnp.asarray(mask)
+    if weights.dtype == jnp.bool_:
+        return weights
+    if jnp.iscomplexobj(weights):
+        raise TypeError(f"mask has dtype {weights.dtype}; expected booleans or real weights.")
+    # Under jit, what jnp makes of a NumPy array is traced; the array itself is known.
+    known = mask if hasattr(mask, "__array__") else weights
+    if isinstance(known, jax.core.Tracer) or not getattr(known, "is_fully_addressable", True):
+        return jnp.where((weights >= 0) & jnp.isfinite(weights), weights, 0)
+    known = jax.device_get(known)
+    wrong = known[~((known >= 0) & (known < jnp.inf))]
+    if wrong.size:
+        raise ValueError(
+            f"mask has {wrong.size} weights that are negative or not finite, {wrong[0]} for "
+            "example; expected booleans, or finite weights of at least 0. Write mask == 0 for an "
+            "additive attention mask, in which 0 keeps and -1e9 drops."
+        )
+    return weights
 
 
 def as_params(params: Mapping[str, Any]) -> Params:
     """Returns scale and bias as arrays, or raises the ValueError that says what else is there."""
+    check_tree("params", params, "bn_jax.init_params(features)", {"mean", "var", "cov"})
     unknown = set(params) - {"scale", "bias"}
     if unknown:
         raise ValueError(
@@ -229,8 +314,9 @@ def as_params(params: Mapping[str, Any]) -> Params:
     return cast(Params, {name: jnp.asarray(values) for name, values in params.items()})
 
 
-def _statistics_of(batch_stats: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the arrays of `batch_stats` by name, or raises the ValueError for those missing."""
+def statistics_of(batch_stats: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the arrays of `batch_stats` by name, or raises the error for what is missing."""
+    check_tree("batch_stats", batch_stats, "bn_jax.init_batch_stats(features)", {"scale", "bias"})
     if "mean" not in batch_stats or "var" not in batch_stats:
         raise ValueError(
             f"batch_stats lacks {sorted({'mean', 'var'} - set(batch_stats))}; it has "
@@ -314,14 +400,43 @@ def check_count_kept(batch_stats: Mapping[str, Any], init: str) -> None:
         )
 
 
-def refuse_single_value(shape: tuple[int, ...], axis: Axes) -> NoReturn:
-    """Raises the ValueError for training on one value per feature, which can train nothing."""
-    raise ValueError(
-        f"x of shape {shape} with axis={axis} has one value per feature to train on, so that "
-        "y would have no derivative by x, and the variance be 0. Use a larger batch, "
-        "synchronize over devices with axis_name, or evaluate with use_running_average=True "
-        "and no update_running_average=True."
+def warn_of_single_value(options: Options, shape: tuple[int, ...], *, in_groups: bool) -> None:
+    """Warns of training on one value per feature, of which nothing can be learned.
+
+    It is no error: `tabulate`, `eval_shape` and initializations make such calls, and while tracing
+    nothing tells them from a training step. Python's filter shows a text once for every line of a
+    program. So the text of a layer names the layer and nothing that changes from call to call, and
+    the line is the user's, whichever transforms are between.
+    """
+    if options.describe_layer is None:
+        where = f"x of shape {shape} with axis={options.axis}"
+    else:
+        where = options.describe_layer()
+    y = "y is `bias` whatever x is" if options.correction is None else "y depends on x by d alone"
+    effect, remedy = "", "a larger batch"
+    if in_groups:
+        remedy = "larger groups of examples (virtual_batch_size, axis_index_groups)"
+    elif options.running_var_ddof == 0:
+        effect = " An update moves the running variance towards 0."
+    warnings.warn(
+        f"{where} has one value per feature to train on. Normalized by its own mean, {y}, and no "
+        f"gradient reaches x.{effect} Use {remedy}, synchronize over devices with axis_name, or "
+        "evaluate with use_running_average=True (and no update_running_average=True). Where the "
+        "call shows shapes only, as in tabulate and eval_shape, evaluate too.",
+        UserWarning,
+        _stacklevel_of_user(),
     )
+
+
+def _stacklevel_of_user() -> int:
+    """Returns the `stacklevel`, for the caller, of the first line outside of this and Flax."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package not in ("bn_jax", "flax", "jax", "contextlib"):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_virtual_batch_size(
@@ -392,6 +507,8 @@ def size_of_groups(features: int, num_groups: int | None, group_size: int | None
             f"{name}={number} does not divide the {features} features of x: pass one of "
             f"{[divisor for divisor in range(1, features + 1) if features % divisor == 0]}."
         )
+    if features == 0:
+        return 1
     return features // number if group_size is None else number
 
 

@@ -58,8 +58,9 @@ def layer_norm(
         reduction_axes: the axes that the statistics are taken over.
         feature_axes: the axes of scale and bias.
         epsilon: added to the variance.
-        mask: boolean or non-negative weights, broadcastable to `x`: what enters the statistics.
-            Where nothing does, `x` counts as already normalized: mean 0, variance 1.
+        mask: boolean or weights, broadcastable to `x`: what enters the statistics; the rules are
+            `bn_jax.batch_norm`'s. Where nothing does, `x` counts as already normalized: mean 0,
+            variance 1.
         axis_name: the named axis or axes that the features are spread over, if any;
             `bn_jax.batch_norm` says what holds where nothing binds it.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
@@ -87,7 +88,7 @@ def layer_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    return normalize_rows(options, params, x, mask, reduction_axes)
+    return normalize_rows(options, params, as_floating("x", x), mask, reduction_axes)
 
 
 def rms_norm(
@@ -124,6 +125,7 @@ def rms_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
+    x = as_floating("x", x)
     return normalize_rows(options, params, x, mask, reduction_axes, about_zero=True)
 
 
@@ -162,6 +164,7 @@ def group_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
+    x = as_floating("x", x)
     return normalize_groups(options, params, x, mask, num_groups, group_size, reduction_axes)
 
 
@@ -197,7 +200,7 @@ def instance_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    return normalize_instances(options, params, x, mask)
+    return normalize_instances(options, params, as_floating("x", x), mask)
 
 
 def normalize_rows(
@@ -209,8 +212,11 @@ def normalize_rows(
     *,
     about_zero: bool = False,
 ) -> jax.Array:
-    """Computes `layer_norm`, or `rms_norm` about zero; `options.axis` is `feature_axes`."""
-    x, params = as_floating("x", x), as_params(params)
+    """Computes `layer_norm`, or `rms_norm` about zero; `options.axis` is `feature_axes`.
+
+    As in the following functions, `x` has been checked by `as_floating`.
+    """
+    params = as_params(params)
     reduced = canonical_axes("reduction_axes", reduction_axes, x.ndim)
     features = canonical_axes("feature_axes", options.axis, x.ndim)
     check_features("feature_axes", options.axis, features, x.shape, params=params)
@@ -228,7 +234,7 @@ def normalize_groups(
     reduction_axes: Axes | None,
 ) -> jax.Array:
     """Computes `group_norm`."""
-    x, params = as_floating("x", x), as_params(params)
+    params = as_params(params)
     last = x.ndim - 1
     axes = (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes
     reduced = canonical_axes("reduction_axes", axes, x.ndim)
@@ -256,7 +262,7 @@ def normalize_instances(
     options: Options, params: Params, x: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
     """Computes `instance_norm`; `options.axis` is `feature_axes`."""
-    rank, shape = jnp.ndim(x), jnp.shape(x)
+    rank, shape = x.ndim, x.shape
     features = canonical_axes("feature_axes", options.axis, rank)
     if 0 in features:
         raise ValueError(

@@ -114,8 +114,10 @@ def moments(
     Args:
         x: a floating-point or complex array. Half precision is accumulated in float32.
         axes: the axes to reduce over; all of them by default.
-        mask: boolean or non-negative weights, broadcastable to `x`. Where it is zero or False,
-            values do not enter, even if `x` is NaN there, and have no derivative.
+        mask: boolean or weights, broadcastable to `x`. Where it is zero or False, values do not
+            enter, even if `x` is NaN there, and have no derivative. A weight that is negative or
+            not finite is an error where it is known, and counts as 0 where it is traced;
+            `batch_norm` has the rules.
         shift: a guess of the mean, of the shape of the result, the same on every device of
             `axis_name`. The better it is, the rarer is the second pass. Zero by default.
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.
@@ -162,11 +164,14 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
     A set whose count is 0 contributes nothing, whatever its mean and variance.
 
     Args:
-        first: the moments of one set, each array a scalar or of shape ``[*F]``.
+        first: the moments of one set, each array of shape ``[*F]``; the count may be a scalar.
         *others: the moments of the other sets, of the same feature shape.
 
     Returns:
         The `Moments` of the union.
+
+    Raises:
+        ValueError: means and variances differ in shape, or a count is neither a scalar nor of it.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -176,7 +181,15 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
         Array(True, dtype=bool)
     """
     sets = (first, *others)
-    feature_shape = jnp.broadcast_shapes(*(jnp.shape(leaf) for part in sets for leaf in part))
+    feature_shape = jnp.shape(first.mean)
+    for part in sets:
+        of_count, of_mean, of_var = map(jnp.shape, part)
+        if not of_mean == of_var == feature_shape or of_count not in ((), feature_shape):
+            raise ValueError(
+                f"moments of the shapes {[tuple(map(jnp.shape, part)) for part in sets]} (count, "
+                "mean, var) cannot be merged: expected one shape for all, or a scalar count. "
+                "Take them over the same axes, or broadcast them yourself."
+            )
     counts_shape = jnp.broadcast_shapes(*(jnp.shape(part.count) for part in sets))
     count = jnp.stack([jnp.broadcast_to(part.count, counts_shape) for part in sets])
     mean = jnp.stack([jnp.broadcast_to(part.mean, feature_shape) for part in sets])

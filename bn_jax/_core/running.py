@@ -14,7 +14,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import place_like
-from bn_jax._core.checks import check_count_kept, mean_dtype, statistics_dtype
+from bn_jax._core.checks import (
+    as_shape,
+    check_count_kept,
+    mean_dtype,
+    shapes_of,
+    statistics_dtype,
+    statistics_of,
+)
 from bn_jax._core.moments import CentredMoments, merge_centred
 from bn_jax._core.types import (
     Axes,
@@ -48,7 +55,7 @@ def init_batch_stats(
         >>> bn.init_batch_stats(2)["var"]
         Array([1., 1.], dtype=float32)
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
+    shape = as_shape(features)
     real = statistics_dtype(dtype)
     batch_stats: BatchStats = {
         "mean": jnp.zeros(shape, mean_dtype(real, dtype)),
@@ -147,14 +154,16 @@ def update_batch_stats(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
     """
     options = Options(momentum=momentum, running_var_ddof=running_var_ddof)
+    shapes = shapes_of(statistics_of(batch_stats))
     if momentum is None:
         check_count_kept(batch_stats, "init_batch_stats")
     count, mean, var = map(jnp.asarray, moments)
     shape = jnp.shape(batch_stats["mean"])
-    if not shape == mean.shape == var.shape or count.shape not in ((), shape):
+    fit = all(other == shape for other in shapes.values())
+    if not (fit and shape == mean.shape == var.shape) or count.shape not in ((), shape):
         raise ValueError(
             f"moments of the shapes {tuple(map(jnp.shape, moments))} (count, mean, var) do not fit "
-            f"batch_stats of shape {shape}: take them over all axes but the features'."
+            f"batch_stats of the shapes {shapes}: take them over all axes but the features'."
         )
     centred = CentredMoments(count, mean, jnp.zeros_like(mean), var)
     return update(options, batch_stats, centred, by_running=by_running, by_batch=not by_running)

@@ -143,6 +143,8 @@ class Options:
     running_var_ddof: int = 0
     dtype: DTypeLike | None = None
     correction: Correction | None = None
+    # How a warning names the layer; a pure function has no name.
+    describe_layer: Callable[[], str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.momentum, Real) and not 0 <= float(self.momentum) <= 1:
@@ -181,8 +183,8 @@ class Mode(NamedTuple):
     Attributes:
         use_running_average: whether the running statistics normalize, instead of the batch's.
         update: whether the batch updates the running statistics.
-        initializing: whether a model is being initialized: nothing is synchronized then, and one
-            value per feature is allowed.
+        initializing: whether a model is being initialized: nothing is synchronized or grouped
+            then, and no single value is warned of.
     """
 
     use_running_average: bool

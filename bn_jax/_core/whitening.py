@@ -25,22 +25,31 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import make_reduction, reshape_like, split_axis, static_count
+from bn_jax._core.axes import (
+    make_reduction,
+    place_like,
+    reshape_like,
+    split_axis,
+    static_count,
+)
 from bn_jax._core.batch_norm import choose_mode
 from bn_jax._core.checkpoint_names import INPUT_NAME, MOMENTS_NAME, named
 from bn_jax._core.checks import (
     as_floating,
     as_mask,
     as_params,
+    as_shape,
     canonical_axes,
     check_count_kept,
+    check_tree,
     output_dtype,
-    refuse_single_value,
     shapes_of,
     size_of_groups,
     statistics_dtype,
+    warn_of_single_value,
 )
 from bn_jax._core.moments import centre, centred_moments, covariance
 from bn_jax._core.running import Weight, average, weigh_batch
@@ -101,6 +110,7 @@ def init_whitening_stats(
         >>> jax.tree.map(jax.numpy.shape, bn.init_whitening_stats(6, group_size=3))
         {'cov': (2, 3, 3), 'mean': (6,)}
     """
+    (features,) = as_shape((features,))
     groups, size = _groups_of(features, group_size)
     dtype = statistics_dtype(dtype)
     identity = jnp.tile(jnp.eye(size, dtype=dtype)[None], (groups, 1, 1))
@@ -162,16 +172,17 @@ def whitening_norm(
         iterations: how many Newton iterations to take.
         group_size: how many consecutive features are whitened together; None for all. A group with
             at least as many features as the batch has values cannot become white.
-        mask: boolean or non-negative weights, broadcastable to `x`, of size 1 on `axis`: what
-            enters the statistics. Every position is still whitened. One that is masked and not
-            finite becomes NaN in its group, and reaches nothing else and no derivative.
+        mask: boolean or weights, broadcastable to `x`, of size 1 on `axis`: what enters the
+            statistics; the rules are `batch_norm`'s. Every position is still whitened. One that is
+            masked and not finite becomes NaN in its group, and reaches nothing else and no
+            derivative.
         axis_name: the named axis or axes to synchronize over, as in `batch_norm`, by two
             collectives.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
         dtype: the dtype of `y`; by default the promoted dtype of `x` and `params`. All else is
             computed in at least float32, with products in full precision.
-        initializing: True while a model is initialized: no update, no synchronization, and a
-            batch of one is allowed.
+        initializing: True while a model is initialized: no update, no synchronization, and no
+            warning of one value per feature.
 
     Returns:
         `y`, of the shape of `x`, and the new `batch_stats` in the dtypes of the old, but in at
@@ -182,8 +193,13 @@ def whitening_norm(
     Raises:
         TypeError: `x` is integer, boolean or complex, or something else is complex.
         ValueError: an argument does not fit the others; the message says which and how to fix
-            it. Training on one value per feature is such a case.
+            it.
         NameError: `axis_name` is not bound, but other axes are.
+
+    Warns:
+        UserWarning: there is one value per feature to train on, as in `batch_norm`. Then `y` is
+            `bias` whatever `x` is, the gradient by `x` is 0, and the running covariances move
+            towards 0.
 
     Where it differs from the papers: the iteration is coupled and starts from a matrix divided by
     its Frobenius norm. The papers average inverse roots, not covariances.
@@ -212,7 +228,8 @@ def whitening_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
+    # No whitening is measured, whatever its statistics hold.
+    mode = choose_mode({}, use_running_average, update_running_average, initializing)
     return run_whitening(options, mode, params, batch_stats, as_floating("x", x), mask)
 
 
@@ -225,17 +242,18 @@ def run_whitening(
     mask: jax.Array | None,
 ) -> tuple[jax.Array, WhiteningStats]:
     """Computes `whitening_norm`."""
+    inputs = _check_inputs(options, params, batch_stats, x, mask)
     if mode.update and options.momentum is None:
         check_count_kept(batch_stats, "init_whitening_stats")
-    inputs = _check_inputs(options, params, batch_stats, x, mask)
     if mode.use_running_average:
         mean = inputs.expand(inputs.batch_stats["mean"])
         y = _whiten(inputs, _Centre(mean, jnp.zeros_like(mean)), inputs.running_cov())
+        y = place_like(x, y)
         if not mode.update:
             return y, batch_stats
     batch = _measure(inputs, mode.initializing)
     if not mode.use_running_average:
-        y = _whiten(inputs, batch.centre, batch.cov)
+        y = place_like(x, _whiten(inputs, batch.centre, batch.cov))
     return y, _update(inputs, batch) if mode.update else batch_stats
 
 
@@ -339,7 +357,7 @@ def _check_inputs(
         options=options,
         params=params,
         batch_stats=cast(WhiteningStats, stats),
-        x=named(INPUT_NAME, x),
+        x=named(INPUT_NAME, _with_whole_features(x, axis)),
         mask=mask,
         axis=axis,
         size=_groups_of(x.shape[axis], options.group_size)[1],
@@ -357,7 +375,7 @@ def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
     else:
         reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
         if static_count(reduction, x.shape) == 1:
-            refuse_single_value(x.shape, inputs.axis)
+            warn_of_single_value(options, x.shape, in_groups=False)
     running_mean = inputs.expand(inputs.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
@@ -422,11 +440,15 @@ def _average_groups(
 def _groups_of(features: int, group_size: int | None) -> tuple[int, int]:
     """Returns the number of groups and the features in each."""
     size = features if group_size is None else size_of_groups(features, None, group_size)
-    return features // size if size != 0 else 0, size
+    if features == 0:
+        size = 1
+    return features // size, size
 
 
 def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Returns the statistics, or raises the ValueError that says what they should be."""
+    init = "bn_jax.init_whitening_stats(features)"
+    check_tree("batch_stats", batch_stats, init, {"scale", "bias"})
     known = {"mean", "cov", "count"}
     if not {"mean", "cov"} <= set(batch_stats) <= known:
         raise ValueError(
@@ -434,6 +456,18 @@ def _statistics_of(batch_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
             "'count'. Make a new one with bn_jax.init_whitening_stats(features, group_size=...)."
         )
     return {name: jnp.asarray(values) for name, values in batch_stats.items()}
+
+
+def _with_whole_features(x: jax.Array, axis: int) -> jax.Array:
+    """Gathers the features where they are sharded explicitly, which groups need not follow.
+
+    Where the compiler decides (an automatic mesh), it decides here too.
+    """
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _check_shapes(

@@ -4,6 +4,7 @@ To Flax, a module is one call: its methods are `__call__` alone, and what that d
 They also run the call of a layer of Flax's, which `freeze` and `replace_norms` ask for.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -337,7 +338,7 @@ def call_batch_norm(
     batch_stats = {name: variable.value for name, variable in variables.items()}
     collects = _collects_moments(layer)
     inputs = check_inputs(
-        Options.of_module(layer, correction=correction),
+        Options.of_module(layer, correction=correction, describe_layer=partial(_describe, layer)),
         params if state.train_params else jax.lax.stop_gradient(params),
         cast(BatchStats, batch_stats),
         x,
@@ -373,7 +374,7 @@ def _call_whitening_norm(
     variables = _whitening_stats_of(layer, features[0], x.dtype)
     params = make_params(layer, features)
     y, updated = run_whitening(
-        WhiteningOptions.of_module(layer),
+        WhiteningOptions.of_module(layer, describe_layer=partial(_describe, layer)),
         mode,
         params if state.train_params else jax.lax.stop_gradient(params),
         cast(WhiteningStats, {name: variable.value for name, variable in variables.items()}),

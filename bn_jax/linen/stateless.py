@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bn_jax._core.checks import features_of
+from bn_jax._core.checks import as_floating, features_of
 from bn_jax._modules import (
     compute_group_norm,
     compute_instance_norm,
@@ -20,6 +20,7 @@ def call_feature_norm(
     compute: Callable[..., jax.Array], layer: Any, x: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
     """Runs the call of a layer, ours or Flax's, by the function that computes it."""
+    x = as_floating("x", x)
     features = features_of("feature_axes", getattr(layer, "feature_axes", -1), x)
     return compute(layer, make_params(layer, features), x, mask, layer.dtype)
 

@@ -5,6 +5,7 @@ functions.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -294,6 +295,9 @@ class WhiteningNorm(RunningNorm):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype))
 
+    # What `nnx.view` calls.
+    set_view = nnx.BatchNorm.set_view
+
     def __call__(
         self,
         x: jax.Array,
@@ -318,7 +322,7 @@ class WhiteningNorm(RunningNorm):
         variables = _batch_stats_of(self, "mean", "cov", "count")
         params = params_of(self)
         y, updated = run_whitening(
-            WhiteningOptions.of_module(self),
+            WhiteningOptions.of_module(self, describe_layer=partial(_describe, self)),
             mode,
             params if self.train_params else jax.lax.stop_gradient(params),
             cast(WhiteningStats, {name: variables[name].get_value() for name in variables}),
@@ -415,6 +419,7 @@ def _call_batch_norm(
     mode = _choose_mode(layer, use_running_average, update_running_average)
     variables = _batch_stats_of(layer, "mean", "var", "count", "measured")
     batch_stats = cast(BatchStats, {name: variables[name].get_value() for name in variables})
+    x = as_floating("x", x)
     statistics = batch_stats["mean"], batch_stats["var"]
     if mode.update:
         # So y has one dtype, before the update that makes them float32 and after it.
@@ -422,10 +427,15 @@ def _call_batch_norm(
     promoted = promote(layer, x, statistics=statistics, residual=residual)
     params = promoted.params
     inputs = check_inputs(
-        Options.of_module(layer, dtype=promoted.dtype, correction=correction),
+        Options.of_module(
+            layer,
+            dtype=promoted.dtype,
+            correction=correction,
+            describe_layer=partial(_describe, layer),
+        ),
         params if layer.train_params else jax.lax.stop_gradient(params),
         batch_stats,
-        as_floating("x", promoted.x),
+        promoted.x,
         mask,
         residual,
     )
@@ -447,12 +457,16 @@ def _choose_mode(
     if use is None:
         kind = type(layer).__name__
         raise ValueError(
-            "use_running_average is None in the constructor and in the call of the "
-            f"{kind} of {layer.num_features} features. "
+            "use_running_average is None in the constructor and in the call of "
+            f"{_describe(layer)}. "
             f"Pass {kind}(..., use_running_average=False), or layer(x, "
             "use_running_average=False), or call model.train() or model.eval()."
         )
     return Mode(use, not use or hasattr(layer, "measured") if update is None else update)
+
+
+def _describe(layer: Any) -> str:
+    return f"the {type(layer).__name__} of {layer.num_features} features"
 
 
 def _batch_stats_of(layer: nnx.Module, *names: str) -> dict[str, nnx.BatchStat[Any]]:
@@ -467,9 +481,13 @@ def _store(layer: nnx.Module, variables: dict[str, nnx.BatchStat[Any]], batch_st
             variable.set_value(jax.lax.stop_gradient(batch_stats[name]))
     except TraceContextError as error:
         raise TraceContextError(
-            f"{type(layer).__name__} updates its running statistics inside of a transform "
-            "(nnx.jit, nnx.vmap, nnx.eval_shape, jax.grad, ...) that it was made outside of, "
-            "and is not an argument of it. Pass the model: nnx.eval_shape(lambda model, "
-            "x: model(x), model, x); or leave the statistics alone: "
-            "nnx.eval_shape(nnx.view(model, use_running_average=True), x)."
+            f"{_describe(layer)} updates its running statistics inside of a transform that does "
+            "not take the model and hand it back, so that the update would be lost. Pass the "
+            "model: nnx.grad(lambda model, x: model(x).sum(), argnums=1)(model, x) instead of a "
+            "closure or jax.grad, nnx.jit(lambda model, x: model(x))(model, x) instead of "
+            "nnx.jit(model) or jax.jit, nnx.eval_shape(lambda model, x: model(x), model, x), and, "
+            "for a layer with axis_name='batch', nnx.vmap(lambda model, x: model(x), "
+            "in_axes=(None, 0), axis_name='batch')(model, x); where transforms are nested, to "
+            "each of them. Or leave the statistics alone: layer(x, update_running_average=False), "
+            "model.eval(), or nnx.view(model, use_running_average=True)."
         ) from error

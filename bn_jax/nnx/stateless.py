@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 
-from bn_jax._core.checks import canonical_axes
+from bn_jax._core.checks import as_floating, canonical_axes
 from bn_jax._core.feature_norms import normalize_groups
 from bn_jax._core.types import Params
 from bn_jax._modules import (
@@ -90,7 +90,7 @@ class _FeatureNorm(nnx.Module):
 
 
 def _call(layer: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    promoted = promote(layer, x)
+    promoted = promote(layer, as_floating("x", x))
     params = _in_features(layer, promoted.params, promoted.x)
     return cast(jax.Array, layer._compute(layer, params, promoted.x, mask, promoted.dtype))
 

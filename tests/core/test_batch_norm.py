@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,9 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 def test_training_is_the_definition(shape, axis, present):
     x = standard_normal(0, shape) * 2 + 1
     params, stats = make_state(features_of(shape, axis), present.split())
-    if len(features_of(shape, axis)) == len(shape):
-        with pytest.raises(ValueError, match="one value per feature"):
-            TRAIN(params, stats, x, axis=axis)
-        return
-    y, updated = TRAIN(params, stats, x, axis=axis)
+    one_value = len(features_of(shape, axis)) == len(shape)
+    with pytest.warns(UserWarning, match="one value per") if one_value else nullcontext():
+        y, updated = TRAIN(params, stats, x, axis=axis)
     expected = define_batch_norm(params, stats, x, axis=axis)
     assert_close((y, updated), expected, dtype=jnp.float32)
 
@@ -373,7 +372,8 @@ def test_several_batches_make_one_update(virtual_batch_size, momentum, running_v
 
 def test_moments_that_do_not_fit_the_statistics():
     moments = bn.moments(standard_normal(57, (4, 2, 3)), 0)
-    with pytest.raises(ValueError, match=r"shapes \(\(\), \(2, 3\), \(2, 3\)\) .* of shape \(3,\)"):
+    shapes = r"shapes \(\(\), \(2, 3\), \(2, 3\)\) .* of the shapes \{'mean': \(3,\), 'var'"
+    with pytest.raises(ValueError, match=shapes):
         bn.update_batch_stats(bn.init_batch_stats(3), moments)
 
 
@@ -411,14 +411,8 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "virtual_batch_size zero": (
         dict(virtual_batch_size=0), ValueError, r"The nearest divisors are \[1\]",
     ),
-    "virtual batches of one": (dict(virtual_batch_size=1), ValueError, "one value per feature"),
     "virtual and synchronized": (
         dict(virtual_batch_size=2, axis_name="batch"), ValueError, "contradict each other",
-    ),
-    "one value": (
-        dict(x=X[:1]), ValueError,
-        r"x of shape \(1, 3\) with axis=-1 has one value per feature to train on, so that y would "
-        "have no derivative by x",
     ),
     "momentum": (dict(momentum=1.1), ValueError, r"momentum=1.1 is outside \[0, 1\]"),
     "negative momentum": (dict(momentum=-0.1), ValueError, r"momentum=-0.1 is outside \[0, 1\]"),

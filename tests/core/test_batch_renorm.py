@@ -214,7 +214,6 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "r_max": (dict(r_max=0.5), r"r_max=0.5 must be at least 1"),
     "r_max is NaN": (dict(r_max=np.nan), r"r_max=nan must be at least 1"),
     "d_max": (dict(d_max=-1), r"d_max=-1 must not be negative"),
-    "one value": (dict(x=STEPS[0][:1]), r"one value per feature .* no derivative by x"),
     "batch norm's own": (dict(momentum=2.0), r"momentum=2.0 is outside \[0, 1\]"),
     "features": (dict(axis=0), "has features of shape"),
 }

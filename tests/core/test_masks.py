@@ -1,5 +1,6 @@
 """What a mask leaves out of batch norm, and what it keeps."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ import bn_jax as bn
 
 TRAIN: Any = partial(bn.batch_norm, use_running_average=False)
 EVALUATE: Any = partial(bn.batch_norm, use_running_average=True)
+RENORM: Any = partial(bn.batch_renorm, use_running_average=False)
+NORMALIZE: Any = bn.normalize_by_batch
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -197,6 +200,127 @@ def test_poison_that_is_not_masked_shows_in_the_gradient(activation):
 
     of_bias = jax.grad(loss)(params, jnp.ones((6, 1), bool))["bias"]
     assert jnp.isnan(of_bias).tolist() == [False, True, False]
+
+
+# --- weights that are none ------------------------------------------------------------------------
+
+# Every function that takes a mask, on x [4, 5, 6] and a mask of the same rank.
+TAKES_MASKS: dict[str, Any] = {
+    "batch_norm": lambda x, mask: TRAIN(*make_state((6,)), x, mask=mask),
+    "ghosts": lambda x, mask: TRAIN(*make_state((6,)), x, mask=mask, virtual_batch_size=2),
+    "evaluation": lambda x, mask: EVALUATE(*make_state((6,)), x, mask=mask),
+    "batch_renorm": lambda x, mask: RENORM(*make_state((6,)), x, mask=mask),
+    "normalize_by_batch": lambda x, mask: NORMALIZE(*make_state((6,)), x, mask=mask),
+    "whitening_norm": lambda x, mask: bn.whitening_norm(
+        {}, bn.init_whitening_stats(6), x, mask=mask, use_running_average=False
+    ),
+    "identity_params": lambda x, mask: bn.identity_params(x, mask=mask),
+    "moments": lambda x, mask: bn.moments(x, (0, 1), mask=mask),
+    "layer_norm": lambda x, mask: bn.layer_norm({}, x, mask=mask, reduction_axes=(0, 1, 2)),
+    "rms_norm": lambda x, mask: bn.rms_norm({}, x, mask=mask, reduction_axes=(0, 1, 2)),
+    "group_norm": lambda x, mask: bn.group_norm(
+        {}, x, mask=mask, num_groups=2, reduction_axes=(0, 1, 2)
+    ),
+    "instance_norm": lambda x, mask: bn.instance_norm({}, x, mask=mask),
+}
+ADDITIVE = np.where(np.arange(4)[:, None, None] < 2, 0, -1e9).astype(np.float32)
+NO_WEIGHTS: dict[str, tuple[Any, str]] = {
+    "additive": (ADDITIVE, "mask has 2 weights that are negative or not finite, -1000000000.0 for"),
+    "of NumPy": (np.float64(-1), "mask has 1 weights .* mask == 0 for an additive attention mask"),
+    "NaN": (jnp.ones((4, 1, 1)).at[1].set(jnp.nan), "mask has 1 weights .*, nan for example"),
+    "infinite": (jnp.full((4, 1, 1), jnp.inf, jnp.bfloat16), "mask has 4 weights .*, inf for"),
+    "of integers": (jnp.arange(-1, 3)[:, None, None], "mask has 1 weights .*, -1 for example"),
+    "a list": ([[[1.0]], [[-0.5]], [[1.0]], [[1.0]]], "mask has 1 weights .*, -0.5 for example"),
+}
+
+
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_known_weights_are_finite_and_not_negative(case):
+    mask, message = NO_WEIGHTS[case]
+    for function in TAKES_MASKS.values():
+        with pytest.raises(ValueError, match=message):
+            function(jnp.ones((4, 5, 6)), mask)
+    if case != "a list":
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda x: TAKES_MASKS["moments"](x, mask), jnp.ones((4, 5, 6)))
+
+
+def test_what_the_message_advises_is_the_boolean_mask():
+    x, state = standard_normal(50, (4, 5, 6)) + 5, make_state((6,))
+    assert_close(TRAIN(*state, x, mask=ADDITIVE == 0), TRAIN(*state, x, mask=ADDITIVE > -1))
+
+
+def test_a_complex_mask_is_an_error():
+    with pytest.raises(TypeError, match="mask has dtype complex64; expected booleans or real"):
+        bn.moments(jnp.ones(3), mask=jnp.ones(3, complex))
+
+
+@pytest.mark.parametrize(
+    "function", quick(list(TAKES_MASKS), ["batch_norm", "whitening_norm", "layer_norm"])
+)
+def test_traced_weights_that_are_none_count_as_zero(function):
+    x, call = standard_normal(51, (4, 5, 6)) + 5, TAKES_MASKS[function]
+    weights = jnp.asarray([1.0, -1.0, 2.0, jnp.nan, 0.5])[None, :, None]
+    usable = jnp.asarray([1.0, 0.0, 2.0, 0.0, 0.5])[None, :, None]
+
+    def loss(x, mask):
+        out = call(x, mask)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    others = jnp.where(jnp.isnan(weights), jnp.inf, jnp.where(weights < 0, -1e9, weights))
+    expected = run(x, usable)
+    assert jnp.abs(expected[1][1]).max() > 1e-3 or function == "evaluation"
+    for mask in (weights, others):
+        chex.assert_trees_all_equal(run(x, mask), expected)
+    assert (expected[1][1][0, jnp.array([1, 3])] == 0).all()
+    integers = jnp.asarray([1, -1, 2, -7, 0])[None, :, None]
+    found, wanted = (jax.jit(call)(x, mask) for mask in (integers, jnp.maximum(integers, 0)))
+    chex.assert_trees_all_equal(found, wanted)
+
+
+def test_boolean_masks_and_their_checks_cost_nothing():
+    def selections(mask):
+        return str(jax.make_jaxpr(TAKES_MASKS["moments"])(jnp.ones((4, 5, 6)), mask)).count(
+            "is_finite"
+        )
+
+    mask = jnp.ones((4, 1, 1))
+    assert selections(mask) == selections(mask.astype(bool)) + 1
+
+
+# --- which axes are meant -------------------------------------------------------------------------
+
+
+def test_a_mask_of_fewer_axes_broadcasts_by_its_last():
+    x = standard_normal(52, (3, 4, 5))
+    mask = standard_normal(53, (4, 5)) > 0
+    assert_close(bn.moments(x, mask=mask), bn.moments(x, mask=mask[None]))
+    with pytest.raises(
+        ValueError, match=r"mask of shape \(3, 4\) does not broadcast to x of shape"
+    ):
+        bn.moments(x, mask=jnp.ones((3, 4), bool))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6,)])
+def test_a_mask_that_fits_the_first_and_the_last_axes_is_an_error(shape):
+    x, mask = standard_normal(54, (6, 6, 6)), standard_normal(55, shape) > 0
+    message = rf"mask of shape {re.escape(str(shape))} fits the first and the last axes of x of"
+    for call in TAKES_MASKS.values() if len(shape) == 2 else [lambda x, m: bn.moments(x, mask=m)]:
+        with pytest.raises(ValueError, match=message) as caught:
+            call(x, mask)
+    # What it advises, done.
+    advised = re.findall(r"mask(\[.*?\])", str(caught.value))
+    leading, trailing = (eval(f"mask{index}", {"mask": mask}) for index in advised)
+    rank = 3 - len(shape)
+    assert_close(
+        [bn.moments(x, mask=one) for one in (leading, trailing)],
+        [bn.moments(x, mask=jnp.expand_dims(mask, axes)) for axes in
+         (tuple(range(len(shape), 3)), tuple(range(rank)))],
+    )  # fmt: skip
+    # No two ways: a scalar, and sizes of one.
+    bn.moments(x, mask=jnp.ones((), bool))
+    bn.moments(x[:1], mask=jnp.ones((1,), bool))
 
 
 def test_a_mask_that_leaves_one_value_is_no_error():

@@ -418,6 +418,24 @@ def test_each_index_group_has_its_statistics():
         assert_close(jax.tree.map(lambda leaf, at=first: leaf[at], updated), expected_stats)
 
 
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2])
+def test_features_may_be_sharded(kind):
+    """Groups that align with the shards of the features, that are larger, and that are not."""
+    x = correlated(12, (32, 12))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    for spec in (P("data", "model"), P(None, ("data", "model"))):
+        placed = jax.device_put(x, NamedSharding(mesh, spec))
+        for size in (2, 4, 12):
+            params, stats = make_state(12, size)
+            with jax.set_mesh(mesh):
+                step = jax.jit(partial(TRAIN, group_size=size, iterations=COMPLETE))
+                y, updated = step(params, stats, placed)
+            expected, expected_stats = define(params, stats, x)
+            assert_close(y, expected, dtype=jnp.float32, tolerance=1e-4)
+            assert_close(updated, expected_stats)
+            assert jax.typeof(y).sharding.spec == jax.typeof(placed).sharding.spec
+
+
 # --- what bad input gets ------------------------------------------------------------------------
 
 
@@ -439,7 +457,6 @@ def test_each_index_group_has_its_statistics():
         (dict(momentum=None), ValueError, r"momentum=None .* use_count=True"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0 must be positive"),
         (dict(iterations=0), ValueError, "iterations=0 must be at least 1"),
-        (dict(x=jnp.ones((1, 6))), ValueError, "has one value per feature to train on"),
         (dict(axis_index_groups=[[0]]), ValueError, "without axis_name"),
         (dict(batch_stats=bn.init_batch_stats(6)), ValueError, r"has \['mean', 'var'\]; expected"),
         (dict(params={"gain": jnp.ones(6)}), ValueError, r"unknown entries \['gain'\]"),

@@ -1,5 +1,7 @@
 """What only an NNX layer has: modes to switch, graphs, closures, and bridges to Linen."""
 
+import re
+from functools import partial
 from typing import Any
 
 import chex
@@ -161,22 +163,52 @@ CLOSURES = {
     "nnx.eval_shape google/flax#4734": lambda layer, x: nnx.eval_shape(layer, x),
     "nnx.vmap google/flax#4760": lambda layer, x: nnx.vmap(lambda x: layer(x))(x),
     "nnx.jit": lambda layer, x: nnx.jit(layer)(x),
-    "jax.grad": lambda layer, x: jax.jit(jax.grad(lambda x: jnp.sum(layer(x))))(x),
+    "jax.jit": lambda layer, x: jax.jit(layer)(x),
+    "jax.eval_shape": lambda layer, x: jax.eval_shape(layer, x),
+    "jax.vmap": lambda layer, x: jax.vmap(lambda x: layer(x))(x),
+    "jax.grad numpyro#2067": lambda layer, x: jax.grad(lambda x: jnp.sum(layer(x)))(x),
+    "jit of grad": lambda layer, x: jax.jit(jax.grad(lambda x: jnp.sum(layer(x))))(x),
 }
 
 
+@pytest.mark.parametrize("kind", [OURS, bn.nnx.WhiteningNorm])
 @pytest.mark.parametrize("closed", CLOSURES.values(), ids=CLOSURES)
-def test_a_layer_that_is_no_argument_of_the_transform(closed):
+def test_a_layer_that_is_no_argument_of_the_transform(closed, kind):
     x = standard_normal(23, (5, 6, 3))
-    layer = make()
-    before = stats_of(layer)
-    with pytest.raises(TraceContextError, match=r"Pass the model: .*use_running_average=True"):
+    layer = kind(3, rngs=nnx.Rngs(0))
+    before = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+    message = rf"^the {kind.__name__} of 3 features .* Pass the model: .*use_running_average=True"
+    with pytest.raises(TraceContextError, match=message):
         closed(layer, x)
-    chex.assert_trees_all_equal(stats_of(layer), before)
-    found = closed(nnx.view(layer, use_running_average=True), x)
-    assert found.shape == x.shape
-    with pytest.raises(TraceContextError, match="Cannot mutate BatchStat"):
-        closed(make(FLAX), x)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), before)
+    viewed = nnx.view(layer, use_running_average=True)
+    assert closed(viewed, x).shape == x.shape
+    layer.eval()
+    assert closed(layer, x).shape == x.shape
+    layer.train()
+    still = partial(layer, update_running_average=False)
+    assert closed(still, x).shape == x.shape
+    if kind is OURS:
+        with pytest.raises(TraceContextError, match="Cannot mutate BatchStat"):
+            closed(make(FLAX), x)
+
+
+def test_what_the_message_advises_updates_the_statistics():
+    x = standard_normal(23, (5, 6, 3))
+    with pytest.raises(TraceContextError) as caught:
+        jax.jit(make())(x)
+    advised = re.findall(r"nnx\.(?:grad|jit|vmap)\(lambda.*?\)\(model, x\)", str(caught.value))
+    assert [line.split("(")[0] for line in advised] == ["nnx.grad", "nnx.jit", "nnx.vmap"]
+    layer = make(axis_name="batch")
+    expected = make()
+    expected(x)
+    for line in advised:
+        model = nnx.clone(layer)
+        found = eval(line, {"nnx": nnx, "model": model, "x": x})
+        assert found.shape == x.shape
+        assert_close(stats_of(model), stats_of(expected))
+    shape = re.search(r"nnx\.eval_shape\(.*?model, x\)", str(caught.value))
+    assert shape and eval(shape[0], {"nnx": nnx, "model": layer, "x": x}).shape == x.shape
 
 
 @pytest.mark.parametrize(
