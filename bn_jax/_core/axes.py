@@ -4,7 +4,7 @@
 """
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,29 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bn_jax._compat import InconclusiveDimensionOperation, is_axis_bound, varying_axes, vmap_axes
 from bn_jax._core.types import AxisIndexGroups, AxisName
 
+Method: TypeAlias = Literal["guarded", "twice", "once", "mean_square"]
+
 
 class Reduction(NamedTuple):
-    """Which axes of an array, and which named axes of the program, moments are taken over.
+    """Which axes of an array, and which named axes of the program, moments are taken over, and how.
 
-    It is hashable, so that compiled functions take it as a static argument.
+    It is hashable, so that compiled functions take it as a static argument. `moments.py` says what
+    the methods compute, and what each guarantees.
 
     Attributes:
         axes: the axes of the array.
         axis_names: the named axes that a `shard_map`, `pmap` or `vmap` binds.
         axis_index_groups: groups of indices of these with moments of their own.
-        of_groups: whether the other axes hold groups that may lie on different devices. No decision
-            may then be taken for all of them at once, for it would be a collective.
-        about_zero: whether the mean is taken to be zero, so that the variance is the mean square.
+        method: "guarded" for one pass around a shift, and two more where that cancels; "twice" for
+            two passes always; "once" for one pass around zero; "mean_square" for a mean of zero.
+        is_mapped: whether a `vmap` binds one of the named axes.
     """
 
     axes: tuple[int, ...]
     axis_names: tuple[str, ...] = ()
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    of_groups: bool = False
-    about_zero: bool = False
+    method: Method = "guarded"
+    is_mapped: bool = False
 
 
 def make_reduction(
@@ -50,8 +53,9 @@ def make_reduction(
         ValueError: `axis_index_groups` do not divide `axis_name`, or nothing binds it.
     """
     names = () if axis_name is None else bound_axes(x, axis_name)
+    is_mapped = not set(names) <= set(_manual_mesh_axes())
     if axis_index_groups is None:
-        return Reduction(axes, names)
+        return Reduction(axes, names, is_mapped=is_mapped)
     groups = canonical_groups(axis_name, axis_index_groups)
     if not names:
         raise ValueError(
@@ -64,7 +68,7 @@ def make_reduction(
             f"axis_index_groups={groups} hold {members} indices, expected those of "
             f"axis_name={axis_name!r}, 0 to {_size_of(names) - 1}."
         )
-    return Reduction(axes, names, groups)
+    return Reduction(axes, names, groups, is_mapped=is_mapped)
 
 
 def canonical_groups(
@@ -198,8 +202,11 @@ def _sum_over_devices(reduction: Reduction, flat: jax.Array) -> jax.Array:
     return lax.psum(rows, names)[mine]
 
 
-def agree(reduction: Reduction, predicate: jax.Array) -> jax.Array:
-    """Makes all groups take the same branch, since the collective in it may span all of them."""
+def any_group(reduction: Reduction, predicate: jax.Array) -> jax.Array:
+    """Tells whether a predicate is true of any group, for a collective in a branch may span all.
+
+    Without groups, it comes from sums over all devices, so that every device has the same.
+    """
     if reduction.axis_index_groups is None:
         return predicate
     return lax.pmax(predicate.astype(jnp.int32), reduction.axis_names) > 0
@@ -217,18 +224,20 @@ def vary_over(names: frozenset[str], values: jax.Array) -> jax.Array:
     return lax.pcast(values, tuple(sorted(missing)), to="varying") if missing else values
 
 
-def vary_together(like: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
+def vary_together(like: jax.Array, *values: jax.Array | None) -> tuple[jax.Array | None, ...]:
     """Marks per-feature values as varying over the mesh axes that `like` varies over.
 
     The transpose of that mark is a psum. Marking the stacked values makes it a single one, where
     JAX would insert one for each value as it meets `like`.
     """
-    names = varying_axes(like).difference(*map(varying_axes, values))
-    if not names:
+    present = [value for value in values if value is not None]
+    names = varying_axes(like).difference(*map(varying_axes, present))
+    if not names or not present:
         return values
-    shape = jnp.broadcast_shapes(*(value.shape for value in values))
-    stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in values])
-    return tuple(vary_over(names, stacked))
+    shape = jnp.broadcast_shapes(*(value.shape for value in present))
+    stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in present])
+    marked = iter(vary_over(names, stacked))
+    return tuple(None if value is None else next(marked) for value in values)
 
 
 def place_like(reference: jax.Array, values: jax.Array) -> jax.Array:

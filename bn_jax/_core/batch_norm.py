@@ -1,15 +1,19 @@
 """Batch normalization as a pure function of parameters, statistics and input.
 
-A call of `batch_norm` in training takes four steps: `check_inputs`, `measure` (the moments of the
-batch), `_normalize` and `running.update`. Code that merges moments between the steps (gradient
-accumulation) calls the two halves, `normalize_by_batch` and `update_batch_stats`.
+A call of `batch_norm` in training takes four steps: `check_inputs`, `lay_out` (what the moments are
+taken over), normalizing by the batch, and `running.update`. The last two are one compiled function.
+Code that merges moments between them (gradient accumulation) calls the two halves,
+`normalize_by_batch` and `update_batch_stats`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import (
@@ -20,7 +24,7 @@ from bn_jax._core.axes import (
     split_axis,
     static_count,
 )
-from bn_jax._core.checkpoint_names import MOMENTS_NAME, named
+from bn_jax._core.checkpoint_names import INPUT_NAME, named
 from bn_jax._core.checks import (
     Inputs,
     as_floating,
@@ -32,9 +36,24 @@ from bn_jax._core.checks import (
     examples_of_a_group,
     warn_of_single_value,
 )
-from bn_jax._core.moments import CentredMoments, centred_moments, merge_centred, moments
-from bn_jax._core.running import update
-from bn_jax._core.standardize import make_transform, normalize
+from bn_jax._core.moments import (
+    CentredMoments,
+    centred_moments,
+    choose_method,
+    count_of,
+    merge_centred,
+    moments,
+    name_moments,
+)
+from bn_jax._core.running import Weight, update, weigh_batch
+from bn_jax._core.standardize import (
+    complete,
+    keeps_input_alone,
+    learned_by,
+    make_transform,
+    normalize,
+    standardize_by_moments,
+)
 from bn_jax._core.types import (
     Activation,
     Axes,
@@ -260,7 +279,7 @@ def batch_norm(
     )
     inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    return run_norm(inputs, mode)
+    return run_norm(options, inputs, mode)
 
 
 def choose_mode(
@@ -275,27 +294,120 @@ def choose_mode(
     return Mode(use_running_average, update_running_average and not initializing, initializing)
 
 
-def run_norm(inputs: Inputs, mode: Mode) -> tuple[jax.Array, BatchStats]:
-    """Computes `batch_norm` and, where the options have a correction, its relatives."""
-    options, batch_stats = inputs.options, inputs.batch_stats
-    if mode.update and options.momentum is None:
-        check_count_kept(batch_stats, "init_batch_stats")
+class Layout(NamedTuple):
+    """How the moments of a batch are taken. It is hashable.
+
+    Attributes:
+        reduction: what they are taken over, by the axes of the examples in their groups.
+        group_axis: the axis of the groups, None where all examples are together.
+        group_size: how many consecutive examples make up a group.
+        number: how many groups there are, where that is known besides.
+    """
+
+    reduction: Reduction
+    group_axis: int | None = None
+    group_size: int = 1
+    number: int | None = None
+
+
+def lay_out(
+    options: Options,
+    inputs: Inputs,
+    initializing: bool = False,
+    *,
+    for_averages_only: bool = False,
+) -> Layout:
+    """Decides how the moments of a batch are taken.
+
+    Args:
+        options: the configuration of the norm.
+        inputs: the checked arguments of the call.
+        initializing: True for no synchronization, no groups, and no warning.
+        for_averages_only: True where nothing is normalized by the moments. Groups of examples would
+            be merged afterwards, so that there are none then.
+
+    Raises:
+        ValueError: the groups do not divide the batch.
+    """
+    x, reduced = inputs.x, _reduced_axes(inputs)
+    if initializing:
+        layout = Layout(Reduction(reduced))
+    elif for_averages_only:
+        # Groups of devices under a named axis measure apart all the same.
+        groups = options.axis_index_groups if bound_axes(x, options.axis_name) else None
+        layout = Layout(make_reduction(x, reduced, options.axis_name, groups))
+    else:
+        layout = _lay_out_groups(options, inputs, reduced)
+    method = choose_method(
+        x.dtype, options.use_fast_variance, lie_apart=layout.group_axis is not None
+    )
+    return layout._replace(reduction=layout.reduction._replace(method=method))
+
+
+def _lay_out_groups(options: Options, inputs: Inputs, reduced: tuple[int, ...]) -> Layout:
+    """Returns the layout with those examples in a group that share statistics."""
+    x, size, number = inputs.x, options.virtual_batch_size, None
+    if size is not None:
+        check_virtual_batch_size(options, x.shape, reduced[0] if reduced else None)
+    elif options.axis_index_groups is not None and not bound_axes(x, options.axis_name):
+        size = examples_of_a_group(options, x.shape[reduced[0]] if reduced else 1)
+        number = len(options.axis_index_groups)
+    if size is None:
+        layout = Layout(make_reduction(x, reduced, options.axis_name, options.axis_index_groups))
+        values = static_count(layout.reduction, x.shape)
+    else:
+        # The groups take the place of the batch axis, and their examples lie along the next axis.
+        # No other reduced axis comes before.
+        in_groups = Reduction(tuple([axis + 1 for axis in reduced]))
+        layout = Layout(in_groups, reduced[0], size, number)
+        values = size
+        for axis in reduced[1:]:
+            values *= x.shape[axis]
+    if values == 1:
+        warn_of_single_value(options, x.shape, in_groups=size is not None)
+    return layout
+
+
+def run_norm(options: Options, inputs: Inputs, mode: Mode) -> tuple[jax.Array, BatchStats]:
+    """Computes `batch_norm` and, where there is a correction, its relatives.
+
+    All that depends on where the call is made (named axes, meshes) is decided here, and the rest
+    compiled as one function. So an eager call is one program, and norms of one shape are traced,
+    differentiated and lowered once.
+    """
+    layout = None
+    if mode.update or not mode.use_running_average:
+        if mode.update and options.momentum is None:
+            check_count_kept(inputs.batch_stats, "init_batch_stats")
+        # A state that is measured accepts any batch: nothing is normalized by the moments.
+        is_measured = mode.use_running_average and "measured" in inputs.batch_stats
+        layout = lay_out(options, inputs, mode.initializing, for_averages_only=is_measured)
+    weight = weigh_batch(options.momentum)
+    y, updated = _run(mode, layout, options.running_var_ddof, inputs, weight)
+    return y, inputs.batch_stats if updated is None else updated
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    mode: Mode, layout: Layout | None, running_var_ddof: int, inputs: Inputs, weight: Weight
+) -> tuple[jax.Array, BatchStats | None]:
+    inputs = replace(inputs, x=named(INPUT_NAME, inputs.x))
+    batch_stats = inputs.batch_stats
+    if layout is None:
+        return _normalize_by(inputs, batch_stats), None
     if mode.use_running_average:
         y = _normalize_by(inputs, batch_stats)
-        if not mode.update:
-            return y, batch_stats
-        # A state that is measured accepts any batch: nothing is normalized by the moments.
-        moments = _merge_groups(measure(inputs, for_averages_only="measured" in batch_stats))
+        measured = measure_batch(layout, inputs)
     else:
-        batch = measure(inputs, initializing=mode.initializing)
-        if not mode.update:
-            return _normalize_by_batch(batch), batch_stats
-        moments, y = _merge_groups(batch), _normalize_by_batch(batch)
+        y, measured = _normalize_by_batch(layout, inputs)
+    if not mode.update:
+        return y, None
     return y, update(
-        options,
+        weight,
+        running_var_ddof,
         batch_stats,
-        moments,
-        by_running=mode.use_running_average or options.correction is not None,
+        _merge_groups(layout, inputs, measured),
+        by_running=mode.use_running_average or inputs.correction is not None,
         by_batch=not mode.use_running_average,
     )
 
@@ -347,18 +459,18 @@ def normalize_by_batch(
         virtual_batch_size=virtual_batch_size,
         dtype=dtype,
     )
-    x = as_floating("x", x)
-    inputs = check_inputs(options, params, batch_stats, x, mask, residual)
-    batch = measure(inputs, initializing=initializing)
-    return _normalize_by_batch(batch), _merge_groups(batch).rounded()
+    inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
+    layout = lay_out(options, inputs, initializing)
+    return _run_part(layout, inputs, None)
 
 
 def run_part(
-    inputs: Inputs, statistics: Mapping[str, jax.Array] | None
+    options: Options, inputs: Inputs, statistics: Mapping[str, jax.Array] | None
 ) -> tuple[jax.Array, Moments]:
     """Normalizes a part of a batch, and returns its moments.
 
     Args:
+        options: the configuration of the norm.
         inputs: the checked arguments of the call.
         statistics: the mean and the variance to normalize by, for example the whole batch's. None
             for the statistics of the part.
@@ -366,149 +478,107 @@ def run_part(
     Returns:
         `y`, of the shape of `x`, and the `Moments` of the part, of the shape of the features.
     """
-    batch = measure(inputs)
+    return _run_part(lay_out(options, inputs), inputs, statistics)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_part(
+    layout: Layout, inputs: Inputs, statistics: Mapping[str, jax.Array] | None
+) -> tuple[jax.Array, Moments]:
+    inputs = replace(inputs, x=named(INPUT_NAME, inputs.x))
     if statistics is None:
-        y = _normalize_by_batch(batch)
+        y, measured = _normalize_by_batch(layout, inputs)
     else:
-        y = _normalize_by(inputs, statistics, inputs.options.correction)
-    return y, _merge_groups(batch).rounded()
+        y = _normalize_by(inputs, statistics, inputs.correction)
+        measured = measure_batch(layout, inputs)
+    return y, _merge_groups(layout, inputs, measured).rounded()
 
 
 class Examples(NamedTuple):
-    """The examples of a batch, in their groups.
+    """The examples of a batch in their groups, the mask in theirs, and the shape of features there.
 
     Attributes:
         x: the input; where there are groups, with the batch axis split into two.
         mask: None, or of the rank of `x`.
-        reduction: what the moments are taken over.
         feature_shape: the shape in which per-feature arrays broadcast to `x`.
-        group_axis: the axis of the groups, None where there are none.
     """
 
     x: jax.Array
     mask: jax.Array | None
-    reduction: Reduction
     feature_shape: tuple[int, ...]
-    group_axis: int | None = None
 
 
-class Batch(NamedTuple):
-    """A batch that has been measured.
-
-    Attributes:
-        inputs: the checked arguments of the call.
-        examples: its examples in their groups.
-        moments: their moments, of the rank of the examples.
-        var: the variance to normalize by: the running one where nothing entered.
-    """
-
-    inputs: Inputs
-    examples: Examples
-    moments: CentredMoments
-    var: jax.Array
+def _arrange(layout: Layout, inputs: Inputs) -> Examples:
+    x, mask, shape, axis = inputs.x, inputs.mask, _feature_shape(inputs), layout.group_axis
+    if axis is None:
+        return Examples(x, mask, shape)
+    split = partial(split_axis, axis, layout.group_size, number=layout.number)
+    in_groups = (*shape[:axis], 1, *shape[axis:])
+    return Examples(split(x), None if mask is None else split(mask), in_groups)
 
 
-def measure(
-    inputs: Inputs, *, initializing: bool = False, for_averages_only: bool = False
-) -> Batch:
-    """Measures the moments of a batch, around the running mean.
-
-    Args:
-        inputs: the checked arguments of the call.
-        initializing: True for no synchronization, no groups, and no warning.
-        for_averages_only: True where nothing is normalized by the moments. Groups of examples would
-            be merged afterwards, so that there are none then.
-
-    Returns:
-        The examples and their moments.
-    """
-    if initializing or for_averages_only:
-        examples = _examples_together(inputs, synchronized=not initializing)
-    else:
-        examples = _examples_in_groups(inputs)
-    x, mask, shape = examples.x, examples.mask, examples.feature_shape
-    running_mean = jnp.asarray(inputs.batch_stats["mean"], inputs.mean_dtype).reshape(shape)
-    start = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    measured = named(MOMENTS_NAME, centred_moments(examples.reduction, x, mask, start))
-    var = measured.var
-    if mask is not None or 0 in x.shape:
-        running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype).reshape(shape)
-        var = jnp.where(measured.count > 0, var, place_like(var, running_var))
-    return Batch(inputs, examples, measured, var)
+def _start(layout: Layout, inputs: Inputs, examples: Examples) -> jax.Array:
+    """Returns where measuring starts, and what the mean is where nothing entered."""
+    if layout.reduction.method != "guarded" and not _may_be_empty(inputs):
+        return jnp.zeros((1,) * examples.x.ndim, inputs.mean_dtype)
+    mean = jnp.asarray(inputs.batch_stats["mean"], inputs.mean_dtype)
+    mean = mean.reshape(examples.feature_shape)
+    return lax.select(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
 
 
-def _examples_together(inputs: Inputs, *, synchronized: bool) -> Examples:
-    """Returns all examples as one group, except for groups of devices under a named axis."""
-    options, x, reduced = inputs.options, inputs.x, _reduced_axes(inputs)
-    reduction = Reduction(reduced)
-    if synchronized:
-        groups = options.axis_index_groups if bound_axes(x, options.axis_name) else None
-        reduction = make_reduction(x, reduced, options.axis_name, groups)
-    return Examples(x, inputs.mask, reduction, _feature_shape(inputs))
+def _may_be_empty(inputs: Inputs) -> bool:
+    return inputs.mask is not None or 0 in inputs.x.shape
 
 
-def _examples_in_groups(inputs: Inputs) -> Examples:
-    """Returns the examples with those in a group of their own that share statistics.
+def measure_batch(layout: Layout, inputs: Inputs) -> CentredMoments:
+    """Measures the moments of the examples in their groups, around the running mean."""
+    return _measure_examples(layout, inputs, _arrange(layout, inputs))
 
-    Raises:
-        ValueError: the groups do not divide the batch.
-    """
-    options, x, mask = inputs.options, inputs.x, inputs.mask
-    reduced, shape = _reduced_axes(inputs), _feature_shape(inputs)
-    size, number = options.virtual_batch_size, None
-    if size is not None:
-        check_virtual_batch_size(options, x.shape, reduced[0] if reduced else None)
-    elif options.axis_index_groups is not None and not bound_axes(x, options.axis_name):
-        size = examples_of_a_group(options, x.shape[reduced[0]] if reduced else 1)
-        number = len(options.axis_index_groups)
-    if size is None:
-        reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
-        examples = Examples(x, mask, reduction, shape)
-    else:
-        # The groups take the place of the batch axis, and their examples lie along the next axis.
-        # No other reduced axis comes before.
-        batch_axis = reduced[0]
-        examples = Examples(
-            x=split_axis(batch_axis, size, x, number),
-            mask=None if mask is None else split_axis(batch_axis, size, mask, number),
-            reduction=Reduction(tuple([axis + 1 for axis in reduced]), of_groups=True),
-            feature_shape=(*shape[:batch_axis], 1, *shape[batch_axis:]),
-            group_axis=batch_axis,
+
+def _measure_examples(layout: Layout, inputs: Inputs, examples: Examples) -> CentredMoments:
+    start = _start(layout, inputs, examples)
+    return name_moments(centred_moments(layout.reduction, examples.x, examples.mask, start))
+
+
+def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, CentredMoments]:
+    """Normalizes by the moments of the batch, and returns these."""
+    examples = _arrange(layout, inputs)
+    if _is_plain(layout, inputs):
+        y, measured = standardize_by_moments(
+            layout.reduction,
+            inputs.y_dtype,
+            examples.x,
+            _start(layout, inputs, examples),
+            learned_by(inputs, examples.feature_shape),
+            jnp.asarray(inputs.epsilon, inputs.var_dtype),
         )
-    if static_count(examples.reduction, examples.x.shape) == 1:
-        warn_of_single_value(options, x.shape, in_groups=size is not None)
-    return examples
+        count = count_of(layout.reduction, examples.x)
+        return complete(inputs, y), measured._replace(count=count)
+    measured = _measure_examples(layout, inputs, examples)
+    transform = _transform_by_batch(inputs, examples, measured)
+    return normalize(inputs, examples.x, examples.mask, transform), measured
 
 
-def _reduced_axes(inputs: Inputs) -> tuple[int, ...]:
-    return tuple([axis for axis in range(inputs.x.ndim) if axis not in inputs.feature_axes])
-
-
-def _merge_groups(batch: Batch) -> CentredMoments:
-    """Returns the moments of the whole batch, in the shape of the features."""
-    merged, features = batch.moments, batch.inputs.features
-    if batch.examples.group_axis is not None:
-        merged = merge_centred(batch.examples.group_axis, merged)
-    if merged.count.size == 1:
-        count = merged.count.reshape(())
-    else:
-        count = jnp.broadcast_to(merged.count, merged.var.shape).reshape(features)
-    return CentredMoments(
-        count=count,
-        shift=merged.shift.reshape(features),
-        delta=merged.delta.reshape(features),
-        var=merged.var.reshape(features),
+def _is_plain(layout: Layout, inputs: Inputs) -> bool:
+    """Tells whether nothing comes between the moments and the normalization by them."""
+    return (
+        not layout.reduction.is_mapped
+        and not _may_be_empty(inputs)
+        and inputs.correction is None
+        and not keeps_input_alone(inputs)
+        and inputs.transform_dtype == inputs.mean_dtype
     )
 
 
-def _normalize_by_batch(batch: Batch) -> jax.Array:
-    inputs, examples, measured = batch.inputs, batch.examples, batch.moments
-    shape = examples.feature_shape
-    transform = make_transform(inputs, shape, measured.shift, measured.delta, batch.var)
-    correction = inputs.options.correction
-    if correction is not None:
-        transform = correction(transform, _transform_by(inputs, inputs.batch_stats, shape))
-    return normalize(inputs, examples.x, examples.mask, transform)
+def _transform_by_batch(inputs: Inputs, examples: Examples, measured: CentredMoments) -> Transform:
+    var, shape = measured.var, examples.feature_shape
+    if _may_be_empty(inputs):
+        running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype).reshape(shape)
+        var = jnp.where(measured.count > 0, var, place_like(var, running_var))
+    transform = make_transform(inputs, shape, measured.shift, measured.delta, var)
+    if inputs.correction is None:
+        return transform
+    return inputs.correction(transform, _transform_by(inputs, inputs.batch_stats, shape))
 
 
 def _normalize_by(
@@ -527,7 +597,28 @@ def _transform_by(
 ) -> Transform:
     mean = jnp.asarray(statistics["mean"], inputs.mean_dtype).reshape(shape)
     var = jnp.asarray(statistics["var"], inputs.var_dtype).reshape(shape)
-    return make_transform(inputs, shape, mean, jnp.zeros_like(mean), var)
+    return make_transform(inputs, shape, mean, None, var)
+
+
+def _merge_groups(layout: Layout, inputs: Inputs, measured: CentredMoments) -> CentredMoments:
+    """Returns the moments of the whole batch, in the shape of the features."""
+    features = inputs.features
+    if layout.group_axis is not None:
+        measured = merge_centred(layout.group_axis, measured)
+    if measured.count.size == 1:
+        count = measured.count.reshape(())
+    else:
+        count = jnp.broadcast_to(measured.count, measured.var.shape).reshape(features)
+    return CentredMoments(
+        count=count,
+        shift=measured.shift.reshape(features),
+        delta=None if measured.delta is None else measured.delta.reshape(features),
+        var=measured.var.reshape(features),
+    )
+
+
+def _reduced_axes(inputs: Inputs) -> tuple[int, ...]:
+    return tuple([axis for axis in range(inputs.x.ndim) if axis not in inputs.feature_axes])
 
 
 def _feature_shape(inputs: Inputs) -> tuple[int, ...]:

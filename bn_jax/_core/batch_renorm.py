@@ -1,6 +1,5 @@
 """Batch renormalization: batch norm that behaves in training as it will in evaluation."""
 
-from functools import partial
 from numbers import Real
 
 import jax
@@ -125,7 +124,7 @@ def batch_renorm(
     )
     inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    return run_norm(inputs, mode)
+    return run_norm(options, inputs, mode)
 
 
 def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Correction:
@@ -152,7 +151,7 @@ def make_correction(r_max: float | jax.Array, d_max: float | jax.Array) -> Corre
             f"d_max={d_max} must not be negative: it bounds the distance of the batch's mean from "
             "the running mean. Pass 5.0, or 0.0 for no correction."
         )
-    return partial(_correct, r_max, d_max)
+    return jax.tree_util.Partial(_correct, r_max, d_max)
 
 
 def _correct(
@@ -164,7 +163,9 @@ def _correct(
     deviation = jnp.sqrt(running.var_plus_epsilon)
     r = jnp.clip(jnp.sqrt(batch.var_plus_epsilon) / deviation, 1 / largest, largest)
     # The large parts of two means that are far from zero cancel exactly before the rest is added.
-    distance = (batch.shift - running.shift) + (batch.delta - running.delta)
+    distance = batch.shift - running.shift
+    if batch.delta is not None:
+        distance += batch.delta
     d = _clip_size(distance / deviation.astype(distance.dtype), jnp.asarray(d_max, dtype))
     r, d = lax.stop_gradient((r.astype(d.dtype), d))
     if batch.scale is not None:

@@ -6,53 +6,77 @@ A message names the argument, what was received, what was expected, and the fix.
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Any, NamedTuple, NoReturn, cast
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import canonical_groups
-from bn_jax._core.checkpoint_names import INPUT_NAME, named
 from bn_jax._core.types import (
+    Activation,
     Axes,
     BatchStats,
+    Correction,
     Options,
     Params,
 )
 
 
-class Inputs(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "batch_stats", "x", "mask", "residual", "epsilon", "correction"),
+    meta_fields=(
+        "activation",
+        "feature_axes",
+        "y_dtype",
+        "var_dtype",
+        "mean_dtype",
+        "transform_dtype",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
     """The checked arguments of a norm with running statistics, and what follows from them.
 
+    Compiled functions take it whole: its arrays and numbers are traced, and the rest is static.
+
     Attributes:
-        options: the configuration of the norm.
         params: scale and bias, as arrays of the shape of the features.
         batch_stats: the running statistics as they were passed.
         x: the input.
         mask: None, or of the rank of `x`.
         residual: None, or an array of the shape of `x`.
+        epsilon: what is added to the variance.
+        correction: the correction of a relative of batch norm, or None.
+        activation: the activation, or None.
         feature_axes: the axes of the features, ascending.
-        features: their sizes, the shape of what there is for each feature.
         y_dtype: the dtype of the result.
         var_dtype: the real dtype that statistics are computed in.
         mean_dtype: the dtype of the mean, complex if `x` is.
         transform_dtype: the dtype of the mean, scale and bias together, complex if one of them is.
     """
 
-    options: Options
     params: Params
     batch_stats: BatchStats
     x: jax.Array
     mask: jax.Array | None
     residual: jax.Array | None
+    epsilon: float | jax.Array
+    correction: Correction | None
+    activation: Activation | None
     feature_axes: tuple[int, ...]
-    features: tuple[int, ...]
     y_dtype: jnp.dtype
     var_dtype: jnp.dtype
     mean_dtype: jnp.dtype
     transform_dtype: jnp.dtype
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The sizes of the feature axes, the shape of what there is for each feature."""
+        return tuple([self.x.shape[axis] for axis in self.feature_axes])
 
 
 def check_inputs(
@@ -74,9 +98,7 @@ def check_inputs(
     params = as_params(params)
     feature_axes = canonical_axes("axis", options.axis, x.ndim)
     known = statistics_of(batch_stats)
-    features = check_features(
-        "axis", options.axis, feature_axes, x.shape, params=params, batch_stats=known
-    )
+    check_features("axis", options.axis, feature_axes, x.shape, params=params, batch_stats=known)
     if jnp.iscomplexobj(batch_stats["mean"]) and not jnp.iscomplexobj(x):
         raise TypeError(
             f"batch_stats has a complex mean, but x has dtype {x.dtype}: cast x to "
@@ -86,41 +108,48 @@ def check_inputs(
     y_dtype = output_dtype(options.dtype, x, params, residual)
     var_dtype = statistics_dtype(x.dtype, y_dtype)
     return Inputs(
-        options=options,
         params=params,
         batch_stats=batch_stats,
         mask=None if mask is None else as_mask(mask, x.shape),
         residual=residual,
+        epsilon=options.epsilon,
+        correction=options.correction,
+        activation=options.activation,
         feature_axes=feature_axes,
-        features=features,
         y_dtype=y_dtype,
         var_dtype=var_dtype,
         mean_dtype=mean_dtype(var_dtype, x.dtype),
         transform_dtype=mean_dtype(var_dtype, x.dtype, *_dtypes_of(params)),
-        x=named(INPUT_NAME, x),
+        x=x,
     )
 
 
-class RowInputs(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "x", "mask", "epsilon"),
+    meta_fields=("feature_axes", "y_dtype", "mean_dtype", "transform_dtype"),
+)
+@dataclass(frozen=True, kw_only=True)
+class RowInputs:
     """The checked arguments of a norm without state, and what follows from them.
 
+    Compiled functions take it whole: its arrays and numbers are traced, and the rest is static.
+
     Attributes:
-        options: the configuration of the norm.
         params: scale and bias, as arrays of the shape of the features.
         x: the input.
         mask: None, or of the rank of `x`.
-        reduction_axes: the axes that the statistics are taken over.
+        epsilon: what is added to the variance.
         feature_axes: the axes of scale and bias.
         y_dtype: the dtype of the result.
         mean_dtype: the dtype of the mean, complex if `x` is.
         transform_dtype: the dtype of the mean, scale and bias together, complex if one of them is.
     """
 
-    options: Options
     params: Params
     x: jax.Array
     mask: jax.Array | None
-    reduction_axes: tuple[int, ...]
+    epsilon: float | jax.Array
     feature_axes: tuple[int, ...]
     y_dtype: jnp.dtype
     mean_dtype: jnp.dtype
@@ -132,18 +161,16 @@ def make_row_inputs(
     params: Params,
     x: jax.Array,
     mask: jax.Array | None,
-    reduction_axes: tuple[int, ...],
     feature_axes: tuple[int, ...],
 ) -> RowInputs:
     """Returns arguments whose axes and shapes have been checked, with their dtypes."""
     y_dtype = output_dtype(options.dtype, x, params)
     real = statistics_dtype(x.dtype, y_dtype)
     return RowInputs(
-        options=options,
         params=params,
-        x=named(INPUT_NAME, x),
+        x=x,
         mask=mask,
-        reduction_axes=reduction_axes,
+        epsilon=options.epsilon,
         feature_axes=feature_axes,
         y_dtype=y_dtype,
         mean_dtype=mean_dtype(real, x.dtype),

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import make_reduction, reshape_like, split_axis
-from bn_jax._core.checkpoint_names import MOMENTS_NAME, named
+from bn_jax._core.axes import Reduction, make_reduction, reshape_like, split_axis
+from bn_jax._core.checkpoint_names import INPUT_NAME, named
 from bn_jax._core.checks import (
     RowInputs,
     as_floating,
@@ -22,9 +22,16 @@ from bn_jax._core.checks import (
     check_features,
     make_row_inputs,
     size_of_groups,
+    statistics_dtype,
 )
-from bn_jax._core.moments import centred_moments
-from bn_jax._core.standardize import finish, make_transform, standardize
+from bn_jax._core.moments import centred_moments, choose_method, name_moments
+from bn_jax._core.standardize import (
+    finish,
+    learned_by,
+    make_transform,
+    standardize,
+    standardize_by_moments,
+)
 from bn_jax._core.types import (
     Axes,
     AxisIndexGroups,
@@ -221,7 +228,8 @@ def normalize_rows(
     features = canonical_axes("feature_axes", options.axis, x.ndim)
     check_features("feature_axes", options.axis, features, x.shape, params=params)
     mask = None if mask is None else as_mask(mask, x.shape)
-    return _normalize(make_row_inputs(options, params, x, mask, reduced, features), about_zero)
+    reduction = _lay_out(options, x, reduced, about_zero=about_zero)
+    return _normalize(reduction, make_row_inputs(options, params, x, mask, features))
 
 
 def normalize_groups(
@@ -252,10 +260,10 @@ def normalize_groups(
         params=jax.tree.map(partial(split_axis, 0, size), params),
         x=split_axis(last, size, x),
         mask=None if mask is None else split_axis(last, size, mask),
-        reduction_axes=(*reduced[:-1], last + 1),
         feature_axes=(last, last + 1),
     )
-    return reshape_like(jax.typeof(x), _normalize(in_groups))
+    reduction = _lay_out(options, in_groups.x, (*reduced[:-1], last + 1))
+    return reshape_like(jax.typeof(x), _normalize(reduction, in_groups))
 
 
 def normalize_instances(
@@ -273,16 +281,29 @@ def normalize_instances(
     return normalize_rows(options, params, x, mask, reduced)
 
 
-def _normalize(rows: RowInputs, about_zero: bool = False) -> jax.Array:
-    x, mask, options = rows.x, rows.mask, rows.options
-    reduction = make_reduction(
-        x, rows.reduction_axes, options.axis_name, options.axis_index_groups
-    )._replace(about_zero=about_zero)
+def _lay_out(
+    options: Options, x: jax.Array, axes: tuple[int, ...], *, about_zero: bool = False
+) -> Reduction:
+    """Decides how moments are taken over some axes of `x`."""
+    reduction = make_reduction(x, axes, options.axis_name, options.axis_index_groups)
+    if about_zero:
+        return reduction._replace(method="mean_square")
     # Without a named axis, examples may lie on several devices, and a guard would be a collective.
-    reduction = reduction._replace(of_groups=not reduction.axis_names)
-    start = jnp.zeros((1,) * x.ndim, rows.mean_dtype)
-    measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, start))
-    var = jnp.where(measured.count > 0, measured.var, 1)
+    method = choose_method(x.dtype, options.use_fast_variance, lie_apart=not reduction.axis_names)
+    return reduction._replace(method=method)
+
+
+@partial(jax.jit, static_argnums=0)
+def _normalize(reduction: Reduction, rows: RowInputs) -> jax.Array:
+    x, mask = named(INPUT_NAME, rows.x), rows.mask
     shape = tuple(size if axis in rows.feature_axes else 1 for axis, size in enumerate(x.shape))
+    start = jnp.zeros((1,) * x.ndim, rows.mean_dtype)
+    may_be_empty = mask is not None or 0 in x.shape
+    if not (may_be_empty or reduction.is_mapped or rows.transform_dtype != rows.mean_dtype):
+        epsilon = jnp.asarray(rows.epsilon, statistics_dtype(rows.mean_dtype))
+        learned = learned_by(rows, shape)
+        return standardize_by_moments(reduction, rows.y_dtype, x, start, learned, epsilon)[0]
+    measured = name_moments(centred_moments(reduction, x, mask, start))
+    var = jnp.where(measured.count > 0, measured.var, 1)
     transform = make_transform(rows, shape, measured.shift, measured.delta, var)
     return finish(standardize(rows.y_dtype, x, mask, transform), mask)

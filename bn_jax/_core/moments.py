@@ -1,30 +1,38 @@
 """Count, mean and variance of an array: masked, guarded against cancellation, merged exactly.
 
-One pass over ``x`` collects ``sum(x - shift)`` and ``sum((x - shift)**2)`` around a ``shift`` that
-does not depend on the batch (a batch norm passes its running mean). With ``delta`` the mean of
-``x - shift``, the variance is ``mean((x - shift)**2) - delta**2``. The subtraction cancels when
-``delta**2`` is large against the variance: both sums carry a relative rounding error ``e``, so the
-variance carries ``e * (1 + 3 * delta**2 / var)``. Compilers sum in a tree, whose ``e`` grows with
-the logarithm of the length. With ``e = 2 ** -22``, four roundings, ``delta**2 <= 10 * var`` bounds
-the relative error of the variance by 31 * 2 ** -22 = 7.4e-6.
+**Guarded.** One pass over ``x`` collects ``sum(x - shift)`` and ``sum((x - shift)**2)`` around a
+``shift`` that does not depend on the batch (a batch norm passes its running mean). With ``delta``
+the mean of ``x - shift``, the variance is ``mean((x - shift)**2) - delta**2``. The subtraction
+cancels when ``delta**2`` is large against the variance: both sums carry a relative rounding error
+``e``, so the variance carries ``e * (1 + 3 * delta**2 / var)``. Compilers sum in a tree, whose
+``e`` grows with the logarithm of the length. With ``e = 2 ** -22``, four roundings,
+``delta**2 <= 10 * var`` bounds the relative error of the variance by 31 * 2 ** -22 = 7.4e-6. Where
+some feature exceeds that, or its squares overflow, and only then, `x` is measured twice.
 
-Where some feature exceeds that, or its squares overflow, and only then, `x` is measured again: the
-mean around the mean that the first pass found, and then both sums around the mean so corrected. It
-takes the two steps, because the first mean is off by its own rounding, ``e * |mean - shift|``. For
-a feature with ``|mean - shift| <= 1e6`` standard deviations that leaves ``delta`` within 0.3 of
-one, and one step would do. But against a spread far below the rounding of the mean, and against
-that of a constant, which is zero, it would be large. The second step's mean is right to the last
-place of `x`, so that the variance of a constant is zero.
+**Twice.** The mean, from sums around zero, and then both sums around that mean. It is off by its
+rounding, ``e * |mean|``, which is within 0.3 standard deviations for ``|mean| <= 1e6`` of them, and
+within 4 for all that float32 resolves. So the same formula holds with a small ``delta``. Only for a
+constant is ``delta**2`` large against the variance, which is zero then: the variance found is the
+rounding of ``delta``, is recognized as such, and becomes zero. This needs no decision. Groups that
+may lie on different devices (the norms without state, ghost batch norm) are always measured so: a
+decision for all of them would be a collective. So are values under a `vmap` that binds the axis to
+synchronize over, where the definition must differentiate itself: `centred_moments` says why.
+
+**Once.** bfloat16 input is summed around zero, in float32, without a guard. It has itself been
+rounded, by up to half a unit in the last place, ``2 ** -9`` of a value. With ``r = |mean| / sd``,
+that moves its variance by up to ``2 ** -8 * r`` of it, while the cancellation of sums around zero
+costs ``3 * 2 ** -22 * r**2``: less as long as ``r < 5e3``, where bfloat16 no longer tells values
+apart. So the variance found is that of an input within half a unit in the last place of `x`. (For
+float16, which resolves eight times as much, it is not, and a shift by a distant running mean would
+lose digits that the input has; so float16 is guarded, and the shift is zero here.) Who wants the
+error bounded relative to the stored values asks for it with ``use_fast_variance=False``.
 
 So, for float32 input: the relative error of the variance is under 1e-5 at any mean up to 1e6
 standard deviations from the shift, however far that is from zero, and at any length up to 1e7 (what
-was measured). Two limits come from the format. Squares under its smallest normal number vanish:
-an absolute error of the variance of up to twice that, 2.4e-38. A variance beyond its largest number
-is infinite, and so is a mean whose sum is: such a batch counts as not finite.
-
-Groups that may lie on different devices (the norms without state, ghost batch norm) cannot share
-such a decision: they are always measured twice, around zero and around their own means. Their means
-are within 1e7 standard deviations of zero, because no format resolves more.
+was measured). Two limits come from the format. Squares under its smallest normal number vanish: an
+absolute error of the variance of up to twice that, 2.4e-38, or that times the number of values
+where `x` is measured twice. A variance beyond its largest number is infinite, and so is a mean
+whose sum is: such a batch counts as not finite. In sums taken once, so is a square.
 
 The centre stays the unevaluated sum ``shift + delta``: rounding it to one float would leave half a
 unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
@@ -32,19 +40,22 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from math import ceil, log2, prod
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import (
+    Method,
     Reduction,
-    agree,
     all_reduce,
+    any_group,
     as_numbers,
     make_common,
     make_reduction,
@@ -74,21 +85,28 @@ Values = TypeVar("Values")
 CANCELLATION_THRESHOLD = 10.0
 # A variance this small against `delta**2` is the rounding of a constant.
 CONSTANT_THRESHOLD = 2.0**-20
-# What squares that overflow are measured in. A power of two: multiplying by it rounds nothing.
-OVERFLOW_UNIT = 2.0**-40
+# What squares are measured in where the number of values is symbolic.
+SMALL_UNIT = 2.0**-12
 
 
 class CentredMoments(NamedTuple):
-    """Moments of the rank of x whose mean is the unevaluated sum ``shift + delta``."""
+    """Moments of the rank of x whose mean is the unevaluated sum ``shift + delta``.
+
+    `delta` is None where the mean is one number.
+    """
 
     count: jax.Array  # type: ignore[assignment]
     shift: jax.Array
-    delta: jax.Array
+    delta: jax.Array | None
     var: jax.Array
+
+    def mean(self) -> jax.Array:
+        """Returns the mean as one number."""
+        return self.shift if self.delta is None else self.shift + self.delta
 
     def rounded(self) -> Moments:
         """Returns the moments with the mean as one number."""
-        return Moments(self.count, self.shift + self.delta, self.var)
+        return Moments(self.count, self.mean(), self.var)
 
 
 def moments(
@@ -99,6 +117,7 @@ def moments(
     shift: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    use_fast_variance: bool = True,
 ) -> Moments:
     """Computes count, mean and biased variance over some axes, guarded against cancellation.
 
@@ -109,7 +128,9 @@ def moments(
     ``delta = mean(x - shift)``. That subtraction loses digits where ``delta**2`` is large against
     the variance. Where some feature has ``delta**2 > 10 * var``, `x` is measured again around the
     mean. So the relative error of the variance of float32 input is under 1e-5 for any mean up to
-    1e6 standard deviations from `shift`. The file ``bn_jax/_core/moments.py`` derives the bound.
+    1e6 standard deviations from `shift`. bfloat16 input is summed around zero and not guarded: the
+    moments found are those of an input within half a unit in the last place of `x`. The file
+    ``bn_jax/_core/moments.py`` derives both bounds.
 
     Args:
         x: a floating-point or complex array. Half precision is accumulated in float32.
@@ -123,6 +144,8 @@ def moments(
         axis_name: the named axis or axes (`shard_map`, `pmap`, `vmap`) to reduce over as well.
             `batch_norm` says what holds where none of these binds it.
         axis_index_groups: groups of indices of `axis_name`; each group has its own moments.
+        use_fast_variance: False to guard the moments of bfloat16 input too, relative to its stored
+            values. Other input is always guarded.
 
     Returns:
         `Moments` of `x` without the reduced axes, in float32 (float64 for double precision). The
@@ -144,6 +167,7 @@ def moments(
     axes = canonical_axes("axes", tuple(range(x.ndim)) if axes is None else axes, x.ndim)
     mask = None if mask is None else as_mask(mask, x.shape)
     reduction = make_reduction(x, axes, axis_name, axis_index_groups)
+    reduction = reduction._replace(method=choose_method(x.dtype, use_fast_variance))
     kept_shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
     dtype = mean_dtype(statistics_dtype(x.dtype), x.dtype)
     start = jnp.zeros(kept_shape, dtype) if shift is None else jnp.asarray(shift, dtype)
@@ -151,7 +175,7 @@ def moments(
     count = measured.count.reshape(()) if measured.count.size == 1 else measured.count
     if count.ndim:
         count = lax.squeeze(jnp.broadcast_to(count, kept_shape), axes)
-    mean = jnp.where(measured.count > 0, measured.shift + measured.delta, 0)
+    mean = jnp.where(measured.count > 0, measured.mean(), 0)
     return Moments(count, lax.squeeze(mean, axes), lax.squeeze(measured.var, axes))
 
 
@@ -200,6 +224,19 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
     return merged._replace(count=merged.count.reshape(counts_shape))
 
 
+def choose_method(dtype: DTypeLike, use_fast_variance: bool, *, lie_apart: bool = False) -> Method:
+    """Returns how to measure x of this dtype.
+
+    Args:
+        dtype: of x.
+        use_fast_variance: whether bfloat16 needs no guard.
+        lie_apart: whether there are groups that may lie on different devices.
+    """
+    if dtype == jnp.bfloat16 and use_fast_variance:
+        return "once"
+    return "twice" if lie_apart else "guarded"
+
+
 def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
     """Merges moments that are stacked along an axis; `merge_moments` has the formula."""
     counts_shape = list(parts.count.shape)
@@ -207,7 +244,7 @@ def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
     counts = jnp.broadcast_to(parts.count, counts_shape)
     present = counts > 0
     shift = jnp.where(present, parts.shift, 0)
-    delta = jnp.where(present, parts.delta, 0)
+    delta = jnp.zeros_like(shift) if parts.delta is None else jnp.where(present, parts.delta, 0)
     part_var = jnp.where(present, parts.var, 0)
     count = jnp.sum(counts, axis, keepdims=True)
     total = jnp.sum(counts.astype(shift.dtype) * (shift + delta), axis, keepdims=True)
@@ -220,168 +257,240 @@ def merge_centred(axis: int, parts: CentredMoments) -> CentredMoments:
     error = jnp.sum(share.astype(deviation.dtype) * deviation, axis, keepdims=True)
     square = jnp.sum(share * (part_var + absolute_square(deviation)), axis, keepdims=True)
     var = jnp.maximum(square - absolute_square(error), 0)
-    merged = CentredMoments(count, estimate, error, var)
-    return CentredMoments(*(lax.squeeze(leaf, (axis,)) for leaf in merged))
+    return CentredMoments(*(lax.squeeze(leaf, (axis,)) for leaf in (count, estimate, error, var)))
 
 
 @partial(jax.jit, static_argnums=0)
 def centred_moments(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
-    """Computes guarded moments; every array keeps the rank of `x`.
+    """Computes moments; every array keeps the rank of `x`.
 
     In reverse and in forward mode the derivative is ``d mean = mean(dx)`` and
     ``d var = 2 * mean(real(dx * conj(x - mean)))``. A change of the weights adds
     ``sum(dw * (x - mean)) / count`` and ``sum(dw * (|x - mean|**2 - var)) / count``. All of
-    ``d mean`` is carried by `delta`; `shift` is a constant.
+    ``d mean`` is carried by `delta` (by `shift` where there is none); elsewhere `shift` is a
+    constant.
+
+    JAX traces a custom rule without the axes of the `vmap`s around it, so that a rule may not sum
+    over them. Where one binds the axis, `x` is measured twice, and JAX differentiates that.
 
     Args:
-        reduction: what to reduce over.
+        reduction: what to reduce over, and how.
         x: floating point or complex.
         mask: None, boolean or weights, of the rank of `x`.
         shift: of the rank of `x`, in the dtype of the mean, the same on every device of
             `axis_name` (only type-checked `shard_map` can tell, and then it is made so).
 
     Returns:
-        `CentredMoments`; where nothing entered, `delta` and `var` are 0.
+        `CentredMoments`; where nothing entered, the mean is `shift` and `var` is 0.
     """
     # Compiled as one function, so that an eager call does not compile the guard's branches again,
     # and norms of one shape are traced, differentiated and lowered once.
+    if reduction.is_mapped:
+        return measure(reduction, x, mask, shift)
     return _centred_moments(reduction, x, mask, shift)
+
+
+def measure(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> CentredMoments:
+    """Computes `centred_moments` without the rule for their derivative."""
+    shift = make_common(reduction, shift)
+    if reduction.method == "mean_square":
+        return _measure_mean_square(reduction, x, mask, shift)
+    if reduction.method == "twice" or reduction.is_mapped:
+        return _measure_twice(reduction, x, mask, shift)
+    start = None if reduction.method == "once" else shift
+    sums = _local_sums(reduction, shift.dtype, x, mask, start)
+    count, total, square = _counted(reduction, x, mask, sums)
+    divisor = _divisor(reduction, x, mask, count)
+    delta, mean_square = _divide(total, divisor), _divide(square, divisor)
+    var = jnp.maximum(mean_square - absolute_square(delta), 0)
+    if reduction.method == "once":
+        return CentredMoments(count, _where_counted(mask, x, count, delta, shift), None, var)
+    # One predicate for all features. It comes from sums over all devices, so that every device
+    # takes the same branch.
+    refine = any_group(reduction, jnp.any(cancels(delta, var)))
+
+    def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
+        return shift, delta, var
+
+    def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
+        again = _measure_twice(reduction, x, mask, shift)
+        return again.shift, cast(jax.Array, again.delta), again.var
+
+    # Both branches must vary over the same mesh axes.
+    shift = vary_over(varying_axes(var), shift)
+    # x goes in as it came: a float32 copy of a float16 x would be materialised as an operand.
+    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _centred_moments(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
-    shift = make_common(reduction, shift)
-    # 1. One pass over x, around the shift; groups begin around zero.
-    start = None if reduction.of_groups else shift
-    total, square = _local_sums(reduction, shift.dtype, x, mask, start)
-    if reduction.about_zero:
-        count, square = _counted(reduction, x, mask, (square,))
-        var = _divide(square, _divisor(reduction, x, mask, count))
-        return CentredMoments(count, shift, jnp.zeros_like(var, shift.dtype), var)
-    count, total, square = _counted(reduction, x, mask, (total, square))
-    divisor = _divisor(reduction, x, mask, count)
-    if reduction.of_groups:
-        first = _GroupSums(count, total, square, divisor)
-        return _measure_groups(reduction, x, mask, shift, first)
-    delta, var = _delta_and_var((total, square), divisor)
-    # 2. The guard: one predicate for all features. It comes from sums over all devices, so that
-    # every device takes the same branch.
-    refine = agree(reduction, jnp.any(cancels(delta, var)))
-
-    def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        unit = jnp.where(jnp.isfinite(var), jnp.ones_like(var), OVERFLOW_UNIT)
-        # 3. The mean around the first mean, which removes the rounding of the first sum ...
-        total, _ = _local_sums(reduction, shift.dtype, x, mask, shift)
-        (total,) = all_reduce(reduction, total)
-        shift = shift + _divide(total, divisor)
-        # 4. ... and both sums around the mean so corrected.
-        sums = all_reduce(reduction, *_local_sums(reduction, shift.dtype, x, mask, shift, unit))
-        delta, scaled_var = _delta_and_var(sums, divisor)
-        return shift, delta / unit.astype(delta.dtype), scaled_var / lax.square(unit)
-
-    def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        return shift, delta, var
-
-    # x goes in as it came: a float32 copy of a bfloat16 x would be materialised as an operand.
-    shift = shift + jnp.where(refine, delta, 0)
-    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
+    return measure(reduction, x, mask, shift)
 
 
-class _GroupSums(NamedTuple):
-    """The sums of values and of squares of every group, around zero."""
-
-    count: jax.Array  # type: ignore[assignment]
-    total: jax.Array
-    square: jax.Array
-    divisor: jax.Array | float
-
-
-def _measure_groups(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array,
-    first: _GroupSums,
+def _measure_mean_square(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
-    """Measures groups around their own means, without a guard.
+    squares = _weigh(absolute_square(_keep(x.astype(shift.dtype), mask)), mask)
+    count, square = _counted(reduction, x, mask, (_sum(reduction, squares),))
+    var = _divide(square, _divisor(reduction, x, mask, count))
+    return CentredMoments(count, shift, None, var)
 
-    The guard is one predicate for all groups, and so a collective where these lie on several
-    devices. The centre of a group in which nothing is valid is the given shift.
+
+def _measure_twice(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+) -> CentredMoments:
+    """Measures around the mean. Where nothing is valid, the centre is the given shift.
+
+    JAX can differentiate it: what rounding alone makes different from zero is replaced by its
+    value, and not by a constant.
     """
-    shift = jnp.where(first.count > 0, _divide(first.total, first.divisor), shift)
-    unit = jnp.where(jnp.isfinite(first.square), jnp.ones_like(first.square), OVERFLOW_UNIT)
-    sums = _local_sums(reduction, shift.dtype, x, mask, shift, unit)
-    delta, var = _delta_and_var(sums, first.divisor)
-    # The mean is off by its own rounding, e * |mean|. For a constant that is all there is: then the
+    values = _weigh(_keep(x.astype(shift.dtype), mask), mask)
+    count, total = _counted(reduction, x, mask, (_sum(reduction, values),))
+    divisor = _divisor(reduction, x, mask, count)
+    mean = _where_counted(mask, x, count, _divide(total, divisor), shift)
+    # A sum of squares overflows before their mean does; in this unit it does not.
+    unit = _unit_of_squares(static_count(reduction, x.shape))
+    deviation = _keep(centre(x, mean, None), mask)
+    squares = absolute_square(_keep(centre_apart(x, mean, None), mask) * unit)
+    sums = _sum(reduction, _weigh(deviation, mask)), _sum(reduction, _weigh(squares, mask))
+    total, square = all_reduce(reduction, *sums)
+    delta = _divide(total, divisor)
+    delta_square = absolute_square(delta)
+    var = _divide(square, divisor * unit**2) - delta_square
+    # The mean is off by its rounding, e * |mean|. For a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
-    constant = var <= CONSTANT_THRESHOLD * absolute_square(delta)
-    delta, var = delta / unit.astype(delta.dtype), var / lax.square(unit)
-    shift = shift + jnp.where(constant, delta, 0)
-    delta, var = jnp.where(constant, 0, delta), jnp.where(constant, 0, var)
-    return CentredMoments(first.count, shift, delta, var)
+    is_constant, zeros = var <= CONSTANT_THRESHOLD * delta_square, jnp.zeros_like(var)
+    rounding = lax.select(is_constant, delta, zeros.astype(delta.dtype))
+    var -= lax.stop_gradient(lax.select(is_constant, var, zeros))
+    return CentredMoments(count, mean + rounding, delta - rounding, var)
+
+
+def _unit_of_squares(number: Any) -> float:
+    """Returns a power of two: multiplying by it rounds nothing."""
+    return 2.0 ** -ceil(log2(max(number, 1)) / 2) if isinstance(number, int) else SMALL_UNIT
+
+
+def _where_counted(
+    mask: jax.Array | None, x: jax.Array, count: jax.Array, mean: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+    """Selects the mean where something entered, which only a mask or an empty array can prevent."""
+    return jnp.where(count > 0, mean, otherwise) if mask is not None or 0 in x.shape else mean
+
+
+def name_moments(measured: CentredMoments) -> CentredMoments:
+    """Names moments for policies of `jax.checkpoint`; a count is as cheap to compute again."""
+    centre = named(MOMENTS_NAME, (measured.shift, measured.delta, measured.var))
+    return CentredMoments(measured.count, *centre)
 
 
 @partial(_centred_moments.defjvp, symbolic_zeros=True)
 def _centred_moments_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
-    """Differentiates the moments by what they are, not by how they were computed.
-
-    The guard, the shift and the second pass are means to the same end, so that none of them is
-    differentiated. What is left are two sums over the batch, and one collective, of which the
-    transpose in reverse mode is no sum at all.
-    """
     x, mask, shift = primals
-    dx, d_mask = map(_unless_zero, tangents[:2])
-    measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
-    # 1. This device's sums of d(x) and of d(|x - mean|**2). Rematerialized, or a scan would keep
-    # the float32 deviation for the backward pass beside x.
-    changes = jax.checkpoint(partial(_local_changes, reduction), prevent_cse=False)
-    # 2. All devices' sums, in one collective.
-    totals = all_reduce(reduction, *changes(x, mask, measured, dx, d_mask))
-    d_count = jnp.zeros_like(measured.count) if d_mask is None else totals[2]
-    # 3. Divided by the count, which is a constant but for the weights. How the count changes the
-    # two means is in the sums already: they were taken of deviations.
-    divisor = _divisor(reduction, x, mask, measured.count)
-    d_mean, d_var = (_divide(total, divisor) for total in totals[:2])
-    if reduction.about_zero:
-        d_mean = jnp.zeros_like(measured.delta)
-    d_shift = jnp.zeros_like(measured.shift)
-    return measured, CentredMoments(d_count, d_shift, d_mean, d_var)
+    dx, d_mask = map(unless_zero, tangents[:2])
+    measured = name_moments(centred_moments(reduction, x, mask, shift))
+
+    def differentiate(
+        x: jax.Array,
+        mask: jax.Array | None,
+        measured: CentredMoments,
+        dx: jax.Array | None,
+        d_mask: jax.Array | None,
+    ) -> MomentChanges:
+        deviation = centre(x, measured.shift, measured.delta)
+        return moment_changes(reduction, deviation, mask, measured, dx, d_mask)
+
+    # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
+    differentiate = jax.checkpoint(differentiate, prevent_cse=False)
+    return measured, differentiate(x, mask, measured, dx, d_mask).of(measured)
 
 
-def _unless_zero(tangent: Any) -> jax.Array | None:
+def unless_zero(tangent: Any) -> jax.Array | None:
     """Returns a tangent, or None where it is zero or its primal has none."""
     absent = isinstance(tangent, SymbolicZero) or tangent is None
     return None if absent or tangent.dtype == jax.dtypes.float0 else tangent
 
 
-def _local_changes(
+class MomentChanges(NamedTuple):
+    """The changes of the moments, None where there is none."""
+
+    mean: jax.Array | None
+    half_var: jax.Array
+    count: jax.Array | None  # type: ignore[assignment]
+
+    def of(self, measured: CentredMoments) -> CentredMoments:
+        """Returns the changes of the arrays of `measured`."""
+        changes = jax.tree.map(jnp.zeros_like, measured)._replace(var=2 * self.half_var)
+        if self.count is not None:
+            changes = changes._replace(count=self.count)
+        if self.mean is None:
+            return changes
+        if measured.delta is None:
+            return changes._replace(shift=self.mean)
+        return changes._replace(delta=self.mean)
+
+
+def moment_changes(
     reduction: Reduction,
-    x: jax.Array,
+    deviation: jax.Array,
     mask: jax.Array | None,
     measured: CentredMoments,
     dx: jax.Array | None,
     d_mask: jax.Array | None,
-) -> Sums:
-    """Sums the changes of count * mean, of count * var and, with `d_mask`, of count."""
-    deviation = _keep(centre(x, measured.shift, measured.delta), mask)
+) -> MomentChanges:
+    """Differentiates the moments by what they are, not by how they were computed.
+
+    The guard, the shift and the second pass are means to the same end, so that none of them is
+    differentiated. What is left are two sums over the batch, and one collective, of which the
+    transpose in reverse mode is no sum at all.
+
+    Args:
+        reduction: as in `centred_moments`, which has the formulas.
+        deviation: ``x - mean``.
+        mask: as in `centred_moments`.
+        measured: the moments.
+        dx: the change of x, or None.
+        d_mask: the change of the weights, or None.
+
+    Returns:
+        The changes.
+    """
+    deviation = _keep(deviation, mask)
+    # 1. This device's sums of count * d(mean) and, since a square has two equal factors, of half of
+    # count * d(var).
     of_mean, of_var = jnp.zeros_like(deviation), jnp.zeros_like(deviation.real)
     if dx is not None:
-        weighted = _weigh(_keep(dx.astype(deviation.dtype), mask), mask)
-        of_mean = weighted
-        of_var = 2 * jnp.real(weighted * jnp.conj(deviation))
-    if mask is None or d_mask is None:
-        return _sum(reduction, of_mean), _sum(reduction, of_var)
-    d_weight = _keep(d_mask.astype(of_var.dtype), mask)
-    of_mean += d_weight.astype(deviation.dtype) * deviation
-    of_var += d_weight * (absolute_square(deviation) - measured.var)
-    d_count = _local_count(reduction, d_weight, x.shape)
-    return _sum(reduction, of_mean), _sum(reduction, of_var), d_count
+        of_mean = _weigh(_keep(dx.astype(deviation.dtype), mask), mask)
+        of_var = _real_product(of_mean, deviation)
+    sums = [_sum(reduction, of_mean), _sum(reduction, of_var)]
+    if mask is not None and d_mask is not None:
+        d_weight = _keep(d_mask.astype(of_var.dtype), mask)
+        of_weights = 0.5 * (absolute_square(deviation) - measured.var)
+        sums[0] += _sum(reduction, d_weight.astype(deviation.dtype) * deviation)
+        sums[1] += _sum(reduction, d_weight * of_weights)
+        sums.append(_local_count(reduction, d_weight, deviation.shape))
+    # 2. All devices' sums, in one collective.
+    totals = all_reduce(reduction, *sums)
+    # 3. Divided by the count, which is a constant but for the weights. How the count changes the
+    # two means is in the sums already: they were taken of deviations.
+    divisor = _divisor(reduction, deviation, mask, measured.count)
+    return MomentChanges(
+        mean=None if reduction.method == "mean_square" else _divide(totals[0], divisor),
+        half_var=_divide(totals[1], divisor),
+        count=totals[2] if len(totals) > 2 else None,
+    )
+
+
+def _real_product(first: jax.Array, second: jax.Array) -> jax.Array:
+    product = first * jnp.conj(second)
+    return product.real if jnp.iscomplexobj(product) else product
 
 
 def covariance(
@@ -425,9 +534,23 @@ def covariance(
     return _divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
 
 
-def centre(x: jax.Array, shift: jax.Array, delta: jax.Array) -> jax.Array:
+def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
     """Returns ``x - (shift + delta)`` without rounding the sum."""
-    return (x.astype(shift.dtype) - shift) - delta
+    deviation = x.astype(shift.dtype) - shift
+    return deviation if delta is None else deviation - delta
+
+
+def centre_apart(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
+    """Returns what `centre` does, but in a way that XLA does not recognize as the same.
+
+    On a CPU, XLA writes out what two loops share, even `shift` broadcast to the size of x. It does
+    not see that ``x - shift`` and ``x + (-shift)`` are equal. A conversion has no such twin, and is
+    kept apart by a barrier.
+    """
+    if x.dtype != shift.dtype:
+        x = unshared(x)
+    deviation = x.astype(shift.dtype) + (-shift)
+    return deviation if delta is None else deviation + (-delta)
 
 
 def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
@@ -437,7 +560,7 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     is NaN or infinite: measuring again would not help it.
     """
     kept = absolute_square(delta) <= CANCELLATION_THRESHOLD * var
-    return jnp.isfinite(delta) & ~(kept & jnp.isfinite(var))
+    return jnp.isfinite(delta) & ~(kept & (var < jnp.inf))
 
 
 def absolute_square(values: jax.Array) -> jax.Array:
@@ -447,22 +570,23 @@ def absolute_square(values: jax.Array) -> jax.Array:
     return lax.square(values)
 
 
-def _delta_and_var(sums: Sums, divisor: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    delta, mean_square = (_divide(total, divisor) for total in sums)
-    return delta, jnp.maximum(mean_square - absolute_square(delta), 0)
-
-
 def _counted(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
 ) -> tuple[jax.Array, ...]:
     """Returns the count and the sums over all devices."""
-    dtype = statistics_dtype(sums[0].dtype)
     if mask is None:
-        number = static_count(reduction, x.shape)
-        if not isinstance(number, int):
-            number = static_count(reduction, as_numbers(x.shape, dtype))
-        return jnp.full((1,) * x.ndim, number, dtype), *all_reduce(reduction, *sums)
+        return count_of(reduction, x), *all_reduce(reduction, *sums)
+    dtype = statistics_dtype(sums[0].dtype)
     return all_reduce(reduction, _local_count(reduction, mask.astype(dtype), x.shape), *sums)
+
+
+def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
+    """Returns the count of all values of x, of its rank."""
+    dtype, number = statistics_dtype(x.dtype), static_count(reduction, x.shape)
+    if isinstance(number, int):
+        # Of NumPy, so that a traced program need not compute it.
+        return cast(jax.Array, np.full((1,) * x.ndim, number, dtype))
+    return jnp.full((1,) * x.ndim, static_count(reduction, as_numbers(x.shape, dtype)), dtype)
 
 
 def _divisor(
@@ -485,29 +609,21 @@ def _local_sums(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array | None,
-    unit: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations from the shift, or from zero, and their squares, in units."""
-
-    def deviation(
-        x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, unit: jax.Array | None
-    ) -> jax.Array:
-        values = x.astype(dtype) if shift is None else x.astype(dtype) - shift
-        kept = _keep(values, mask)
-        return kept if unit is None else kept * unit.astype(dtype)
-
-    of_total = unshared((x, mask, shift, unit))
-    of_square = unshared(of_total)
-    total = _weigh(deviation(*of_total), of_total[1])
-    square = _weigh(absolute_square(deviation(*of_square)), of_square[1])
+    """Sums deviations from the shift, or from zero, and their squares."""
+    if shift is None:
+        shift = jnp.zeros((), dtype)
+    start = unshared(x) if x.dtype != dtype else x
+    total = _weigh(_keep(centre(start, shift, None), mask), mask)
+    square = _weigh(absolute_square(_keep(centre_apart(start, shift, None), mask)), mask)
     return _sum(reduction, total), _sum(reduction, square)
 
 
 def unshared(values: Values) -> Values:
     """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
 
-    There, XLA fuses the operand of one reduction into it, such as ``x - shift``, but writes it out,
-    in float32, where two reductions or one and something else share it.
+    There, XLA writes out what two loops share, in float32. `centre_apart` needs no barrier for
+    float32 input.
     """
     # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
     names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))

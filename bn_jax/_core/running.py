@@ -4,9 +4,10 @@ Batch norm, batch renorm and whitening share `average`; the first two share all 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def update_batch_stats(
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2.
     """
-    options = Options(momentum=momentum, running_var_ddof=running_var_ddof)
+    Options(momentum=momentum, running_var_ddof=running_var_ddof)  # Checks them.
     shapes = shapes_of(statistics_of(batch_stats))
     if momentum is None:
         check_count_kept(batch_stats, "init_batch_stats")
@@ -165,12 +166,31 @@ def update_batch_stats(
             f"moments of the shapes {tuple(map(jnp.shape, moments))} (count, mean, var) do not fit "
             f"batch_stats of the shapes {shapes}: take them over all axes but the features'."
         )
-    centred = CentredMoments(count, mean, jnp.zeros_like(mean), var)
-    return update(options, batch_stats, centred, by_running=by_running, by_batch=not by_running)
+    centred = CentredMoments(count, mean, None, var)
+    return _update_alone(running_var_ddof, by_running, weigh_batch(momentum), batch_stats, centred)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _update_alone(
+    running_var_ddof: int,
+    by_running: bool,
+    weight: "Weight",
+    batch_stats: BatchStats,
+    batch: CentredMoments,
+) -> BatchStats:
+    return update(
+        weight,
+        running_var_ddof,
+        batch_stats,
+        batch,
+        by_running=by_running,
+        by_batch=not by_running,
+    )
 
 
 def update(
-    options: Options,
+    weight: "Weight",
+    running_var_ddof: int,
     batch_stats: BatchStats,
     batch: CentredMoments,
     *,
@@ -180,7 +200,8 @@ def update(
     """Averages the batch into the running statistics, or merges it into what is measured.
 
     Args:
-        options: the configuration of the norm.
+        weight: of the batch.
+        running_var_ddof: 0 for the biased running variance, 1 for the unbiased one.
         batch_stats: the old running statistics.
         batch: the moments of the batch, in the shape of the features; the count may be a scalar.
         by_running: whether the running statistics normalized the batch, alone or in part.
@@ -190,15 +211,15 @@ def update(
         The new running statistics.
     """
     if "measured" in batch_stats:
-        ddof = options.running_var_ddof
-        measured = _measure_too(batch_stats["measured"], batch, ddof, by_running, by_batch)
+        old = batch_stats["measured"]
+        measured = _measure_too(old, batch, running_var_ddof, by_running, by_batch)
         return {**batch_stats, "measured": measured}
-    weight, ddof = weigh_batch(options.momentum), options.running_var_ddof
-    averaged = _average_moments(ddof, weight.is_small, weight.value, batch_stats, batch)
-    return cast(BatchStats, averaged)
+    return cast(BatchStats, _average_moments(running_var_ddof, weight, batch_stats, batch))
 
 
-class Weight(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weight:
     """The weight of a batch in the running statistics: ``1 - momentum`` or ``1 / (count + 1)``.
 
     Attributes:
@@ -207,7 +228,7 @@ class Weight(NamedTuple):
     """
 
     value: jax.Array | float | None
-    is_small: bool | None
+    is_small: bool | None = field(metadata={"static": True})
 
 
 def weigh_batch(momentum: float | jax.Array | None) -> Weight:
@@ -224,21 +245,15 @@ def weigh_batch(momentum: float | jax.Array | None) -> Weight:
     return Weight(1 - jnp.asarray(momentum), None)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _average_moments(
-    running_var_ddof: int,
-    is_small: bool | None,
-    weight: jax.Array | float | None,
-    batch_stats: BatchStats,
-    batch: CentredMoments,
+    running_var_ddof: int, weight: Weight, batch_stats: BatchStats, batch: CentredMoments
 ) -> dict[str, jax.Array]:
     var, degrees = batch.var, batch.count
     if running_var_ddof:
         degrees = degrees - running_var_ddof
         var = var * (batch.count / jnp.where(degrees > 0, degrees, 1)).astype(var.dtype)
-    new = {"mean": batch.shift + batch.delta, "var": var}
-    old = cast(dict[str, jax.Array], batch_stats)
-    return average(Weight(weight, is_small), old, new, degrees > 0, rank=var.ndim)
+    new = {"mean": batch.mean(), "var": var}
+    return average(weight, cast(dict[str, jax.Array], batch_stats), new, degrees > 0, rank=var.ndim)
 
 
 def average(
@@ -354,15 +369,16 @@ def _measure_too(
     old = Measured(*(place_like(batch.var, leaf) for leaf in promote_batch_stats(old)))
     real = old.var.dtype
     dtype = mean_dtype(real, old.mean.dtype, batch.shift.dtype)
-    sound = jnp.isfinite(batch.shift + batch.delta) & jnp.isfinite(batch.var) & (batch.count > 0)
+    delta = jnp.zeros_like(batch.shift) if batch.delta is None else batch.delta
+    sound = jnp.isfinite(batch.mean()) & jnp.isfinite(batch.var) & (batch.count > 0)
     both = CentredMoments(
         jnp.stack([old.count, jnp.where(sound, batch.count.astype(real), 0)]),
         jnp.stack([old.mean.astype(dtype), batch.shift.astype(dtype)]),
-        jnp.stack([old.residue.astype(dtype), batch.delta.astype(dtype)]),
+        jnp.stack([old.residue.astype(dtype), delta.astype(dtype)]),
         jnp.stack([old.var, batch.var.astype(real)]),
     )
     merged = merge_centred(0, both)
-    mean, residue = _two_sum(merged.shift, merged.delta)
+    mean, residue = _two_sum(merged.shift, cast(jax.Array, merged.delta))
     return Measured(
         count=merged.count,
         mean=mean,

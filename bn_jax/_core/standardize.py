@@ -12,17 +12,28 @@ size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g
 `x` alone and computes the deviation again.
 """
 
-from functools import partial
-from typing import Any
+import operator
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import reshape_like, vary_together
+from bn_jax._core.axes import Reduction, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
-from bn_jax._core.moments import centre, unshared
+from bn_jax._core.moments import (
+    CentredMoments,
+    MomentChanges,
+    centre,
+    centre_apart,
+    measure,
+    moment_changes,
+    name_moments,
+    unless_zero,
+    unshared,
+)
 from bn_jax._core.types import Activation, Transform
 
 
@@ -52,42 +63,207 @@ def standardize(
 def _standardize(
     dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
 ) -> jax.Array:
+    return _apply(dtype, x, transform)
+
+
+def _apply(dtype: DTypeLike, x: jax.Array, transform: Transform) -> jax.Array:
     y = centre(x, transform.shift, transform.delta) * _multiplier(transform)
     return (y if transform.bias is None else y + transform.bias).astype(dtype)
 
 
-@_standardize.defjvp
+@partial(_standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(
     dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, mask, transform = primals
-    dx, _, change = tangents
-    # 1. The relative change of rsqrt(var + epsilon), and the change of the mean.
-    relative = -0.5 * change.var_plus_epsilon / transform.var_plus_epsilon
-    relative, d_mean = relative.astype(transform.delta.dtype), change.shift + change.delta
-    # 2. The changes of the size of the features. Where the multiplier is as large as x, so would be
-    # its change: then those of the normalization and of scale and bias stay apart.
-    multiplier_is_large = _has_large_multiplier(transform, x)
-    if multiplier_is_large:
-        factor = _inverse_deviation(transform)
-        learned, tree = jax.tree.flatten((change.scale, change.bias))
-        changes = vary_together(x, relative, -factor * d_mean)
-        changes += jax.tree.unflatten(tree, vary_together(x, *learned))
-    else:
-        factor = _multiplier(transform)
-        slope, offset = factor * relative, -factor * d_mean
-        if transform.scale is not None:
-            slope = slope + change.scale * _inverse_deviation(transform)
-        if transform.bias is not None:
-            offset = offset + change.bias
-        changes = vary_together(x, slope, offset)
-    # 3. They meet x. Rematerialized, or a scan would keep the float32 deviation for the backward
-    # pass beside x.
-    rule = _tangent_in_turn if multiplier_is_large else _tangent
-    dy = jax.checkpoint(partial(rule, dtype), prevent_cse=False)(
-        x, mask, transform, factor, dx, *changes
+    dx, (d_shift, d_delta, d_var, *d_learned) = (
+        unless_zero(tangents[0]),
+        map(unless_zero, tangents[2]),
     )
+    d_half_var = None if d_var is None else 0.5 * d_var
+    change = Change(_sum_of(d_shift, d_delta), d_half_var, *d_learned)
+
+    def differentiate(
+        x: jax.Array,
+        mask: jax.Array | None,
+        transform: Transform,
+        dx: jax.Array | None,
+        change: Change,
+    ) -> jax.Array:
+        deviation = _deviation(*unshared((x, mask, transform.shift, transform.delta)))
+        return _change_of_y(dtype, deviation, transform, dx, change)
+
+    # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
+    differentiate = jax.checkpoint(differentiate, prevent_cse=False)
+    dy = differentiate(x, mask, transform, dx, change)
     return standardize(dtype, x, mask, transform), dy
+
+
+class Change(NamedTuple):
+    """The changes of the mean, half the variance, scale and bias; None where there is none."""
+
+    mean: jax.Array | None
+    half_var: jax.Array | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+class Learned(NamedTuple):
+    """Scale and bias, of the rank of x, each None where there is none."""
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def standardize_by_moments(
+    reduction: Reduction,
+    dtype: DTypeLike,
+    x: jax.Array,
+    shift: jax.Array,
+    learned: Learned,
+    epsilon: jax.Array,
+) -> tuple[jax.Array, CentredMoments]:
+    """Standardizes x by its moments, and differentiates both at once.
+
+    `centred_moments` and `standardize` after each other compute the same. Their derivatives, one
+    after the other, would read x twice, and round the two parts of that by x to the dtype of x
+    before they are added.
+
+    Args:
+        reduction: what to reduce over, and how; no `vmap` binds its axes.
+        dtype: the dtype of y.
+        x: floating point or complex, not empty.
+        shift: as in `centred_moments`.
+        learned: scale and bias.
+        epsilon: a scalar in the dtype of the variance.
+
+    Returns:
+        `y`, of the shape of x, and the moments.
+    """
+    measured = measure(reduction, x, None, shift)
+    return _apply(dtype, x, _transform_by(measured, learned, epsilon)), measured
+
+
+@partial(standardize_by_moments.defjvp, symbolic_zeros=True)
+def _standardize_by_moments_jvp(
+    reduction: Reduction, dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[jax.Array, CentredMoments], tuple[jax.Array, CentredMoments]]:
+    x, shift, learned, epsilon = primals
+    dx, _, d_learned, d_epsilon = tangents
+    y, measured = standardize_by_moments(reduction, dtype, x, shift, learned, epsilon)
+    measured = name_moments(measured)
+
+    def differentiate(
+        x: jax.Array,
+        measured: CentredMoments,
+        learned: Learned,
+        epsilon: jax.Array,
+        dx: jax.Array | None,
+        d_learned: Learned,
+        d_epsilon: jax.Array | None,
+    ) -> tuple[jax.Array, MomentChanges]:
+        centred_at = unshared((x, measured.shift, measured.delta))
+        changes = moment_changes(reduction, centre(*centred_at), None, measured, dx, None)
+        d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
+        change = Change(changes.mean, d_half_var, *d_learned)
+        transform = _transform_by(measured, learned, epsilon)
+        return _change_of_y(dtype, centre_apart(*centred_at), transform, dx, change), changes
+
+    differentiate = jax.checkpoint(differentiate, prevent_cse=False)
+    changes = (unless_zero(dx), Learned(*map(unless_zero, d_learned)), unless_zero(d_epsilon))
+    dy, d_moments = differentiate(x, measured, learned, epsilon, *changes)
+    return (y, measured), (dy, d_moments.of(measured))
+
+
+def _transform_by(measured: CentredMoments, learned: Learned, epsilon: jax.Array) -> Transform:
+    return Transform(measured.shift, measured.delta, measured.var + epsilon, *learned)
+
+
+def _change_of_y(
+    dtype: DTypeLike,
+    deviation: jax.Array,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+) -> jax.Array:
+    """Returns dy, by the formulas at the head of this file.
+
+    Args:
+        dtype: the dtype of y.
+        deviation: ``x - mean``.
+        transform: the transform.
+        dx: the change of x, or None.
+        change: the changes of what the transform is made of.
+    """
+    inverse_deviation = _inverse_deviation(transform)
+    # 1. The relative change of rsqrt(var + epsilon).
+    relative = None
+    if change.half_var is not None:
+        relative = -change.half_var / transform.var_plus_epsilon
+        relative = relative.astype(inverse_deviation.dtype)
+    if _has_large_multiplier(transform, deviation):
+        return _change_in_turn(dtype, deviation, transform, dx, change, relative)
+    # 2. The changes of the size of the features.
+    multiplier = inverse_deviation
+    if transform.scale is not None:
+        multiplier = multiplier * transform.scale
+    slope = _sum_of(
+        None if relative is None else multiplier * relative,
+        None if change.scale is None else change.scale * inverse_deviation,
+    )
+    offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
+    slope, offset = vary_together(deviation, slope, offset)
+    # 3. They meet x.
+    dy = _sum_of(
+        None if dx is None else multiplier * dx.astype(multiplier.dtype),
+        None if slope is None else deviation * slope,
+        offset,
+    )
+    return _as_change(dtype, deviation, dy)
+
+
+def _change_in_turn(
+    dtype: DTypeLike,
+    deviation: jax.Array,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    relative: jax.Array | None,
+) -> jax.Array:
+    """Differentiates the normalization, and then scale and bias, as in a layer norm.
+
+    The multiplier is as large as x, and so would be its change.
+    """
+    factor = _inverse_deviation(transform)
+    offset = None if change.mean is None else -factor * change.mean
+    relative, offset, d_scale, d_bias = vary_together(
+        deviation, relative, offset, change.scale, change.bias
+    )
+    normalized = deviation * factor
+    factor, scale = unshared((factor, transform.scale))
+    dy = _sum_of(
+        None if dx is None else factor * dx.astype(factor.dtype),
+        None if relative is None else normalized * relative,
+        offset,
+    )
+    if dy is not None and scale is not None:
+        dy = dy * scale
+    dy = _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
+    return _as_change(dtype, deviation, dy)
+
+
+def _sum_of(*terms: jax.Array | None) -> jax.Array | None:
+    """Sums what is there; None where nothing is."""
+    present = [term for term in terms if term is not None]
+    return reduce(operator.add, present) if present else None
+
+
+def _as_change(dtype: DTypeLike, deviation: jax.Array, dy: jax.Array | None) -> jax.Array:
+    if dy is None:
+        return jnp.zeros_like(deviation, dtype)
+    dy = dy.astype(dtype)
+    return dy if dy.shape == deviation.shape else jnp.broadcast_to(dy, deviation.shape)
 
 
 def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
@@ -98,47 +274,11 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     return is_large and all(leaf.shape != x.shape for leaf in leaves)
 
 
-def _tangent(
-    dtype: DTypeLike,
-    x: jax.Array,
-    mask: jax.Array | None,
-    transform: Transform,
-    multiplier: jax.Array,
-    dx: jax.Array,
-    slope: jax.Array,
-    offset: jax.Array,
+def _deviation(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array, delta: jax.Array | None
 ) -> jax.Array:
-    deviation = _deviation(*unshared((x, mask, transform)))
-    dy = multiplier * dx.astype(multiplier.dtype) + deviation * slope + offset
-    return dy.astype(dtype)
-
-
-def _tangent_in_turn(
-    dtype: DTypeLike,
-    x: jax.Array,
-    mask: jax.Array | None,
-    transform: Transform,
-    inverse_deviation: jax.Array,
-    dx: jax.Array,
-    relative: jax.Array,
-    offset: jax.Array,
-    d_scale: jax.Array | None,
-    d_bias: jax.Array | None,
-) -> jax.Array:
-    """Differentiates the normalization, and then scale and bias, as in a layer norm."""
-    normalized = _deviation(x, mask, transform) * inverse_deviation
-    factor, scale = unshared((inverse_deviation, transform.scale))
-    dy = factor * dx.astype(offset.dtype) + normalized * relative + offset
-    if scale is not None and d_scale is not None:
-        dy = dy * scale + normalized * d_scale
-    if d_bias is not None:
-        dy = dy + d_bias
-    return dy.astype(dtype)
-
-
-def _deviation(x: jax.Array, mask: jax.Array | None, transform: Transform) -> jax.Array:
     """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviation = centre(x, transform.shift, transform.delta)
+    deviation = centre(x, shift, delta)
     if mask is None:
         return deviation
     return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
@@ -150,25 +290,32 @@ def _multiplier(transform: Transform) -> jax.Array:
 
 
 def _inverse_deviation(transform: Transform) -> jax.Array:
-    return lax.rsqrt(transform.var_plus_epsilon).astype(transform.delta.dtype)
+    return lax.rsqrt(transform.var_plus_epsilon).astype(transform.shift.dtype)
+
+
+def learned_by(inputs: Inputs | RowInputs, shape: tuple[int, ...]) -> Learned:
+    """Returns scale and bias in `shape`, of the rank of x."""
+    arrays = inputs.params.get("scale"), inputs.params.get("bias")
+    dtype = inputs.transform_dtype
+    return Learned(
+        *(None if array is None else array.astype(dtype).reshape(shape) for array in arrays)
+    )
 
 
 def make_transform(
     inputs: Inputs | RowInputs,
     shape: tuple[int, ...],
     shift: jax.Array,
-    delta: jax.Array,
+    delta: jax.Array | None,
     var: jax.Array,
 ) -> Transform:
     """Returns the transform by these moments; scale and bias get `shape`, of the rank of x."""
-    dtype, epsilon = inputs.transform_dtype, inputs.options.epsilon
-    scale, bias = inputs.params.get("scale"), inputs.params.get("bias")
+    dtype = inputs.transform_dtype
     return Transform(
-        shift=shift.astype(dtype),
-        delta=delta.astype(dtype),
-        var_plus_epsilon=var + jnp.asarray(epsilon, var.dtype),
-        scale=None if scale is None else scale.astype(dtype).reshape(shape),
-        bias=None if bias is None else bias.astype(dtype).reshape(shape),
+        shift.astype(dtype),
+        None if delta is None else delta.astype(dtype),
+        var + jnp.asarray(inputs.epsilon, var.dtype),
+        *learned_by(inputs, shape),
     )
 
 
@@ -186,21 +333,30 @@ def normalize(
     Returns:
         `y`, of the shape of `x`.
     """
-    activation, residual = inputs.options.activation, inputs.residual
 
     def compute(
         examples: jax.Array, examples_mask: jax.Array | None, transform: Transform
     ) -> jax.Array:
-        y = standardize(inputs.y_dtype, examples, examples_mask, transform)
-        if y.shape != inputs.x.shape:
-            y = reshape_like(jax.typeof(inputs.x), y)
-        return finish(y, inputs.mask, activation, residual)
+        return complete(inputs, standardize(inputs.y_dtype, examples, examples_mask, transform))
 
-    # Rematerialized, a scan keeps x alone for the backward pass. With a residual it would have to
-    # keep that too, of which a relu needs no more than a sign.
-    if activation is not None and residual is None:
+    if keeps_input_alone(inputs):
         compute = jax.checkpoint(compute, prevent_cse=False)
     return compute(examples, mask, transform)
+
+
+def keeps_input_alone(inputs: Inputs) -> bool:
+    """Tells whether the activation is rematerialized, so that a scan keeps x alone.
+
+    With a residual it would have to keep that too, of which a relu needs no more than a sign.
+    """
+    return inputs.activation is not None and inputs.residual is None
+
+
+def complete(inputs: Inputs, y: jax.Array) -> jax.Array:
+    """Gives standardized examples the shape of x, and adds the residual and the activation."""
+    if y.shape != inputs.x.shape:
+        y = reshape_like(jax.typeof(inputs.x), y)
+    return finish(y, inputs.mask, inputs.activation, inputs.residual)
 
 
 def finish(

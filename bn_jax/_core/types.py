@@ -97,14 +97,15 @@ class Transform(NamedTuple):
 
     Attributes:
         shift: the larger part of the mean.
-        delta: the rest of the mean, kept apart so that no rounding of the mean is left in y.
+        delta: the rest of the mean, kept apart so that no rounding of the mean is left in y. None
+            where the mean is one number.
         var_plus_epsilon: the variance plus epsilon.
         scale: the factor after normalization, or None for 1.
         bias: the summand after normalization, or None for 0.
     """
 
     shift: jax.Array
-    delta: jax.Array
+    delta: jax.Array | None
     var_plus_epsilon: jax.Array
     scale: jax.Array | None
     bias: jax.Array | None
@@ -143,6 +144,7 @@ class Options:
     running_var_ddof: int = 0
     dtype: DTypeLike | None = None
     correction: Correction | None = None
+    use_fast_variance: bool = True
     # How a warning names the layer; a pure function has no name.
     describe_layer: Callable[[], str] | None = None
 

@@ -51,7 +51,7 @@ from bn_jax._core.checks import (
     statistics_dtype,
     warn_of_single_value,
 )
-from bn_jax._core.moments import centre, centred_moments, covariance
+from bn_jax._core.moments import centre, centred_moments, choose_method, covariance, name_moments
 from bn_jax._core.running import Weight, average, weigh_batch
 from bn_jax._core.types import (
     AxisIndexGroups,
@@ -319,10 +319,10 @@ class _Inputs(NamedTuple):
 
 
 class _Centre(NamedTuple):
-    """A mean of the rank of `x`, as the unevaluated sum ``shift + delta``."""
+    """A mean of the rank of `x`, as the unevaluated sum ``shift + delta``, or as `shift` alone."""
 
     shift: jax.Array
-    delta: jax.Array
+    delta: jax.Array | None
 
 
 class _Batch(NamedTuple):
@@ -376,9 +376,10 @@ def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
         reduction = make_reduction(x, reduced, options.axis_name, options.axis_index_groups)
         if static_count(reduction, x.shape) == 1:
             warn_of_single_value(options, x.shape, in_groups=False)
+    reduction = reduction._replace(method=choose_method(x.dtype, options.use_fast_variance))
     running_mean = inputs.expand(inputs.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    measured = named(MOMENTS_NAME, centred_moments(reduction, x, mask, shift))
+    measured = name_moments(centred_moments(reduction, x, mask, shift))
     cov = covariance(reduction, x, mask, measured, inputs.axis, inputs.size)
     cov = named(MOMENTS_NAME, cov)
     count = measured.count.reshape(())
@@ -415,25 +416,21 @@ def _whiten(inputs: _Inputs, mean: _Centre, cov: jax.Array) -> jax.Array:
 
 def _update(inputs: _Inputs, batch: _Batch) -> WhiteningStats:
     old = inputs.batch_stats
-    weight = weigh_batch(inputs.options.momentum)
-    averaged = _average_groups(inputs.size, weight.is_small, weight.value, old, batch)
+    averaged = _average_groups(inputs.size, weigh_batch(inputs.options.momentum), old, batch)
     return cast(WhiteningStats, averaged)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _average_groups(
-    size: int,
-    is_small: bool | None,
-    weight: jax.Array | float | None,
-    old: WhiteningStats,
-    batch: _Batch,
+    size: int, weight: Weight, old: WhiteningStats, batch: _Batch
 ) -> dict[str, jax.Array]:
     """Averages mean and covariance; a group enters with all that it has, or not at all."""
     groups, features = old["cov"].shape[0], old["mean"].shape
     in_groups = {**cast(dict[str, jax.Array], old), "mean": old["mean"].reshape(groups, size)}
-    mean = (batch.centre.shift + batch.centre.delta).reshape(groups, size)
+    mean, rest = batch.centre
+    mean = (mean if rest is None else mean + rest).reshape(groups, size)
     moments = {"mean": mean, "cov": batch.cov}
-    new = average(Weight(weight, is_small), in_groups, moments, batch.count > 0, rank=1)
+    new = average(weight, in_groups, moments, batch.count > 0, rank=1)
     return {**new, "mean": new["mean"].reshape(features)}
 
 

@@ -337,8 +337,11 @@ def call_batch_norm(
     params = make_params(layer, features)
     batch_stats = {name: variable.value for name, variable in variables.items()}
     collects = _collects_moments(layer)
+    options = Options.of_module(
+        layer, correction=correction, describe_layer=partial(_describe, layer)
+    )
     inputs = check_inputs(
-        Options.of_module(layer, correction=correction, describe_layer=partial(_describe, layer)),
+        options,
         params if state.train_params else jax.lax.stop_gradient(params),
         cast(BatchStats, batch_stats),
         x,
@@ -347,11 +350,11 @@ def call_batch_norm(
     )
     trains = mode.update or not mode.use_running_average
     if trains and (collects or layer.has_variable("given_moments", "mean")):
-        y, updated = _train_on_a_part(layer, inputs, mode, collects)
+        y, updated = _train_on_a_part(layer, options, inputs, mode, collects)
     else:
         if collects and layer.is_mutable_collection("batch_stats"):
             layer.variable("batch_moments", "count", jnp.zeros, features)
-        y, updated = run_norm(inputs, mode)
+        y, updated = run_norm(options, inputs, mode)
     if mode.update:
         new = cast(dict[str, Any], updated)
         for name, variable in variables.items():
@@ -536,7 +539,7 @@ def _collects_moments(layer: nn.Module) -> bool:
 
 
 def _train_on_a_part(
-    layer: Any, inputs: Inputs, mode: Mode, collects: bool
+    layer: Any, options: Options, inputs: Inputs, mode: Mode, collects: bool
 ) -> tuple[jax.Array, BatchStats]:
     """Trains on a part of a batch: by statistics that are passed in, and with moments merged."""
     statistics: Any = None
@@ -545,10 +548,9 @@ def _train_on_a_part(
     elif layer.has_variable("given_moments", "mean"):
         names = ("mean", "var")
         statistics = {name: layer.get_variable("given_moments", name) for name in names}
-    y, moments = run_part(inputs, statistics)
+    y, moments = run_part(options, inputs, statistics)
     if collects:
         moments = _merge_into_collection(layer, moments)
-    options = inputs.options
     return y, update_batch_stats(
         inputs.batch_stats,
         moments,

@@ -426,20 +426,21 @@ def _call_batch_norm(
         statistics = promote_batch_stats(statistics)
     promoted = promote(layer, x, statistics=statistics, residual=residual)
     params = promoted.params
+    options = Options.of_module(
+        layer,
+        dtype=promoted.dtype,
+        correction=correction,
+        describe_layer=partial(_describe, layer),
+    )
     inputs = check_inputs(
-        Options.of_module(
-            layer,
-            dtype=promoted.dtype,
-            correction=correction,
-            describe_layer=partial(_describe, layer),
-        ),
+        options,
         params if layer.train_params else jax.lax.stop_gradient(params),
         batch_stats,
         promoted.x,
         mask,
         residual,
     )
-    y, updated = run_norm(inputs, mode)
+    y, updated = run_norm(options, inputs, mode)
     if mode.update:
         _store(layer, variables, updated)
     return y
