@@ -4,7 +4,7 @@
 every learning rate and seed of a grid. JAX makes all runs in one program with `jax.vmap`, and also
 one after another with a program that is compiled once. PyTorch makes one run after another. All
 start from the same parameters and see the same batches. It compares the final losses, prints how
-long each way takes, and writes ``benchmarks/results/sweep.json``.
+long each way takes, and writes ``sweep.json``.
 """
 
 import gc
@@ -296,6 +296,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the table."""
+    folder = report.parser("sweep", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     sizes = Sizes()
     with Progress(transient=True) as progress:
@@ -303,8 +304,7 @@ def main() -> None:
         advance = partial(progress.advance, task)
         arms = measure(sizes, make_task(load_digits(), sizes), ROUNDS, advance)
     figures = {"rounds": ROUNDS, "sizes": sizes, "tolerance": TOLERANCE, "arms": arms}
-    report.write("sweep", ("flax", "optax", "scikit-learn", "torch"), figures)
-    report.show(tables(report.read("sweep")))
+    report.finish("sweep", folder, ("flax", "optax", "scikit-learn", "torch"), figures, tables)
     if TORCH not in arms:
         print("PyTorch was left out. Install it with: python -m pip install torch")
 
