@@ -33,7 +33,7 @@ class Network(NamedTuple):
     """A network to evaluate: its constructor, which takes a norm or None, and its input shape."""
 
     make: Callable[..., nn.Module]
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
 
 
 class Measured(NamedTuple):

@@ -108,7 +108,7 @@ def test_the_option_is_explained_before_anything_is_measured(name, monkeypatch, 
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert shown.startswith(f"usage: python -m benchmarks.{name} ")
-    assert "--refresh" in shown and benchmark.__doc__.splitlines()[0] in shown
+    assert "--refresh" in shown and (benchmark.__doc__ or "").splitlines()[0] in shown
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, benchmark, "--commit")
     assert ended.value.code == 2
