@@ -15,10 +15,10 @@ COMPILE_QUICKLY := --xla_cpu_use_fusion_emitters=false
 PYTEST := XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 
-TIMED := numerics layer startup sweep inference attempts device
+TIMED := numerics layer step startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive lint format claims notebooks notebooks-refresh bench floors oldest environments clean
+.PHONY: demo test exhaustive lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -55,14 +55,19 @@ notebooks-refresh: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
 
 # Peers and the compilers of accelerators live apart, for JAX looks for their devices. What is timed
-# runs alone, what only compiles two at a time.
+# runs alone, what only compiles two at a time. The figures go to build/benchmarks/; what is committed
+# stays as it is.
 bench: $(LAB)/ready
-	for benchmark in $(TIMED); do $(LAB)/bin/python -m benchmarks.$$benchmark || exit; done
+	for benchmark in $(TIMED); do $(LAB)/bin/python -m benchmarks.$$benchmark $(REFRESH) || exit; done
 	$(MAKE) --jobs=2 $(COMPILED:%=bench-%)
-	$(LAB)/bin/python -m benchmarks.document
 
 bench-%: $(LAB)/ready
-	$(LAB)/bin/python -m benchmarks.$*
+	$(LAB)/bin/python -m benchmarks.$* $(REFRESH)
+
+# The same, and replaces the figures in benchmarks/results/ and the tables of the pages.
+bench-refresh: $(LAB)/ready
+	$(MAKE) bench REFRESH=--refresh
+	$(LAB)/bin/python -m benchmarks.document
 
 # What the compilers of accelerators say; elsewhere these tests skip.
 floors: $(LAB)/ready

@@ -2,9 +2,8 @@
 
 ``python -m benchmarks.attempts`` compiles several versions of the same backward pass for an H200,
 ahead of time. On the CPU it times the phases of norms, and several versions of the sums of the
-first phase. It writes ``benchmarks/results/attempts.json``; `NOTES.md` has the conclusions. The
-versions are written out here, without the package, because they differ in what XLA's heuristics
-see.
+first phase. It writes ``attempts.json``; `NOTES.md` has the conclusions. The versions are written
+out here, without the package, because they differ in what XLA's heuristics see.
 """
 
 import time
@@ -266,6 +265,7 @@ def _sums_table(by_case: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def main() -> None:
     """Times, compiles, writes the JSON and prints the tables."""
+    folder = report.parser("attempts", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     keep_freed_memory()
     ways: dict[str, dict[str, float]] = {}
@@ -286,8 +286,7 @@ def main() -> None:
                 ways[name][f"{row.dtype}, {row}"] = measure(row, way)
                 progress.advance(task)
     figures = {"phases": phases, "sums": sums, "ways": ways}
-    report.write("attempts", ("flax", "jax-cuda13-plugin", "torch"), figures)
-    report.show(tables(report.read("attempts")))
+    report.finish("attempts", folder, ("flax", "jax-cuda13-plugin", "torch"), figures, tables)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The verdicts of the experiments about the claims, repeated with other seeds.
 
 ``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` with the seeds from 0 and from 100 on,
-prints the verdicts, and writes ``benchmarks/results/claims.json``. Each run takes a quarter of an
-hour. Given two folders that ``bn-jax reproduce all`` has written, it reads them instead.
+prints the verdicts, and writes ``claims.json``. Each run takes a quarter of an hour. Given two
+folders that ``bn-jax reproduce all`` has written, it reads them instead.
 """
 
 import json
@@ -126,11 +126,18 @@ def _interval(measured: Mapping[str, float | None]) -> str:
 
 def main() -> None:
     """Runs or reads the experiments, writes the JSON and prints the tables."""
+    parser = report.parser("claims", __doc__)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        folders = [Path(argument) for argument in sys.argv[1:]] or reproduce(Path(folder))
-        figures = collect(folders)
-    report.write("claims", ("flax", "optax", "numpy", "scipy", "scikit-learn"), figures)
-    report.show(tables(report.read("claims")))
+        figures = collect(arguments.folders or reproduce(Path(folder)))
+    report.finish(
+        "claims",
+        arguments.folder,
+        ("flax", "optax", "numpy", "scipy", "scikit-learn"),
+        figures,
+        tables,
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.compiled`` compiles single layers and blocks of convolutions, forward and
 backward, for the TPUs v5e and v6e and for an H200, ahead of time and without an accelerator. It
-prints the figures of the compiled programs and writes ``benchmarks/results/compiled.json``.
-Programs that this file already holds are not compiled again.
+prints the figures of the compiled programs and writes ``compiled.json``. Programs that this file
+already holds are not compiled again.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -238,12 +238,12 @@ def _table(title: str, figures: Mapping[str, Any], least: int) -> Table:
 
 def main() -> None:
     """Compiles, writes the JSON and prints the tables."""
+    folder = report.parser("compiled", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     for message in filter(None, map(missing, (V5E, H200))):
         raise SystemExit(message)
-    figures = {"rows": measure_all(ROWS, remembered(report.read_if_there("compiled")))}
-    report.write("compiled", ("flax", "libtpu", "jax-cuda13-plugin"), figures)
-    report.show(tables(report.read("compiled")))
+    figures = {"rows": measure_all(ROWS, remembered(report.read_all("compiled")))}
+    report.finish("compiled", folder, ("flax", "libtpu", "jax-cuda13-plugin"), figures, tables)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.device`` runs a layer, a block of convolution, norm and ReLU, and the
 training step of a ResNet-50 with the batch norm of bn_jax and with Flax's, on the first accelerator
-that JAX finds. It writes ``benchmarks/results/device.json``. Layers of bn_jax are timed twice: with
-a running mean near the batch mean, where the guard of the variance does not run, and with a distant
-running mean, where it runs at every step. Without an accelerator it says so and writes nothing.
+that JAX finds. It writes ``device.json``. Layers of bn_jax are timed twice: with a running mean
+near the batch mean, where the guard of the variance does not run, and with a distant running mean,
+where it runs at every step. Without an accelerator it says so and writes nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -198,6 +198,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the table, if there is an accelerator."""
+    folder = report.parser("device", __doc__).parse_args().folder
     if jax.default_backend() not in ("gpu", "tpu"):
         print(f"skipped: JAX finds no GPU and no TPU here, but {jax.devices()[0].device_kind}")
         return
@@ -210,8 +211,7 @@ def main() -> None:
         "bandwidth": copied,
         "cases": found,
     }
-    report.write("device", ("flax", "optax"), figures)
-    report.show(tables(report.read("device")))
+    report.finish("device", folder, ("flax", "optax"), figures, tables)
 
 
 if __name__ == "__main__":

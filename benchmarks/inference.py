@@ -1,9 +1,9 @@
 """The cost of norms in evaluation: residual networks with norms, folded, and without norms.
 
 ``python -m benchmarks.inference`` times every arm of every network on the CPU, interleaved, and
-reads the compiled programs. It prints both and writes ``benchmarks/results/inference.json``. The
-folded network and the network without norms use the same parameters, made by `bn_jax.fold`, so
-they compute the same function.
+reads the compiled programs. It prints both and writes ``inference.json``. The folded network and
+the network without norms use the same parameters, made by `bn_jax.fold`, so they compute the same
+function.
 """
 
 import re
@@ -33,7 +33,7 @@ class Network(NamedTuple):
     """A network to evaluate: its constructor, which takes a norm or None, and its input shape."""
 
     make: Callable[..., nn.Module]
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
 
 
 class Measured(NamedTuple):
@@ -180,6 +180,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the tables."""
+    folder = report.parser("inference", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     found = {}
     with Progress(transient=True) as progress:
@@ -187,8 +188,7 @@ def main() -> None:
         for name, network in NETWORKS.items():
             progress.update(task, description=name)
             found[name] = measure(network, ROUNDS, partial(progress.advance, task))
-    report.write("inference", ("flax",), {"rounds": ROUNDS, "networks": found})
-    report.show(tables(report.read("inference")))
+    report.finish("inference", folder, ("flax",), {"rounds": ROUNDS, "networks": found}, tables)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.layer`` measures the forward pass, and forward plus backward pass, of batch,
 layer and RMS norm in float32 and bfloat16. All libraries run interleaved in one process, together
-with a copy of as many bytes. It prints the tables and writes ``benchmarks/results/layer.json``.
-`measure` takes arguments to measure less:
+with a copy of as many bytes. It prints the tables and writes ``layer.json``. `measure` takes
+arguments to measure less:
 
     >>> from benchmarks import layer, report
     >>> found = layer.measure(["BatchNorm"], ["float32"], [(4096, 512)], ["haiku"], rounds=9)
@@ -525,11 +525,11 @@ def tables(known: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the tables."""
+    folder = report.parser("layer", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     found = measure()
     packages = ("jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
-    report.write("layer", packages, {"rounds": ROUNDS, "norms": as_json(found)})
-    report.show(tables(report.read("layer")))
+    report.finish("layer", folder, packages, {"rounds": ROUNDS, "norms": as_json(found)}, tables)
     for arm, command in missing().items():
         print(f"{arm} is not installed and was left out. Install it with: {command}")
 

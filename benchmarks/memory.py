@@ -2,8 +2,7 @@
 
 ``python -m benchmarks.memory`` compiles the training step of every arm for a TPU v5e, ahead of time
 and without a chip. Each program takes some minutes. It prints the figures of the compiled programs
-and writes ``benchmarks/results/memory.json``. Programs that this file already holds are not
-compiled again.
+and writes ``memory.json``. Programs that this file already holds are not compiled again.
 """
 
 import re
@@ -227,8 +226,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the table."""
+    folder = report.parser("memory", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
-    sizes, known = Sizes(), remembered(report.read_if_there("memory"))
+    sizes, known = Sizes(), remembered(report.read_all("memory"))
     found: dict[str, dict[str, Any]] = {chip: {} for chip in CHIPS}
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=sum(len(arms()) for chip in found))
@@ -237,8 +237,9 @@ def main() -> None:
                 progress.update(task, description=f"{chip}: {name}")
                 measured[name] = measure(arm, mesh_of(chip), sizes, known)
                 progress.advance(task)
-    report.write("memory", ("flax", "libtpu"), {"sizes": sizes._asdict(), "chips": found})
-    report.show(tables(report.read("memory")))
+    report.finish(
+        "memory", folder, ("flax", "libtpu"), {"sizes": sizes._asdict(), "chips": found}, tables
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
 """The errors of batch norms against float64, on inputs where batch norms go wrong.
 
-``python -m benchmarks.numerics`` prints the table and writes ``benchmarks/results/numerics.json``.
-Each layer takes one jit-compiled training step on each of `benchmarks.adversarial.CASES`. With
-momentum 0, its new running variance is the variance of the batch.
+``python -m benchmarks.numerics`` prints the table and writes ``numerics.json``. Each layer takes
+one jit-compiled training step on each of `benchmarks.adversarial.CASES`. With momentum 0, its new
+running variance is the variance of the batch.
 """
 
-import json
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,22 +15,20 @@ import jax
 import numpy as np
 from flax import nnx
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 import bn_jax as bn
+from benchmarks import report
 from benchmarks.adversarial import CASES, Batch, Case, Layer, truth
 
-RESULTS = Path(__file__).parent / "results" / "numerics.json"
 BOUND = 1e-5
 # Squares under float32's smallest normal number vanish, both from the mean square and from the
 # square of the mean.
 UNDERFLOW = 2 * float(np.finfo(np.float32).tiny)
 TINY_VARIANCE = UNDERFLOW / BOUND
 OURS = "bn_jax"
-TABLE_WIDTH = 160
 
 
 class Errors(NamedTuple):
@@ -242,21 +236,6 @@ def measure_all() -> dict[str, dict[str, Errors]]:
     return rows
 
 
-def report(rows: dict[str, dict[str, Errors]]) -> dict[str, Any]:
-    """Returns the contents of the JSON: figures, command, versions and machine."""
-    packages = ["bn-jax", "jax", "flax", "numpy", *(["dm-haiku"] if find_spec("haiku") else [])]
-    return {
-        "command": "python -m benchmarks.numerics",
-        "versions": {name: version(name) for name in packages},
-        "machine": f"{platform.machine()}, {jax.default_backend()}",
-        "bound": {"output": BOUND, "variance": BOUND, "tiny_variance": UNDERFLOW},
-        "rows": {
-            case: {name: _as_json(errors) for name, errors in row.items()}
-            for case, row in rows.items()
-        },
-    }
-
-
 def _as_json(errors: Errors) -> dict[str, float | str]:
     """Omits None and writes numbers that JSON does not have as strings."""
     return {
@@ -266,8 +245,8 @@ def _as_json(errors: Errors) -> dict[str, float | str]:
     }
 
 
-def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
-    """Reads the rows of a JSON made by `report`."""
+def load(known: Mapping[str, Any]) -> dict[str, dict[str, Errors]]:
+    """Reads the figures of the JSON."""
 
     def errors(figures: dict[str, float | str]) -> Errors:
         known = {name: float(figure) for name, figure in figures.items()}
@@ -275,8 +254,13 @@ def load(path: Path = RESULTS) -> dict[str, dict[str, Errors]]:
 
     return {
         case: {name: errors(figures) for name, figures in row.items()}
-        for case, row in json.loads(path.read_text())["rows"].items()
+        for case, row in known["rows"].items()
     }
+
+
+def tables(known: Mapping[str, Any]) -> list[Table]:
+    """Returns the figures of the JSON as a table."""
+    return [make_table(load(known))]
 
 
 def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
@@ -310,10 +294,15 @@ def _coloured(cell: str, errors: Errors | None) -> str:
 
 def main() -> None:
     """Measures, writes the JSON and prints the table."""
-    rows = measure_all()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report(rows), indent=2) + "\n")
-    Console(width=TABLE_WIDTH).print(make_table(rows))
+    folder = report.parser("numerics", __doc__).parse_args().folder
+    figures = {
+        "bound": {"output": BOUND, "variance": BOUND, "tiny_variance": UNDERFLOW},
+        "rows": {
+            case: {name: _as_json(errors) for name, errors in row.items()}
+            for case, row in measure_all().items()
+        },
+    }
+    report.finish("numerics", folder, ("flax", "numpy", "dm-haiku"), figures, tables)
 
 
 if __name__ == "__main__":

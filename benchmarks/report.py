@@ -1,9 +1,14 @@
-"""Writes and reads the JSON of a benchmark, and prints its tables."""
+"""Writes and reads the JSON of a benchmark, and prints its tables.
 
+A benchmark writes to ``build/benchmarks/``, which git ignores. Only with the option ``--refresh``
+does it replace the committed figures in ``benchmarks/results/``.
+"""
+
+import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,21 +17,58 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = Path(__file__).parent.parent / "build" / "benchmarks"
 TABLE_WIDTH = 160
 
 
-def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> Path:
-    """Writes the figures of a benchmark, with the command, the versions and the machine.
+def parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark's command line.
+
+    Parse before measuring, so that a wrong option is an error at once.
 
     Args:
         benchmark: the name of its module.
-        packages: whose versions matter; a package that is not installed is left out.
-        figures: the rest of the JSON; a named tuple becomes an object.
+        description: its docstring.
 
     Returns:
-        The path of the JSON.
+        A parser whose result has a `folder` for `finish`: `RESULTS` with the option ``--refresh``,
+        else `MEASURED`.
     """
-    path = RESULTS / f"{benchmark}.json"
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--refresh",
+        dest="folder",
+        action="store_const",
+        const=RESULTS,
+        default=MEASURED,
+        help="replace the committed figures in benchmarks/results/",
+    )
+    return made
+
+
+def finish(
+    benchmark: str,
+    folder: Path,
+    packages: Iterable[str],
+    figures: Mapping[str, Any],
+    tables: Callable[[dict[str, Any]], Iterable[Table]],
+) -> None:
+    """Writes the JSON of a benchmark, prints its tables, and says where the JSON is.
+
+    The JSON also has the command, the versions and the machine.
+
+    Args:
+        benchmark: the name of its module.
+        folder: the folder for the JSON, from the command line; created if it is missing.
+        packages: whose versions matter; a package that is not installed is left out.
+        figures: the rest of the JSON; a named tuple becomes an object.
+        tables: makes the tables from what the JSON holds.
+    """
+    path = folder / f"{benchmark}.json"
     known = {
         "command": f"python -m benchmarks.{benchmark}",
         "versions": versions(("bn-jax", "jax", *packages)),
@@ -37,18 +79,22 @@ def write(benchmark: str, packages: Iterable[str], figures: dict[str, Any]) -> P
         },
         **_as_json(figures),
     }
-    path.write_text(json.dumps(known, indent=2) + "\n")
-    return path
+    text = json.dumps(known, indent=2) + "\n"
+    show(tables(json.loads(text)))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"Written to {path}")
 
 
 def read(benchmark: str) -> dict[str, Any]:
-    """Reads what `write` wrote."""
+    """Reads the committed figures of a benchmark."""
     return json.loads((RESULTS / f"{benchmark}.json").read_text())
 
 
-def read_if_there(benchmark: str) -> dict[str, Any]:
-    """Reads what `write` wrote, or returns an empty dictionary if there is no file yet."""
-    return read(benchmark) if (RESULTS / f"{benchmark}.json").exists() else {}
+def read_all(benchmark: str) -> list[dict[str, Any]]:
+    """Reads the committed figures and those of the last run without ``--refresh``, if any."""
+    paths = [folder / f"{benchmark}.json" for folder in (RESULTS, MEASURED)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def show(tables: Iterable[Table]) -> None:
@@ -76,7 +122,7 @@ def markdown(table: Table) -> str:
 def _as_json(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         value = value._asdict()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _as_json(one) for name, one in value.items()}
     return value
 

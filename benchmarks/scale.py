@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.scale`` compiles the training step of bn_jax and single layers for slices of
 TPU v5e, ahead of time and without a chip. It prints the figures of the compiled programs and writes
-``benchmarks/results/scale.json``. Every chip has the same number of examples. Programs that this
-file already holds are not compiled again.
+``scale.json``. Every chip has the same number of examples. Programs that this file already holds
+are not compiled again.
 """
 
 from collections import Counter
@@ -339,11 +339,11 @@ def known_programs(figures: Any) -> dict[str, Program]:
 
 def main() -> None:
     """Compiles, writes the JSON and prints the tables."""
+    folder = report.parser("scale", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     meshes = [mesh_of(V5E, layout) for layout in SLICES.values()]
-    findings = measure_all(meshes, Sizes(), known_programs(report.read_if_there("scale")))
-    report.write("scale", ("flax", "libtpu"), {"chip": V5E, **findings._asdict()})
-    report.show(tables(report.read("scale")))
+    findings = measure_all(meshes, Sizes(), known_programs(report.read_all("scale")))
+    report.finish("scale", folder, ("flax", "libtpu"), {"chip": V5E, **findings._asdict()}, tables)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 ResNet-50 phase by phase with the batch norm of bn_jax and with Flax's, and clears all caches in
 between. It calls the modules on an array so small that only the call takes time. It also counts
 equations and operations, which do not depend on the machine. It prints all figures and writes
-``benchmarks/results/startup.json``.
+``startup.json``.
 """
 
 import gc
@@ -284,6 +284,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the tables."""
+    folder = report.parser("startup", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     with Progress(transient=True) as progress:
         task = progress.add_task("calls", total=IMPORT_ROUNDS + STEP_ROUNDS)
@@ -300,8 +301,7 @@ def main() -> None:
         "steps": steps,
         "calls": found_calls,
     }
-    report.write("startup", ("flax", "optax"), figures)
-    report.show(tables(report.read("startup")))
+    report.finish("startup", folder, ("flax", "optax"), figures, tables)
 
 
 if __name__ == "__main__":

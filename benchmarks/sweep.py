@@ -1,10 +1,11 @@
-"""A sweep over learning rates and seeds as one compiled program.
+"""A sweep over learning rates and seeds, on all cores.
 
 ``python -m benchmarks.sweep`` trains a small network with batch norm on handwritten digits for
-every learning rate and seed of a grid. JAX makes all runs in one program with `jax.vmap`, and also
-one after another with a program that is compiled once. PyTorch makes one run after another. All
+every learning rate and seed of a grid. JAX makes all runs as the experiments of the lab do, with
+`bn_jax.lab.experiments.sweeps.sweep`; in one program with `jax.vmap`; and one after another with a
+program that is compiled once. PyTorch makes one run after another. All
 start from the same parameters and see the same batches. It compares the final losses, prints how
-long each way takes, and writes ``benchmarks/results/sweep.json``.
+long each way takes, and writes ``sweep.json``.
 """
 
 import gc
@@ -26,15 +27,17 @@ import bn_jax as bn
 from benchmarks import report
 from benchmarks.timing import Timing, in_turns
 from bn_jax.lab.data import Dataset, load_digits, mean_and_std, standardize
+from bn_jax.lab.experiments import parallel
+from bn_jax.lab.experiments.sweeps import at_place
 from bn_jax.lab.models import Norm
 
 ROUNDS = 3
 OURS = "bn_jax"
 NORMS: dict[str, Norm] = {OURS: bn.linen.BatchNorm, "flax.linen": nn.BatchNorm}
-VMAPPED, SEQUENTIAL = "vmapped", "one after another"
-WAYS = VMAPPED, SEQUENTIAL
+SWEPT, VMAPPED, SEQUENTIAL = "sweep", "vmapped", "one after another"
+WAYS = SWEPT, VMAPPED, SEQUENTIAL
 TORCH = f"PyTorch, {SEQUENTIAL}"
-# The relative difference of the final losses between both ways of JAX. Another order of summation
+# The relative difference of the final losses between the ways of JAX. Another order of summation
 # changes a loss by some 1e-7. In a few runs, mostly at high rates, the steps amplify this by 1000.
 TOLERANCE = 5e-3
 
@@ -154,24 +157,32 @@ class _Build:
     """Builds the program of a way of JAX, without caches, and makes the runs."""
 
     def __init__(self, norm: Norm, way: str, sizes: Sizes, task: Task) -> None:
-        self.vmapped = way == VMAPPED
+        self.way = way
+        self.sizes = sizes
         self.run = partial(train, norm, sizes, task)
         rates, seeds = zip(*grid(sizes), strict=True)
         self.runs = jnp.asarray(rates, jnp.float32), jnp.asarray(seeds, jnp.int32)
         self.each = list(zip(*self.runs, strict=True))
+        self.axes = np.asarray(rates[:: sizes.seeds], np.float32), np.arange(sizes.seeds)
 
     def forget(self) -> None:
         jax.clear_caches()
         gc.collect()
 
     def build(self) -> None:
-        if self.vmapped:
+        if self.way == SWEPT:
+            run = at_place(self.run, self.sizes.seeds)
+            program = parallel.make_program(run, self.sizes.runs, parallel.choose_layout())
+            self.compiled = program.lower(*self.axes).compile()
+        elif self.way == VMAPPED:
             self.compiled = jax.jit(jax.vmap(self.run)).lower(*self.runs).compile()
         else:
             self.compiled = jax.jit(self.run).lower(*self.each[0]).compile()
 
     def __call__(self) -> Any:
-        if self.vmapped:
+        if self.way == SWEPT:
+            return np.asarray(self.compiled(*self.axes))[: self.sizes.runs]
+        if self.way == VMAPPED:
             return self.compiled(*self.runs)
         return [self.compiled(*one) for one in self.each]
 
@@ -222,7 +233,7 @@ def measure(
     """Builds and makes all runs in every way, interleaved.
 
     Raises:
-        ValueError: both ways of JAX disagree on a run.
+        ValueError: the ways of JAX disagree on a run.
     """
     builds = {
         f"{name}, {way}": _Build(norm, way, sizes, task)
@@ -277,9 +288,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         f"steps on {sizes.examples} examples"
     )
     table = Table(title=title, box=SIMPLE_HEAD)
-    for column in ("", "s (quartiles)", "ms per run", "times vmapped", "build, s", "difference"):
+    for column in ("", "s (quartiles)", "ms per run", "times sweep", "build, s", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
-    fastest = figures["arms"][f"{OURS}, {VMAPPED}"]["timing"]["quartiles"][1]
+    fastest = figures["arms"][f"{OURS}, {SWEPT}"]["timing"]["quartiles"][1]
     for arm, one in figures["arms"].items():
         low, median, high = one["timing"]["quartiles"]
         part = "" if one["runs"] == sizes.runs else f" (scaled up from {one['runs']} runs)"
@@ -296,15 +307,16 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     """Measures, writes the JSON and prints the table."""
+    folder = report.parser("sweep", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
+    parallel.request_devices()
     sizes = Sizes()
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=2 * ROUNDS)
         advance = partial(progress.advance, task)
         arms = measure(sizes, make_task(load_digits(), sizes), ROUNDS, advance)
     figures = {"rounds": ROUNDS, "sizes": sizes, "tolerance": TOLERANCE, "arms": arms}
-    report.write("sweep", ("flax", "optax", "scikit-learn", "torch"), figures)
-    report.show(tables(report.read("sweep")))
+    report.finish("sweep", folder, ("flax", "optax", "scikit-learn", "torch"), figures, tables)
     if TORCH not in arms:
         print("PyTorch was left out. Install it with: python -m pip install torch")
 

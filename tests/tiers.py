@@ -20,7 +20,7 @@ EVERY = {
     "benchmarks/test_scale.py::test_more_devices_mean_no_more_collectives": 0,
     "benchmarks/test_scale.py::test_one_device_has_none_under_jit": 0,
     "benchmarks/test_scale.py::test_what_is_written_is_read_again_and_not_compiled_again": 0,
-    "benchmarks/test_sweep.py::test_both_ways_of_jax_agree_about_every_run": 0,
+    "benchmarks/test_sweep.py::test_all_ways_of_jax_agree_about_every_run": 0,
     "core/test_activation.py::test_activation_and_residual_are_the_composition": 3,
     "core/test_batch_norm.py::test_training_is_the_definition": 2,
     "core/test_devices.py::test_n_devices_give_the_numbers_of_one": 2,

@@ -340,6 +340,7 @@ def reproduce(
     """Test published claims about batch normalization."""
     require("rich", "matplotlib", "sklearn")
     from bn_jax.lab import reproduction, tables
+    from bn_jax.lab.experiments import parallel
 
     if show_list:
         tables.print_claims(reproduction.EXPERIMENTS.values())
@@ -351,8 +352,9 @@ def reproduce(
             f"--processes: received {processes}, expected 1 or more; leave it out for the default"
         )
     folder = new_folder(out)
+    # Both before JAX starts its backend; other processes inherit them from this one.
+    parallel.request_devices()
     if quick:
-        # Before JAX starts its backend; other processes inherit it from this one.
         os.environ["XLA_FLAGS"] = f"{COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
     if processes is None:
         processes = reproduction.default_processes()

@@ -1,5 +1,6 @@
 """The measurements of an accelerator work, here on a CPU and small."""
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,8 @@ def test_every_case_is_measured_in_every_arm(measured):
 def test_the_table_has_every_arm_of_every_case(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     copied, found = measured
-    report.write("device", (), {"device": "small", "bandwidth": copied, "cases": found})
+    figures = {"device": "small", "bandwidth": copied, "cases": found}
+    report.finish("device", tmp_path, (), figures, device.tables)
     (table,) = device.tables(report.read("device"))
     assert table.row_count == sum(len(one.arms) for one in found.values())
 
@@ -89,7 +91,8 @@ def test_a_block_is_a_convolution_a_norm_and_a_relu():
 
 
 def test_without_an_accelerator_nothing_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "MEASURED", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["device"])
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(device, "Sizes", lambda: SMALL)
     device.main()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from support import define_batch_norm
 
+from benchmarks import report
 from benchmarks.adversarial import CASES, truth
 from benchmarks.numerics import CONTESTANTS, OURS, Errors, load, make_table, measure
 
@@ -15,7 +16,7 @@ def test_ours_is_within_the_bound(case):
 
 
 def test_the_committed_figures_are_within_the_bound():
-    rows = load()
+    rows = load(report.read("numerics"))
     assert list(rows) == [case.name for case in CASES]
     assert [name for name, row in rows.items() if not row[OURS].within_bound()] == []
 
@@ -84,6 +85,6 @@ def test_the_bound(errors, holds):
 
 
 def test_the_table_has_every_row():
-    table = make_table(load())
+    table = make_table(load(report.read("numerics")))
     assert table.row_count == len(CASES)
     assert [column.header for column in table.columns] == ["input", *CONTESTANTS]

@@ -138,7 +138,7 @@ def test_memory_is_that_of_one_device(live):
 
 def test_what_is_written_is_read_again_and_not_compiled_again(live, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    report.write("scale", (), live._asdict())
+    report.finish("scale", tmp_path, (), {"chip": "none", **live._asdict()}, lambda known: [])
     figures = report.read("scale")
     assert load(figures) == live
 

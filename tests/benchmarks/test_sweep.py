@@ -39,7 +39,7 @@ def test_a_run_trains(task):
     assert fast < 0.7 < 0.5 * slow
 
 
-def test_both_ways_of_jax_agree_about_every_run(task):
+def test_all_ways_of_jax_agree_about_every_run(task):
     advanced: list[Any] = []
     measured = sweep.measure(SMALL, task, 2, partial(advanced.append, 1))
     arms = [f"{name}, {way}" for name in NORMS for way in WAYS]

@@ -17,11 +17,13 @@ from support import assert_close
 from benchmarks import claims
 from bn_jax import linen
 from bn_jax.lab import command as cli
+from bn_jax.lab import reproduction
 from bn_jax.lab.experiments import (
     EXPERIMENTS,
     corruptions,
     figures,
     nets,
+    parallel,
     reproducing,
     scale_invariance,
     selection,
@@ -44,7 +46,8 @@ CLAIMS = 18
 def test_every_claim_has_an_experiment():
     assert [one.number for one in EXPERIMENTS.values()] == list(range(1, CLAIMS + 1))
     folder = Path(cli.__file__).parent / "experiments"
-    shared = {"__init__", "figures", "nets", "reproducing", "selection", "sweeps", "verdicts"}
+    shared = {"__init__", "figures", "nets", "parallel", "reproducing", "selection"}
+    shared |= {"sweeps", "verdicts"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
@@ -164,6 +167,20 @@ def test_reproduce_writes_json_and_a_figure_for_each_claim(
     assert printed.out.index("1 tiny: A claim") < printed.out.index("2 other: A claim")
     for text in ("A claim", "Somebody 2026", "12 (9.95 to 14.1)", "Saved in found"):
         assert text in printed.out
+
+
+def test_the_command_asks_for_a_device_per_core_before_jax_starts(tiny, tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(parallel, "request_devices", lambda: asked.append("devices"))
+    count = reproduction.default_processes
+    monkeypatch.setattr(
+        reproduction, "default_processes", lambda: asked.append("processes") or count()
+    )
+    monkeypatch.setattr(reproduction, "reproduce", lambda *given: {})
+    assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 0
+    assert asked == ["devices", "processes"]
+    assert run_command(monkeypatch, "--list") == 0
+    assert len(asked) == 2
 
 
 def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):

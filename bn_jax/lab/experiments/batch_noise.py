@@ -12,6 +12,7 @@ import optax
 from bn_jax._core.moments import moments
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.sweeps import (
     Part,
     Trial,
@@ -129,7 +130,7 @@ def prepare_networks(trials: Trial) -> Networks:
         # In one batch of all examples, every norm measures the statistics of the population.
         return Networks(*(loss_of(model, network, x, y)[1] for network in (variables, trained)))
 
-    return jax.jit(jax.vmap(prepare))(trials)
+    return map_runs(prepare, trials)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -16,6 +16,7 @@ import bn_jax as bn
 from bn_jax.lab import data
 from bn_jax.lab.experiments.figures import band, means_and_errors
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.sweeps import (
     Part,
     State,
@@ -248,7 +249,10 @@ def entropy_errors(model: nn.Module, variables: Any, x: Any, y: Any) -> npt.NDAr
         params, _ = jax.lax.scan(step, variables["params"], None, length=ENTROPY_STEPS)
         return jnp.mean(jnp.argmax(logits_of(params, variables, x), -1) != y)
 
-    return np.asarray(jax.jit(jax.vmap(jax.vmap(adapt, (None, 0, 0))))(variables, x, y))
+    def of_seed(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return map_runs(partial(adapt, variables), x, y)
+
+    return np.asarray(map_runs(of_seed, variables, x, y))
 
 
 def in_sets(corrupted: Corrupted, size: int, ordered: bool = False) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import NO_EPSILON
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.verdicts import (
     Criterion,
     Experiment,
@@ -176,6 +177,7 @@ def descend_all(setting: Setting, steps: int) -> tuple[dict[str, Any], Errors]:
     problems = [
         [make_problem(seed, condition) for seed in setting.chosen] for condition in CONDITIONS
     ]
+    shape = len(CONDITIONS), setting.seeds
     weights = np.stack(
         [np.random.default_rng([18, seed]).standard_normal(FEATURES) for seed in setting.chosen]
     )
@@ -185,11 +187,13 @@ def descend_all(setting: Setting, steps: int) -> tuple[dict[str, Any], Errors]:
 
     with jax.enable_x64(True):
         stacked = jax.tree.map(
-            lambda *leaves: np.stack(leaves).reshape(len(CONDITIONS), -1, *leaves[0].shape),
+            lambda *leaves: np.stack(leaves),
             *(problem for of_condition in problems for problem in of_condition),
         )
-        program = jax.jit(jax.vmap(jax.vmap(both), (None, 0)))
-        return jax.tree.map(np.asarray, program(weights, stacked))
+        outcomes = map_runs(both, np.tile(weights, (len(CONDITIONS), 1)), stacked)
+        return jax.tree.map(
+            lambda leaf: np.asarray(leaf).reshape(*shape, *leaf.shape[1:]), outcomes
+        )
 
 
 def run(setting: Setting) -> Result:

@@ -13,6 +13,7 @@ from bn_jax._core.running import start_measuring
 from bn_jax._recalibrate import recalibrate
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import sweep_accuracies
 from bn_jax.lab.experiments.sweeps import (
     State,
@@ -111,8 +112,7 @@ def errors(trials: Trial, rate: float) -> dict[str, Any]:
         The shares of wrong answers on the test part, [steps, seeds], with `PRECISE` statistics and
         with each of `AVERAGES`.
     """
-    follow = jax.jit(jax.vmap(partial(_follow_errors, rate)))
-    wrong = jax.block_until_ready(follow(trials))
+    wrong = map_runs(partial(_follow_errors, rate), trials)
     return {name: np.asarray(of_kind, np.float64).T for name, of_kind in wrong.items()}
 
 

@@ -13,6 +13,7 @@ import optax
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import points
 from bn_jax.lab.experiments.nets import BATCH_NORM, ScannedMLP
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, RateSweep
 from bn_jax.lab.experiments.sweeps import (
     Digits,
@@ -213,7 +214,7 @@ def train_all(setting: Setting, net: Net) -> Chosen[Measured]:
 
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
     if net.side_by_side:
-        outcomes = jax.jit(jax.vmap(lambda place: train_once(net.model, run_at(place))))(grid)
+        outcomes = map_runs(lambda place: train_once(net.model, run_at(place)), grid)
     else:
         one_by_one = train_stepwise(net.model, [run_at(place) for place in grid])
         outcomes = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)

@@ -17,6 +17,7 @@ from bn_jax.lab.experiments.nets import (
     NO_EPSILON_FLOAT32,
     WITH_AND_WITHOUT,
 )
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import (
     MakeOptimizer,
@@ -141,7 +142,7 @@ def equilibrium(setting: Setting) -> Any:
 
         return jax.lax.scan(follow, start(optimizer, init_model(model, trial)), trial.batches)[1]
 
-    return np.asarray(jax.jit(jax.vmap(run))(trials))
+    return np.asarray(map_runs(run, trials))
 
 
 def _squared_norms(params: Any) -> jax.Array:

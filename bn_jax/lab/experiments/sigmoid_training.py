@@ -12,6 +12,7 @@ import optax
 
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP, WITH_AND_WITHOUT
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, choose
 from bn_jax.lab.experiments.sweeps import (
     Part,
@@ -92,7 +93,7 @@ def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict
                 every=EVERY,
             ).observed
 
-        return jax.vmap(train_from)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
+        return map_runs(train_from, jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
 
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     observed = jax.tree.map(np.asarray, sweep(run, RATES, trials))

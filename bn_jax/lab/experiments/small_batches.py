@@ -13,6 +13,7 @@ import optax
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import points
 from bn_jax.lab.experiments.nets import MLP, NO_EPSILON
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import Trial, init_model, load_digits, train
 from bn_jax.lab.experiments.verdicts import (
@@ -118,7 +119,7 @@ def train_arm(trials: Trial, norm: Norm | None) -> Chosen[Any]:
             trained = train(model, optimizer, variables, part, batches, padded=True)
             return accuracies(model, trained.variables, trial.digits)
 
-        return jax.vmap(train_on)(trial.batches)
+        return map_runs(train_on, trial.batches)
 
     return sweep_rates(run, RATES, trials).best_for_each_seed()
 

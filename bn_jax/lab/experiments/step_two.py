@@ -16,6 +16,7 @@ from bn_jax._core.types import Params
 from bn_jax._fold import absorb_scale, fold
 from bn_jax.lab.experiments.figures import points
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON, Position
+from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import Trial, draw_trials, take, train_trial
 from bn_jax.lab.experiments.verdicts import (
@@ -214,10 +215,12 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
     """
     norm, position = NETS[net]
     arms = [net] if norm is None else [net, f"{net}, scale and bias trained"]
+    shape = len(ACTIVATIONS), len(arms)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[dict[str, jax.Array]]:
-        def of_arm(activation: jax.Array, step_two: jax.Array) -> Outcome[dict[str, jax.Array]]:
+        def of_arm(place: jax.Array) -> Outcome[dict[str, jax.Array]]:
             # The activation is chosen by data, so that both are one program.
+            activation, step_two = place
             model = MLP(
                 WIDTHS, norm=norm, activation=partial(_activate, activation), position=position
             )
@@ -231,8 +234,8 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
             measured = {"accuracy": outcome.measured, "share": shares[activation]}
             return Outcome(outcome.validation, measured)
 
-        of_arms = jax.vmap(of_arm, (None, 0))
-        return jax.vmap(of_arms, (0, None))(jnp.arange(len(ACTIVATIONS)), jnp.arange(len(arms)))
+        outcomes = map_runs(of_arm, np.indices(shape, np.int32).reshape(2, -1).T)
+        return jax.tree.map(lambda leaf: leaf.reshape(shape), outcomes)
 
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     chosen = sweep_rates(run, RATES, trials).best_for_each_seed()

@@ -1,5 +1,6 @@
-"""Training one network at many learning rates and seeds, as one compiled program."""
+"""Training one network at many learning rates and seeds."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import optax
 
 from bn_jax.lab import data
+from bn_jax.lab.experiments.parallel import run_each
 
 Observe = Callable[[Any], Any]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -289,7 +291,7 @@ def train_trial(model: nn.Module, optimizer: optax.GradientTransformation, trial
 
 
 def sweep(run: Callable[..., Any], rates: Any, *of_seeds: Any) -> Any:
-    """Calls `run` for every learning rate and seed, in one compiled program.
+    """Calls `run` for every learning rate and seed, on all devices.
 
     Args:
         run: called with a rate, and with each of `of_seeds` at one seed.
@@ -299,6 +301,18 @@ def sweep(run: Callable[..., Any], rates: Any, *of_seeds: Any) -> Any:
     Returns:
         What `run` returns, with leading axes [rates, seeds].
     """
-    over_seeds = jax.vmap(run, (None, *(0 for _ in of_seeds)))
-    over_rates = jax.vmap(over_seeds, (0, *(None for _ in of_seeds)))
-    return jax.block_until_ready(jax.jit(over_rates)(jnp.asarray(rates), *of_seeds))
+    rates = jnp.asarray(rates)
+    shape = len(rates), jax.tree.leaves(of_seeds)[0].shape[0]
+    runs = run_each(at_place(run, shape[1]), math.prod(shape), rates, *of_seeds)
+    return jax.block_until_ready(
+        jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), runs)
+    )
+
+
+def at_place(run: Callable[..., Any], seeds: int) -> Callable[..., Any]:
+    """Returns the run of `sweep` for `run_each`: rate after rate, each with all seeds."""
+
+    def run_at(place: jax.Array, rates: jax.Array, *of_seeds: Any) -> Any:
+        return run(rates[place // seeds], *take(of_seeds, place % seeds))
+
+    return run_at
