@@ -59,6 +59,7 @@ from bn_jax._core.axes import (
     as_numbers,
     make_common,
     make_reduction,
+    place_like,
     sharding_of_groups,
     split_axis,
     static_count,
@@ -289,7 +290,7 @@ def centred_moments(
     # and norms of one shape are traced, differentiated and lowered once.
     if reduction.is_mapped:
         return measure(reduction, x, mask, shift)
-    return _centred_moments(reduction, x, mask, shift)
+    return moments_rule(reduction, x, mask, shift)
 
 
 def measure(
@@ -320,16 +321,17 @@ def measure(
         again = _measure_twice(reduction, x, mask, shift)
         return again.shift, cast(jax.Array, again.delta), again.var
 
-    # Both branches must vary over the same mesh axes.
-    shift = vary_over(varying_axes(var), shift)
+    # What the branches return must have one shape, and lie on the devices in one way.
+    shift = place_like(delta, vary_over(varying_axes(delta), shift))
     # x goes in as it came: a float32 copy of a float16 x would be materialised as an operand.
     return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _centred_moments(
+def moments_rule(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
+    """Computes `centred_moments` with the rule for their derivative."""
     return measure(reduction, x, mask, shift)
 
 
@@ -384,18 +386,20 @@ def _where_counted(
 
 
 def name_moments(measured: CentredMoments) -> CentredMoments:
-    """Names moments for policies of `jax.checkpoint`; a count is as cheap to compute again."""
+    """Names moments for policies of `jax.checkpoint`, but for a count that is known."""
+    if not isinstance(measured.count, np.ndarray):
+        return named(MOMENTS_NAME, measured)
     centre = named(MOMENTS_NAME, (measured.shift, measured.delta, measured.var))
     return CentredMoments(measured.count, *centre)
 
 
-@partial(_centred_moments.defjvp, symbolic_zeros=True)
-def _centred_moments_jvp(
+@partial(moments_rule.defjvp, symbolic_zeros=True)
+def _moments_rule_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
     x, mask, shift = primals
     dx, d_mask = map(unless_zero, tangents[:2])
-    measured = name_moments(centred_moments(reduction, x, mask, shift))
+    measured = name_moments(moments_rule(reduction, x, mask, shift))
 
     def differentiate(
         x: jax.Array,

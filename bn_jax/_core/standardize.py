@@ -30,6 +30,7 @@ from bn_jax._core.moments import (
     centre_apart,
     measure,
     moment_changes,
+    moments_rule,
     name_moments,
     unless_zero,
     unshared,
@@ -151,8 +152,9 @@ def _standardize_by_moments_jvp(
 ) -> tuple[tuple[jax.Array, CentredMoments], tuple[jax.Array, CentredMoments]]:
     x, shift, learned, epsilon = primals
     dx, _, d_learned, d_epsilon = tangents
-    y, measured = standardize_by_moments(reduction, dtype, x, shift, learned, epsilon)
-    measured = name_moments(measured)
+    # One after the other, so that a policy that keeps the moments computes y alone again.
+    measured = name_moments(moments_rule(reduction, x, None, shift))
+    y = _standardize(dtype, x, None, _transform_by(measured, learned, epsilon))
 
     def differentiate(
         x: jax.Array,
