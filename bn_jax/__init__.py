@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from bn_jax._core.batch_renorm import batch_renorm
     from bn_jax._core.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
-    from bn_jax._core.moments import merge_moments, moments
+    from bn_jax._core.merging import merge_moments
+    from bn_jax._core.moments import moments
     from bn_jax._core.running import (
         init_batch_stats,
         promote_batch_stats,
@@ -86,7 +87,8 @@ _HOMES = {
     "_core.batch_norm": ("batch_norm", "identity_params", "init_params", "normalize_by_batch"),
     "_core.batch_renorm": ("batch_renorm",),
     "_core.feature_norms": ("group_norm", "instance_norm", "layer_norm", "rms_norm"),
-    "_core.moments": ("merge_moments", "moments"),
+    "_core.merging": ("merge_moments",),
+    "_core.moments": ("moments",),
     "_core.running": (
         "init_batch_stats",
         "promote_batch_stats",

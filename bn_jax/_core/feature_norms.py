@@ -303,7 +303,7 @@ def _normalize(reduction: Reduction, rows: RowInputs) -> jax.Array:
         epsilon = jnp.asarray(rows.epsilon, statistics_dtype(rows.mean_dtype))
         learned = learned_by(rows, shape)
         return standardize_by_moments(reduction, rows.y_dtype, x, start, learned, epsilon)[0]
-    measured = name_moments(centred_moments(reduction, x, mask, start))
+    measured = name_moments(centred_moments(reduction, x, mask, start), mask)
     var = jnp.where(measured.count > 0, measured.var, 1)
     transform = make_transform(rows, shape, measured.shift, measured.delta, var)
     return finish(standardize(rows.y_dtype, x, mask, transform), mask)

@@ -23,7 +23,8 @@ from bn_jax._core.checks import (
     statistics_dtype,
     statistics_of,
 )
-from bn_jax._core.moments import CentredMoments, merge_centred
+from bn_jax._core.merging import merge_centred
+from bn_jax._core.moments import CentredMoments
 from bn_jax._core.types import (
     Axes,
     BatchStats,

@@ -153,7 +153,7 @@ def _standardize_by_moments_jvp(
     x, shift, learned, epsilon = primals
     dx, _, d_learned, d_epsilon = tangents
     # One after the other, so that a policy that keeps the moments computes y alone again.
-    measured = name_moments(moments_rule(reduction, x, None, shift))
+    measured = name_moments(moments_rule(reduction, x, None, shift), None)
     y = _standardize(dtype, x, None, _transform_by(measured, learned, epsilon))
 
     def differentiate(

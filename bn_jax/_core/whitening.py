@@ -379,7 +379,7 @@ def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
     reduction = reduction._replace(method=choose_method(x.dtype, options.use_fast_variance))
     running_mean = inputs.expand(inputs.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
-    measured = name_moments(centred_moments(reduction, x, mask, shift))
+    measured = name_moments(centred_moments(reduction, x, mask, shift), mask)
     cov = covariance(reduction, x, mask, measured, inputs.axis, inputs.size)
     cov = named(MOMENTS_NAME, cov)
     count = measured.count.reshape(())

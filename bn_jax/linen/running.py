@@ -24,7 +24,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.moments import merge_moments
+from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
     Activation,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax._audit import is_initial
-from bn_jax._core.moments import merge_moments
+from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import Moments
 from bn_jax._paths import batch_stats_by_path, is_batch_stats
