@@ -51,7 +51,8 @@ start = time.perf_counter(), time.process_time()
 import {modules}
 print(time.perf_counter() - start[0], time.process_time() - start[1])
 """
-NETWORK = Network(partial(ResNet50, 1000), (8, 64, 64, 3))
+DTYPES = ("float32", "bfloat16")
+SHAPE = (8, 64, 64, 3)
 LAYER_SHAPE = (8, 16, 16, 64)
 CALL_SHAPE = (2, 3)
 
@@ -186,6 +187,11 @@ def measure_size(program: Program) -> Size:
     return build.size()
 
 
+def measure_layers(dtype: str) -> dict[str, Size]:
+    """Returns the size of a layer of every arm."""
+    return {arm: measure_size(layer(norm, LAYER_SHAPE, dtype)) for arm, norm in NORMS.items()}
+
+
 def measure_steps(network: Network, rounds: int, advance: Callable[[], object]) -> dict[str, Built]:
     """Builds the training step of a network with all arms interleaved."""
     builds = {arm: _Build(training_step(network, norm)) for arm, norm in NORMS.items()}
@@ -268,12 +274,13 @@ def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Returns the figures of the JSON as tables: imports, sizes, build phases, calls."""
-    steps = figures["steps"]
-    phases = {phase: {arm: one["phases"][phase] for arm, one in steps.items()} for phase in PHASES}
-    sizes = {
-        "layer, forward and backward": figures["layers"],
-        "training step": {arm: one["size"] for arm, one in steps.items()},
-    }
+    phases, sizes = {}, {}
+    for dtype, steps in figures["steps"].items():
+        for phase in PHASES:
+            of_phase = {arm: step["phases"][phase] for arm, step in steps.items()}
+            phases[f"{phase}, {dtype}"] = of_phase
+        sizes[f"layer, forward and backward, {dtype}"] = figures["layers"][dtype]
+        sizes[f"training step, {dtype}"] = {arm: step["size"] for arm, step in steps.items()}
     return [
         import_table(figures["imports"]),
         size_table(sizes),
@@ -287,17 +294,23 @@ def main() -> None:
     folder = report.parser("startup", __doc__).parse_args().folder
     jax.config.update("jax_platforms", "cpu")
     with Progress(transient=True) as progress:
-        task = progress.add_task("calls", total=IMPORT_ROUNDS + STEP_ROUNDS)
+        rounds = IMPORT_ROUNDS + STEP_ROUNDS * len(DTYPES)
+        task = progress.add_task("calls", total=rounds)
         advance = partial(progress.advance, task)
         found_calls = measure_calls(CALL_SHAPE, CALL_ROUNDS)
         progress.update(task, description="imports")
         imports = measure_imports(IMPORT_ROUNDS, advance)
         progress.update(task, description="training step")
-        steps = measure_steps(NETWORK, STEP_ROUNDS, advance)
+        steps = {
+            dtype: measure_steps(
+                Network(partial(ResNet50, 1000, dtype=dtype), SHAPE), STEP_ROUNDS, advance
+            )
+            for dtype in DTYPES
+        }
     figures = {
         "rounds": {"imports": IMPORT_ROUNDS, "steps": STEP_ROUNDS, "calls": CALL_ROUNDS},
         "imports": imports,
-        "layers": {arm: measure_size(layer(norm, LAYER_SHAPE)) for arm, norm in NORMS.items()},
+        "layers": {dtype: measure_layers(dtype) for dtype in DTYPES},
         "steps": steps,
         "calls": found_calls,
     }

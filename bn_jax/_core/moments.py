@@ -238,12 +238,12 @@ def measure(
     count, total, square = _counted(reduction, x, mask, sums)
     divisor = _divisor(reduction, x, mask, count)
     delta, mean_square = _divide(total, divisor), _divide(square, divisor)
-    var = jnp.maximum(mean_square - absolute_square(delta), 0)
+    var = lax.max(mean_square - absolute_square(delta), 0.0)
     if reduction.method == "once":
         return CentredMoments(count, _where_counted(mask, x, count, delta, shift), None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device
     # takes the same branch.
-    refine = any_group(reduction, jnp.any(cancels(delta, var)))
+    refine = any_group(reduction, lax.reduce_or(cancels(delta, var), tuple(range(x.ndim))))
 
     def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
         return shift, delta, var
@@ -400,8 +400,9 @@ def moment_changes(
     deviation = _keep(deviation, mask)
     # 1. This device's sums of count * d(mean) and, since a square has two equal factors, of half of
     # count * d(var).
-    of_mean, of_var = jnp.zeros_like(deviation), jnp.zeros_like(deviation.real)
-    if dx is not None:
+    if dx is None:
+        of_mean, of_var = jnp.zeros_like(deviation), jnp.zeros_like(deviation.real)
+    else:
         of_mean = _weigh(_keep(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
     sums = [_sum(reduction, of_mean), _sum(reduction, of_var)]
@@ -577,7 +578,7 @@ def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) 
 
 
 def _sum(reduction: Reduction, values: jax.Array) -> jax.Array:
-    return jnp.sum(values, reduction.axes, keepdims=True)
+    return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
 
 
 def _keep(values: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import report, startup
 from benchmarks.inference import Network
-from benchmarks.startup import FLAX, IMPORTS, NORMS, OURS, PHASES
+from benchmarks.startup import DTYPES, FLAX, IMPORTS, NORMS, OURS, PHASES
 from benchmarks.sweep import Net
 
 IMAGE: Any = (4, 5)
@@ -114,25 +114,30 @@ def test_imports_are_timed_in_processes_of_their_own(monkeypatch):
 
 def test_the_committed_figures_are_complete():
     assert list(COMMITTED["imports"]) == list(IMPORTS)
-    assert list(COMMITTED["layers"]) == list(COMMITTED["steps"]) == list(NORMS)
+    assert list(COMMITTED["layers"]) == list(COMMITTED["steps"]) == list(DTYPES)
     assert list(COMMITTED["calls"]) == list(startup.calls((2, 3)))
-    for one in COMMITTED["steps"].values():
-        assert list(one["phases"]) == list(PHASES)
+    steps = []
+    for dtype in DTYPES:
+        assert list(COMMITTED["layers"][dtype]) == list(COMMITTED["steps"][dtype]) == list(NORMS)
+        steps += COMMITTED["steps"][dtype].values()
+    for step in steps:
+        assert list(step["phases"]) == list(PHASES)
     timings = [
         *COMMITTED["imports"].values(),
-        *(timing for one in COMMITTED["steps"].values() for timing in one["phases"].values()),
+        *(timing for step in steps for timing in step["phases"].values()),
         *(timing for by_arm in COMMITTED["calls"].values() for timing in by_arm.values()),
     ]
-    assert len(timings) == 3 + 2 * 3 + 3 * 2
+    assert len(timings) == 3 + 2 * 2 * 3 + 3 * 2
     for timing in timings:
         assert 0 < timing["quartiles"][0] <= timing["quartiles"][1] <= timing["quartiles"][2]
 
 
-def test_our_layer_is_no_larger_than_the_committed_one():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_our_layer_is_no_larger_than_the_committed_one(dtype):
     versions = {name: version(name) for name in ("jax", "flax")}
     if versions.items() <= COMMITTED["versions"].items():
-        found = startup.measure_size(startup.layer(NORMS[OURS], startup.LAYER_SHAPE))
-        committed = startup.Size(**COMMITTED["layers"][OURS])
+        found = startup.measure_layers(dtype)[OURS]
+        committed = startup.Size(**COMMITTED["layers"][dtype][OURS])
         assert found.equations <= committed.equations
         assert found.operations <= committed.operations
 
@@ -140,8 +145,8 @@ def test_our_layer_is_no_larger_than_the_committed_one():
 def test_the_tables_have_every_figure():
     imports, sizes, phases, calls = startup.tables(COMMITTED)
     assert imports.row_count == len(IMPORTS)
-    assert sizes.row_count == 2
-    assert phases.row_count == len(PHASES)
+    assert sizes.row_count == 2 * len(DTYPES)
+    assert phases.row_count == len(PHASES) * len(DTYPES)
     assert calls.row_count == len(COMMITTED["calls"])
-    assert f"{COMMITTED['layers'][OURS]['equations']} / " in report.markdown(sizes)
+    assert f"{COMMITTED['layers']['float32'][OURS]['equations']} / " in report.markdown(sizes)
     assert "| import bn_jax, after flax.linen, flax.nnx |" in report.markdown(imports)
