@@ -40,23 +40,18 @@ def test_every_policy_takes_less_memory_than_flax():
 
 
 @pytest.mark.parametrize("chip", memory.CHIPS)
-def test_without_a_policy_a_step_is_within_three_percent_of_flax(chip):
+def test_without_a_policy_a_step_takes_no_more_than_flax(chip):
     ours, flax = (COMMITTED[chip][arm] for arm in (OURS, FLAX))
-    assert ours.temporary <= 1.03 * flax.temporary
-    assert ours.moved <= 1.03 * flax.moved
+    assert ours.temporary <= 1.001 * flax.temporary
+    assert ours.moved <= 0.99 * flax.moved
 
 
-def test_what_a_step_takes_beyond_flax_is_the_guards():
-    unguarded, flax = ON_V5E[f"{OURS}, no guards"], ON_V5E[FLAX]
-    assert unguarded.guards == 0
-    assert unguarded.temporary <= 1.001 * flax.temporary
-    assert unguarded.moved <= flax.moved
-
-
-def test_no_policy_measures_a_batch_twice():
-    guards = ON_V5E[OURS].guards
-    assert guards == 53
-    assert [ON_V5E[arm].guards for arm in KEPT.values()] == [guards] * len(KEPT)
+def test_the_guards_cost_three_percent():
+    guarded, flax = ON_V5E[f"{OURS}, guards"], ON_V5E[FLAX]
+    assert guarded.guards == 53
+    assert guarded.temporary <= 1.03 * flax.temporary
+    assert guarded.moved <= 1.03 * flax.moved
+    assert {one.guards for arm, one in ON_V5E.items() if one is not guarded} == {0}
 
 
 def test_the_docstring_quotes_the_committed_figures():
@@ -75,13 +70,15 @@ def test_the_docstring_quotes_the_committed_figures():
 @pytest.fixture(scope="module")
 def live():
     mesh = make_mesh(jax.devices()[:1])
-    plain, kept = arms()[OURS], arms()[KEPT["moments"]]
-    bare = kept._replace(blocks=jax.checkpoint_policies.nothing_saveable)
-    unguarded = plain._replace(guarded=False)
+    # With guards, because these count how often a batch is measured.
+    plain = arms()[f"{OURS}, guards"]
+    kept = plain._replace(blocks=bn.remat_policy("moments"))
+    bare = plain._replace(blocks=jax.checkpoint_policies.nothing_saveable)
+    unguarded = arms()[OURS]
     return [measure(arm, mesh, SMALL, {}) for arm in (plain, kept, bare, unguarded)]
 
 
-def test_a_small_network_measures_every_batch_once_too(live):
+def test_a_small_network_measures_every_batch_once(live):
     plain, kept, bare, unguarded = (Measured(*map(one.get, Measured._fields)) for one in live)
     assert plain.guards == kept.guards == 5
     assert bare.guards == 5 + 4
@@ -95,7 +92,7 @@ def test_what_has_been_compiled_is_not_compiled_again(live):
     mesh = make_mesh(jax.devices()[:1])
     known = {program: {"known": number} for number, program in enumerate(remembered(live))}
     assert len(known) == 4
-    plain = arms()[OURS]
+    plain = arms()[f"{OURS}, guards"]
     assert measure(plain, mesh, SMALL, known) == {"known": 0, "program": live[0]["program"]}
     other = measure(plain, make_mesh(jax.devices()[:2]), SMALL, known)
     assert "known" not in other
