@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 from support import assert_close
 
 import bn_jax as bn
@@ -91,6 +92,15 @@ def test_sizes_are_integers(init):
             2,
             3,
         )
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_sizes_may_be_symbolic(init):
+    batch, size = export.symbolic_shape("b, c")
+    for features in (size, 2 * size, size - 1):
+        x = jax.ShapeDtypeStruct((batch, features), jnp.float32)
+        exported = export.export(jax.jit(lambda x: init(x.shape[-1])))(x)
+        assert_close(exported.call(jnp.ones((2, 6))), init(6))
 
 
 def test_no_features_give_an_empty_result():
