@@ -81,7 +81,7 @@ INITS = [bn.init_params, bn.init_batch_stats, bn.init_whitening_stats]
 def test_sizes_are_integers(init):
     for size in (np.int64(4), np.uint8(4), np.array(4)):
         assert jax.tree.map(jnp.shape, init(size)) == jax.tree.map(jnp.shape, init(4))
-    wrong: list[Any] = [2.5, "4", True, None]
+    wrong: list[Any] = [2.5, "4", True, None, np.array([4, 5])]
     for size in wrong:
         with pytest.raises(TypeError, match=rf"features=.*{size}.* must be an integer"):
             init(size)
