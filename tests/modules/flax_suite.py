@@ -94,7 +94,7 @@ def run_pytest(folder: Path, norms: str, arguments: list[str]) -> dict[str, str]
         code = subprocess.run(
             command, cwd=folder, env={**os.environ, "PYTHONPATH": path}
         ).returncode
-        # All tests ran, and passed or failed.
+        # Otherwise some tests did not run.
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             sys.exit(code)
         return json.loads(outcomes.read_text())
