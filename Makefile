@@ -18,7 +18,7 @@ COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 TIMED := numerics layer step startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest environments clean
+.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -32,6 +32,10 @@ test: $(READY)
 exhaustive: $(READY)
 	$(PYTEST) -m exhaustive
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(COMPUTING)
+
+# Flax's own tests of models with a norm, from its source distribution, with our norms.
+flax-tests: $(READY)
+	XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python tests/modules/flax_suite.py -n auto --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

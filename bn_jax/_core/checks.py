@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import canonical_groups
@@ -183,6 +184,9 @@ def as_shape(features: Axes) -> tuple[int, ...]:
     several = isinstance(features, Sequence) and not isinstance(features, str)
     shape: tuple[int, ...] = tuple(cast(Any, features)) if several else (cast(int, features),)
     for size in shape:
+        # JAX itself knows the bounds of these.
+        if export.is_symbolic_dim(size):
+            continue
         if (
             isinstance(size, bool)
             or not hasattr(size, "__index__")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 from support import assert_close
 
 import bn_jax as bn
@@ -80,7 +81,7 @@ INITS = [bn.init_params, bn.init_batch_stats, bn.init_whitening_stats]
 def test_sizes_are_integers(init):
     for size in (np.int64(4), np.uint8(4), np.array(4)):
         assert jax.tree.map(jnp.shape, init(size)) == jax.tree.map(jnp.shape, init(4))
-    wrong: list[Any] = [2.5, "4", True, None]
+    wrong: list[Any] = [2.5, "4", True, None, np.array([4, 5])]
     for size in wrong:
         with pytest.raises(TypeError, match=rf"features=.*{size}.* must be an integer"):
             init(size)
@@ -91,6 +92,15 @@ def test_sizes_are_integers(init):
             2,
             3,
         )
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_sizes_may_be_symbolic(init):
+    batch, size = export.symbolic_shape("b, c")
+    for features in (size, 2 * size, size - 1):
+        x = jax.ShapeDtypeStruct((batch, features), jnp.float32)
+        exported = export.export(jax.jit(lambda x: init(x.shape[-1])))(x)
+        assert_close(exported.call(jnp.ones((2, 6))), init(6))
 
 
 def test_no_features_give_an_empty_result():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from contract import MASK, NORMS, SHAPE, Norm, X
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
+from flax_suite import DELIBERATE
 from support import assert_close, exact, standard_normal
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -95,6 +96,21 @@ def attributes_that_mean_less(norm):
         trained(norm, norm.ours, use_fast_variance=fast) for fast in (True, False)
     )
     chex.assert_trees_all_equal(ours, safe)
+
+
+@changed(
+    "The mean is not rounded",
+    "Flax's mean is a single float32, even with `use_fast_variance=False`. A million standard "
+    "deviations from zero, float32 has steps of 0.06 of them.",
+    CANCELLING,
+)
+def mean_far_from_zero(norm):
+    x = X + 1_000_000
+    expected = norm.define(x)
+    options = dict(use_fast_variance=False)
+    (ours, _), (flax, _) = (trained(norm, kind, x, **options) for kind in norm.kinds)
+    assert_close(ours, expected)
+    assert error_of(flax, expected) > 1e-3
 
 
 @changed(
@@ -308,6 +324,23 @@ def missing_or_immutable(norm):
 
 
 @changed(
+    "Errors have other texts",
+    "They name the argument, what was received, what was expected, and the fix.",
+    ["linen.InstanceNorm", "nnx.InstanceNorm"],
+)
+def texts_of_errors(norm):
+    for kind, text in (
+        (norm.flax, "cannot include the leading dimension"),
+        (
+            norm.ours,
+            r"feature_axes=0 has the first axis of x of shape \(4, 3, 5, 6\).*leave it out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            norm.call(kind, norm.init(kind, feature_axes=0), X, feature_axes=0)
+
+
+@changed(
     "Running statistics keep their dtype",
     "Linen's take the dtype of the batch at the first update, and the next step compiles again.",
     ["linen.BatchNorm"],
@@ -336,6 +369,11 @@ def dtype_of_statistics(norm):
 )
 def test_a_deliberate_change(title, name):
     CHANGES[title].show(NORMS[name])
+
+
+def test_tests_of_flax_fail_for_these_changes_alone():
+    """`make flax-tests` runs them."""
+    assert set(DELIBERATE) <= set(CHANGES)
 
 
 def test_readme_lists_the_changes():

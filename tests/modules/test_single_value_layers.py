@@ -105,3 +105,16 @@ def test_a_table_of_an_nnx_model_in_training():
     assert len(warned(lambda: tables.append(nnx.tabulate(Net(), ONE)))) == 3
     assert "whitening" in tables[0]
     assert nnx.Linear(3, 2, rngs=nnx.Rngs(0))(ONE).shape == (1, 2)
+
+
+def test_a_table_of_one_example_is_that_of_flax():
+    """Of a model in training, as in the docstring of `nnx.tabulate`."""
+
+    def table(norm):
+        rngs = nnx.Rngs(0)
+        parts = nnx.Linear(3, 4, rngs=rngs), norm(4, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+        return nnx.tabulate(nnx.Sequential(*parts), ONE)
+
+    tables = []
+    assert len(warned(lambda: tables.append(table(bn.nnx.BatchNorm)))) == 1
+    assert tables == [table(nnx.BatchNorm)]
