@@ -29,6 +29,7 @@ class Layer(NamedTuple):
         axis_name: the name of the first axis of x and of the mask, if this is an axis of shards.
             Then `axis` must count from the end.
         virtual_batch_size: the number of rows in a group with separate statistics.
+        use_fast_variance: False for a variance that is guarded in bfloat16 too.
     """
 
     axis: int | tuple[int, ...] = -1
@@ -36,6 +37,7 @@ class Layer(NamedTuple):
     dtype: str | None = None
     axis_name: str | None = None
     virtual_batch_size: int | None = None
+    use_fast_variance: bool = True
 
     def feature_axes(self, rank: int) -> tuple[int, ...]:
         """Returns the feature axes as nonnegative numbers in ascending order."""
@@ -54,6 +56,8 @@ class Layer(NamedTuple):
 
 
 FEATURES_LAST = Layer()
+# The case on which bn_jax is only as exact as its input: bfloat16 has no guard by default.
+UNGUARDED = "bfloat16, offset 300"
 
 
 class Batch(NamedTuple):
@@ -248,7 +252,9 @@ def _masks() -> Iterator[Case]:
 
 def _halves() -> Iterator[Case]:
     layer = Layer(dtype="float32")
-    yield Case("bfloat16, offset 300", partial(_half, 300.0, 1.0, jnp.bfloat16), layer)
+    guarded = layer._replace(use_fast_variance=False)
+    for name, options in ((UNGUARDED, layer), (f"{UNGUARDED}, guarded", guarded)):
+        yield Case(name, partial(_half, 300.0, 1.0, jnp.bfloat16), options)
     yield Case("float16, near 65504", partial(_half, 65000.0, 300.0, np.float16), layer)
 
 

@@ -75,7 +75,7 @@ class Contestant(NamedTuple):
 
     Attributes:
         train: maps the configuration and the arrays to the output and the batch variance.
-        lacks: the features that it has no argument for, as `needs` names them.
+        lacks: the features that it has no argument for or is without, as `needs` names them.
     """
 
     train: Callable[[Layer, Batch], tuple[jax.Array, jax.Array]]
@@ -90,6 +90,7 @@ def needs(case: Case, batch: Batch) -> frozenset[str]:
         "output dtype": case.layer.dtype is not None,
         "several feature axes": not isinstance(case.layer.axis, int),
         "groups of rows": case.layer.virtual_batch_size is not None,
+        "guard of bfloat16": not case.layer.use_fast_variance,
     }
     return frozenset(name for name, is_needed in needed.items() if is_needed)
 
@@ -114,7 +115,11 @@ def _linen(
 
 
 def _ours(layer: Layer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    kind = partial(bn.linen.BatchNorm, virtual_batch_size=layer.virtual_batch_size)
+    kind = partial(
+        bn.linen.BatchNorm,
+        virtual_batch_size=layer.virtual_batch_size,
+        use_fast_variance=layer.use_fast_variance,
+    )
     return _linen(kind, layer, batch)
 
 
@@ -160,14 +165,15 @@ def _haiku(layer: Layer, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 FLAX_LACKS = frozenset({"weights", "groups of rows"})
+FAST_LACKS = FLAX_LACKS | {"guard of bfloat16"}
 CONTESTANTS: dict[str, Contestant] = {
     OURS: Contestant(_ours),
-    "flax.linen": Contestant(partial(_linen, nn.BatchNorm), FLAX_LACKS),
+    "flax.linen": Contestant(partial(_linen, nn.BatchNorm), FAST_LACKS),
     "flax.linen two-pass": Contestant(
         partial(_linen, partial(nn.BatchNorm, use_fast_variance=False)), FLAX_LACKS
     ),
-    "flax.nnx": Contestant(_nnx, FLAX_LACKS | {"several feature axes"}),
-    "haiku": Contestant(_haiku, FLAX_LACKS | {"mask", "output dtype"}),
+    "flax.nnx": Contestant(_nnx, FAST_LACKS | {"several feature axes"}),
+    "haiku": Contestant(_haiku, FAST_LACKS | {"mask", "output dtype"}),
 }
 
 

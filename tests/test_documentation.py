@@ -24,6 +24,7 @@ from support import (
 
 import bn_jax as bn
 from benchmarks import report
+from benchmarks.adversarial import UNGUARDED
 from benchmarks.numerics import CONTESTANTS, OURS, cells, load
 from bn_jax.lab import models
 
@@ -148,5 +149,5 @@ def test_readme_quotes_the_measured_figures():
     for line in quoted:
         case, *shown = line.split(" | ")
         assert shown == [cell.replace("|", "\\|") for cell in cells(measured[case])]
-    assert all(row[OURS].within_bound() for row in measured.values())
-    assert f"in all of its {len(measured)} inputs" in section
+    assert [name for name, row in measured.items() if not row[OURS].within_bound()] == [UNGUARDED]
+    assert f"in all of its {len(measured)} inputs but one, bfloat16 without the guard" in section

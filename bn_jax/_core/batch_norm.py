@@ -98,6 +98,7 @@ def identity_params(
     epsilon: float | jax.Array = 1e-5,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
+    use_fast_variance: bool = True,
 ) -> Params:
     """Returns the parameters that make batch norm the identity on a batch.
 
@@ -110,6 +111,7 @@ def identity_params(
         epsilon: the norm's epsilon.
         mask: boolean or weights, as the norm will have it; `batch_norm` says which.
         axis_name: the named axis or axes that the norm synchronizes over.
+        use_fast_variance: as the norm will have it.
 
     Returns:
         ``{"scale": [*F], "bias": [*F]}`` in at least float32; for complex `x` the scale is real.
@@ -130,7 +132,7 @@ def identity_params(
     x = as_floating("x", x)
     feature_axes = canonical_axes("axis", options.axis, x.ndim)
     reduced = [axis for axis in range(x.ndim) if axis not in feature_axes]
-    batch = moments(x, reduced, mask=mask, axis_name=axis_name)
+    batch = moments(x, reduced, mask=mask, axis_name=axis_name, use_fast_variance=use_fast_variance)
     return {"scale": jnp.sqrt(batch.var + epsilon), "bias": batch.mean}
 
 
@@ -151,6 +153,7 @@ def batch_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
     running_var_ddof: int = 0,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
     initializing: bool = False,
 ) -> tuple[jax.Array, BatchStats]:
@@ -165,8 +168,9 @@ def batch_norm(
 
     In evaluation they are the running ones. Two switches say where the statistics come from and
     whether they update: `use_running_average` and `update_running_average`. The relative error of
-    the variance stays under 1e-5 for float32 input at any offset that the input itself resolves:
-    see `bn_jax.moments`. For complex `x`, the variance is the mean of ``|x - mean|**2``.
+    the variance stays under 1e-5 for float32 input at any offset that the input itself resolves,
+    and for bfloat16 input with ``use_fast_variance=False``: see `bn_jax.moments`. For complex `x`,
+    the variance is the mean of ``|x - mean|**2``.
 
     Where `batch_stats` holds `measured` (`start_measuring` adds it), a call that would update does
     not average. `mean`, `var` and `count` stay as they are, and the moments of the batch are merged
@@ -214,6 +218,8 @@ def batch_norm(
             symbolic batch, the batch must be a known multiple: ``"4*b"`` for groups of 4.
         running_var_ddof: 0 for the biased running variance, as in Flax; 1 for the unbiased one of
             Algorithm 2 of the paper, as in PyTorch.
+        use_fast_variance: False to guard the variance of bfloat16 input against cancellation;
+            `bn_jax.moments` says what holds without. Other input is always guarded.
         dtype: the dtype of `y`; by default the promoted dtype of `x`, `params` and `residual`.
         initializing: True while a model is initialized: no update, no synchronization, and no
             warning of one value per feature.
@@ -239,9 +245,9 @@ def batch_norm(
             ``running_var_ddof=1``, the running statistics stay as they are). A virtual batch of one
             example is such a case too; its running variance is that between the examples.
 
-    Where it differs from `flax.linen.BatchNorm`: the variance does not cancel, devices are merged
-    by their counts, an empty device or batch is no special case, and a batch that is not finite
-    leaves the running statistics alone.
+    Where it differs from `flax.linen.BatchNorm`: the variance does not cancel (of bfloat16 input,
+    with ``use_fast_variance=False``), devices are merged by their counts, an empty device or batch
+    is no special case, and a batch that is not finite leaves the running statistics alone.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -265,6 +271,7 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
         running_var_ddof=running_var_ddof,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
     )
     inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)
@@ -341,6 +348,7 @@ def normalize_by_batch(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
     initializing: bool = False,
 ) -> tuple[jax.Array, Moments]:
@@ -373,6 +381,7 @@ def normalize_by_batch(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
     )
     inputs = check_inputs(options, params, batch_stats, as_floating("x", x), mask, residual)

@@ -41,6 +41,7 @@ def batch_renorm(
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
     running_var_ddof: int = 0,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
     initializing: bool = False,
 ) -> tuple[jax.Array, BatchStats]:
@@ -85,6 +86,7 @@ def batch_renorm(
         axis_index_groups: groups of indices of `axis_name`, each with its `r` and `d`.
         virtual_batch_size: how many consecutive examples share statistics, `r` and `d`.
         running_var_ddof: 1 for the unbiased running variance.
+        use_fast_variance: False to guard the variance of bfloat16 input against cancellation.
         dtype: the dtype of `y`.
         initializing: True while a model is initialized.
 
@@ -119,6 +121,7 @@ def batch_renorm(
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
         running_var_ddof=running_var_ddof,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
         correction=make_correction(r_max, d_max),
     )

@@ -51,6 +51,7 @@ def layer_norm(
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every example over its features.
@@ -71,6 +72,8 @@ def layer_norm(
         axis_name: the named axis or axes that the features are spread over, if any;
             `bn_jax.batch_norm` says what holds where nothing binds it.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
+        use_fast_variance: False to guard the variance of bfloat16 input against cancellation;
+            `bn_jax.moments` says what holds without. Other input is always guarded.
         dtype: the dtype of `y`; by default the promoted dtype of `x` and `params`.
 
     Returns:
@@ -93,6 +96,7 @@ def layer_norm(
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
     )
     return normalize_rows(options, params, as_floating("x", x), mask, reduction_axes)
@@ -113,8 +117,8 @@ def rms_norm(
     """Divides every example by the root mean square of its features.
 
     ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale + bias``, in one pass; a bias is unusual.
-    Arguments, result and errors are as in `layer_norm`. In float32, squares of values beyond 1.8e19
-    are infinite, and `y` is then 0.
+    Arguments, result and errors are as in `layer_norm`, without `use_fast_variance`: nothing is
+    subtracted. In float32, squares of values beyond 1.8e19 are infinite, and `y` is then 0.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -147,6 +151,7 @@ def group_norm(
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every example over each group of consecutive features, and over all positions.
@@ -169,6 +174,7 @@ def group_norm(
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
     )
     x = as_floating("x", x)
@@ -184,6 +190,7 @@ def instance_norm(
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    use_fast_variance: bool = True,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes every feature of every example over its positions.
@@ -205,6 +212,7 @@ def instance_norm(
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        use_fast_variance=use_fast_variance,
         dtype=dtype,
     )
     return normalize_instances(options, params, as_floating("x", x), mask)

@@ -156,6 +156,9 @@ def whitening_norm(
     of 1e3, and to 1e-4 for one of 1e4. Groups of one feature are batch norm after any number of
     iterations. The file ``bn_jax/_core/whitening.py`` explains the choice.
 
+    The covariance is summed around the mean of the batch, in a second pass over `x`. So it does not
+    cancel in any dtype, and there is no `use_fast_variance`.
+
     Args:
         params: ``{"scale": [F], "bias": [F]}``, either may be absent.
         batch_stats: ``{"mean": [F], "cov": [groups, size, size]}`` and optionally

@@ -84,9 +84,10 @@ class BatchNorm(nn.BatchNorm):
         frozen: True for running statistics that normalize and do not update, whatever the call or
             the other attributes say. `freeze` sets it from outside, by path.
 
-    Attributes that mean less than in Flax: `use_fast_variance`, because the variance here is both
-    fast and safe, and `force_float32_reductions`, because statistics are always computed and stored
-    in at least float32: where it is False, `param_dtype` is their dtype if that is wider.
+    Attributes that mean less than in Flax: `use_fast_variance`, where False guards the variance of
+    bfloat16 input against cancellation (other input is always guarded; see `bn_jax.moments`), and
+    `force_float32_reductions`, because statistics are always computed and stored in at least
+    float32: where it is False, `param_dtype` is their dtype if that is wider.
 
     Raises:
         ValueError: ``batch_stats`` is missing or immutable, `use_running_average` is given nowhere

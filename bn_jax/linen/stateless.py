@@ -51,8 +51,9 @@ class LayerNorm(_FeatureNorm, nn.LayerNorm):
     `feature_axes`, in `param_dtype`. A checkpoint of Flax's layer loads into this one and the other
     way round.
 
-    Attributes that mean less than in Flax: `use_fast_variance`, because the variance here is safe,
-    and `force_float32_reductions`, because statistics are always computed in at least float32.
+    Attributes that mean less than in Flax: `use_fast_variance`, where False guards the variance of
+    bfloat16 input against cancellation (other input is always guarded; see `bn_jax.moments`), and
+    `force_float32_reductions`, because statistics are always computed in at least float32.
     `axis_name`, which the features may be spread over, changes nothing where nothing binds it.
 
     Raises:
@@ -74,7 +75,8 @@ class RMSNorm(_FeatureNorm, nn.RMSNorm):
     """Root mean square normalization as `flax.linen.RMSNorm` has it.
 
     ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale``, as `bn_jax.rms_norm` computes it. Attributes
-    and errors are as in `LayerNorm`, but there is no bias.
+    and errors are as in `LayerNorm`, but there is no bias, and `use_fast_variance` changes nothing:
+    no mean is subtracted.
 
     Example:
         >>> import jax, jax.numpy as jnp, bn_jax as bn

@@ -76,7 +76,8 @@ class BatchNorm(RunningNorm, nnx.BatchNorm):
         axis_name: the named axis to synchronize over; under `jit`, plain or sharded, where
             statistics are global, it changes nothing.
         axis_index_groups: groups of indices of `axis_name`, each with its own statistics.
-        use_fast_variance: accepted for compatibility; the variance here is both fast and safe.
+        use_fast_variance: False to guard the variance of bfloat16 input against cancellation;
+            `bn_jax.moments` says what holds without. Other input is always guarded.
         promote_dtype: as in Flax, called on ``(x, mean, var, scale, bias)``. The statistics that a
             function other than the default returns are not used.
         rngs: the random streams for the initializers.

@@ -119,10 +119,11 @@ class LayerNorm(_FeatureNorm, nnx.LayerNorm):
     with `mean` and `var` over `reduction_axes`. ``scale`` and ``bias`` are `nnx.Param` of shape
     ``[num_features]`` in `param_dtype`, the product of the sizes of `feature_axes`.
 
-    Two arguments mean less than in Flax: `use_fast_variance`, because the variance here is safe,
-    and `dtype`, which applies to the result alone: statistics are taken of `x` as it came, in at
-    least float32, unless a `promote_dtype` other than the default has changed it. `axis_name`,
-    which the features may be spread over, changes nothing where nothing binds it.
+    Two arguments mean less than in Flax: `use_fast_variance`, where False guards the variance of
+    bfloat16 input against cancellation (other input is always guarded; see `bn_jax.moments`), and
+    `dtype`, which applies to the result alone: statistics are taken of `x` as it came, in at least
+    float32, unless a `promote_dtype` other than the default has changed it. `axis_name`, which the
+    features may be spread over, changes nothing where nothing binds it.
 
     Raises:
         ValueError: as in `bn_jax.layer_norm`.
@@ -143,7 +144,8 @@ class RMSNorm(_FeatureNorm, nnx.RMSNorm):
     """Root mean square normalization as `flax.nnx.RMSNorm` has it.
 
     ``y = x * rsqrt(mean(|x|**2) + epsilon) * scale``, as `bn_jax.rms_norm` computes it. Arguments
-    and errors are as in `LayerNorm`, but there is no bias.
+    and errors are as in `LayerNorm`, but there is no bias, and `use_fast_variance` changes nothing:
+    no mean is subtracted.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
