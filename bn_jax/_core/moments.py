@@ -298,7 +298,7 @@ def _measure_twice(
     # A sum of squares overflows before their mean does; in this unit it does not.
     unit = _unit_of_squares(static_count(reduction, x.shape))
     deviation = _keep(centre(x, mean, None), mask)
-    squares = absolute_square(_keep(centre_apart(x, mean, None), mask) * unit)
+    squares = absolute_square(deviation * unit)
     sums = _sum(reduction, _weigh(deviation, mask)), _sum(reduction, _weigh(squares, mask))
     total, square = all_reduce(reduction, *sums)
     delta = _divide(total, divisor)
