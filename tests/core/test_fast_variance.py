@@ -92,7 +92,8 @@ def test_the_error_is_within_the_rounding_of_the_input(rows, masking):
     # Around the values that are stored, the guard leaves what float32 leaves.
     guarded = jax.jit(partial(bn.moments, axes=0, use_fast_variance=False))(x, mask=mask)
     _, mean, var = define_moments(x, mask=mask)
-    assert (np.abs(exact(guarded.var) - var) <= 1e-5 * var).all()
+    # The second term is the rounding of the float64 mean, all that a constant feature has there.
+    assert (np.abs(exact(guarded.var) - var) <= 1e-5 * var + (2.0**-50 * mean) ** 2).all()
     assert_close(guarded.mean, mean, tolerance=1e-6)
 
 
