@@ -11,7 +11,7 @@ EVERY = {
     "benchmarks/test_device.py::test_every_case_is_measured_in_every_arm": 0,
     "benchmarks/test_device.py::test_the_table_has_every_arm_of_every_case": 0,
     "benchmarks/test_layer_benchmark.py::test_every_library_agrees_and_is_timed": 2,
-    "benchmarks/test_memory.py::test_a_small_network_measures_every_batch_once_too": 0,
+    "benchmarks/test_memory.py::test_a_small_network_measures_every_batch_once": 0,
     "benchmarks/test_memory.py::test_what_has_been_compiled_is_not_compiled_again": 0,
     "benchmarks/test_numerics.py::test_ours_is_within_the_bound": 3,
     "benchmarks/test_scale.py::test_a_layer_has_one_all_reduce_forward_and_one_backward": 0,

@@ -246,7 +246,7 @@ def measure(
     count, total, square = _counted(reduction, x, mask, sums)
     divisor = _divisor(reduction, x, mask, count)
     delta, mean_square = _divide(total, divisor), _divide(square, divisor)
-    var = lax.max(mean_square - absolute_square(delta), 0.0)
+    var = jnp.maximum(mean_square - absolute_square(delta), 0)
     if reduction.method == "once":
         return CentredMoments(count, _where_counted(mask, x, count, delta, shift), None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device

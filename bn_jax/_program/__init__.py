@@ -13,7 +13,7 @@ Example:
     >>> program = trace(layer.apply, layer.init(jax.random.key(0), x), x)
     >>> norm, = find_norms(program)
     >>> [program.equations[index].name for index in norm.steps]
-    ['sub', 'sub', 'mul', 'add']
+    ['sub', 'mul', 'add']
 """
 
 from bn_jax._program.evaluator import (
