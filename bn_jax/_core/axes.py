@@ -50,10 +50,13 @@ def make_reduction(
 
     Raises:
         NameError: `axis_name` is not bound, but other axes are.
-        ValueError: `axis_index_groups` do not divide `axis_name`, or nothing binds it.
+        ValueError: `axis_index_groups` do not divide `axis_name`, or nothing binds it. Or JAX
+            cannot sum over an axis of a `vmap`, for there is a type-checked `shard_map` as well.
     """
     names = () if axis_name is None else bound_axes(x, axis_name)
     is_mapped = not set(names) <= set(_manual_mesh_axes())
+    if is_mapped:
+        _check_sums_of_vmap(axis_name)
     if axis_index_groups is None:
         return Reduction(axes, names, is_mapped=is_mapped)
     groups = canonical_groups(axis_name, axis_index_groups)
@@ -69,6 +72,18 @@ def make_reduction(
             f"axis_name={axis_name!r}, 0 to {_size_of(names) - 1}."
         )
     return Reduction(axes, names, groups, is_mapped=is_mapped)
+
+
+def _check_sums_of_vmap(axis_name: AxisName | None) -> None:
+    """Raises a ValueError where JAX has no collectives over the axes of a `vmap`."""
+    mesh_axes = _manual_mesh_axes()
+    # Only where types are checked does the mark change the type.
+    if mesh_axes and varying_axes(vary_over(frozenset(mesh_axes), jnp.zeros(()))):
+        raise ValueError(
+            f"axis_name={axis_name!r} has an axis that a vmap binds, inside or around a shard_map "
+            f"over {mesh_axes} that checks types, where JAX cannot sum over it: pass "
+            "check_vma=False to the shard_map, or make the axis one of its mesh."
+        )
 
 
 def canonical_groups(

@@ -128,6 +128,35 @@ def without_the_axis(subgroups):
     return dict(virtual_batch_size=ROWS // GROUPS if subgroups else None)
 
 
+def by_nested_vmap(subgroups, **options):
+    """Differentiated from the outside of a scan of a `vmap`."""
+    options |= synchronized(DEVICES, subgroups)
+
+    def loss(params, x, stats, weights, mask):
+        train = jax.vmap(
+            lambda x, mask: TRAIN(params, stats, x, mask=mask, **options), axis_name="data"
+        )
+        _, (ys, updates) = jax.lax.scan(
+            lambda carry, x: (carry, train(x, mask)), None, x[None], length=1
+        )
+        y, updated = jax.tree.map(lambda leaf: leaf[0], (ys, updates))
+        kept = jnp.where(mask.astype(bool), y, 0)
+        return jnp.sum(jnp.sin(kept) * weights), (y, updated)
+
+    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(state, batch):
+        params, stats = state
+        x, weights, mask = jax.tree.map(
+            lambda leaf: leaf.reshape(DEVICES, -1, *leaf.shape[1:]), batch
+        )
+        (of_params, of_x), (y, updated) = differentiate(params, x, stats, weights, mask)
+        join = partial(jax.tree.map, lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]))
+        return (of_params, join(of_x)), join(y), updated
+
+    return run
+
+
 def on_one_device(subgroups, **options):
     train = jax.jit(partial(differentiated, **options, **with_the_axis(subgroups)))
 
@@ -158,6 +187,7 @@ def by_named_map(transform, subgroups, **options):
 REGIMES: dict[str, Any] = {
     "pmap": partial(by_named_map, jax.pmap),
     "vmap": partial(by_named_map, lambda *how, **named: jax.jit(jax.vmap(*how, **named))),
+    "vmap in a scan, from the outside": by_nested_vmap,
     "shard_map": partial(by_shard_map, automatic_mesh, True),
     "shard_map unchecked": partial(by_shard_map, automatic_mesh, False),
     "shard_map explicit": partial(by_shard_map, explicit_mesh, True),

@@ -389,6 +389,7 @@ DERIVATIVES = {
     "reverse over reverse": by_reverse_over_reverse,
     "reverse over forward": by_reverse_over_forward,
     "checkpoint": lambda f, *a: jax.grad(jax.checkpoint(loss_of(f)), argnums=(0, 1, 2))(*a),
+    "jvp of jit of checkpoint": lambda f, *a: jax.jvp(jax.jit(jax.checkpoint(f)), a, directions(a)),
 }
 
 
@@ -479,7 +480,7 @@ def test_vmap_with_an_axis_name_is_the_whole_batch(name):
         )(params, stats, x.reshape(parts.shape))
         return y.reshape(x.shape), updated
 
-    transforms = ("grad", "jvp", "hessian")
+    transforms = ("grad", "jvp", "hessian", "grad of jit", "checkpoint", "jvp of jit of checkpoint")
     found = jax.jit(partial(derive, transforms, ours))(params, stats, x)
     expected = reference_of(name, *transforms)(params, stats, x)
     assert_close(found, expected, tolerance=TOLERANCE)
