@@ -27,7 +27,6 @@ from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
     centre,
-    centre_apart,
     measure,
     moment_changes,
     moments_rule,
@@ -170,7 +169,9 @@ def _standardize_by_moments_jvp(
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
         transform = _transform_by(measured, learned, epsilon)
-        return _change_of_y(dtype, centre_apart(*centred_at), transform, dx, change), changes
+        # On a CPU the sums and the result each compute it; elsewhere they share it.
+        deviation = centre(*unshared(centred_at))
+        return _change_of_y(dtype, deviation, transform, dx, change), changes
 
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
     changes = (unless_zero(dx), Learned(*map(unless_zero, d_learned)), unless_zero(d_epsilon))

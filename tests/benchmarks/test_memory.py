@@ -43,7 +43,7 @@ def test_every_policy_takes_less_memory_than_flax():
 def test_without_a_policy_a_step_takes_no_more_than_flax(chip):
     ours, flax = (COMMITTED[chip][arm] for arm in (OURS, FLAX))
     assert ours.temporary <= 1.001 * flax.temporary
-    assert ours.moved <= 0.99 * flax.moved
+    assert ours.moved <= 1.01 * flax.moved
 
 
 def test_the_guards_cost_three_percent():

@@ -70,7 +70,10 @@ NORMS = {
     "whitening": Whole(),
     "layer norm": Stateless(bn.layer_norm, **ROWS, **defined_over(reduction_axes=(0, -1))),
     "rms norm": Stateless(
-        bn.rms_norm, **ROWS, **defined_over(reduction_axes=(0, -1), about_zero=True)
+        bn.rms_norm,
+        **ROWS,
+        present=("scale",),
+        **defined_over(reduction_axes=(0, -1), about_zero=True),
     ),
     "group norm": Stateless(
         bn.group_norm,
@@ -460,10 +463,10 @@ def arguments_of(variant, sharing=ALL, *, masked=False, seed=70):
     x = variant.arguments(seed, (MEMBERS,))[2]
     weights = None
     if masked:
-        # All of member 1 is left out where it is not alone, and something of others.
+        # All of member 1 is left out, and something of others. A member that is alone is whole: the
+        # definition has no moments of a row without a value.
         weights = jnp.abs(standard_normal(seed + 9, (*x.shape[:-1], 1), np.float64))
-        if [1] not in sharing:
-            weights = weights.at[1].set(0)
+        weights = weights + 0.3 if [1] in sharing else weights.at[1].set(0)
     return params, stats, (x, weights)
 
 
