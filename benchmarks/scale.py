@@ -117,7 +117,8 @@ def arms(examples: int) -> dict[str, Norm | None]:
 
 def single_layers(examples: int) -> dict[str, Layer]:
     """Returns the single layers."""
-    ours = partial(bn.linen.BatchNorm, dtype=jnp.bfloat16)
+    # With the guard, to see the collectives of its branch.
+    ours = partial(bn.linen.BatchNorm, dtype=jnp.bfloat16, use_fast_variance=False)
     flax = partial(nn.BatchNorm, dtype=jnp.bfloat16)
     return {
         "bn_jax, jit": Layer(ours),

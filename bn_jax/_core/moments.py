@@ -257,7 +257,7 @@ def measure(
         return shift, delta, var
 
     def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        again = _measure_twice(reduction, x, mask, shift)
+        again = _measure_twice(reduction, x, mask, shift, count)
         return again.shift, cast(jax.Array, again.delta), again.var
 
     # What the branches return must have one shape, and lie on the devices in one way.
@@ -284,15 +284,24 @@ def _measure_mean_square(
 
 
 def _measure_twice(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    count: jax.Array | None = None,
 ) -> CentredMoments:
-    """Measures around the mean. Where nothing is valid, the centre is the given shift.
+    """Measures around the mean, and counts if that has not been done.
+
+    Where nothing is valid, the centre is the given shift.
 
     JAX can differentiate it: what rounding alone makes different from zero is replaced by its
     value, and not by a constant.
     """
     values = _weigh(_keep(x.astype(shift.dtype), mask), mask)
-    count, total = _counted(reduction, x, mask, (_sum(reduction, values),))
+    if count is None:
+        count, total = _counted(reduction, x, mask, (_sum(reduction, values),))
+    else:
+        (total,) = all_reduce(reduction, _sum(reduction, values))
     divisor = _divisor(reduction, x, mask, count)
     mean = _where_counted(mask, x, count, _divide(total, divisor), shift)
     # A sum of squares overflows before their mean does; in this unit it does not.
