@@ -88,8 +88,8 @@ Values = TypeVar("Values")
 CANCELLATION_THRESHOLD = 10.0
 # A variance this small against `delta**2` is the rounding of a constant.
 CONSTANT_THRESHOLD = 2.0**-20
-# What squares are measured in where the number of values is symbolic.
-SMALL_UNIT = 2.0**-12
+# What deviations are measured in where the number of values is symbolic, and what means are large.
+SMALL_UNIT, LARGE_MEAN = 2.0**-12, 2.0**60
 
 
 class CentredMoments(NamedTuple):
@@ -304,26 +304,31 @@ def _measure_twice(
         (total,) = all_reduce(reduction, _sum(reduction, values))
     divisor = _divisor(reduction, x, mask, count)
     mean = _where_counted(mask, x, count, _divide(total, divisor), shift)
-    # A sum of squares overflows before their mean does; in this unit it does not.
-    unit = _unit_of_squares(static_count(reduction, x.shape))
+    unit = _unit_of_squares(static_count(reduction, x.shape), mean)
     deviation = _keep(centre(x, mean, None), mask)
-    squares = absolute_square(deviation * unit)
+    squares = absolute_square(deviation * unit.astype(deviation.dtype))
     sums = _sum(reduction, _weigh(deviation, mask)), _sum(reduction, _weigh(squares, mask))
     total, square = all_reduce(reduction, *sums)
     delta = _divide(total, divisor)
-    delta_square = absolute_square(delta)
-    var = _divide(square, divisor * unit**2) - delta_square
+    delta_square = absolute_square(delta * unit.astype(delta.dtype))
+    var = _divide(square, divisor) - delta_square
     # The mean is off by its rounding, e * |mean|. For a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
     is_constant, zeros = var <= CONSTANT_THRESHOLD * delta_square, jnp.zeros_like(var)
     rounding = lax.select(is_constant, delta, zeros.astype(delta.dtype))
     var -= lax.stop_gradient(lax.select(is_constant, var, zeros))
-    return CentredMoments(count, mean + rounding, delta - rounding, var)
+    return CentredMoments(count, mean + rounding, delta - rounding, var / lax.square(unit))
 
 
-def _unit_of_squares(number: Any) -> float:
-    """Returns a power of two: multiplying by it rounds nothing."""
-    return 2.0 ** -ceil(log2(max(number, 1)) / 2) if isinstance(number, int) else SMALL_UNIT
+def _unit_of_squares(number: Any, mean: jax.Array) -> jax.Array:
+    """Returns a power of two, by which multiplying rounds nothing, to measure deviations in.
+
+    A sum of squares overflows before their mean does, and so do the squares of the rounding of a
+    large mean. In this unit they do not.
+    """
+    usual = 2.0 ** -ceil(log2(max(number, 1)) / 2) if isinstance(number, int) else SMALL_UNIT
+    size = jnp.abs(mean)
+    return jnp.where(size > LARGE_MEAN, jnp.full_like(size, 1 / LARGE_MEAN), usual)
 
 
 def _where_counted(
