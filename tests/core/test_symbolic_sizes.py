@@ -434,8 +434,7 @@ def test_a_training_step_of_nnx_modules(name):
         return jax.tree.leaves((gradients, nnx.state(model, nnx.BatchStat)))
 
     exported = export_with(step, SYMBOLIC, (state, make_arguments(SIZES[0])[2]))
-    for sizes in SIZES[1:]:
-        # Little but rounding is left of these gradients.
+    for sizes in SIZES[1:]:  # Little but rounding is left of these gradients.
         assert_exported(exported, step, state, make_arguments(sizes)[2], tolerance=1e-2)
 
 
