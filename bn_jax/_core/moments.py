@@ -465,14 +465,6 @@ def covariance(
     this one: the product reads `x` anyhow, and what it sums is around the true mean, so that
     nothing cancels at any offset. JAX itself differentiates it.
 
-    Args:
-        reduction: what `measured` was reduced over: all axes but one.
-        x: floating point.
-        mask: None, boolean or weights, of the rank of `x` and of size 1 on `axis`.
-        measured: the moments of `x`.
-        axis: the axis of the features.
-        size: how many consecutive features make up a group.
-
     Returns:
         An array ``[groups, size, size]`` in the dtype of the mean, zeros where nothing entered.
     """
