@@ -215,12 +215,7 @@ def centred_moments(
     JAX traces a custom rule without the axes of the `vmap`s around it, so that a rule may not sum
     over them. Where one binds the axis, `x` is measured twice, and JAX differentiates that.
 
-    Args:
-        reduction: what to reduce over, and how.
-        x: floating point or complex.
-        mask: None, boolean or weights, of the rank of `x`.
-        shift: of the rank of `x`, in the dtype of the mean, the same on every device of
-            `axis_name` (only type-checked `shard_map` can tell, and then it is made so).
+    `shift` has the rank of `x` and the dtype of the mean, and is the same on every device.
 
     Returns:
         `CentredMoments`; where nothing entered, the mean is `shift` and `var` is 0.
