@@ -566,8 +566,7 @@ def _local_sums(
 def unshared(values: Values) -> Values:
     """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
 
-    There, XLA writes out what two loops share, in float32. `centre_apart` needs no barrier for
-    float32 input.
+    There, XLA writes out what two loops share, in float32.
     """
     # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
     names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
