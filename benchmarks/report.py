@@ -92,7 +92,7 @@ def read(benchmark: str) -> dict[str, Any]:
 
 
 def read_all(benchmark: str) -> list[dict[str, Any]]:
-    """Reads the committed figures and those of the last run without ``--refresh``, if any."""
+    """Reads the committed figures, and those of a run without ``--refresh`` where there is one."""
     paths = [folder / f"{benchmark}.json" for folder in (RESULTS, MEASURED)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 

@@ -51,7 +51,7 @@ def make_reduction(
     Raises:
         NameError: `axis_name` is not bound, but other axes are.
         ValueError: `axis_index_groups` do not divide `axis_name`, or nothing binds it. Or JAX
-            cannot sum over an axis of a `vmap`, for there is a type-checked `shard_map` as well.
+            cannot sum over an axis of a `vmap` that is beside a type-checked `shard_map`.
     """
     names = () if axis_name is None else bound_axes(x, axis_name)
     is_mapped = not set(names) <= set(_manual_mesh_axes())

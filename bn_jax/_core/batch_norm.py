@@ -31,7 +31,6 @@ from bn_jax._core.merging import merge_centred
 from bn_jax._core.moments import (
     CentredMoments,
     centred_moments,
-    count_of,
     moments,
     name_moments,
 )
@@ -44,6 +43,7 @@ from bn_jax._core.standardize import (
     normalize,
     standardize_by_moments,
 )
+from bn_jax._core.sums import count_of, may_be_empty
 from bn_jax._core.types import (
     Activation,
     Axes,
@@ -421,15 +421,11 @@ def _run_part(
 
 def _start(layout: Layout, inputs: Inputs, examples: Examples) -> jax.Array:
     """Returns where measuring starts, and what the mean is where nothing entered."""
-    if layout.reduction.method != "guarded" and not _may_be_empty(inputs):
+    if layout.reduction.method != "guarded" and not may_be_empty(inputs.x, inputs.mask):
         return jnp.zeros((1,) * examples.x.ndim, inputs.mean_dtype)
     mean = jnp.asarray(inputs.batch_stats["mean"], inputs.mean_dtype)
     mean = mean.reshape(examples.feature_shape)
     return lax.select(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
-
-
-def _may_be_empty(inputs: Inputs) -> bool:
-    return inputs.mask is not None or 0 in inputs.x.shape
 
 
 def measure_batch(layout: Layout, inputs: Inputs) -> CentredMoments:
@@ -466,7 +462,7 @@ def _is_plain(layout: Layout, inputs: Inputs) -> bool:
     """Tells whether nothing comes between the moments and the normalization by them."""
     return (
         not layout.reduction.is_mapped
-        and not _may_be_empty(inputs)
+        and not may_be_empty(inputs.x, inputs.mask)
         and inputs.correction is None
         and not keeps_input_alone(inputs)
         and inputs.transform_dtype == inputs.mean_dtype
@@ -475,7 +471,7 @@ def _is_plain(layout: Layout, inputs: Inputs) -> bool:
 
 def _transform_by_batch(inputs: Inputs, examples: Examples, measured: CentredMoments) -> Transform:
     var, shape = measured.var, examples.feature_shape
-    if _may_be_empty(inputs):
+    if may_be_empty(inputs.x, inputs.mask):
         running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype).reshape(shape)
         var = jnp.where(measured.count > 0, var, place_like(var, running_var))
     transform = make_transform(inputs, shape, measured.shift, measured.delta, var)

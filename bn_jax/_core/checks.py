@@ -346,7 +346,7 @@ def as_params(params: Mapping[str, Any]) -> Params:
 
 
 def statistics_of(batch_stats: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the arrays of `batch_stats` by name, or raises the error for what is missing."""
+    """Returns the arrays of `batch_stats` by name; raises the error that names missing entries."""
     check_tree("batch_stats", batch_stats, "bn_jax.init_batch_stats(features)", {"scale", "bias"})
     if "mean" not in batch_stats or "var" not in batch_stats:
         raise ValueError(

@@ -32,6 +32,7 @@ from bn_jax._core.standardize import (
     standardize,
     standardize_by_moments,
 )
+from bn_jax._core.sums import may_be_empty
 from bn_jax._core.types import (
     Axes,
     AxisIndexGroups,
@@ -306,8 +307,8 @@ def _normalize(reduction: Reduction, rows: RowInputs) -> jax.Array:
     x, mask = named(INPUT_NAME, rows.x), rows.mask
     shape = tuple(size if axis in rows.feature_axes else 1 for axis, size in enumerate(x.shape))
     start = jnp.zeros((1,) * x.ndim, rows.mean_dtype)
-    may_be_empty = mask is not None or 0 in x.shape
-    if not (may_be_empty or reduction.is_mapped or rows.transform_dtype != rows.mean_dtype):
+    is_plain = not may_be_empty(x, mask) and not reduction.is_mapped
+    if is_plain and rows.transform_dtype == rows.mean_dtype:
         epsilon = jnp.asarray(rows.epsilon, statistics_dtype(rows.mean_dtype))
         learned = learned_by(rows, shape)
         return standardize_by_moments(reduction, rows.y_dtype, x, start, learned, epsilon)[0]

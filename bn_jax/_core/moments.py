@@ -43,8 +43,8 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 
 from collections.abc import Sequence
 from functools import partial
-from math import ceil, log2, prod
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from math import ceil, log2
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,6 @@ from bn_jax._core.axes import (
     Reduction,
     all_reduce,
     any_group,
-    as_numbers,
     make_common,
     make_reduction,
     place_like,
@@ -75,14 +74,25 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
+from bn_jax._core.sums import (
+    Sums,
+    absolute_square,
+    centre,
+    counted,
+    divide,
+    divisor_of,
+    keep_valid,
+    local_count,
+    local_sums,
+    sum_over,
+    weigh,
+    where_counted,
+)
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
     Moments,
 )
-
-Sums: TypeAlias = tuple[jax.Array, ...]
-Values = TypeVar("Values")
 
 # How many variances `delta**2` may be before x is measured again; the derivation is above.
 CANCELLATION_THRESHOLD = 10.0
@@ -215,7 +225,12 @@ def centred_moments(
     JAX traces a custom rule without the axes of the `vmap`s around it, so that a rule may not sum
     over them. Where one binds the axis, `x` is measured twice, and JAX differentiates that.
 
-    `shift` has the rank of `x` and the dtype of the mean, and is the same on every device.
+    Args:
+        reduction: what to reduce over, and how.
+        x: floating point or complex.
+        mask: None, boolean or weights, of the rank of `x`.
+        shift: of the rank of `x`, in the dtype of the mean, the same on every device of
+            `axis_name` (only type-checked `shard_map` can tell, and then it is made so).
 
     Returns:
         `CentredMoments`; where nothing entered, the mean is `shift` and `var` is 0.
@@ -237,13 +252,13 @@ def measure(
     if reduction.method == "twice" or reduction.is_mapped:
         return _measure_twice(reduction, x, mask, shift)
     start = None if reduction.method == "once" else shift
-    sums = _local_sums(reduction, shift.dtype, x, mask, start)
-    count, total, square = _counted(reduction, x, mask, sums)
-    divisor = _divisor(reduction, x, mask, count)
-    delta, mean_square = _divide(total, divisor), _divide(square, divisor)
+    sums = local_sums(reduction, shift.dtype, x, mask, start)
+    count, total, square = counted(reduction, x, mask, sums)
+    divisor = divisor_of(reduction, x, mask, count)
+    delta, mean_square = divide(total, divisor), divide(square, divisor)
     var = jnp.maximum(mean_square - absolute_square(delta), 0)
     if reduction.method == "once":
-        return CentredMoments(count, _where_counted(mask, x, count, delta, shift), None, var)
+        return CentredMoments(count, where_counted(mask, x, count, delta, shift), None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device
     # takes the same branch.
     refine = any_group(reduction, lax.reduce_or(cancels(delta, var), tuple(range(x.ndim))))
@@ -272,9 +287,9 @@ def moments_rule(
 def _measure_mean_square(
     reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
 ) -> CentredMoments:
-    squares = _weigh(absolute_square(_keep(x.astype(shift.dtype), mask)), mask)
-    count, square = _counted(reduction, x, mask, (_sum(reduction, squares),))
-    var = _divide(square, _divisor(reduction, x, mask, count))
+    squares = weigh(absolute_square(keep_valid(x.astype(shift.dtype), mask)), mask)
+    count, square = counted(reduction, x, mask, (sum_over(reduction, squares),))
+    var = divide(square, divisor_of(reduction, x, mask, count))
     return CentredMoments(count, shift, None, var)
 
 
@@ -292,21 +307,21 @@ def _measure_twice(
     JAX can differentiate it: what rounding alone makes different from zero is replaced by its
     value, and not by a constant.
     """
-    values = _weigh(_keep(x.astype(shift.dtype), mask), mask)
+    values = weigh(keep_valid(x.astype(shift.dtype), mask), mask)
     if count is None:
-        count, total = _counted(reduction, x, mask, (_sum(reduction, values),))
+        count, total = counted(reduction, x, mask, (sum_over(reduction, values),))
     else:
-        (total,) = all_reduce(reduction, _sum(reduction, values))
-    divisor = _divisor(reduction, x, mask, count)
-    mean = _where_counted(mask, x, count, _divide(total, divisor), shift)
+        (total,) = all_reduce(reduction, sum_over(reduction, values))
+    divisor = divisor_of(reduction, x, mask, count)
+    mean = where_counted(mask, x, count, divide(total, divisor), shift)
     unit = _unit_of_squares(static_count(reduction, x.shape), mean)
-    deviation = _keep(centre(x, mean, None), mask)
+    deviation = keep_valid(centre(x, mean, None), mask)
     squares = absolute_square(deviation * unit.astype(deviation.dtype))
-    sums = _sum(reduction, _weigh(deviation, mask)), _sum(reduction, _weigh(squares, mask))
+    sums = sum_over(reduction, weigh(deviation, mask)), sum_over(reduction, weigh(squares, mask))
     total, square = all_reduce(reduction, *sums)
-    delta = _divide(total, divisor)
+    delta = divide(total, divisor)
     delta_square = absolute_square(delta * unit.astype(delta.dtype))
-    var = _divide(square, divisor) - delta_square
+    var = divide(square, divisor) - delta_square
     # The mean is off by its rounding, e * |mean|. For a constant that is all there is: then the
     # variance is the rounding of delta, and the sum of shift and delta rounds to the constant.
     is_constant, zeros = var <= CONSTANT_THRESHOLD * delta_square, jnp.zeros_like(var)
@@ -324,13 +339,6 @@ def _unit_of_squares(number: Any, mean: jax.Array) -> jax.Array:
     usual = 2.0 ** -ceil(log2(max(number, 1)) / 2) if isinstance(number, int) else SMALL_UNIT
     size = jnp.abs(mean)
     return jnp.where(size > LARGE_MEAN, jnp.full_like(size, 1 / LARGE_MEAN), usual)
-
-
-def _where_counted(
-    mask: jax.Array | None, x: jax.Array, count: jax.Array, mean: jax.Array, otherwise: jax.Array
-) -> jax.Array:
-    """Selects the mean where something entered, which only a mask or an empty array can prevent."""
-    return jnp.where(count > 0, mean, otherwise) if mask is not None or 0 in x.shape else mean
 
 
 def name_moments(measured: CentredMoments, mask: jax.Array | None) -> CentredMoments:
@@ -414,29 +422,29 @@ def moment_changes(
     Returns:
         The changes.
     """
-    deviation = _keep(deviation, mask)
+    deviation = keep_valid(deviation, mask)
     # 1. This device's sums of count * d(mean) and, since a square has two equal factors, of half of
     # count * d(var).
     if dx is None:
         of_mean, of_var = jnp.zeros_like(deviation), jnp.zeros_like(deviation.real)
     else:
-        of_mean = _weigh(_keep(dx.astype(deviation.dtype), mask), mask)
+        of_mean = weigh(keep_valid(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
-    sums = [_sum(reduction, of_mean), _sum(reduction, of_var)]
+    sums = [sum_over(reduction, of_mean), sum_over(reduction, of_var)]
     if mask is not None and d_mask is not None:
-        d_weight = _keep(d_mask.astype(of_var.dtype), mask)
+        d_weight = keep_valid(d_mask.astype(of_var.dtype), mask)
         of_weights = 0.5 * (absolute_square(deviation) - measured.var)
-        sums[0] += _sum(reduction, d_weight.astype(deviation.dtype) * deviation)
-        sums[1] += _sum(reduction, d_weight * of_weights)
-        sums.append(_local_count(reduction, d_weight, deviation.shape))
+        sums[0] += sum_over(reduction, d_weight.astype(deviation.dtype) * deviation)
+        sums[1] += sum_over(reduction, d_weight * of_weights)
+        sums.append(local_count(reduction, d_weight, deviation.shape))
     # 2. All devices' sums, in one collective.
     totals = all_reduce(reduction, *sums)
     # 3. Divided by the count, which is a constant but for the weights. How the count changes the
     # two means is in the sums already: they were taken of deviations.
-    divisor = _divisor(reduction, deviation, mask, measured.count)
+    divisor = divisor_of(reduction, deviation, mask, measured.count)
     return MomentChanges(
-        mean=None if reduction.method == "mean_square" else _divide(totals[0], divisor),
-        half_var=_divide(totals[1], divisor),
+        mean=None if reduction.method == "mean_square" else divide(totals[0], divisor),
+        half_var=divide(totals[1], divisor),
         count=totals[2] if len(totals) > 2 else None,
     )
 
@@ -460,12 +468,20 @@ def covariance(
     this one: the product reads `x` anyhow, and what it sums is around the true mean, so that
     nothing cancels at any offset. JAX itself differentiates it.
 
+    Args:
+        reduction: what `measured` was reduced over: all axes but one.
+        x: floating point.
+        mask: None, boolean or weights, of the rank of `x` and of size 1 on `axis`.
+        measured: the moments of `x`.
+        axis: the axis of the features.
+        size: how many consecutive features make up a group.
+
     Returns:
         An array ``[groups, size, size]`` in the dtype of the mean, zeros where nothing entered.
     """
-    deviation = _keep(centre(x, measured.shift, measured.delta), mask)
+    deviation = keep_valid(centre(x, measured.shift, measured.delta), mask)
     groups = split_axis(axis, size, deviation)
-    weighted = split_axis(axis, size, _weigh(deviation, mask))
+    weighted = split_axis(axis, size, weigh(deviation, mask))
     reduced = tuple(other for other in range(groups.ndim) if other not in (axis, axis + 1))
     products = lax.dot_general(
         weighted,
@@ -475,27 +491,8 @@ def covariance(
         out_sharding=sharding_of_groups(groups, axis),
     )
     (total,) = all_reduce(reduction, products)
-    divisor = _divisor(reduction, x, mask, measured.count)
-    return _divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
-
-
-def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
-    """Returns ``x - (shift + delta)`` without rounding the sum."""
-    deviation = x.astype(shift.dtype) - shift
-    return deviation if delta is None else deviation - delta
-
-
-def centre_apart(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
-    """Returns what `centre` does, but in a way that XLA does not recognize as the same.
-
-    On a CPU, XLA writes out what two loops share, even `shift` broadcast to the size of x. It does
-    not see that ``x - shift`` and ``x + (-shift)`` are equal. A conversion has no such twin, and is
-    kept apart by a barrier.
-    """
-    if x.dtype != shift.dtype:
-        x = unshared(x)
-    deviation = x.astype(shift.dtype) + (-shift)
-    return deviation if delta is None else deviation + (-delta)
+    divisor = divisor_of(reduction, x, mask, measured.count)
+    return divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
 
 
 def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
@@ -506,95 +503,3 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     """
     kept = absolute_square(delta) <= CANCELLATION_THRESHOLD * var
     return jnp.isfinite(delta) & ~(kept & (var < jnp.inf))
-
-
-def absolute_square(values: jax.Array) -> jax.Array:
-    """Returns ``|values|**2``, real."""
-    if jnp.iscomplexobj(values):
-        return lax.square(values.real) + lax.square(values.imag)
-    return lax.square(values)
-
-
-def _counted(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
-) -> tuple[jax.Array, ...]:
-    """Returns the count and the sums over all devices."""
-    if mask is None:
-        return count_of(reduction, x), *all_reduce(reduction, *sums)
-    dtype = statistics_dtype(sums[0].dtype)
-    return all_reduce(reduction, _local_count(reduction, mask.astype(dtype), x.shape), *sums)
-
-
-def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
-    """Returns the count of all values of x, of its rank."""
-    dtype, number = statistics_dtype(x.dtype), static_count(reduction, x.shape)
-    if not isinstance(number, int):
-        number = static_count(reduction, as_numbers(x.shape, dtype))
-    return jnp.full((1,) * x.ndim, number, dtype)
-
-
-def _divisor(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
-) -> jax.Array | float:
-    """Returns the count, or 1 where nothing entered; a Python number where it is static."""
-    number = static_count(reduction, x.shape)
-    if mask is None and isinstance(number, int):
-        return float(max(1, number))
-    return jnp.where(count > 0, count, 1)
-
-
-def _divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
-    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
-
-
-def _local_sums(
-    reduction: Reduction,
-    dtype: jnp.dtype,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations from the shift, or from zero, and their squares."""
-    if shift is None:
-        shift = jnp.zeros((), dtype)
-    start = unshared(x) if x.dtype != dtype else x
-    total = _weigh(_keep(centre(start, shift, None), mask), mask)
-    square = _weigh(absolute_square(_keep(centre_apart(start, shift, None), mask)), mask)
-    return _sum(reduction, total), _sum(reduction, square)
-
-
-def unshared(values: Values) -> Values:
-    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
-
-    There, XLA writes out what two loops share, in float32.
-    """
-    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
-    return lax.platform_dependent(
-        jax.tree.map(partial(vary_over, names), values),
-        cpu=lax.optimization_barrier,
-        default=lambda values: values,
-    )
-
-
-def _local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
-    sizes = as_numbers(shape, mask.dtype)
-    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
-    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
-    return _sum(reduction, mask) * unseen
-
-
-def _sum(reduction: Reduction, values: jax.Array) -> jax.Array:
-    return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
-
-
-def _keep(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
-    return values if mask is None else jnp.where(mask.astype(bool), values, 0)
-
-
-def _weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    if mask is None or mask.dtype == jnp.bool_:
-        return values
-    return values * mask.astype(values.dtype)

@@ -51,8 +51,9 @@ from bn_jax._core.checks import (
     statistics_dtype,
     warn_of_single_value,
 )
-from bn_jax._core.moments import centre, centred_moments, choose_method, covariance, name_moments
+from bn_jax._core.moments import centred_moments, choose_method, covariance, name_moments
 from bn_jax._core.running import Weight, average, weigh_batch
+from bn_jax._core.sums import centre
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,

@@ -22,7 +22,9 @@ from test_variants import (
     by_nnx,
     define,
     define_whitening,
+    directions,
     from_pairs,
+    loss_of,
     renorm,
     without_gradient_of_updates,
 )
@@ -277,7 +279,7 @@ def on_batch(function):
 
 
 def in_scan(mapped):
-    """Two steps that carry the statistics, as do those of the loops below."""
+    """Two steps that carry the statistics, unrolled: what the loops below must equal."""
 
     def run(params, stats, batch):
         last, ys = lax.scan(
@@ -373,26 +375,6 @@ DEEP = {
 
 
 # --- derivatives ----------------------------------------------------------------------------------
-
-
-def loss_of(function):
-    """A scalar that depends on every entry of the results, and on each differently."""
-
-    def loss(*arguments):
-        leaves = jax.tree.leaves(function(*arguments))
-        return sum(
-            jnp.vdot(jnp.sin(leaf), jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape))
-            for leaf in leaves
-        )
-
-    return loss
-
-
-def directions(arguments):
-    return jax.tree.map(
-        lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype),
-        arguments,
-    )
 
 
 def by_jvp(function, *arguments):

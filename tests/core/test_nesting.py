@@ -39,15 +39,14 @@ from nestings import (
     by_vmap,
     check,
     copied,
-    directions,
     in_scan,
     in_while,
-    loss_of,
     on_batch,
     vmap_around_shard_map,
     vmap_in_shard_map,
 )
 from support import assert_close, exact, quick
+from test_variants import directions, loss_of
 
 import bn_jax as bn
 

@@ -1,4 +1,4 @@
-"""Programs exported with symbolic sizes and called at several are those of the sizes themselves.
+"""A program exported with symbolic sizes equals the program that is compiled for the sizes called.
 
 Batch and image sizes are symbolic: in training, in derivatives in both modes, and in updates. The
 references are the definition in float64 NumPy, and the program compiled for the sizes.

@@ -328,7 +328,7 @@ VARIANTS = {
 
 
 def loss_of(function):
-    """A scalar that depends on the output and on the new statistics in every entry."""
+    """A scalar that depends on every entry of the results, and on each differently."""
 
     def loss(*arguments):
         leaves = jax.tree.leaves(function(*arguments))
@@ -345,7 +345,10 @@ def output_of(function):
 
 
 def directions(arguments):
-    return jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), arguments)
+    return jax.tree.map(
+        lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype),
+        arguments,
+    )
 
 
 def by_vjp(function, *arguments):
