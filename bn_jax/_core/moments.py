@@ -43,8 +43,8 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 
 from collections.abc import Sequence
 from functools import partial
-from math import ceil, log2
-from typing import Any, NamedTuple, cast
+from math import ceil, log2, prod
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +58,10 @@ from bn_jax._core.axes import (
     Reduction,
     all_reduce,
     any_group,
+    as_numbers,
     make_common,
     make_reduction,
     place_like,
-    sharding_of_groups,
-    split_axis,
     static_count,
     vary_over,
 )
@@ -74,25 +73,14 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.sums import (
-    Sums,
-    absolute_square,
-    centre,
-    counted,
-    divide,
-    divisor_of,
-    keep_valid,
-    local_count,
-    local_sums,
-    sum_over,
-    weigh,
-    where_counted,
-)
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
     Moments,
 )
+
+Sums: TypeAlias = tuple[jax.Array, ...]
+Values = TypeVar("Values")
 
 # How many variances `delta**2` may be before x is measured again; the derivation is above.
 CANCELLATION_THRESHOLD = 10.0
@@ -454,47 +442,6 @@ def _real_product(first: jax.Array, second: jax.Array) -> jax.Array:
     return product.real if jnp.iscomplexobj(product) else product
 
 
-def covariance(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array | None,
-    measured: CentredMoments,
-    axis: int,
-    size: int,
-) -> jax.Array:
-    """Computes the covariances between the features of each group, around the measured mean.
-
-    ``cov = sum(w * outer(x - mean, x - mean)) / count``. In two passes over `x`, the mean's and
-    this one: the product reads `x` anyhow, and what it sums is around the true mean, so that
-    nothing cancels at any offset. JAX itself differentiates it.
-
-    Args:
-        reduction: what `measured` was reduced over: all axes but one.
-        x: floating point.
-        mask: None, boolean or weights, of the rank of `x` and of size 1 on `axis`.
-        measured: the moments of `x`.
-        axis: the axis of the features.
-        size: how many consecutive features make up a group.
-
-    Returns:
-        An array ``[groups, size, size]`` in the dtype of the mean, zeros where nothing entered.
-    """
-    deviation = keep_valid(centre(x, measured.shift, measured.delta), mask)
-    groups = split_axis(axis, size, deviation)
-    weighted = split_axis(axis, size, weigh(deviation, mask))
-    reduced = tuple(other for other in range(groups.ndim) if other not in (axis, axis + 1))
-    products = lax.dot_general(
-        weighted,
-        groups,
-        ((reduced, reduced), ((axis,), (axis,))),
-        precision=lax.Precision.HIGHEST,
-        out_sharding=sharding_of_groups(groups, axis),
-    )
-    (total,) = all_reduce(reduction, products)
-    divisor = divisor_of(reduction, x, mask, measured.count)
-    return divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
-
-
 def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     """Tells where the variance has lost its digits, so that x must be measured again.
 
@@ -503,3 +450,125 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     """
     kept = absolute_square(delta) <= CANCELLATION_THRESHOLD * var
     return jnp.isfinite(delta) & ~(kept & (var < jnp.inf))
+
+
+def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
+    """Returns ``x - (shift + delta)`` without rounding the sum."""
+    deviation = x.astype(shift.dtype) - shift
+    return deviation if delta is None else deviation - delta
+
+
+def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns ``x - shift`` in a way that XLA does not recognize as the same.
+
+    On a CPU, XLA writes out what two loops share, even `shift` broadcast to the size of x. It does
+    not see that ``x - shift`` and ``x + (-shift)`` are equal. A conversion has no such twin, and is
+    kept apart by a barrier.
+    """
+    if x.dtype != shift.dtype:
+        x = unshared(x)
+    return x.astype(shift.dtype) + (-shift)
+
+
+def absolute_square(values: jax.Array) -> jax.Array:
+    """Returns ``|values|**2``, real."""
+    if jnp.iscomplexobj(values):
+        return lax.square(values.real) + lax.square(values.imag)
+    return lax.square(values)
+
+
+def counted(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
+) -> tuple[jax.Array, ...]:
+    """Returns the count and the sums over all devices."""
+    if mask is None:
+        return count_of(reduction, x), *all_reduce(reduction, *sums)
+    dtype = statistics_dtype(sums[0].dtype)
+    return all_reduce(reduction, local_count(reduction, mask.astype(dtype), x.shape), *sums)
+
+
+def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
+    """Returns the count of all values of x, of its rank."""
+    dtype, number = statistics_dtype(x.dtype), static_count(reduction, x.shape)
+    if not isinstance(number, int):
+        number = static_count(reduction, as_numbers(x.shape, dtype))
+    return jnp.full((1,) * x.ndim, number, dtype)
+
+
+def divisor_of(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
+) -> jax.Array | float:
+    """Returns the count, or 1 where nothing entered; a Python number where it is static."""
+    number = static_count(reduction, x.shape)
+    if mask is None and isinstance(number, int):
+        return float(max(1, number))
+    return jnp.where(count > 0, count, 1)
+
+
+def divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
+
+
+def local_sums(
+    reduction: Reduction,
+    dtype: jnp.dtype,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums deviations from the shift, or from zero, and their squares."""
+    if shift is None:
+        shift = jnp.zeros((), dtype)
+    start = unshared(x) if x.dtype != dtype else x
+    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    return sum_over(reduction, total), sum_over(reduction, square)
+
+
+def unshared(values: Values) -> Values:
+    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
+
+    There, XLA writes out what two loops share, in float32.
+    """
+    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
+    return lax.platform_dependent(
+        jax.tree.map(partial(vary_over, names), values),
+        cpu=lax.optimization_barrier,
+        default=lambda values: values,
+    )
+
+
+def local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
+    sizes = as_numbers(shape, mask.dtype)
+    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
+    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
+    return sum_over(reduction, mask) * unseen
+
+
+def sum_over(reduction: Reduction, values: jax.Array) -> jax.Array:
+    return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
+
+
+def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
+    return values if mask is None else jnp.where(mask.astype(bool), values, 0)
+
+
+def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if mask is None or mask.dtype == jnp.bool_:
+        return values
+    return values * mask.astype(values.dtype)
+
+
+def may_be_empty(x: jax.Array, mask: jax.Array | None) -> bool:
+    """Tells whether there may be features to which nothing enters."""
+    return mask is not None or 0 in x.shape
+
+
+def where_counted(
+    mask: jax.Array | None, x: jax.Array, count: jax.Array, mean: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+    """Selects the mean where something entered, which only a mask or an empty array can prevent."""
+    return jnp.where(count > 0, mean, otherwise) if may_be_empty(x, mask) else mean

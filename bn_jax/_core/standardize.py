@@ -26,13 +26,14 @@ from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
+    centre,
     measure,
     moment_changes,
     moments_rule,
     name_moments,
     unless_zero,
+    unshared,
 )
-from bn_jax._core.sums import centre, unshared
 from bn_jax._core.types import Activation, Transform
 
 

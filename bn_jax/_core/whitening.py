@@ -29,9 +29,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import (
+    Reduction,
+    all_reduce,
     make_reduction,
     place_like,
     reshape_like,
+    sharding_of_groups,
     split_axis,
     static_count,
 )
@@ -51,9 +54,18 @@ from bn_jax._core.checks import (
     statistics_dtype,
     warn_of_single_value,
 )
-from bn_jax._core.moments import centred_moments, choose_method, covariance, name_moments
+from bn_jax._core.moments import (
+    CentredMoments,
+    centre,
+    centred_moments,
+    choose_method,
+    divide,
+    divisor_of,
+    keep_valid,
+    name_moments,
+    weigh,
+)
 from bn_jax._core.running import Weight, average, weigh_batch
-from bn_jax._core.sums import centre
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
@@ -384,11 +396,52 @@ def _measure(inputs: _Inputs, initializing: bool) -> _Batch:
     running_mean = inputs.expand(inputs.batch_stats["mean"])
     shift = jnp.where(jnp.isfinite(running_mean), running_mean, 0)
     measured = name_moments(centred_moments(reduction, x, mask, shift), mask)
-    cov = covariance(reduction, x, mask, measured, inputs.axis, inputs.size)
+    cov = _covariance(reduction, x, mask, measured, inputs.axis, inputs.size)
     cov = named(MOMENTS_NAME, cov)
     count = measured.count.reshape(())
     cov = jnp.where(count > 0, cov, inputs.running_cov())
     return _Batch(count, _Centre(measured.shift, measured.delta), cov)
+
+
+def _covariance(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    measured: CentredMoments,
+    axis: int,
+    size: int,
+) -> jax.Array:
+    """Computes the covariances between the features of each group, around the measured mean.
+
+    ``cov = sum(w * outer(x - mean, x - mean)) / count``. In two passes over `x`, the mean's and
+    this one: the product reads `x` anyhow, and what it sums is around the true mean, so that
+    nothing cancels at any offset. JAX itself differentiates it.
+
+    Args:
+        reduction: what `measured` was reduced over: all axes but one.
+        x: floating point.
+        mask: None, boolean or weights, of the rank of `x` and of size 1 on `axis`.
+        measured: the moments of `x`.
+        axis: the axis of the features.
+        size: how many consecutive features make up a group.
+
+    Returns:
+        An array ``[groups, size, size]`` in the dtype of the mean, zeros where nothing entered.
+    """
+    deviation = keep_valid(centre(x, measured.shift, measured.delta), mask)
+    groups = split_axis(axis, size, deviation)
+    weighted = split_axis(axis, size, weigh(deviation, mask))
+    reduced = tuple(other for other in range(groups.ndim) if other not in (axis, axis + 1))
+    products = lax.dot_general(
+        weighted,
+        groups,
+        ((reduced, reduced), ((axis,), (axis,))),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=sharding_of_groups(groups, axis),
+    )
+    (total,) = all_reduce(reduction, products)
+    divisor = divisor_of(reduction, x, mask, measured.count)
+    return divide(total, divisor if isinstance(divisor, float) else divisor.reshape(()))
 
 
 def _whiten(inputs: _Inputs, mean: _Centre, cov: jax.Array) -> jax.Array:
