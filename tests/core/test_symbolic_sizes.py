@@ -338,7 +338,7 @@ def test_derivatives_are_those_of_the_sizes(dtype, names):
     with jax.enable_x64(dtype == "float64"):
         function = partial(with_derivatives, TOGETHER[names])
         exported = export_with(function, SYMBOLIC, make_arguments(SIZES[0], dtype))
-        tolerance = 1e-3 if dtype == "bfloat16" else None  # It is not guarded.
+        tolerance = {"float32": 5e-5, "bfloat16": 1e-3}.get(dtype)  # Symbolic sizes round apart.
         for sizes in SIZES[:1] if names == "few" else SIZES:
             assert_exported(exported, function, *make_arguments(sizes, dtype), tolerance=tolerance)
 
