@@ -13,6 +13,8 @@ from support import assert_close, far_from_initial, standard_normal
 from bn_jax import linen
 from bn_jax.lab import models
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BATCH_NORM = functools.partial(linen.BatchNorm, momentum=0.9)
 GHOST_NORM = functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=4)
 NORMS = {"none": None, "batch norm": BATCH_NORM, "ghost batch norm": GHOST_NORM}
