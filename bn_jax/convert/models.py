@@ -1,6 +1,7 @@
 """Whole models, from and to other libraries."""
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from bn_jax._paths import list_layers
 from bn_jax.convert.arrays import as_array, flatten, require_mapping, unflatten, variables_of
-from bn_jax.convert.kernels import fits, read, shape_in_library, write
+from bn_jax.convert.dense import pack, unpack
+from bn_jax.convert.kernels import (
+    as_transposed,
+    fits,
+    may_be_transposed,
+    read,
+    shape_in_library,
+    write,
+)
 from bn_jax.convert.keys import Leaf, Names, at_layer, leaves_of, running_statistics
+from bn_jax.convert.kinds import Kind, require_told
 from bn_jax.convert.layouts import Layout, Library, layout_of
 
 
@@ -81,9 +92,12 @@ def from_library(
         )
     require_mapping("arrays", arrays, layout.source)
     flat = {key: as_array(key, value) for key, value in flatten(arrays).items()}
-    leaves = leaves_of(like, layout, names, transposed)
+    leaves = leaves_of(like, layout, names, transposed, _shapes(flat))
+    flat = unpack(flat, [leaf.key for leaf in leaves])
     _require_agreement("arrays", leaves, flat, layout)
+    _require_known_kinds(leaves, layout, is_received=True)
     values = [read(leaf, flat, layout, momentum, dtype) for leaf in leaves]
+    _warn_if_untrained(leaves, values, flat, layout)
     return jax.tree.unflatten(jax.tree.structure(variables_of(like)), values)
 
 
@@ -132,25 +146,83 @@ def to_library(
         ['bn1.bias', 'bn1.weight']
     """
     layout = layout_of(library)
-    leaves = leaves_of(variables, layout, names, transposed)
+    flat = None
+    if like is not None:
+        require_mapping("like", like, layout.source)
+        flat = flatten(like)
+    leaves = leaves_of(
+        variables, layout, names, transposed, None if flat is None else _shapes(flat)
+    )
+    if flat is None and layout.needs_like:
+        raise ValueError(
+            f"like is missing: shapes of {library} depend on more than the variables of Flax. Pass "
+            "the arrays of the library's model, initialized or trained: like=arrays."
+        )
+    if flat is not None:
+        flat = unpack(flat, [leaf.key for leaf in leaves])
+        _require_agreement("like", leaves, flat, layout)
+    _require_known_kinds(leaves, layout, is_received=flat is not None)
     values = jax.tree.leaves(variables_of(variables))
     written = {
         leaf.key: write(leaf, as_array(leaf.path, value), layout)
         for leaf, value in zip(leaves, values, strict=True)
     }
     _add_extras(written, leaves, layout)
-    if like is not None:
-        require_mapping("like", like, layout.source)
-        flat = flatten(like)
-        _require_agreement("like", leaves, flat, layout)
+    if flat is not None:
         written = {key: written[key].reshape(np.shape(array)) for key, array in flat.items()}
         _keep_unchanged(written, flat, leaves, layout, momentum)
-    elif layout.needs_like:
-        raise ValueError(
-            f"like is missing: shapes of {library} depend on more than the variables of Flax. Pass "
-            "the arrays of the library's model, initialized or trained: like=arrays."
-        )
+    written = pack(written)
     return unflatten(written) if library == "haiku" else written
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(np.shape(array)) for key, array in arrays.items()}
+
+
+def _require_known_kinds(leaves: list[Leaf], layout: Layout, *, is_received: bool) -> None:
+    """Raises an error for kernels of a kind that neither names, types nor shapes tell."""
+    unclear = [
+        leaf.module for leaf in leaves if may_be_transposed(leaf, layout, is_received=is_received)
+    ]
+    require_told(unclear, has_arrays=is_received)
+    if is_received or layout.keeps_dense_axes:
+        return
+    for leaf in leaves:
+        if leaf.is_kernel and leaf.kind == Kind("DenseGeneral"):
+            raise ValueError(
+                f"like is missing: nothing else tells which axes of {leaf.path} {leaf.shape}, of a "
+                "DenseGeneral, are its inputs. Pass the arrays of the library's model, "
+                "initialized or trained: like=arrays."
+            )
+
+
+def _warn_if_untrained(
+    leaves: list[Leaf], values: list[np.ndarray], arrays: Mapping[str, np.ndarray], layout: Layout
+) -> None:
+    """Warns of norms whose averages no training step of the library has entered.
+
+    Equinox and Haiku start averages with 0. After its initialization a model of Haiku's has those
+    of the first batch, with a counter of 0.
+    """
+    by_key = {leaf.key: value for leaf, value in zip(leaves, values, strict=True)}
+    counters = [extra for extra in layout.extras if extra.untrained is not None]
+    untrained = []
+    for layer, statistics in running_statistics(leaves).items():
+        is_zero = not any(np.any(by_key[leaf.key]) for leaf in statistics.values())
+        counts = [
+            arrays.get(at_layer(extra.key, layer), 1) == extra.untrained for extra in counters
+        ]
+        if is_zero or any(map(np.all, counts)):
+            untrained.append(statistics["mean"].module)
+    if untrained:
+        warnings.warn(
+            f"arrays have running statistics of {list_layers(untrained)} that no training step has "
+            "updated: evaluation does not normalize by those of any data. Convert the model and "
+            "its state after training, or measure them: bn.recalibrate(forward, variables, "
+            "batches).batch_stats.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _add_extras(written: dict[str, np.ndarray], leaves: list[Leaf], layout: Layout) -> None:
@@ -214,13 +286,17 @@ def _require_agreement(
     unknown = [key for key in shapes if key not in expected and key not in optional]
     missing = [key for key in expected if key not in shapes]
     misshaped = [
-        leaf.key
-        for leaf in leaves
-        if leaf.key in shapes and not fits(shapes[leaf.key], leaf, layout)
+        leaf for leaf in leaves if leaf.key in shapes and not fits(shapes[leaf.key], leaf, layout)
     ]
     if not (unknown or missing or misshaped):
         return
     lines = [f"{name} does not fit the variables of Flax."]
+    statistics = {leaf.key for leaf in leaves if leaf.name in ("mean", "var", "count")}
+    if missing and "track_running_stats" in layout.defaults and statistics.issuperset(missing):
+        lines.append(
+            "Norms without running statistics in PyTorch have none here either, made with "
+            "attributes_from_library('pytorch', track_running_stats=False)."
+        )
     if missing:
         lines.append(f"missing from {name}, {len(missing)} in all:")
         lines += [f"  {key} {expected[key]}{_hint(key, unknown)}" for key in missing]
@@ -229,13 +305,24 @@ def _require_agreement(
         lines += [f"  {key} {shapes[key]}" for key in unknown]
     if misshaped:
         lines.append(f"of another shape in {name}, {len(misshaped)} in all:")
-        lines += [f"  {key} {shapes[key]}, expected {expected[key]}" for key in misshaped]
+        lines += [
+            f"  {leaf.key} {shapes[leaf.key]}, expected {expected[leaf.key]}"
+            + _transposed_hint(shapes[leaf.key], leaf, layout)
+            for leaf in misshaped
+        ]
     lines.append(
         "Pass names={'path in Flax': 'path in the library'} or a function to say which layer is "
         "which, and transposed=['path in Flax'] to say which layers are ConvTranspose. Where no "
         f"name of a layer helps, rename or remove the unknown keys of {name} yourself."
     )
     raise ValueError("\n".join(lines))
+
+
+def _transposed_hint(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> str:
+    is_unknown = leaf.is_kernel and leaf.kind is not None and leaf.kind.name != "ConvTranspose"
+    if is_unknown and fits(shape, as_transposed(leaf), layout):
+        return f", or transposed=[{leaf.module!r}]"
+    return ""
 
 
 def _hint(key: str, candidates: list[str]) -> str:
