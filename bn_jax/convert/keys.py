@@ -12,7 +12,6 @@ from bn_jax.convert.arrays import variables_of
 from bn_jax.convert.dense import merge_axes, packed_keys
 from bn_jax.convert.kinds import Globs, Kind, Shape, kinds_of
 from bn_jax.convert.layouts import Layout
-from bn_jax.convert.torchvision import resnet_names
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 
@@ -70,8 +69,6 @@ def leaves_of(
     for leaf in named:
         layers.setdefault(leaf.layer, {})[leaf.name] = leaf.array
     _check_names(names, set(layers))
-    if transposed is None and names is resnet_names:
-        transposed = ()  # a ResNet has none
     kinds = kinds_of(variables, layers, transposed)
     paths = {layer: _layer_in_library(layer, names, layout.separator) for layer in layers}
     packed = packed_keys(layers, paths, received or {})

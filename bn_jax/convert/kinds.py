@@ -23,7 +23,9 @@ class Kind(NamedTuple):
     """The kind of a layer, as far as it is known."""
 
     name: Literal["Conv", "ConvTranspose", "DenseGeneral", "unknown"]
-    inputs: int | None = None  # how many axes of the kernel of a `DenseGeneral` are inputs
+    inputs: int | None = (
+        None  # how many axes of the kernel of a `DenseGeneral` are inputs, if known
+    )
 
 
 def kinds_of(
@@ -52,10 +54,9 @@ def kinds_of(
     }
     for path in _matched_layers(transposed or (), convolutions):
         kinds[path] = Kind("ConvTranspose")
-    is_told = transposed is not None or isinstance(variables, nnx.Module)
     for path in convolutions - set(kinds):
         is_named = re.fullmatch(r"(.*/)?Conv_\d+", path)
-        kinds[path] = Kind("Conv" if is_told or is_named else "unknown")
+        kinds[path] = Kind("Conv" if is_named else "unknown")
     return kinds
 
 

@@ -24,6 +24,7 @@ from bn_jax.convert.kernels import (
 from bn_jax.convert.keys import Leaf, Names, at_layer, leaves_of, running_statistics
 from bn_jax.convert.kinds import Kind, require_told
 from bn_jax.convert.layouts import Layout, Library, layout_of
+from bn_jax.convert.torchvision import resnet_names
 
 
 def from_library(
@@ -95,7 +96,8 @@ def from_library(
     leaves = leaves_of(like, layout, names, transposed, _shapes(flat))
     flat = unpack(flat, [leaf.key for leaf in leaves])
     _require_agreement("arrays", leaves, flat, layout)
-    _require_known_kinds(leaves, layout, is_received=True)
+    if transposed is None and names is not resnet_names:  # a ResNet has no such layers
+        _require_known_convolutions(leaves, layout, is_received=True)
     values = [read(leaf, flat, layout, momentum, dtype) for leaf in leaves]
     _warn_if_untrained(leaves, values, flat, layout)
     return jax.tree.unflatten(jax.tree.structure(variables_of(like)), values)
@@ -161,7 +163,10 @@ def to_library(
     if flat is not None:
         flat = unpack(flat, [leaf.key for leaf in leaves])
         _require_agreement("like", leaves, flat, layout)
-    _require_known_kinds(leaves, layout, is_received=flat is not None)
+    if transposed is None and names is not resnet_names:
+        _require_known_convolutions(leaves, layout, is_received=flat is not None)
+    if flat is None and not layout.keeps_dense_axes:
+        _require_known_inputs(leaves)
     values = jax.tree.leaves(variables_of(variables))
     written = {
         leaf.key: write(leaf, as_array(leaf.path, value), layout)
@@ -179,14 +184,15 @@ def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(np.shape(array)) for key, array in arrays.items()}
 
 
-def _require_known_kinds(leaves: list[Leaf], layout: Layout, *, is_received: bool) -> None:
-    """Raises an error for kernels of a kind that neither names, types nor shapes tell."""
+def _require_known_convolutions(leaves: list[Leaf], layout: Layout, *, is_received: bool) -> None:
+    """Raises an error for kernels that nothing tells from transposed ones."""
     unclear = [
         leaf.module for leaf in leaves if may_be_transposed(leaf, layout, is_received=is_received)
     ]
     require_told(unclear, has_arrays=is_received)
-    if is_received or layout.keeps_dense_axes:
-        return
+
+
+def _require_known_inputs(leaves: list[Leaf]) -> None:
     for leaf in leaves:
         if leaf.is_kernel and leaf.kind == Kind("DenseGeneral"):
             raise ValueError(
