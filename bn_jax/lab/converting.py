@@ -21,8 +21,8 @@ from bn_jax.lab.errors import CommandError
 
 __all__ = ["Converted", "convert_file"]
 
-# Disagreements that an error lists; a wrong model has hundreds.
-LISTED = 8
+# Disagreements of each kind that an error lists; a wrong model has hundreds.
+LISTED = 4
 RESNETS = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
 
 
@@ -79,7 +79,7 @@ def convert_file(
     if like_file is None:
         target = _torchvision_resnet(file, arrays, library, names_file)
     else:
-        like = traverse_util.unflatten_dict(_load("--like", like_file), sep="/")
+        like = _read_like(like_file)
         target = _Target(f"The variables of {like_file}", like, _read_names(names_file))
     globs = None if transposed is None else [glob for glob in transposed if glob]
     with warnings.catch_warnings(record=True) as caught:
@@ -112,6 +112,17 @@ def _load(argument: str, path: Path) -> dict[str, np.ndarray]:
         return convert.load_safetensors(path)
     except (ValueError, OSError) as error:
         raise CommandError(f"{argument}: {error}") from error
+
+
+def _read_like(path: Path) -> dict[str, Any]:
+    flat = _load("--like", path)
+    for key in flat:
+        if inside := [other for other in flat if other.startswith(f"{key}/")]:
+            raise CommandError(
+                f"--like: {path} has {inside[0]} inside of an array, expected the variables of a "
+                f"model, in which {key} is either an array or a module"
+            )
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -147,41 +158,50 @@ def _torchvision_resnet(
     file: Path, arrays: Mapping[str, np.ndarray], library: str, names_file: Path | None
 ) -> _Target:
     """Returns the ResNet of `bn_jax.lab.models` whose layers a state dict of torchvision has."""
-    stages: dict[int, set[int]] = {}
-    for key in arrays:
-        if found := re.match(r"layer(\d+)\.(\d+)\.", key):
-            stages.setdefault(int(found[1]), set()).add(int(found[2]))
-    sizes = tuple(len(stages[stage]) for stage in sorted(stages))
-    block = models.Bottleneck if "layer1.0.conv3.weight" in arrays else models.BasicBlock
+    name = _name_resnet(arrays) if library == "pytorch" and names_file is None else None
+    if name is None:
+        raise CommandError(
+            f"FILE: the arrays of {file} are not those of a ResNet-18, 34, 50, 101 or 152 of "
+            "torchvision, which is expected without --like, --names and --library; give the "
+            "variables of your Flax model with --like: bn_jax.convert.save_safetensors(path, "
+            "flax.traverse_util.flatten_dict(variables, sep='/'))"
+        )
+    classes = len(arrays["fc.weight"])
     norm = functools.partial(linen.BatchNorm, **convert.attributes_from_library("pytorch"))
-    classes = np.shape(arrays.get("fc.weight", ()))[:1]
-    for name in RESNETS:
-        make = getattr(models, name)
-        if library != "pytorch" or names_file is not None or not classes:
-            break
-        model = make(*classes, norm=norm, padding="symmetric")
-        if (tuple(model.stage_sizes), model.block) == (sizes, block):
-            images = jnp.zeros((1, 32, 32, 3))
-            init = functools.partial(model.init, jax.random.key(0), train=False)
-            return _Target(
-                f"bn_jax.lab.models.{name}({classes[0]}, padding='symmetric')",
-                jax.eval_shape(init, images),
-                convert.resnet_names,
-            )
-    raise CommandError(
-        f"FILE: the arrays of {file} are not those of a ResNet-18, 34, 50, 101 or 152 of "
-        "torchvision, which is expected without --like; give the variables of your Flax model with "
-        "--like: bn_jax.convert.save_safetensors(path, flax.traverse_util.flatten_dict(variables, "
-        "sep='/'))"
+    model = getattr(models, name)(classes, norm=norm, padding="symmetric")
+    init = functools.partial(model.init, jax.random.key(0), train=False)
+    return _Target(
+        f"bn_jax.lab.models.{name}({classes}, padding='symmetric')",
+        jax.eval_shape(init, jnp.zeros((1, 32, 32, 3))),
+        convert.resnet_names,
     )
 
 
+def _name_resnet(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Returns which of `RESNETS` has the blocks that the keys name, if any."""
+    keys = (re.match(r"layer(\d+)\.(\d+)\.", key) for key in arrays)
+    blocks = {(int(found[1]), int(found[2])) for found in keys if found}
+    stages = sorted({stage for stage, _ in blocks})
+    sizes = tuple(sum(stage == one for one, _ in blocks) for stage in stages)
+    block = models.Bottleneck if "layer1.0.conv3.weight" in arrays else models.BasicBlock
+    if np.ndim(arrays.get("fc.weight", 0)) != 2:
+        return None
+    for name in RESNETS:
+        model = getattr(models, name)(1)
+        if (model.stage_sizes, model.block) == (sizes, block):
+            return name
+    return None
+
+
 def _shortened(message: str) -> str:
-    """Returns a message with only the first of the lines that list arrays."""
-    lines = message.splitlines()
-    listed = [index for index, line in enumerate(lines) if line.startswith("  ")]
-    dropped = set(listed[LISTED:])
-    kept = [line for index, line in enumerate(lines) if index not in dropped]
-    if dropped:
-        kept.insert(-1, f"and {len(dropped)} more.")
-    return "; ".join(line.strip() for line in kept)
+    """Returns a message as one line, with only the first of the lines that each list has."""
+    kept: list[str] = []
+    listed = 0
+    for line in message.splitlines():
+        listed = listed + 1 if line.startswith("  ") else 0
+        if listed <= LISTED:
+            kept.append(line)
+        elif listed == LISTED + 1:
+            kept.append("  ...")
+    text = "\n".join(kept).replace(":\n  ", ": ").replace("\n  ", ", ")
+    return text.replace(".\n", ". ").replace("\n", ". ")
