@@ -90,7 +90,6 @@ EVERY = {
     "tools/test_audit.py::test_blocks_of_every_kind_have_no_finding": 2,
     "tools/test_audit.py::test_what_is_around_a_norm": 3,
     "tools/test_convert.py::test_every_layer_computes_the_same": 3,
-    "tools/test_convert.py::test_larger_resnets_have_every_key_of_torchvision": 3,
     "tools/test_convert.py::test_nnx": 0,
     "tools/test_convert.py::test_resnets_of_torchvision": 2,
     "tools/test_fold.py::test_absorbing_keeps_the_function": 2,

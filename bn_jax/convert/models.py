@@ -222,9 +222,9 @@ def _warn_if_untrained(
             untrained.append(statistics["mean"].module)
     if untrained:
         warnings.warn(
-            f"arrays have running statistics of {list_layers(untrained)} that no training step has "
-            "updated: evaluation does not normalize by those of any data. Convert the model and "
-            "its state after training, or measure them: bn.recalibrate(forward, variables, "
+            f"no training step has updated the running statistics of {list_layers(untrained)} in "
+            "arrays, and evaluation does not normalize by them. Convert model and state after "
+            "training, or measure the statistics: bn_jax.recalibrate(forward, variables, "
             "batches).batch_stats.",
             UserWarning,
             stacklevel=3,

@@ -93,7 +93,9 @@ def test_a_warning_is_one_line(folder, command):
     save(folder / "model.safetensors", zeros)
     code, out, err = command(*CONVERT)
     assert code == 0 and out.count("\n") == 2
-    assert err.startswith("bn-jax: warning: arrays have running statistics of norm that no")
+    assert err.startswith(
+        "bn-jax: warning: no training step has updated the running statistics of norm"
+    )
     assert err.count("\n") == 1
 
 
@@ -132,7 +134,7 @@ BAD = {
         "model.safetensors",
         file_of({"x": np.ones(1, np.float32)}),
         "features.2.running_var (4,) for batch_stats/norm/var, features.0.bias (4,) for params/conv"
-        "/bias, features.0.weight (4, 3, 3) for params/conv/kernel, .... unknown in arrays, 1 in "
+        "/bias, features.0.weight (4, 3, 3) for params/conv/kernel, ... unknown in arrays, 1 in "
         "all: x (1,). Pass names=",
     ),
     "another like": (

@@ -188,7 +188,7 @@ def test_statistics_changed_in_flax_continue_in_equinox(library, divisor):
 def test_averages_of_equinox_before_the_first_step_are_not_divided():
     arrays = arrays_of("equinox 1") | {"norm.batch_counter": np.array(0, np.int32)}
     like = abstract(Net(1), images(1, 6))
-    with pytest.warns(UserWarning, match="statistics of norm that no training step has updated"):
+    with pytest.warns(UserWarning, match="no training step has updated .* of norm in arrays"):
         variables = bn.convert.from_library(arrays, "equinox", like=like, transposed=["up"])
     assert_same(variables["batch_stats"]["norm"]["var"], arrays["norm.batch_state_index.1"])
 

@@ -144,9 +144,9 @@ def dense(name, layer, use_bias):
     """A `DenseGeneral`, its input, drawn variables, and its weight in PyTorch by definition."""
     attributes, shape = DENSE[name]
     model = Project(layer, attributes | {"use_bias": use_bias})
-    x = standard_normal(3, (2, *shape))
+    x = np.asarray(standard_normal(3, (2, *shape)))
     like = abstract(model, x)
-    variables = jax.tree.map(lambda leaf: standard_normal(leaf.size, leaf.shape), like)
+    variables = jax.tree.map(lambda leaf: np.asarray(standard_normal(leaf.size, leaf.shape)), like)
     (leaves,) = variables["params"].values()
     return model, x, variables, as_matrix(leaves["kernel"], len(shape))
 
@@ -170,8 +170,8 @@ def test_a_dense_general_is_a_linear_layer(name, layer, use_bias):
     for transposed in (None, ()):
         options = {"like": like, "transposed": transposed}
         here = bn.convert.from_library(arrays, "pytorch", **options)
-        assert_same(here, jax.tree.map(np.asarray, variables))
-    expected = np.reshape(x, (2, -1)) @ weight.T + np.asarray(arrays.get(f"{layer}.bias", 0))
+        assert_same(here, variables)
+    expected = x.reshape(2, -1) @ weight.T + arrays.get(f"{layer}.bias", 0)
     assert_close(model.apply(here, x).reshape(2, -1), expected)
     assert_same(bn.convert.to_library(variables, "pytorch", like=arrays), arrays)
     if shown_by_bias or (known and use_bias):

@@ -14,7 +14,7 @@ import bn_jax as bn
 from bn_jax import training
 
 LIKE = {"params": {"bn": bn.init_params(3)}, "batch_stats": {"bn": bn.init_batch_stats(3)}}
-UNTRAINED = "arrays have running statistics of bn that no training step has updated"
+UNTRAINED = "no training step has updated the running statistics of bn in arrays"
 ZERO = r"batch_stats of bn are still the initial ones \(mean 0, var 0\): .* 1 / sqrt\(epsilon\)"
 
 
