@@ -39,28 +39,35 @@ def from_library(
 ) -> Any:
     """Converts the arrays of another library's model into variables of Flax.
 
-    Kernels become ``[*spatial, in, out]``, a depthwise kernel of Keras ``[*spatial, 1, out]``. The
-    stored averages of Equinox are divided by ``1 - momentum**counter``, as Equinox does in
-    evaluation; Haiku stores them divided. A linear layer after a flattened image needs its inputs
-    reordered by hand: channels come first in PyTorch and Equinox, last in Flax. Layers stacked by
-    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries. Unstack them
-    first, with ``jax.tree.map(lambda a: a[i], stacked)`` for each if they are stacked along axis 0.
+    Kernels become ``[*spatial, in, out]``, a depthwise kernel of Keras ``[*spatial, 1, out]``. A
+    `DenseGeneral` takes the weight of a linear layer, reshaped, and the layers ``query``, ``key``,
+    ``value`` and ``out`` of attention those of four linear layers, or the packed ``in_proj_weight``
+    and ``out_proj`` of PyTorch's ``MultiheadAttention``. The stored averages of Equinox are divided
+    by ``1 - momentum**counter``, as Equinox does in evaluation; Haiku stores them divided. A linear
+    layer after a flattened image needs its inputs reordered by hand: channels come first in PyTorch
+    and Equinox, last in Flax. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
+    counterpart in other libraries. Unstack them first, with ``jax.tree.map(lambda a: a[i],
+    stacked)`` for each if they are stacked along axis 0.
 
     Args:
         arrays: the arrays by their keys, as the docstring of `bn_jax.convert` describes: of NumPy
             or JAX, or anything that `numpy.asarray` takes, such as tensors of PyTorch on the host.
         library: the library that `arrays` come from.
         like: what to convert to: variables of Linen, an `nnx.Module`, its `nnx.State` or its pure
-            dictionary, with arrays or the result of `jax.eval_shape`. For norms without running
-            statistics, leave out ``batch_stats``.
+            dictionary, with arrays or the result of `jax.eval_shape`. A Linen norm made with
+            ``attributes_from_library("pytorch", track_running_stats=False)`` has no
+            ``batch_stats``; of a model of NNX with such norms pass ``nnx.state(model, nnx.Param)``.
         names: the path of each layer in the library by its path in Flax: a function, such as
             `resnet_names`, or a mapping of paths or of their beginnings, of which the longest
-            counts. Other layers keep their path, with the library's separator for ``/``.
+            counts. Other layers keep their path, with the library's separator for ``/``. The two
+            convolutions of a SeparableConv of Keras have the paths ``"PATH/depthwise"`` and
+            ``"PATH/pointwise"``.
         transposed: one or more glob patterns of the paths in Flax of `ConvTranspose` layers, and of
             no other convolutions: ``transposed=["decoder/up*"]``. Leave out layers with
             ``transpose_kernel=True``: their kernels of PyTorch or Keras are converted as those of
             any convolution. ``transposed=()`` states that there are none. An `nnx.Module` knows its
-            layers, and these patterns add to them.
+            layers, and these patterns add to them. None is an error for kernels that neither the
+            shapes of the arrays nor a name such as ``Conv_0`` tell from transposed ones.
         dtype: the dtype of floating-point arrays; None keeps the dtypes of `arrays`. Running
             statistics are never narrower than in `like`, and a ``count`` keeps the dtype of `like`.
         momentum: the momentum of Equinox's norms in mode "batch"; ignored for other libraries.
@@ -73,10 +80,13 @@ def from_library(
     Raises:
         ValueError: keys are missing, unknown or have another shape, all listed in one message; two
             layers get the same name, or `names` names no layer; the library has no counterpart of
-            something in `like`; or `transposed` is None although layers have the default names of
-            Linen's `ConvTranspose`.
+            something in `like`; or `transposed` is None where it decides.
         TypeError: something is not an array; `arrays`, `names` or `dtype` is of the wrong type, or
             `dtype` is real and an array complex.
+
+    Warns:
+        UserWarning: no training step has updated the running statistics in `arrays`: they are 0, or
+            the counter of Haiku or Equinox is.
 
     Example:
         >>> import numpy as np, bn_jax as bn
@@ -116,8 +126,10 @@ def to_library(
 
     With the arrays that `from_library` converted as `like`, its result is converted back bit for
     bit. Without `like`, depthwise kernels for Keras stay ``[h, w, 1, out]``, where Keras has ``[h,
-    w, in, multiplier]``. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
-    counterpart in other libraries: unstack them first, as for `from_library`.
+    w, in, multiplier]``; attention is four linear layers, never packed; and a scale alone is that
+    of a RMSNormalization of Keras only if the name of its layer contains "rms". Layers stacked by
+    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries: unstack them
+    first, as for `from_library`.
 
     Args:
         variables: the variables, as `like` of `from_library`, with arrays.
@@ -126,10 +138,11 @@ def to_library(
         transposed: as in `from_library`.
         like: the arrays that the library's model has now; the result has their keys and shapes.
             Haiku and Equinox need it, because their shapes depend on more than the variables of
-            Flax know. It also supplies what Flax does not have (``num_batches_tracked`` unless
-            averages are cumulative, the counters of Haiku and Equinox) for norms whose statistics
-            have not changed since. Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox
-            that their division by ``1 - momentum**counter`` divides by 1.
+            Flax know; so does a `DenseGeneral` that has no bias to tell its axes. It also supplies
+            what Flax does not have (``num_batches_tracked`` unless averages are cumulative, the
+            counters of Haiku and Equinox) for norms whose statistics have not changed since.
+            Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox that their division by
+            ``1 - momentum**counter`` divides by 1.
         momentum: as in `from_library`.
 
     Returns:
