@@ -23,9 +23,8 @@ class Kind(NamedTuple):
     """The kind of a layer, as far as it is known."""
 
     name: Literal["Conv", "ConvTranspose", "DenseGeneral", "unknown"]
-    inputs: int | None = (
-        None  # how many axes of the kernel of a `DenseGeneral` are inputs, if known
-    )
+    # How many axes of the kernel of a `DenseGeneral` are inputs, if that is known.
+    inputs: int | None = None
 
 
 def kinds_of(
