@@ -92,6 +92,7 @@ EVERY = {
     "tools/test_convert.py::test_every_layer_computes_the_same": 3,
     "tools/test_convert.py::test_nnx": 0,
     "tools/test_convert.py::test_resnets_of_torchvision": 2,
+    "tools/test_convert_layers.py::test_a_dense_general_is_a_linear_layer": 3,
     "tools/test_fold.py::test_absorbing_keeps_the_function": 2,
     "tools/test_fold.py::test_absorbing_under_transformations": 3,
     "tools/test_fold.py::test_every_norm_of_our_models_that_follows_a_convolution_is_folded": 3,

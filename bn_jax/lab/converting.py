@@ -111,7 +111,9 @@ def _load(argument: str, path: Path) -> dict[str, np.ndarray]:
     try:
         return convert.load_safetensors(path)
     except (ValueError, OSError) as error:
-        raise CommandError(f"{argument}: {error}") from error
+        # The lines of code in an error stay code on one line.
+        message = str(error).replace(":\n", ": ").replace("\n", "; ")
+        raise CommandError(f"{argument}: {message}") from error
 
 
 def _read_like(path: Path) -> dict[str, Any]:

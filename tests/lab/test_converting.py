@@ -122,7 +122,7 @@ BAD = {
     "a pickle": (
         "model.safetensors",
         text(pickle.dumps(ARRAYS)),
-        "FILE: model.safetensors is a pickle, which can run any code",
+        "['state_dict']: import torch, safetensors.torch; arrays = torch.load('model.saf",
     ),
     "a key is missing": (
         "model.safetensors",
