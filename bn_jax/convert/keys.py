@@ -72,15 +72,11 @@ def leaves_of(
     kinds = kinds_of(variables, layers, transposed)
     paths = {layer: _layer_in_library(layer, names, layout.separator) for layer in layers}
     packed = packed_keys(layers, paths, received or {})
+    shapes = received or {}
     leaves: dict[str, Leaf] = {}
     for leaf in named:
-        beside = set(layers[leaf.layer])
-        is_count = leaf.name == "count" and {"mean", "var"} <= beside
-        layer = paths[leaf.layer]
-        key = packed.get((leaf.layer, leaf.name), "")
-        if not key:
-            template = _key_template(leaf, beside, is_count, layout)
-            key = _received_key(leaf, beside, template, layer, layout, received)
+        beside, layer = set(layers[leaf.layer]), paths[leaf.layer]
+        key = packed.get((leaf.layer, leaf.name)) or _key_of(leaf, beside, layer, layout, received)
         if key in leaves:
             raise ValueError(
                 f"names takes both {leaves[key].path} and {leaf.path} to {key}, expected a key for "
@@ -95,9 +91,9 @@ def leaves_of(
             module=leaf.layer,
             layer=layer,
             key=key,
-            merged=merge_axes(leaf.name, shape, kind, layout, (received or {}).get(key)),
+            merged=merge_axes(leaf.name, shape, kind, layout, shapes.get(key)),
             kind=kind,
-            is_count=is_count,
+            is_count=_is_count(leaf, beside),
         )
     return list(leaves.values())
 
@@ -141,9 +137,33 @@ def _parts(keys: tuple[Any, ...]) -> tuple[str, ...]:
 # --- keys ---------------------------------------------------------------------------------------
 
 
-def _key_template(leaf: _Named, siblings: set[str], is_count: bool, layout: Layout) -> str:
+def _key_of(
+    leaf: _Named,
+    siblings: set[str],
+    layer: str,
+    layout: Layout,
+    received: Mapping[str, Shape] | None,
+) -> str:
+    """Returns the key of a leaf: the usual one, or another that the library has."""
+    key = at_layer(_key_template(leaf, siblings, layout), layer)
+    parent, _, last = layer.rpartition(layout.separator)
+    others = [
+        at_layer(other.key, layer, parent)
+        for other in layout.alternatives
+        if other.name == leaf.name and other.layer in ("", last)
+    ]
+    if received is None:
+        is_root_mean_square = siblings == {"scale"} and "rms" in f"{leaf.layer} {layer}".lower()
+        return others[0] if is_root_mean_square and others else key
+    if key in received:
+        return key
+    return next((other for other in others if other in received), key)
+
+
+def _key_template(leaf: _Named, siblings: set[str], layout: Layout) -> str:
     """Returns the template of a leaf's key; an unknown parameter keeps its name."""
     templates = layout.layer if siblings & {"kernel", "embedding"} else layout.norm
+    is_count = _is_count(leaf, siblings)
     if is_count and "count" not in templates:
         raise ValueError(
             f"{leaf.path} counts the batches of a cumulative average (momentum=None), which only "
@@ -155,28 +175,8 @@ def _key_template(leaf: _Named, siblings: set[str], is_count: bool, layout: Layo
     return module + separator + leaf.name
 
 
-def _received_key(
-    leaf: _Named,
-    siblings: set[str],
-    template: str,
-    layer: str,
-    layout: Layout,
-    received: Mapping[str, Shape] | None,
-) -> str:
-    """Returns the key of a leaf: the usual one, or another that the library has."""
-    key = at_layer(template, layer)
-    if received is None:
-        is_rms = siblings == {"scale"} and "rms" in f"{leaf.layer} {layer}".lower()
-        others = [other for other in layout.alternatives if other.name == "scale"]
-        return at_layer(others[0].key, layer) if is_rms and others else key
-    if key in received:
-        return key
-    parent, _, last = layer.rpartition(layout.separator)
-    for other in layout.alternatives:
-        alternative = at_layer(other.key, layer, parent)
-        if other.name == leaf.name and other.layer in ("", last) and alternative in received:
-            return alternative
-    return key
+def _is_count(leaf: _Named, siblings: set[str]) -> bool:
+    return leaf.name == "count" and {"mean", "var"} <= siblings
 
 
 # --- the names of layers ------------------------------------------------------------------------
