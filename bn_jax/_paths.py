@@ -3,7 +3,7 @@
 A path is text with `/` between its parts, as Flax writes the names of modules: `stage0/norm`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -60,3 +60,10 @@ def whitening_paths(tree: Any) -> list[str]:
     """Returns the paths of the whitening norms whose running statistics are in a tree."""
     nodes = jax.tree.leaves_with_path(tree, is_leaf=is_whitening_stats)
     return [format_path(keys) for keys, node in nodes if is_whitening_stats(node)]
+
+
+def list_layers(paths: Sequence[str]) -> str:
+    """Returns the first paths of a list as text, and the number of the others."""
+    names = [path or "the top-level norm" for path in paths]
+    text = ", ".join(names[:3])
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text

@@ -114,13 +114,13 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def write_resnet50(path):
-    """Zeros under the keys of torchvision."""
+    """Kernels of zeros, and ones elsewhere, under the keys of torchvision."""
     like = jax.eval_shape(
         lambda: models.ResNet50(1000).init(jax.random.key(0), jnp.ones((1, 64, 64, 3)), train=False)
     )
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+    filled = jax.tree.map(lambda leaf: np.full(leaf.shape, leaf.ndim == 1, np.float32), like)
     names = bn.convert.resnet_names
-    bn.convert.save_safetensors(path, bn.convert.to_library(zeros, "pytorch", names=names))
+    bn.convert.save_safetensors(path, bn.convert.to_library(filled, "pytorch", names=names))
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

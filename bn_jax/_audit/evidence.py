@@ -133,13 +133,14 @@ def collect_evidence(observed: Observations) -> list[Evidence]:
 def is_initial(norm: Mapping[str, Any]) -> bool:
     """Tells whether no batch has entered the running statistics of a norm, boxed or not.
 
-    Their `count` is 0 in every feature; without one, the means are 0 and the variances 1.
+    Their `count` is 0 in every feature; without one, the means are 0 and the variances are 1, or
+    0 as Equinox and Haiku initialize them.
     """
     (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
     if "count" in norm:
         (count,) = jax.tree.leaves(norm["count"])
         return not np.any(count)
-    return not np.any(mean) and bool(np.all(var == 1))
+    return not np.any(mean) and (bool(np.all(var == 1)) or not np.any(var))
 
 
 def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
@@ -157,6 +158,9 @@ def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
             return None
         return _distance(mean, var, measured, noise, attributes.epsilon)
 
+    # Statistics of 0 may also be those of an input that is 0 throughout.
+    batch = trained or evaluated
+    is_zero = batch is not None and not (var.any() or batch.mean.any() or batch.var.any())
     ghost_size = attributes.virtual_batch_size
     if ghost_size is not None and ghost_size >= observed.examples:
         ghost_size = None
@@ -164,7 +168,7 @@ def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     return Evidence(
         path=path,
         features=np.shape(norm["mean"]),
-        is_initial=is_initial(cast(Mapping[str, Any], norm)),
+        is_initial=is_initial(cast(Mapping[str, Any], norm)) and not is_zero,
         mean=mean,
         var=var,
         scale=None if scale is None else flat(scale),

@@ -115,11 +115,20 @@ def never_updated(case: Case) -> Iterator[Finding]:
             yield Finding(
                 "never updated",
                 norm.path,
-                "Its running statistics are the initial ones, mean 0 and variance 1"
-                f"{_batch_beside(norm)}: evaluation does not normalize.",
+                f"Its running statistics are the initial ones, {_about_initial(norm)}.",
                 "Train with train=True and keep the updates that the model returns (in NNX call "
                 f"model.train()), or measure them{unfreeze}: {case.model.advice}",
             )
+
+
+def _about_initial(norm: Evidence) -> str:
+    batch = _batch_beside(norm)
+    if norm.var.any():
+        return f"mean 0 and variance 1{batch}: evaluation does not normalize"
+    return (
+        f"mean 0 and variance 0, as of a model of Equinox or Haiku that was not trained{batch}: "
+        f"evaluation multiplies by {norm.epsilon**-0.5:.3g}, 1 / sqrt(epsilon)"
+    )
 
 
 def stale(case: Case) -> Iterator[Finding]:

@@ -52,12 +52,13 @@ Example:
 from bn_jax.convert.attributes import attributes_from_library, attributes_to_library
 from bn_jax.convert.files import load_safetensors, save_safetensors
 from bn_jax.convert.models import from_library, to_library
-from bn_jax.convert.torchvision import resnet_names
+from bn_jax.convert.torchvision import jax_resnet_names, resnet_names
 
 __all__ = [
     "attributes_from_library",
     "attributes_to_library",
     "from_library",
+    "jax_resnet_names",
     "load_safetensors",
     "resnet_names",
     "save_safetensors",

@@ -48,11 +48,12 @@ def attributes_from_library(library: Library, **attributes: Any) -> dict[str, An
     values = {**layout.defaults, **attributes}
     if missing := [name for name in names.values() if name not in values]:
         raise ValueError(f"attributes {missing} are missing, which {library} has no default for")
-    if library == "equinox-ema" or values.get("mode", "batch") != "batch":
+    mode = values.get("mode", "batch")
+    if mode != "batch":
         raise ValueError(
-            "Equinox's norm in mode 'ema' normalizes by running averages in training too, as "
-            "does its default, 'legacy', expected mode='batch': bn_jax has no such mode. "
-            "For evaluation alone translate mode='batch'."
+            f"mode={mode!r}, expected 'batch': in its modes 'ema' and 'legacy', the default, "
+            "Equinox's norm normalizes by running averages in training too, which bn_jax does "
+            "not. If the model is only evaluated here, pass mode='batch'."
         )
     translated = {ours: values[theirs] for ours, theirs in names.items()}
     translated["use_bias"] = translated["use_bias"] and values.get("affine", True)

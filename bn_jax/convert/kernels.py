@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from bn_jax.convert.keys import Leaf, at_layer
+from bn_jax.convert.kinds import Kind
 from bn_jax.convert.layouts import Layout
 
 
@@ -45,6 +46,7 @@ def write(leaf: Leaf, array: np.ndarray, layout: Layout) -> np.ndarray:
                 "features, as in PyTorch: features that met a batch that was not finite lag behind."
             )
         return np.array(counts[0], np.int64)
+    array = array.reshape(leaf.merged)
     if leaf.is_kernel:
         array = _flipped(array, leaf, layout).transpose(np.argsort(_axes(leaf, layout)))
     return np.array(array, order="C")
@@ -55,8 +57,8 @@ def shape_in_library(leaf: Leaf, layout: Layout) -> tuple[int, ...]:
     if leaf.is_count:
         return ()
     if not leaf.is_kernel:
-        return leaf.shape
-    return tuple(leaf.shape[axis] for axis in np.argsort(_axes(leaf, layout)))
+        return leaf.merged
+    return tuple(leaf.merged[axis] for axis in np.argsort(_axes(leaf, layout)))
 
 
 def fits(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> bool:
@@ -66,22 +68,41 @@ def fits(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> bool:
     if leaf.is_kernel:
         return _is_split_depthwise(shape, leaf, layout)
     # Haiku and Equinox have axes of size 1 around the features.
-    wide, narrow = ([size for size in sizes if size != 1] for sizes in (shape, leaf.shape))
+    wide, narrow = ([size for size in sizes if size != 1] for sizes in (shape, leaf.merged))
     return layout.needs_like and wide == narrow
 
 
 def _is_split_depthwise(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> bool:
     """Tells whether a shape is that of a depthwise kernel in Keras, ``[*s, in, multiplier]``."""
-    if layout.kernel != "sio" or leaf.is_transposed or leaf.shape[-2] != 1:
+    if layout.kernel != "sio" or leaf.is_transposed or leaf.merged[-2] != 1:
         return False
-    is_same_window = len(shape) == len(leaf.shape) and shape[:-2] == leaf.shape[:-2]
-    return is_same_window and prod(shape[-2:]) == leaf.shape[-1]
+    is_same_window = len(shape) == len(leaf.merged) and shape[:-2] == leaf.merged[:-2]
+    return is_same_window and prod(shape[-2:]) == leaf.merged[-1]
+
+
+def as_transposed(leaf: Leaf) -> Leaf:
+    """Returns the leaf as if its layer were a transposed convolution."""
+    return leaf._replace(kind=Kind("ConvTranspose"))
+
+
+def may_be_transposed(leaf: Leaf, layout: Layout, *, is_received: bool) -> bool:
+    """Tells whether nothing decides between a convolution and a transposed one.
+
+    The kernel is of unknown kind, and both have the shape that the library's array has, or that is
+    not `is_received`.
+    """
+    if leaf.kind is None or leaf.kind.name != "unknown" or not leaf.is_kernel:
+        return False
+    if layout.transposed_kernel == layout.kernel or len(leaf.merged) == 2:
+        return False
+    other = as_transposed(leaf)
+    return not is_received or shape_in_library(leaf, layout) == shape_in_library(other, layout)
 
 
 def _axes(leaf: Leaf, layout: Layout) -> tuple[int, ...]:
     """Returns the axes of a library's kernel in the order of Flax."""
     order = layout.transposed_kernel if leaf.is_transposed else layout.kernel
-    order = order.replace("s", "s" * (len(leaf.shape) - 2))
+    order = order.replace("s", "s" * (len(leaf.merged) - 2))
     spatial = (axis for axis, kind in enumerate(order) if kind == "s")
     return (*spatial, order.index("i"), order.index("o"))
 

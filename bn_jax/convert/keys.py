@@ -6,14 +6,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from flax import nnx
 
-from bn_jax._paths import format_path, matches_whole
+from bn_jax._paths import format_path
 from bn_jax.convert.arrays import variables_of
+from bn_jax.convert.dense import merge_axes, packed_keys
+from bn_jax.convert.kinds import Globs, Kind, Shape, kinds_of
 from bn_jax.convert.layouts import Layout
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
-Globs: TypeAlias = str | Iterable[str]
 
 
 class Leaf(NamedTuple):
@@ -23,15 +23,24 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]  # its shape in Flax
     dtype: np.dtype[Any]  # its dtype in Flax
     name: str  # its name in Flax, the last part of the path
+    module: str  # the path of its layer in Flax
     layer: str  # the path of its layer in the other library
     key: str  # its key in the other library
-    is_transposed: bool  # whether it is the kernel of a transposed convolution
+    # Its shape in Flax, with the inputs and outputs of a `DenseGeneral` merged to an axis each, as
+    # far as the library merges them.
+    merged: tuple[int, ...]
+    kind: Kind | None  # of its layer, if that has a kernel of rank 3 or more
     is_count: bool  # whether it counts the batches of a cumulative average
 
     @property
     def is_kernel(self) -> bool:
         """Whether the order of its axes depends on the library."""
-        return self.name == "kernel" and len(self.shape) > 1
+        return self.name == "kernel" and len(self.merged) > 1
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is the kernel of a transposed convolution."""
+        return self.is_kernel and self.kind is not None and self.kind.name == "ConvTranspose"
 
 
 class _Named(NamedTuple):
@@ -43,34 +52,48 @@ class _Named(NamedTuple):
     array: Any
 
 
-def leaves_of(variables: Any, layout: Layout, names: Names, transposed: Globs | None) -> list[Leaf]:
-    """Returns the leaves of a model with their keys, in the order of the tree."""
+def leaves_of(
+    variables: Any,
+    layout: Layout,
+    names: Names,
+    transposed: Globs | None,
+    received: Mapping[str, Shape] | None,
+) -> list[Leaf]:
+    """Returns the leaves of a model with their keys, in the order of the tree.
+
+    The shapes of the arrays that the library has, where they are `received`, decide between the
+    forms that a layer may have there.
+    """
     named = _named_leaves(variables_of(variables))
-    siblings: dict[str, set[str]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for leaf in named:
-        siblings.setdefault(leaf.layer, set()).add(leaf.name)
-    _check_names(names, set(siblings))
-    transposed_layers = _transposed_layers(variables, transposed, named, layout)
+        layers.setdefault(leaf.layer, {})[leaf.name] = leaf.array
+    _check_names(names, set(layers))
+    kinds = kinds_of(variables, layers, transposed)
+    paths = {layer: _layer_in_library(layer, names, layout.separator) for layer in layers}
+    packed = packed_keys(layers, paths, received or {})
+    shapes = received or {}
     leaves: dict[str, Leaf] = {}
     for leaf in named:
-        beside = siblings[leaf.layer]
-        is_count = leaf.name == "count" and {"mean", "var"} <= beside
-        layer = _layer_in_library(leaf.layer, names, layout.separator)
-        key = at_layer(_key_template(leaf, beside, is_count, layout), layer)
+        beside, layer = set(layers[leaf.layer]), paths[leaf.layer]
+        key = packed.get((leaf.layer, leaf.name)) or _key_of(leaf, beside, layer, layout, received)
         if key in leaves:
             raise ValueError(
                 f"names takes both {leaves[key].path} and {leaf.path} to {key}, expected a key for "
                 "each"
             )
+        shape, kind = tuple(leaf.array.shape), kinds.get(leaf.layer)
         leaves[key] = Leaf(
             path=leaf.path,
-            shape=tuple(leaf.array.shape),
+            shape=shape,
             dtype=leaf.array.dtype,
             name=leaf.name,
+            module=leaf.layer,
             layer=layer,
             key=key,
-            is_transposed=leaf.name == "kernel" and leaf.layer in transposed_layers,
-            is_count=is_count,
+            merged=merge_axes(leaf.name, shape, kind, layout, shapes.get(key)),
+            kind=kind,
+            is_count=_is_count(leaf, beside),
         )
     return list(leaves.values())
 
@@ -84,9 +107,13 @@ def running_statistics(leaves: Iterable[Leaf]) -> dict[str, dict[str, Leaf]]:
     return {layer: both for layer, both in statistics.items() if len(both) == 2}
 
 
-def at_layer(template: str, layer: str) -> str:
+def at_layer(template: str, layer: str, parent: str = "") -> str:
     """Returns the key of a layer's array; the top-level layer has the path ``""``."""
-    return template.format(layer) if layer else template.replace("{}.", "").replace("{}/", "")
+    for name, path in (("{}", layer), ("{parent}", parent)):
+        if not path:
+            template = template.replace(f"{name}.", "").replace(f"{name}/", "")
+        template = template.replace(name, path)
+    return template
 
 
 def _named_leaves(tree: Any) -> list[_Named]:
@@ -110,9 +137,33 @@ def _parts(keys: tuple[Any, ...]) -> tuple[str, ...]:
 # --- keys ---------------------------------------------------------------------------------------
 
 
-def _key_template(leaf: _Named, siblings: set[str], is_count: bool, layout: Layout) -> str:
+def _key_of(
+    leaf: _Named,
+    siblings: set[str],
+    layer: str,
+    layout: Layout,
+    received: Mapping[str, Shape] | None,
+) -> str:
+    """Returns the key of a leaf: the usual one, or another that the library has."""
+    key = at_layer(_key_template(leaf, siblings, layout), layer)
+    parent, _, last = layer.rpartition(layout.separator)
+    others = [
+        at_layer(other.key, layer, parent)
+        for other in layout.alternatives
+        if other.name == leaf.name and other.layer in ("", last)
+    ]
+    if received is None:
+        is_root_mean_square = siblings == {"scale"} and "rms" in f"{leaf.layer} {layer}".lower()
+        return others[0] if is_root_mean_square and others else key
+    if key in received:
+        return key
+    return next((other for other in others if other in received), key)
+
+
+def _key_template(leaf: _Named, siblings: set[str], layout: Layout) -> str:
     """Returns the template of a leaf's key; an unknown parameter keeps its name."""
     templates = layout.layer if siblings & {"kernel", "embedding"} else layout.norm
+    is_count = _is_count(leaf, siblings)
     if is_count and "count" not in templates:
         raise ValueError(
             f"{leaf.path} counts the batches of a cumulative average (momentum=None), which only "
@@ -122,6 +173,10 @@ def _key_template(leaf: _Named, siblings: set[str], is_count: bool, layout: Layo
         return templates[leaf.name]
     module, separator, _ = layout.layer["bias"].rpartition(layout.separator)
     return module + separator + leaf.name
+
+
+def _is_count(leaf: _Named, siblings: set[str]) -> bool:
+    return leaf.name == "count" and {"mean", "var"} <= siblings
 
 
 # --- the names of layers ------------------------------------------------------------------------
@@ -162,48 +217,3 @@ def _layer_in_library(layer: str, names: Names, separator: str) -> str:
             rest = layer.removeprefix(start).strip("/").replace("/", separator)
             return separator.join(part for part in ((names or {})[start], rest) if part)
     return layer.replace("/", separator)
-
-
-# --- transposed convolutions --------------------------------------------------------------------
-
-
-def _transposed_layers(
-    variables: Any, transposed: Globs | None, named: Iterable[_Named], layout: Layout
-) -> set[str]:
-    """Returns the transposed convolutions: by the argument, and by the types in an NNX module."""
-    # A kernel of rank 3 or more may be that of a convolution.
-    convolutions = {
-        leaf.layer for leaf in named if leaf.name == "kernel" and len(leaf.array.shape) > 2
-    }
-    if isinstance(variables, nnx.Module):
-        by_type = {
-            "/".join(map(str, path))
-            for path, module in nnx.iter_modules(variables)
-            if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
-        }
-        return by_type | _matched_layers(transposed or (), convolutions)
-    if transposed is not None:
-        return _matched_layers(transposed, convolutions)
-    is_default_name = re.compile(r"(.*/)?ConvTranspose_\d+").fullmatch
-    suspects = sorted(layer for layer in convolutions if is_default_name(layer))
-    if suspects and layout.transposed_kernel != layout.kernel:
-        raise ValueError(
-            f"transposed is None, but {suspects} are transposed convolutions by their names: pass "
-            f"transposed={suspects}, without those that have transpose_kernel=True, or "
-            "transposed=() if all of them have that."
-        )
-    return set()
-
-
-def _matched_layers(globs: Globs, convolutions: set[str]) -> set[str]:
-    matched: set[str] = set()
-    for pattern in [globs] if isinstance(globs, str) else globs:
-        # A module around a convolution does not count: it may hold others, not transposed.
-        layers = {layer for layer in convolutions if matches_whole(pattern, layer)}
-        if not layers:
-            raise ValueError(
-                f"transposed has {pattern!r}, expected globs of ConvTranspose layers among those "
-                f"with a kernel of rank 3 or more, which are {sorted(convolutions)}"
-            )
-        matched |= layers
-    return matched

@@ -24,13 +24,22 @@ class Extra(NamedTuple):
     fresh: np.ndarray | None = None  # its value for averages that were taken in Flax
     # The statistic that it repeats, where it has no value of its own.
     copy_of: Literal["mean", "var"] | None = None
+    untrained: int | None = None  # its value before the first step, if no other means that
+
+
+class Alternative(NamedTuple):
+    """Another key that some layers of a library have, taken where the arrays have it."""
+
+    name: str  # the name of the leaf in Flax
+    key: str  # the template of its key; ``{parent}`` stands for the path around that of the layer
+    layer: str = ""  # the last part of the layer's path in the library; empty: any
 
 
 class Layout(NamedTuple):
     """How a library lays out its arrays, and what it calls the attributes of a batch norm."""
 
-    # The keys of a norm's scale, bias and statistics; in PyTorch also of the count of batches in a
-    # cumulative average.
+    # The keys of a norm's scale, bias and statistics, and of the slope of a PReLU; in PyTorch also
+    # of the count of batches in a cumulative average.
     norm: Keys
     layer: Keys  # the keys of the kernel, bias and embedding of any other layer
     # The axes of a kernel: ``s`` all spatial axes, ``i`` the inputs, ``o`` the outputs. Flax has
@@ -52,6 +61,8 @@ class Layout(NamedTuple):
     momentum_weighs_new: bool = False  # whether momentum is the weight of the new value
     running_var_ddof: int = 0  # 1 if the running variance is unbiased, else 0
     needs_like: bool = False  # whether shapes depend on more than the variables of Flax know
+    alternatives: tuple[Alternative, ...] = ()
+    keeps_dense_axes: bool = False  # whether kernels of `DenseGeneral` have the axes that Flax has
 
 
 _PYTORCH = Layout(
@@ -61,6 +72,7 @@ _PYTORCH = Layout(
         mean="{}.running_mean",
         var="{}.running_var",
         count="{}.num_batches_tracked",
+        negative_slope="{}.weight",
     ),
     layer=dict(kernel="{}.weight", bias="{}.bias", embedding="{}.weight"),
     kernel="ois",
@@ -75,7 +87,13 @@ _PYTORCH = Layout(
 )
 
 _KERAS = Layout(
-    norm=dict(scale="{}/gamma", bias="{}/beta", mean="{}/moving_mean", var="{}/moving_variance"),
+    norm=dict(
+        scale="{}/gamma",
+        bias="{}/beta",
+        mean="{}/moving_mean",
+        var="{}/moving_variance",
+        negative_slope="{}/alpha",
+    ),
     layer=dict(kernel="{}/kernel", bias="{}/bias", embedding="{}/embeddings"),
     kernel="sio",
     transposed_kernel="soi",
@@ -85,6 +103,13 @@ _KERAS = Layout(
     defaults=dict(momentum=0.99, epsilon=1e-3, scale=True, center=True),
     source="{w.path: w.numpy() for w in model.weights}",
     separator="/",
+    alternatives=(
+        Alternative("scale", "{}/scale"),  # RMSNormalization
+        Alternative("kernel", "{}_kernel", "depthwise"),  # SeparableConv
+        Alternative("kernel", "{}_kernel", "pointwise"),
+        Alternative("bias", "{parent}/bias", "pointwise"),
+    ),
+    keeps_dense_axes=True,
 )
 
 _HAIKU = Layout(
@@ -101,7 +126,7 @@ _HAIKU = Layout(
     # `average` is `hidden` after the division, which the counter turns off.
     extras=(
         Extra("state/{}/~/mean_ema/hidden", copy_of="mean"),
-        Extra("state/{}/~/mean_ema/counter", np.array(SETTLED_COUNTER, np.int32)),
+        Extra("state/{}/~/mean_ema/counter", np.array(SETTLED_COUNTER, np.int32), untrained=0),
         Extra("state/{}/~/var_ema/hidden", copy_of="var"),
         Extra("state/{}/~/var_ema/counter", np.array(SETTLED_COUNTER, np.int32)),
     ),
@@ -125,7 +150,7 @@ _EQUINOX = Layout(
     kernel="ois",
     transposed_kernel="ois",
     flips_transposed=False,
-    extras=(Extra("{}.batch_counter", np.array(SETTLED_COUNTER, np.int32)),),
+    extras=(Extra("{}.batch_counter", np.array(SETTLED_COUNTER, np.int32), untrained=0),),
     attributes=dict(
         momentum="momentum",
         epsilon="eps",
@@ -141,6 +166,7 @@ _EQUINOX = Layout(
 _EQUINOX_EMA = _EQUINOX._replace(
     norm={**_EQUINOX.norm, "mean": "{}.ema_state_index.0", "var": "{}.ema_state_index.1"},
     extras=(Extra("{}.ema_first_time_index", np.array(False)),),
+    defaults={**_EQUINOX.defaults, "mode": "ema"},
     counter=None,
 )
 

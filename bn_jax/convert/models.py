@@ -1,6 +1,7 @@
 """Whole models, from and to other libraries."""
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,10 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from bn_jax._paths import list_layers
 from bn_jax.convert.arrays import as_array, flatten, require_mapping, unflatten, variables_of
-from bn_jax.convert.kernels import fits, read, shape_in_library, write
+from bn_jax.convert.dense import pack, unpack
+from bn_jax.convert.kernels import (
+    as_transposed,
+    fits,
+    may_be_transposed,
+    read,
+    shape_in_library,
+    write,
+)
 from bn_jax.convert.keys import Leaf, Names, at_layer, leaves_of, running_statistics
+from bn_jax.convert.kinds import Kind, require_told
 from bn_jax.convert.layouts import Layout, Library, layout_of
+from bn_jax.convert.torchvision import resnet_names
 
 
 def from_library(
@@ -27,28 +39,35 @@ def from_library(
 ) -> Any:
     """Converts the arrays of another library's model into variables of Flax.
 
-    Kernels become ``[*spatial, in, out]``, a depthwise kernel of Keras ``[*spatial, 1, out]``. The
-    stored averages of Equinox are divided by ``1 - momentum**counter``, as Equinox does in
-    evaluation; Haiku stores them divided. A linear layer after a flattened image needs its inputs
-    reordered by hand: channels come first in PyTorch and Equinox, last in Flax. Layers stacked by
-    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries. Unstack them
-    first, with ``jax.tree.map(lambda a: a[i], stacked)`` for each if they are stacked along axis 0.
+    Kernels become ``[*spatial, in, out]``, a depthwise kernel of Keras ``[*spatial, 1, out]``. A
+    `DenseGeneral` takes the weight of a linear layer, reshaped, and the layers ``query``, ``key``,
+    ``value`` and ``out`` of attention those of four linear layers, or the packed ``in_proj_weight``
+    and ``out_proj`` of PyTorch's ``MultiheadAttention``. The stored averages of Equinox are divided
+    by ``1 - momentum**counter``, as Equinox does in evaluation; Haiku stores them divided. A linear
+    layer after a flattened image needs its inputs reordered by hand: channels come first in PyTorch
+    and Equinox, last in Flax. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
+    counterpart in other libraries. Unstack them first, with ``jax.tree.map(lambda a: a[i],
+    stacked)`` for each if they are stacked along axis 0.
 
     Args:
         arrays: the arrays by their keys, as the docstring of `bn_jax.convert` describes: of NumPy
             or JAX, or anything that `numpy.asarray` takes, such as tensors of PyTorch on the host.
         library: the library that `arrays` come from.
         like: what to convert to: variables of Linen, an `nnx.Module`, its `nnx.State` or its pure
-            dictionary, with arrays or the result of `jax.eval_shape`. For norms without running
-            statistics, leave out ``batch_stats``.
+            dictionary, with arrays or the result of `jax.eval_shape`. A Linen norm made with
+            ``attributes_from_library("pytorch", track_running_stats=False)`` has no
+            ``batch_stats``; of a model of NNX with such norms pass ``nnx.state(model, nnx.Param)``.
         names: the path of each layer in the library by its path in Flax: a function, such as
             `resnet_names`, or a mapping of paths or of their beginnings, of which the longest
-            counts. Other layers keep their path, with the library's separator for ``/``.
+            counts. Other layers keep their path, with the library's separator for ``/``. The two
+            convolutions of a SeparableConv of Keras have the paths ``"PATH/depthwise"`` and
+            ``"PATH/pointwise"``.
         transposed: one or more glob patterns of the paths in Flax of `ConvTranspose` layers, and of
             no other convolutions: ``transposed=["decoder/up*"]``. Leave out layers with
             ``transpose_kernel=True``: their kernels of PyTorch or Keras are converted as those of
             any convolution. ``transposed=()`` states that there are none. An `nnx.Module` knows its
-            layers, and these patterns add to them.
+            layers, and these patterns add to them. None is an error for kernels that neither the
+            shapes of the arrays nor a name such as ``Conv_0`` tell from transposed ones.
         dtype: the dtype of floating-point arrays; None keeps the dtypes of `arrays`. Running
             statistics are never narrower than in `like`, and a ``count`` keeps the dtype of `like`.
         momentum: the momentum of Equinox's norms in mode "batch"; ignored for other libraries.
@@ -61,10 +80,13 @@ def from_library(
     Raises:
         ValueError: keys are missing, unknown or have another shape, all listed in one message; two
             layers get the same name, or `names` names no layer; the library has no counterpart of
-            something in `like`; or `transposed` is None although layers have the default names of
-            Linen's `ConvTranspose`.
+            something in `like`; or `transposed` is None where it decides.
         TypeError: something is not an array; `arrays`, `names` or `dtype` is of the wrong type, or
             `dtype` is real and an array complex.
+
+    Warns:
+        UserWarning: no training step has updated the running statistics in `arrays`: they are 0, or
+            the counter of Haiku or Equinox is.
 
     Example:
         >>> import numpy as np, bn_jax as bn
@@ -81,9 +103,13 @@ def from_library(
         )
     require_mapping("arrays", arrays, layout.source)
     flat = {key: as_array(key, value) for key, value in flatten(arrays).items()}
-    leaves = leaves_of(like, layout, names, transposed)
+    leaves = leaves_of(like, layout, names, transposed, _shapes(flat))
+    flat = unpack(flat, [leaf.key for leaf in leaves])
     _require_agreement("arrays", leaves, flat, layout)
+    if transposed is None and names is not resnet_names:  # a ResNet has no such layers
+        _require_known_convolutions(leaves, layout, is_received=True)
     values = [read(leaf, flat, layout, momentum, dtype) for leaf in leaves]
+    _warn_if_untrained(leaves, values, flat, layout)
     return jax.tree.unflatten(jax.tree.structure(variables_of(like)), values)
 
 
@@ -100,8 +126,10 @@ def to_library(
 
     With the arrays that `from_library` converted as `like`, its result is converted back bit for
     bit. Without `like`, depthwise kernels for Keras stay ``[h, w, 1, out]``, where Keras has ``[h,
-    w, in, multiplier]``. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
-    counterpart in other libraries: unstack them first, as for `from_library`.
+    w, in, multiplier]``; attention is four linear layers, never packed; and a scale alone is that
+    of a RMSNormalization of Keras only if the name of its layer contains "rms". Layers stacked by
+    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries: unstack them
+    first, as for `from_library`.
 
     Args:
         variables: the variables, as `like` of `from_library`, with arrays.
@@ -110,10 +138,11 @@ def to_library(
         transposed: as in `from_library`.
         like: the arrays that the library's model has now; the result has their keys and shapes.
             Haiku and Equinox need it, because their shapes depend on more than the variables of
-            Flax know. It also supplies what Flax does not have (``num_batches_tracked`` unless
-            averages are cumulative, the counters of Haiku and Equinox) for norms whose statistics
-            have not changed since. Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox
-            that their division by ``1 - momentum**counter`` divides by 1.
+            Flax know; so does a `DenseGeneral` that has no bias to tell its axes. It also supplies
+            what Flax does not have (``num_batches_tracked`` unless averages are cumulative, the
+            counters of Haiku and Equinox) for norms whose statistics have not changed since.
+            Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox that their division by
+            ``1 - momentum**counter`` divides by 1.
         momentum: as in `from_library`.
 
     Returns:
@@ -132,25 +161,87 @@ def to_library(
         ['bn1.bias', 'bn1.weight']
     """
     layout = layout_of(library)
-    leaves = leaves_of(variables, layout, names, transposed)
+    flat = None
+    if like is not None:
+        require_mapping("like", like, layout.source)
+        flat = flatten(like)
+    leaves = leaves_of(
+        variables, layout, names, transposed, None if flat is None else _shapes(flat)
+    )
+    if flat is None and layout.needs_like:
+        raise ValueError(
+            f"like is missing: shapes of {library} depend on more than the variables of Flax. Pass "
+            "the arrays of the library's model, initialized or trained: like=arrays."
+        )
+    if flat is not None:
+        flat = unpack(flat, [leaf.key for leaf in leaves])
+        _require_agreement("like", leaves, flat, layout)
+    if transposed is None and names is not resnet_names:
+        _require_known_convolutions(leaves, layout, is_received=flat is not None)
+    if flat is None and not layout.keeps_dense_axes:
+        _require_known_inputs(leaves)
     values = jax.tree.leaves(variables_of(variables))
     written = {
         leaf.key: write(leaf, as_array(leaf.path, value), layout)
         for leaf, value in zip(leaves, values, strict=True)
     }
     _add_extras(written, leaves, layout)
-    if like is not None:
-        require_mapping("like", like, layout.source)
-        flat = flatten(like)
-        _require_agreement("like", leaves, flat, layout)
+    if flat is not None:
         written = {key: written[key].reshape(np.shape(array)) for key, array in flat.items()}
         _keep_unchanged(written, flat, leaves, layout, momentum)
-    elif layout.needs_like:
-        raise ValueError(
-            f"like is missing: shapes of {library} depend on more than the variables of Flax. Pass "
-            "the arrays of the library's model, initialized or trained: like=arrays."
-        )
+    written = pack(written)
     return unflatten(written) if library == "haiku" else written
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(np.shape(array)) for key, array in arrays.items()}
+
+
+def _require_known_convolutions(leaves: list[Leaf], layout: Layout, *, is_received: bool) -> None:
+    """Raises an error for kernels that nothing tells from transposed ones."""
+    unclear = [
+        leaf.module for leaf in leaves if may_be_transposed(leaf, layout, is_received=is_received)
+    ]
+    require_told(unclear, has_arrays=is_received)
+
+
+def _require_known_inputs(leaves: list[Leaf]) -> None:
+    for leaf in leaves:
+        if leaf.is_kernel and leaf.kind == Kind("DenseGeneral"):
+            raise ValueError(
+                f"like is missing: nothing else tells which axes of {leaf.path} {leaf.shape}, of a "
+                "DenseGeneral, are its inputs. Pass the arrays of the library's model, "
+                "initialized or trained: like=arrays."
+            )
+
+
+def _warn_if_untrained(
+    leaves: list[Leaf], values: list[np.ndarray], arrays: Mapping[str, np.ndarray], layout: Layout
+) -> None:
+    """Warns of norms whose averages no training step of the library has entered.
+
+    Equinox and Haiku start averages with 0. After its initialization a model of Haiku's has those
+    of the first batch, with a counter of 0.
+    """
+    by_key = {leaf.key: value for leaf, value in zip(leaves, values, strict=True)}
+    counters = [extra for extra in layout.extras if extra.untrained is not None]
+    untrained = []
+    for layer, statistics in running_statistics(leaves).items():
+        is_zero = not any(np.any(by_key[leaf.key]) for leaf in statistics.values())
+        counts = [
+            arrays.get(at_layer(extra.key, layer), 1) == extra.untrained for extra in counters
+        ]
+        if is_zero or any(map(np.all, counts)):
+            untrained.append(statistics["mean"].module)
+    if untrained:
+        warnings.warn(
+            f"no training step has updated the running statistics of {list_layers(untrained)} in "
+            "arrays, and evaluation does not normalize by them. Convert model and state after "
+            "training, or measure the statistics: bn_jax.recalibrate(forward, variables, "
+            "batches).batch_stats.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _add_extras(written: dict[str, np.ndarray], leaves: list[Leaf], layout: Layout) -> None:
@@ -214,13 +305,17 @@ def _require_agreement(
     unknown = [key for key in shapes if key not in expected and key not in optional]
     missing = [key for key in expected if key not in shapes]
     misshaped = [
-        leaf.key
-        for leaf in leaves
-        if leaf.key in shapes and not fits(shapes[leaf.key], leaf, layout)
+        leaf for leaf in leaves if leaf.key in shapes and not fits(shapes[leaf.key], leaf, layout)
     ]
     if not (unknown or missing or misshaped):
         return
     lines = [f"{name} does not fit the variables of Flax."]
+    statistics = {leaf.key for leaf in leaves if leaf.name in ("mean", "var", "count")}
+    if missing and "track_running_stats" in layout.defaults and statistics.issuperset(missing):
+        lines.append(
+            "Norms without running statistics in PyTorch have none here either, made with "
+            "attributes_from_library('pytorch', track_running_stats=False)."
+        )
     if missing:
         lines.append(f"missing from {name}, {len(missing)} in all:")
         lines += [f"  {key} {expected[key]}{_hint(key, unknown)}" for key in missing]
@@ -229,13 +324,24 @@ def _require_agreement(
         lines += [f"  {key} {shapes[key]}" for key in unknown]
     if misshaped:
         lines.append(f"of another shape in {name}, {len(misshaped)} in all:")
-        lines += [f"  {key} {shapes[key]}, expected {expected[key]}" for key in misshaped]
+        lines += [
+            f"  {leaf.key} {shapes[leaf.key]}, expected {expected[leaf.key]}"
+            + _transposed_hint(shapes[leaf.key], leaf, layout)
+            for leaf in misshaped
+        ]
     lines.append(
         "Pass names={'path in Flax': 'path in the library'} or a function to say which layer is "
         "which, and transposed=['path in Flax'] to say which layers are ConvTranspose. Where no "
         f"name of a layer helps, rename or remove the unknown keys of {name} yourself."
     )
     raise ValueError("\n".join(lines))
+
+
+def _transposed_hint(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> str:
+    is_unknown = leaf.is_kernel and leaf.kind is not None and leaf.kind.name != "ConvTranspose"
+    if is_unknown and fits(shape, as_transposed(leaf), layout):
+        return f", or transposed=[{leaf.module!r}]"
+    return ""
 
 
 def _hint(key: str, candidates: list[str]) -> str:

@@ -15,6 +15,7 @@ __all__ = [
     "check_launch",
     "check_positive",
     "check_range",
+    "new_file",
     "new_folder",
     "require",
 ]
@@ -132,6 +133,30 @@ def new_folder(out: Path | None, default: Path | None = None) -> Path:
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise CommandError(f"--out: {folder} cannot be made in {parent}; choose another folder")
     return folder
+
+
+def new_file(out: Path | None, default: Path) -> Path:
+    """Returns the file for a result, which is missing and can be made in its folder.
+
+    Args:
+        out: the option --out.
+        default: the file without that option.
+    """
+    file = out or default
+    try:
+        if file.exists() or file.is_symlink():
+            raise CommandError(f"--out: {file} exists; choose another name or remove it")
+        can_write = file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise CommandError(
+            f"--out: {file} cannot be used ({error.strerror}); choose another file"
+        ) from error
+    if not can_write:
+        raise CommandError(
+            f"--out: {file} cannot be made in {file.parent}; choose a folder that exists and that "
+            "you may write to"
+        )
+    return file
 
 
 def _existing_parent(folder: Path) -> Path:

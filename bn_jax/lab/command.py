@@ -15,6 +15,7 @@ from bn_jax.lab.arguments import (
     check_launch,
     check_positive,
     check_range,
+    new_file,
     new_folder,
     require,
 )
@@ -297,6 +298,64 @@ def audit(
     folder = new_folder(out, _beside(run, "audit"))
     print(runs.audit_run(saved, launch.one_device(), data_file, folder))
     print(f"Saved in {folder}")
+
+
+@app.command()
+def convert(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A safetensors file of a library's weights.")
+    ],
+    library: Annotated[
+        str, typer.Option(help="pytorch, keras, haiku, equinox or equinox-ema.")
+    ] = "pytorch",
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A safetensors file of the variables of your Flax model, as initialized, with "
+            "keys such as params/Dense_0/kernel. Default: the model is a ResNet-18, 34, 50, 101 "
+            "or 152 of torchvision.",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="The path of each layer in the library by its path in Flax. "
+            "Default: the same paths.",
+        ),
+    ] = None,
+    transposed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Paths in Flax of ConvTranspose layers; give it once for each. "
+            "'' says that there are none.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New file for the result. Default: FILE-flax.safetensors.")
+    ] = None,
+) -> None:
+    """Convert the weights of another library into variables of Flax.
+
+    Reads a safetensors file of a library's weights, and writes the variables of a Flax model to
+    another one, in which parts of a path are joined by slashes: params/Dense_0/kernel.
+    """
+    require("safetensors")
+    file_out = new_file(out, file.with_name(f"{file.stem}-flax.safetensors"))
+    from bn_jax.lab import converting
+
+    converted = converting.convert_file(
+        file, file_out, library=library, like_file=like, names_file=names, transposed=transposed
+    )
+    for message in converted.warnings:
+        print("bn-jax: warning:", message, file=sys.stderr)
+    print(f"{converted.model}: {converted.arrays} arrays, {converted.numbers:,} numbers")
+    print(
+        f"Saved in {file_out}; read it with flax.traverse_util.unflatten_dict("
+        f"bn_jax.convert.load_safetensors({str(file_out)!r}), sep='/')"
+    )
 
 
 def _beside(run: Path, suffix: str) -> Path:

@@ -78,7 +78,8 @@ class BatchNorm(nn.BatchNorm):
         running_var_ddof: 1 for the unbiased running variance, as in the paper and PyTorch.
         update_running_average: whether the running statistics update; None: if and only if the
             batch normalizes, or they are measured. Where it is False, ``batch_stats`` may be
-            immutable.
+            immutable. Where both attributes are False, the layer has no running statistics, as
+            in PyTorch with ``track_running_stats=False``.
         train_params: False for ``scale`` and ``bias`` without a derivative. An optimizer may still
             change them, for example by weight decay.
         frozen: True for running statistics that normalize and do not update, whatever the call or
@@ -331,12 +332,16 @@ def call_batch_norm(
     """
     state = _frozen_state(layer)
     mode = _choose_mode(layer, state.frozen, use_running_average, update_running_average)
-    _require_batch_stats(layer, mode.update)
+    is_untracked = correction is None and _is_untracked(layer, mode)
+    if not is_untracked:
+        _require_batch_stats(layer, mode.update)
     x = as_floating("x", x)
     features = features_of("axis", layer.axis, x)
-    variables = _batch_stats_of(layer, features, x.dtype)
+    variables = {} if is_untracked else _batch_stats_of(layer, features, x.dtype)
     params = make_params(layer, features)
-    batch_stats = {name: variable.value for name, variable in variables.items()}
+    batch_stats: Any = {name: variable.value for name, variable in variables.items()}
+    if is_untracked:
+        batch_stats = init_batch_stats(features)  # which nothing reads
     collects = _collects_moments(layer)
     options = Options.of_module(
         layer, correction=correction, describe_layer=partial(_describe, layer)
@@ -460,6 +465,17 @@ def _value_given_once(layer: nn.Module, name: str, in_call: bool | None) -> bool
 def _describe(layer: nn.Module) -> str:
     kind = type(layer).__name__
     return f"{kind} {'/'.join(layer.path)!r}" if layer.path else f"the top-level {kind}"
+
+
+def _is_untracked(layer: Any, mode: Mode) -> bool:
+    """Tells whether a call needs no running statistics, and has none.
+
+    While initializing, nothing is updated: there the attributes must rule out every later use.
+    """
+    if mode.use_running_average or mode.update or layer.has_variable("batch_stats", "mean"):
+        return False
+    never_updates = getattr(layer, "update_running_average", None) is False
+    return not mode.initializing or (layer.use_running_average is False and never_updates)
 
 
 def _require_batch_stats(layer: nn.Module, update: bool) -> None:

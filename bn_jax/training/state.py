@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax.training import train_state
 
-from bn_jax._paths import format_path, is_batch_stats
-from bn_jax.training.statistics import KEEP_UPDATES, is_readable, list_layers
+from bn_jax._paths import format_path, is_batch_stats, list_layers
+from bn_jax.training.statistics import KEEP_UPDATES, is_readable
 
 __all__ = ["TrainState"]
 

@@ -1,7 +1,7 @@
 """The running statistics of a model: never updated, or kept by each device."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,19 +12,22 @@ from bn_jax._audit import is_initial
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import Moments
-from bn_jax._paths import batch_stats_by_path, is_batch_stats
+from bn_jax._paths import batch_stats_by_path, is_batch_stats, list_layers
 
 __all__ = ["sync_batch_stats", "warn_if_never_updated"]
 
 KEEP_UPDATES = "state.apply_gradients(grads=grads, batch_stats=updates['batch_stats'])"
+# What a norm does in evaluation, by its initial variance. Equinox and Haiku start with 0.
+_EFFECTS = {1: "does not normalize", 0: "multiplies by 1 / sqrt(epsilon)"}
 
 
 def warn_if_never_updated(batch_stats: Any) -> None:
     """Warns about norms whose running statistics still have their initial values.
 
     These are a mean of 0 and a variance of 1 in every feature, or a ``count`` of 0. In evaluation,
-    such a norm returns its input nearly unchanged. `evaluate` and the steps of `make_eval_step`
-    call this function.
+    such a norm returns its input nearly unchanged. In Equinox and Haiku the initial variance is 0,
+    by which a norm multiplies its input by ``1 / sqrt(epsilon)``. `evaluate` and the steps of
+    `make_eval_step` call this function.
 
     Args:
         batch_stats: the collection of Linen, or ``nnx.state(model, nnx.BatchStat)``, with values
@@ -51,17 +54,24 @@ def warn_if_never_updated(batch_stats: Any) -> None:
 def warn_of_initial(batch_stats: Any, stacklevel: int) -> None:
     """Warns as `warn_if_never_updated` does; `batch_stats` must be readable."""
     values = jax.device_get(batch_stats_by_path(batch_stats))
-    initial = [path for path, norm in values.items() if is_initial(dict(norm))]
-    if initial:
-        warnings.warn(
-            f"batch_stats of {list_layers(initial)} are still the initial ones (mean 0, var 1): no "
-            "training step has updated them, and evaluation does not normalize. In training, call "
-            "the model with use_running_average=False (often train=True) and "
-            f"mutable=['batch_stats'], and keep the updates: {KEEP_UPDATES}; or use a step made by "
-            "bn_jax.training.make_train_step. In NNX, call model.train() before training.",
-            UserWarning,
-            stacklevel,
-        )
+    initial = {path: norm for path, norm in values.items() if is_initial(dict(norm))}
+    for var, effect in _EFFECTS.items():
+        paths = [path for path, norm in initial.items() if _initial_var(norm) == var]
+        if paths:
+            warnings.warn(
+                f"batch_stats of {list_layers(paths)} are still the initial ones (mean 0, var "
+                f"{var}): no training step has updated them, and evaluation {effect}. In training, "
+                "call the model with use_running_average=False (often train=True) and "
+                f"mutable=['batch_stats'], and keep the updates: {KEEP_UPDATES}; or use a step "
+                "made by bn_jax.training.make_train_step. In NNX, call model.train() before "
+                "training.",
+                UserWarning,
+                stacklevel,
+            )
+
+
+def _initial_var(norm: Mapping[str, Any]) -> int:
+    return 1 if any(np.any(leaf) for leaf in jax.tree.leaves(norm["var"])) else 0
 
 
 def is_readable(tree: Any) -> bool:
@@ -75,13 +85,6 @@ def _is_readable_leaf(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
         return leaf.is_fully_addressable or leaf.is_fully_replicated
     return isinstance(leaf, np.ndarray)
-
-
-def list_layers(paths: Sequence[str]) -> str:
-    """Returns the first paths of a list as text, and the number of the others."""
-    names = [path or "the top-level norm" for path in paths]
-    text = ", ".join(names[:3])
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 def sync_batch_stats(batch_stats: Any) -> Any:

@@ -34,6 +34,13 @@ def images(rank, size):
     return np.random.default_rng(rank).standard_normal((2, *(size,) * rank, 3)).astype(np.float32)
 
 
+def sequences(sizes):
+    """Query, key and value [2, time, size]."""
+    rng = np.random.default_rng(sum(sizes))
+    shapes = [(2, time, size) for time, size in zip((3, 4, 4), sizes, strict=True)]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
 def described(arrays):
     """Key, shape and dtype of every array."""
     return [[key, list(array.shape), str(array.dtype)] for key, array in arrays.items()]
@@ -124,6 +131,45 @@ def torch_resnet(stages, expansion):
             return self.fc(x.mean((2, 3)))
 
     return Net()
+
+
+def attention_case(sizes, **options):
+    """`torch.nn.MultiheadAttention` of 8 features and 2 heads in double precision.
+
+    The inputs [2, time, size] have the given sizes for query, key and value.
+    """
+    import torch
+
+    model = torch.nn.MultiheadAttention(
+        8, 2, kdim=sizes[1], vdim=sizes[2], batch_first=True, **options
+    )
+    arrays = described({key: value.numpy() for key, value in model.state_dict().items()})
+    model.load_state_dict({one[0]: torch.tensor(drawn(*one)) for one in arrays})
+    inputs = (torch.tensor(x, dtype=torch.float64) for x in sequences(sizes))
+    with torch.no_grad():
+        y, _ = model.double().eval()(*inputs)
+    return {"sizes": list(sizes), "arrays": arrays, "y": y.tolist()}
+
+
+def keras_layers_case(x):
+    """Keras: layers whose weights have other names than those of `keras_case`."""
+    import keras
+    from keras import layers
+
+    model = keras.Sequential(
+        [
+            keras.Input(x.shape[1:]),
+            layers.SeparableConv2D(6, (3, 2), depth_multiplier=2, name="separable"),
+            layers.PReLU(shared_axes=[1, 2, 3], name="prelu"),
+            layers.RMSNormalization(epsilon=1e-3, name="root_mean_square"),
+            layers.LayerNormalization(center=False, name="norm"),
+        ],
+        name="net",
+    )
+    arrays = described({weight.path: weight.numpy() for weight in model.weights})
+    for weight, one in zip(model.weights, arrays, strict=True):
+        weight.assign(drawn(*one))
+    return {"arrays": arrays, "y": np.asarray(model(x, training=False)).tolist()}
 
 
 def keras_case(rank, x):
@@ -222,6 +268,10 @@ def main():
         cases[f"keras {rank}"] = keras_case(rank, x)
         cases[f"equinox {rank}"] = equinox_case(rank, x, "batch")
         cases[f"equinox-ema {rank}"] = equinox_case(rank, x, "ema")
+    cases["attention packed"] = attention_case((8, 8, 8))
+    cases["attention packed, no bias"] = attention_case((8, 8, 8), bias=False)
+    cases["attention of three sizes"] = attention_case((8, 6, 5))
+    cases["keras layers"] = keras_layers_case(images(2, 5))
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     Path(__file__).with_name("convert.json").write_text(f"{{\n{lines}\n}}\n")
 

@@ -87,7 +87,7 @@ class Linen:
 
     @property
     def stats(self):
-        stats = copied(self.state["batch_stats"])
+        stats = copied(self.state.get("batch_stats", {}))
         return {name: stats[name] for name in ("mean", "var", "count") if name in stats}
 
     @property
