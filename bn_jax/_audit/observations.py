@@ -74,7 +74,7 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     examples = _number_of_examples(batch)
     model = model_of(forward, variables)
     recording = nn.intercept_methods(_record(model.attributes))
-    with norms_replaced(), recording, _observing(object()):
+    with norms_replaced(), recording, _observing(1):
         program = trace(model.evaluate, model.variables, batch)
         statistics = model.evaluation.statistics(model.variables)
         sites = find_sites(program, model.norms, statistics)
