@@ -220,8 +220,9 @@ class _Model:
 
         @cache
         def prepared(is_of_all_processes: bool) -> tuple[Callable[..., Pools], Any, Any]:
-            variables = self._batch_stats, self._others
-            batch_stats, others = variables if is_of_all_processes else as_local(variables)
+            batch_stats, others = self._batch_stats, self._others
+            if not is_of_all_processes:
+                batch_stats, others = as_local(batch_stats), as_local(others)
             devices = devices_of((batch_stats, others))
             placed = put(place_like(statistics, batch_stats), devices)
             return prepare(self._pure, put(others, devices)), placed, devices
