@@ -31,8 +31,8 @@ def opened(batches: Any) -> Iterable[Any]:
         )
     if _is_array(batches):
         raise TypeError(
-            f"batches is an array of shape {tuple(batches.shape)} ({kind}), which iterates over its "
-            "first axis; expected an iterable of batches: write [x] for one batch, or list(x) "
+            f"batches is an array of shape {tuple(batches.shape)} ({kind}), which iterates over "
+            "its first axis; expected an iterable of batches: write [x] for one batch, or list(x) "
             "if the first axis counts batches."
         )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):

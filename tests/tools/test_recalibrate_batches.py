@@ -1,4 +1,4 @@
-"""What `recalibrate` takes as batches, how it moves them, and what it says of what it leaves out."""
+"""What `recalibrate` takes as batches, how it moves them, and what it says it left out."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -84,7 +84,7 @@ class Loader:
 
 
 LABELS = [f"label {number}" for number in range(13)]
-BATCHES = {
+BATCHES: dict[str, tuple[Any, Any]] = {
     "a tuple": (lambda x: (x, LABELS[: len(x)]), 0),
     "a list": (lambda x: [LABELS[: len(x)], OfAnotherLibrary(x)], -1),
     "a dictionary": (lambda x: {"image": x, "label": LABELS}, "image"),
@@ -117,10 +117,10 @@ def test_an_iterator_of_tuples():
     assert_close(bn.recalibrate(one_norm, initial(), batches, inputs=0).batch_stats, define(X))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "an array of JAX": (jnp.asarray(X), {}, r"an array of shape \(13, 4\) .*\[x\]"),
     "an array of NumPy": (X, {}, r"array of shape \(13, 4\) \(ndarray\), which iterates over"),
-    "an array of another library": (OfAnotherLibrary(X), {}, r"of shape \(13, 4\) \(OfAnotherLibrary\)"),
+    "an array of another library": (OfAnotherLibrary(X), {}, r"of shape .* \(OfAnotherLibrary\)"),
     "a function that returns an array": (lambda: X, {}, "is an array of shape"),
     "a number": (3, {}, "batches is a int; expected an iterable of batches"),
     "one batch": ((X, np.arange(13)), {}, r"shapes \[\(13, 4\), \(13,\)\].*\[batch\], with inputs"),
@@ -203,7 +203,7 @@ def keyed_by_paths():
     return forward, half({"batch_stats": {"net/~/batch_norm": bn.init_batch_stats(4)}})
 
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "Linen, of Flax": linen_model,
     "NNX, of Flax": partial(nnx_model, nnx.BatchNorm),
     "NNX": partial(nnx_model, bn.nnx.BatchNorm),
@@ -364,14 +364,13 @@ def test_no_implicit_transfer(kind):
 
 
 def test_no_implicit_transfer_for_a_module():
-    model = nnx.Sequential(
-        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), bn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-    )
+    linear, norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), bn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(linear, norm)
     model.eval()
     with jax.transfer_guard("disallow"):
         found = bn.recalibrate(lambda model, x: model(x), model, SPLIT)
         nnx.update(model, found.batch_stats)
-    assert_close(model.layers[1].mean[...], define(np.asarray(model.layers[0](X)))["mean"])
+    assert_close(norm.mean[...], define(np.asarray(linear(jnp.asarray(X))))["mean"])
 
 
 # --- several processes --------------------------------------------------------------------------
