@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bn_jax._tables import as_html, as_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Norms that a sentence lists; a value that is not finite reaches all norms after it.
 MOST_LISTED = 4
@@ -38,7 +41,7 @@ class LayerChange(NamedTuple):
 
 
 class Recalibration(NamedTuple):
-    """The statistics that `recalibrate` measured; `print` shows a table of what changed.
+    """The statistics that `recalibrate` measured; `print` and `plot` show what changed.
 
     Attributes:
         batch_stats: the collection, in the structure and dtypes of the old one, but in at least
@@ -65,6 +68,19 @@ class Recalibration(NamedTuple):
     def _repr_html_(self) -> str:
         sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in self._sentences())
         return as_html(_HEADER, self._rows()) + sentences
+
+    def plot(self) -> "Figure":
+        """Draws how far the statistics of each norm moved, a row for each, in their order.
+
+        Returns:
+            A matplotlib figure: ``figure.savefig("recalibration.png")``.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from bn_jax._recalibrate.picture import draw
+
+        return draw(self)
 
     def _largest_first(self) -> list[LayerChange]:
         return sorted(
