@@ -197,8 +197,9 @@ def _about_distance(norm: Evidence, distance: Distance) -> str:
         worst = _worst(distance.is_mean_far, distance.mean)
         sentences.append(
             f"The running mean {_far_in(norm, distance.is_mean_far, worst)} "
-            f"{norm.mean[worst]:.3g}, not {measured.mean[worst]:.3g}, which is {distance.mean[worst]:.2g} standard "
-            f"deviations or {distance.mean_errors[worst]:.2g} standard errors."
+            f"{norm.mean[worst]:.3g}, not {measured.mean[worst]:.3g}, which is "
+            f"{distance.mean[worst]:.2g} standard deviations or "
+            f"{distance.mean_errors[worst]:.2g} standard errors."
         )
     if distance.is_var_far.any():
         worst = _worst(distance.is_var_far, np.abs(distance.log_var))
