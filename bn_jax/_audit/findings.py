@@ -177,8 +177,8 @@ def _about_stale(norm: Evidence) -> str:
     share = _initial_share(norm)
     if share is not None:
         return (
-            f"{message} The running statistics are those of the batch with {share:.0%} of the "
-            "initial mean 0 and variance 1 in them: too few updates for the momentum."
+            f"{message} They are those of the batch with {share:.0%} of the initial mean 0 and "
+            "variance 1 in them: too few updates for the momentum."
         )
     if _are_deviations(norm):
         return (
