@@ -48,7 +48,7 @@ def test_the_picture_holds_the_changes():
 SIZES = list(itertools.product([1, 100], [1e-4, 1.0, 1e2, 1e5]))
 
 
-@pytest.mark.parametrize(("norms", "scale"), quick(SIZES, [(1, 1e-4), (100, 1e5)]))
+@pytest.mark.parametrize(("norms", "scale"), quick(SIZES, [(1, 1e-4)]))
 def test_the_picture_is_readable(norms, scale):
     changes = scale * np.linspace(1, 2, norms)
     layers = tuple(
