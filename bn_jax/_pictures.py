@@ -157,7 +157,7 @@ def scale_of_factors(
         exponents = _few(math.floor(math.log10(limit)), 5 if is_up_only else 3)
         ups = [10.0**exponent for exponent in exponents[1:]]
     else:
-        ups = [tick for tick in (2.0, 4.0, 8.0) if tick <= limit]
+        ups = [tick for tick in ((1.5, 2, 3) if limit < 4 else (2, 4, 8)) if tick <= limit]
     downs = [] if is_up_only else [1 / tick for tick in ups]
     labels = [f"1/{tick:g}" for tick in ups][: len(downs)] + ["1"] + [f"{tick:g}" for tick in ups]
     axes.set_xticks([*downs, 1, *ups], labels)

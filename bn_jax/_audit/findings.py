@@ -196,7 +196,7 @@ def _about_distance(norm: Evidence, distance: Distance) -> str:
     if distance.is_mean_far.any():
         worst = _worst(distance.is_mean_far, distance.mean)
         sentences.append(
-            f"The running mean {_far_in(norm, distance.is_mean_far, worst)} "
+            f"Its running means {_far_in(norm, distance.is_mean_far, worst)} "
             f"{norm.mean[worst]:.3g}, not {measured.mean[worst]:.3g}, which is "
             f"{distance.mean[worst]:.2g} standard deviations or "
             f"{distance.mean_errors[worst]:.2g} standard errors."
@@ -205,7 +205,7 @@ def _about_distance(norm: Evidence, distance: Distance) -> str:
         worst = _worst(distance.is_var_far, np.abs(distance.log_var))
         factor = math.exp(abs(distance.log_var[worst]))
         sentences.append(
-            f"The running variance {_far_in(norm, distance.is_var_far, worst)} "
+            f"Its running variances {_far_in(norm, distance.is_var_far, worst)} "
             f"{norm.var[worst]:.3g}, not {measured.var[worst]:.3g}, a factor of {factor:.2g} or "
             f"{distance.var_errors[worst]:.2g} standard errors."
         )
@@ -213,8 +213,8 @@ def _about_distance(norm: Evidence, distance: Distance) -> str:
 
 
 def _far_in(norm: Evidence, is_far: np.ndarray, worst: int) -> str:
-    which = f"of feature {norm.feature(worst)} it" if is_far.sum() > 1 else "it"
-    return f"is far from the batch's in {norm.list_features(is_far)}: {which} is"
+    subject = f"feature {norm.feature(worst)}" if is_far.sum() > 1 else "it"
+    return f"are far from the batch's in {norm.list_features(is_far)}: {subject} has"
 
 
 def _worst(is_far: np.ndarray, severity: np.ndarray) -> int:

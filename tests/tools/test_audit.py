@@ -142,7 +142,8 @@ def test_notebooks_show_a_short_line_and_tables(sound):
     html = report._repr_html_()
     assert html.startswith("<table><thead><tr><th>layer</th><th>features</th><th>values</th>")
     assert "<tr><td>norm_0</td><td>8</td><td>64</td>" in html
-    assert html.endswith("</table><p>No findings.</p>")
+    assert "</table><p>values: of a feature in the batch; mean off: " in html
+    assert html.endswith("</p><p>No findings.</p>")
     finding = bn.Finding("stale", "", "The mean is < 1.", "Measure it.")
     html = report._replace(findings=(finding,))._repr_html_()
     assert "<th>finding</th><th>norm</th><th>message</th><th>advice</th>" in html
@@ -225,8 +226,10 @@ def test_small_differences_are_not_stale(sound):
     report = audited(Net(), variables, inputs(1, 4096))
     assert kinds(report) == [("stale", "norm_1")]
     message = report.findings[0].message
-    assert message.startswith("The running mean is far from the batch's in feature 5 (1 of 8): it")
-    assert "The running variance is far from the batch's in features 0, 2 (2 of 8): of" in message
+    assert message.startswith(
+        "Its running means are far from the batch's in feature 5 (1 of 8): it"
+    )
+    assert "Its running variances are far from the batch's in features 0, 2 (2 of 8): f" in message
     factor = re.search(r"a factor of (\S+) or \S+ standard errors", report.findings[0].message)
     assert float(factor[1]) == pytest.approx(6, rel=0.2)
     assert report.layers[1].var_off == pytest.approx(6, rel=0.2)
@@ -311,8 +314,8 @@ def test_evaluation_that_differs_from_training(sound):
     model = Net(between=drop)
     report = audited(model, with_statistics(model, sound, inputs(0)))
     assert kinds(report) == [("differs in evaluation", "norm_1")]
-    assert "those of the batch, in evaluation they are not. The" in report.findings[0].message
-    assert "variance is far from the batch's in features" in report.findings[0].message
+    assert "those of the batch, in evaluation they are not. Its" in report.findings[0].message
+    assert "variances are far from the batch's in features" in report.findings[0].message
     model = Net(between=enlarge)
     assert audited(model, with_statistics(model, sound, inputs(0))).findings == ()
 

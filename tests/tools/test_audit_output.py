@@ -118,8 +118,8 @@ def test_only_variances_are_off():
     var = X.var(0) * [1, 8, 1, 9]
     message = only_message(audited(X.mean(0), var))
     assert message == (
-        "The running variance is far from the batch's in features 1, 3 (2 of 4): of feature 3 it "
-        f"is {var[3]:.3g}, not {X.var(0)[3]:.3g}, a factor of 9 or "
+        "Its running variances are far from the batch's in features 1, 3 (2 of 4): feature 3 has "
+        f"{var[3]:.3g}, not {X.var(0)[3]:.3g}, a factor of 9 or "
         f"{message.split()[-3]} standard errors."
     )
 
@@ -128,7 +128,7 @@ def test_only_means_are_off():
     mean = X.mean(0) + X.std(0) * [0, 0, 2, 0]
     message = only_message(audited(mean, X.var(0)))
     assert message.startswith(
-        "The running mean is far from the batch's in feature 2 (1 of 4): it is "
+        "Its running means are far from the batch's in feature 2 (1 of 4): it has "
         f"{mean[2]:.3g}, not {X.mean(0)[2]:.3g}, which is 2 standard deviations or "
     )
     assert "variance" not in message
@@ -136,7 +136,7 @@ def test_only_means_are_off():
 
 def test_means_and_variances_are_off():
     message = only_message(audited(X.mean(0) + 3 * X.std(0), X.var(0) * [1, 1, 1, 9]))
-    first, second = message.split(". The running variance is")
+    first, second = message.split(". Its running variances are")
     assert "in features 0, 1, 2, 3 (4 of 4)" in first and "in feature 3 (1 of 4)" in second
 
 
@@ -159,7 +159,7 @@ def test_variances_are_off_in_evaluation_alone():
     assert [finding.kind for finding in report.findings] == ["differs in evaluation"]
     message = report.findings[0].message
     assert message.startswith("In training its running statistics are those of the batch, in evalu")
-    assert "The running variance is" in message and "running mean" not in message
+    assert "Its running variances are" in message and "running means" not in message
 
 
 def test_a_count_of_zero_beside_other_statistics():
