@@ -39,8 +39,14 @@ class Distance(NamedTuple):
     mean_errors: np.ndarray  # the same difference in standard errors
     log_var: np.ndarray  # the logarithm of the measured variance over the running variance
     var_errors: np.ndarray  # its absolute value in standard errors
-    # Whether mean or variance is farther than chance explains, and enough to matter.
-    is_far: np.ndarray
+    # Whether they are farther than chance explains, and enough to matter.
+    is_mean_far: np.ndarray
+    is_var_far: np.ndarray
+
+    @property
+    def is_far(self) -> np.ndarray:
+        """Whether mean or variance is far off, by feature."""
+        return self.is_mean_far | self.is_var_far
 
 
 class Evidence(NamedTuple):
@@ -73,8 +79,8 @@ class Evidence(NamedTuple):
         return all(distance is not None and distance.is_far.any() for distance in both)
 
     def feature(self, index: int) -> str:
-        """Returns how a message calls a feature."""
-        indices = np.unravel_index(index, self.features) if self.features else ()
+        """Returns how a message calls a feature, after the word."""
+        indices = np.unravel_index(index, self.features) if self.features else (0,)
         return str(indices[0]) if len(indices) == 1 else str(tuple(map(int, indices)))
 
     def list_features(self, chosen: np.ndarray) -> str:
@@ -136,16 +142,16 @@ def is_initial(norm: Mapping[str, Any]) -> bool:
     Their `count` is 0 in every feature; without one, the means are 0 and the variances are 1, or
     0 as Equinox and Haiku initialize them.
     """
-    (mean,), (var,) = (jax.tree.leaves(norm[name]) for name in ("mean", "var"))
     if "count" in norm:
-        (count,) = jax.tree.leaves(norm["count"])
+        (count,) = jax.device_get(jax.tree.leaves(norm["count"]))
         return not np.any(count)
+    (mean,), (var,) = (jax.device_get(jax.tree.leaves(norm[name])) for name in ("mean", "var"))
     return not np.any(mean) and (bool(np.all(var == 1)) or not np.any(var))
 
 
 def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     norm = observed.model.norms[path]
-    attributes = observed.model.attributes.get(path, Attributes())
+    attributes = observed.attributes.get(path, Attributes())
     mean, var = flat(norm["mean"]), flat(norm["var"])
     calls = observed.calls.get(path)
     trained, evaluated = observed.trained.get(path), observed.evaluated.get(path)
@@ -239,11 +245,16 @@ def _distance(
     var_errors = np.abs(log_var) / (math.sqrt(2) * noise.var)
     limit = FAR_ERRORS + math.sqrt(2 * math.log(mean.size))
     in_deviations = difference / deviation
-    is_far = (in_deviations >= FAR_MEAN) & (mean_errors >= limit)
     # A feature that is constant in this batch may be one that few examples have.
     varies = measured.var > epsilon
-    is_far |= varies & (np.abs(log_var) >= math.log(FAR_VAR)) & (var_errors >= limit)
-    return Distance(in_deviations, mean_errors, log_var, var_errors, is_far)
+    return Distance(
+        mean=in_deviations,
+        mean_errors=mean_errors,
+        log_var=log_var,
+        var_errors=var_errors,
+        is_mean_far=(in_deviations >= FAR_MEAN) & (mean_errors >= limit),
+        is_var_far=varies & (np.abs(log_var) >= math.log(FAR_VAR)) & (var_errors >= limit),
+    )
 
 
 def _var_error(measured: Measurement | None, noise: Noise | None, share: float) -> float | None:

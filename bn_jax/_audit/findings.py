@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._audit.evidence import FAR_MEAN, Distance, Evidence
+from bn_jax._audit.evidence import FAR_VAR, Distance, Evidence
 from bn_jax._audit.model import Model, leaves_by_path
 from bn_jax._audit.report import Finding, named
 from bn_jax._paths import format_path
@@ -74,15 +74,15 @@ def not_finite_inputs(case: Case) -> Iterator[Finding]:
     first = affected[0]
     features = first.list_features(first.has_bad_input)
     if first.calls is None:
-        message = f"No input value is valid and finite in {features}, unless the mask leaves none"
+        message = f"No input value is valid and finite in {features}, unless the mask leaves none."
     else:
-        message = f"Its input is not finite in {features}"
+        message = f"Its input is not finite in {features}."
     if affected[1:]:
-        message += f", and neither are the inputs of {len(affected) - 1} of the norms after it"
+        message += f" The same holds for {_counted(len(affected) - 1, 'norm')} after it."
     yield Finding(
         "not finite",
         first.path,
-        f"{message}.",
+        message,
         "Look at the layers before it, and at the batch: jax.config.update('jax_debug_nans', "
         "True) stops where it begins. Pass positions without data as mask=.",
     )
@@ -115,20 +115,10 @@ def never_updated(case: Case) -> Iterator[Finding]:
             yield Finding(
                 "never updated",
                 norm.path,
-                f"Its running statistics are the initial ones, {_about_initial(norm)}.",
+                f"{_about_initial(norm)}.",
                 "Train with train=True and keep the updates that the model returns (in NNX call "
                 f"model.train()), or measure them{unfreeze}: {case.model.advice}",
             )
-
-
-def _about_initial(norm: Evidence) -> str:
-    batch = _batch_beside(norm)
-    if norm.var.any():
-        return f"mean 0 and variance 1{batch}: evaluation does not normalize"
-    return (
-        f"mean 0 and variance 0, as of a model of Equinox or Haiku that was not trained{batch}: "
-        f"evaluation multiplies by {norm.epsilon**-0.5:.3g}, 1 / sqrt(epsilon)"
-    )
 
 
 def stale(case: Case) -> Iterator[Finding]:
@@ -155,50 +145,103 @@ def differs_in_evaluation(case: Case) -> Iterator[Finding]:
             yield Finding(
                 "differs in evaluation",
                 norm.path,
-                "In training its running statistics are those of the batch, in evaluation far from "
-                f"them {_about_distance(norm, distance)}",
+                "In training its running statistics are those of the batch, in evaluation they are "
+                f"not. {_about_distance(norm, distance)}",
                 "Something before it behaves differently in evaluation, as dropout does, or a "
                 f"running average lags. Measure in evaluation: {case.model.advice}",
             )
+
+
+def _about_initial(norm: Evidence) -> str:
+    batch = _batch_beside(norm)
+    initial = "Its running statistics are the initial ones, mean 0 and variance"
+    if not np.any(norm.mean) and np.all(norm.var == 1):
+        return f"{initial} 1{batch}: evaluation does not normalize"
+    if not np.any(norm.mean) and not np.any(norm.var):
+        return (
+            f"{initial} 0, as of a model of Equinox or Haiku that was not trained{batch}: "
+            f"evaluation multiplies by {norm.epsilon**-0.5:.3g}, 1 / sqrt(epsilon)"
+        )
+    return f"No batch has entered its running statistics: their count is 0{batch}"
 
 
 def _batch_beside(norm: Evidence) -> str:
     batch = norm.trained or norm.evaluated
     if batch is None:
         return ""
-    largest = np.abs(batch.mean).max()
-    smallest_var, largest_var = batch.var.min(), batch.var.max()
-    var = f"{smallest_var:.3g} to {largest_var:.3g}" if batch.var.size > 1 else f"{largest_var:.3g}"
-    return f" (the batch has means of up to {largest:.3g} and variances of {var})"
+    mean, var = (values[batch.values > 0] for values in (np.abs(batch.mean), batch.var))
+    if mean.size == 1:
+        return f", those of the batch are {batch.mean[batch.values > 0][0]:.3g} and {var[0]:.3g}"
+    return (
+        f", the batch has means of up to {mean.max():.3g} and variances of {var.min():.3g} to "
+        f"{var.max():.3g}"
+    )
 
 
 def _about_stale(norm: Evidence) -> str:
     assert norm.in_training is not None
-    message = (
-        f"Its running statistics are far from the batch's {_about_distance(norm, norm.in_training)}"
-    )
+    message = _about_distance(norm, norm.in_training)
     share = _initial_share(norm)
-    if share is None:
-        return message
-    return (
-        f"{message} They are those of the batch with {share:.0%} of the initial mean 0 and "
-        "variance 1 in them: too few updates for the momentum."
-    )
+    if share is not None:
+        return (
+            f"{message} They are those of the batch with {share:.0%} of the initial mean 0 and "
+            "variance 1 in them: too few updates for the momentum."
+        )
+    if _are_deviations(norm):
+        return (
+            f"{message} All are the square roots of the batch's: standard deviations in the place "
+            "of variances."
+        )
+    return message
 
 
 def _about_distance(norm: Evidence, distance: Distance) -> str:
+    """Returns a sentence for the means that are far off, and one for the variances."""
     measured = norm.trained if distance is norm.in_training else norm.evaluated
     assert measured is not None
-    severity = np.maximum(distance.mean / FAR_MEAN, np.abs(distance.log_var))
-    worst = int(np.where(distance.is_far, severity, 0).argmax())
-    factor = math.exp(abs(distance.log_var[worst]))
-    return (
-        f"in {norm.list_features(distance.is_far)}. The mean of feature {norm.feature(worst)} is "
-        f"{measured.mean[worst]:.3g}, not {norm.mean[worst]:.3g}, which is "
-        f"{distance.mean[worst]:.2g} standard deviations or {distance.mean_errors[worst]:.2g} "
-        f"standard errors; its variance is {measured.var[worst]:.3g}, not {norm.var[worst]:.3g}, a "
-        f"factor of {factor:.2g} or {distance.var_errors[worst]:.2g} standard errors."
-    )
+    sentences = []
+    if distance.is_mean_far.any():
+        worst = _worst(distance.is_mean_far, distance.mean)
+        sentences.append(
+            f"Its running means {_far_in(norm, distance.is_mean_far, worst)} "
+            f"{norm.mean[worst]:.3g}, not {measured.mean[worst]:.3g}, which is "
+            f"{distance.mean[worst]:.2g} standard deviations or "
+            f"{distance.mean_errors[worst]:.2g} standard errors."
+        )
+    if distance.is_var_far.any():
+        worst = _worst(distance.is_var_far, np.abs(distance.log_var))
+        factor = math.exp(abs(distance.log_var[worst]))
+        sentences.append(
+            f"Its running variances {_far_in(norm, distance.is_var_far, worst)} "
+            f"{norm.var[worst]:.3g}, not {measured.var[worst]:.3g}, a factor of {factor:.2g} or "
+            f"{distance.var_errors[worst]:.2g} standard errors."
+        )
+    return " ".join(sentences)
+
+
+def _far_in(norm: Evidence, is_far: np.ndarray, worst: int) -> str:
+    subject = f"feature {norm.feature(worst)}" if is_far.sum() > 1 else "it"
+    return f"are far from the batch's in {norm.list_features(is_far)}: {subject} has"
+
+
+def _worst(is_far: np.ndarray, severity: np.ndarray) -> int:
+    return int(np.where(is_far, severity, -1).argmax())
+
+
+def _are_deviations(norm: Evidence) -> bool:
+    """Tells whether the running variances are standard deviations, as some converters store them.
+
+    Their squares are those of the batch in every feature, which says something only if they differ.
+    """
+    batch = norm.trained
+    if batch is None or not np.all(norm.var > 0):
+        return False
+    is_known = batch.var > norm.epsilon
+    if not is_known.any():
+        return False
+    running, measured = np.log(norm.var[is_known]), np.log(batch.var[is_known])
+    differ = np.ptp(running) > 2 * math.log(FAR_VAR)
+    return bool(differ and np.all(np.abs(2 * running - measured) < math.log(FAR_VAR)))
 
 
 def _initial_share(norm: Evidence) -> float | None:
@@ -347,6 +390,10 @@ def redundant_scale(norm: Evidence) -> Iterator[Finding]:
         "Make it with use_scale=False, use_bias=False (keep the bias if the next layer has none "
         "or pads its input); a trained model can be folded with bn.fold.",
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The audited model: a pure function in both modes, its norms, and what they say of themselves."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -7,14 +8,18 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Jaxpr
 
 from bn_jax import nnx as bn_nnx
 from bn_jax._core.types import BatchStats
 from bn_jax._paths import batch_stats_by_path, format_path, whitening_paths
-from bn_jax._program import PureForward, as_pure, is_variable, value_of
+from bn_jax._program import PureForward, as_pure, is_variable, jaxprs_in, value_of
 from bn_jax._recalibrate.measuring import require_updates
 
 DEFAULT_EPSILON = 1e-5
+# The first part of the names that `note_attributes` gives.
+NOTE = "bn_jax.attributes:"
 LINE = "lambda variables, x, train: model.apply(variables, x, train=train, mutable=['batch_stats'])"
 _ADVICE_FOR_FUNCTIONS = (
     "batch_stats = bn.recalibrate(lambda variables, x: model.apply(variables, x, "
@@ -41,7 +46,7 @@ class Model:
     evaluation: PureForward  # the model in evaluation
     variables: Any
     norms: dict[str, BatchStats]  # the running statistics of each norm, by path
-    # The attributes of its norms, by path; a Linen norm notes them when it is called.
+    # The attributes of the norms of a module, by path. Those of Linen are known in their calls.
     attributes: dict[str, Attributes]
     whitening: tuple[str, ...]  # the paths of whitening norms
 
@@ -112,7 +117,38 @@ def model_of(forward: Callable[..., Any], variables: Any) -> Model:
 
 def attributes_of(layer: Any) -> Attributes:
     """Returns the attributes of a batch norm of this library or of Flax."""
-    return Attributes(layer.epsilon, getattr(layer, "virtual_batch_size", None))
+    try:
+        epsilon = float(layer.epsilon)
+    except jax.errors.ConcretizationTypeError:
+        epsilon = DEFAULT_EPSILON  # it is computed by the model
+    return Attributes(epsilon, getattr(layer, "virtual_batch_size", None))
+
+
+def note_attributes(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Names the output of a batch norm of Linen by its path and attributes, in the traced program.
+
+    It intercepts the calls of modules. What an earlier audit has compiled is not traced again, so
+    that no call would be seen, but its program keeps the names.
+    """
+    y = next_call(*args, **kwargs)
+    layer = context.module
+    if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
+        return y
+    note = NOTE + json.dumps(["/".join(layer.path), *attributes_of(layer)])
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, note), y)
+
+
+def noted_attributes(jaxpr: Jaxpr) -> dict[str, Attributes]:
+    """Returns the attributes that are noted in a program and its bodies, by the norm's path."""
+    found: dict[str, Attributes] = {}
+    for equation in jaxpr.eqns:
+        name = str(equation.params.get("name"))
+        if name.startswith(NOTE):
+            path, *attributes = json.loads(name.removeprefix(NOTE))
+            found[path] = Attributes(*attributes)
+        for body, _ in jaxprs_in(equation.params):
+            found |= noted_attributes(body)
+    return found
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:

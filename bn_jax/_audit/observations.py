@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax._audit.calls import Calls, gather, summarize, wanted_values
-from bn_jax._audit.model import LINE, Attributes, Model, attributes_of, model_of
+from bn_jax._audit.model import LINE, Attributes, Model, model_of, note_attributes, noted_attributes
 from bn_jax._audit.sites import Site, find_sites
 from bn_jax._core.types import Measured
 from bn_jax._program import Program, evaluate, in_double, inputs_of, trace
 from bn_jax._recalibrate.measuring import measure
+from bn_jax._recalibrate.transfers import devices_of, put
 from bn_jax.linen.patching import norms_replaced
 
 # How exactly a mean must be moved by 1, relative to the values; less exactly in half precision.
 MOVED_BY_ONE = 1e-4
 
-# Without a new context, a forward function that is compiled already would not be traced again, and
-# `_record` would see no calls of its modules.
-_observing = jax.make_user_context(None)
+# JAX compiles again what it has compiled outside, where the model noted no attributes.
+_observing = jax.make_user_context(False)
 
 
 class Measurement(NamedTuple):
@@ -47,6 +47,7 @@ class Observations(NamedTuple):
     """What `observe` returns."""
 
     model: Model
+    attributes: dict[str, Attributes]  # those of the norms that are layers, by path
     sites: tuple[Site, ...]  # the calls of batch norms in the program of evaluation, in its order
     trained: dict[str, Measurement]  # measurements in training, by path
     evaluated: dict[str, Measurement]  # measurements in evaluation, by path
@@ -73,15 +74,21 @@ def observe(forward: Callable[..., Any], variables: Any, batch: Any) -> Observat
     """
     examples = _number_of_examples(batch)
     model = model_of(forward, variables)
-    recording = nn.intercept_methods(_record(model.attributes))
-    with norms_replaced(), recording, _observing(object()):
+    # The first interceptor is called first; ours in the place of Flax's calls no other.
+    noting = nn.intercept_methods(note_attributes)
+    with noting, norms_replaced(), _observing(True):
         program = trace(model.evaluate, model.variables, batch)
         statistics = model.evaluation.statistics(model.variables)
         sites = find_sites(program, model.norms, statistics)
-        run = _run(program, model, batch, sites)
+        compute = _computation(program, model, sites)
+        devices = devices_of(model.variables)
+        inputs = put(model.variables, devices), put(batch, devices)
+        attributes = noted_attributes(compute.trace(*inputs).jaxpr.jaxpr)
+        run = jax.device_get(compute(*inputs))
     trained, shifted = _on_host(run.trained), _on_host(run.shifted)
     return Observations(
         model=model,
+        attributes=model.attributes | attributes,
         sites=tuple(_with_bias_checked(program, site, trained, shifted) for site in sites),
         trained=trained,
         evaluated=_on_host(run.evaluated),
@@ -106,19 +113,8 @@ def _number_of_examples(batch: Any) -> int:
     return int(sizes[0])
 
 
-def _record(attributes: dict[str, Attributes]) -> Callable[..., Any]:
-    """Returns an interceptor of Linen's calls that notes the attributes of batch norms."""
-
-    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm):
-            attributes["/".join(context.module.path)] = attributes_of(context.module)
-        return next_call(*args, **kwargs)
-
-    return note
-
-
-def _run(program: Program, model: Model, batch: Any, sites: Sequence[Site]) -> _Run:
-    """Computes all that is observed in one compiled function, so that nothing is computed twice."""
+def _computation(program: Program, model: Model, sites: Sequence[Site]) -> jax.stages.Wrapped:
+    """Returns one compiled function of all that is observed, so that nothing is computed twice."""
     biases = {program.paths.index(site.bias) for site in sites if site.bias is not None}
 
     @jax.jit
@@ -135,7 +131,7 @@ def _run(program: Program, model: Model, batch: Any, sites: Sequence[Site]) -> _
             summaries=[summarize(program, site, values) for site in sites],
         )
 
-    return jax.device_get(run(model.variables, batch))
+    return run
 
 
 def _on_host(measured: Mapping[str, Measured]) -> dict[str, Measurement]:

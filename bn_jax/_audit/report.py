@@ -1,11 +1,15 @@
 """What an audit returns: a row for each norm, the findings, and both as tables."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from html import escape
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from bn_jax._tables import as_html, as_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Kind: TypeAlias = Literal[
     "never updated",
@@ -24,6 +28,17 @@ Kind: TypeAlias = Literal[
 _HEADER = (
     *("layer", "features", "values", "mean off", "in s.e.", "var off", "in s.e."),
     *("var error", "saturated"),
+)
+
+
+# What the columns of the table are, for the text and for HTML.
+_COLUMNS = (
+    ("values", "of a feature in the batch"),
+    ("mean off", "largest distance of a running mean from the batch's, in standard deviations"),
+    ("var off", "largest factor between a running variance and the batch's"),
+    ("in s.e.", "the distance before it, of the variances in logarithms, in standard errors"),
+    ("var error", "relative standard error of a variance that training normalizes by"),
+    ("saturated", "share of the activation after the norm that passes no gradient (-: none there)"),
 )
 
 
@@ -90,7 +105,7 @@ class Layer(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """The result of `bn_jax.audit`; `print` shows a table of the norms, and the findings.
+    """The result of `bn_jax.audit`: `print` shows a table and the findings, `plot` a picture.
 
     Attributes:
         layers: a row for each batch norm, in the order of the program as far as that is known.
@@ -103,14 +118,21 @@ class Audit(NamedTuple):
     unexamined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        whitening = "\n".join(f"not examined: {path} (whitening)" for path in self.unexamined)
-        return "\n\n".join(filter(None, (self.table(), self._sentences(), whitening)))
+        table = f"{self.table()}\n\n{as_text((), _COLUMNS)}"
+        return "\n\n".join(filter(None, (table, self._sentences(), *self._about_unexamined())))
+
+    def _about_unexamined(self) -> list[str]:
+        return [f"not examined: {path} (whitening)" for path in self.unexamined]
 
     def __repr__(self) -> str:
         return f"Audit({len(self.layers)} norms, {len(self.findings)} findings)"
 
     def _repr_html_(self) -> str:
-        layers = as_html(_HEADER, self._rows())
+        columns = "; ".join(": ".join(column) for column in _COLUMNS)
+        lines = [f"{columns}.", *self._about_unexamined()]
+        layers = as_html(_HEADER, self._rows()) + "".join(
+            f"<p>{escape(line)}</p>" for line in lines
+        )
         if not self.findings:
             return f"{layers}<p>No findings.</p>"
         rows = [(each.kind, named(each.path), each.message, each.advice) for each in self.findings]
@@ -119,6 +141,23 @@ class Audit(NamedTuple):
     def table(self) -> str:
         """Returns the layers as aligned text; `Layer` describes the columns."""
         return as_text(_HEADER, self._rows(), numeric=True)
+
+    def plot(self) -> "Figure":
+        """Draws the running statistics beside those of the batch, and what is saturated.
+
+        Every norm is a row, in the order of `layers`. Two panels show how far its running means and
+        variances are from those of the batch in training, one the share of the activation after it
+        that passes no gradient back. The kinds of its findings are beside it.
+
+        Returns:
+            A matplotlib figure: ``figure.savefig("audit.png")``.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from bn_jax._audit.picture import draw
+
+        return draw(self)
 
     def _rows(self) -> Sequence[Sequence[str]]:
         return [_cells(layer) for layer in self.layers]

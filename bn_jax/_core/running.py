@@ -358,6 +358,7 @@ def start_measuring(batch_stats: BatchStats) -> BatchStats:
         running_var_ddof=zeros,
         by_running=zeros,
         by_batch=zeros,
+        left_out=zeros,
         residue=zero_mean,
     )
     return {**batch_stats, "measured": measured}
@@ -372,8 +373,9 @@ def _measure_too(
     dtype = mean_dtype(real, old.mean.dtype, batch.shift.dtype)
     delta = jnp.zeros_like(batch.shift) if batch.delta is None else batch.delta
     sound = jnp.isfinite(batch.mean()) & jnp.isfinite(batch.var) & (batch.count > 0)
+    count = batch.count.astype(real)
     both = CentredMoments(
-        jnp.stack([old.count, jnp.where(sound, batch.count.astype(real), 0)]),
+        jnp.stack([old.count, jnp.where(sound, count, 0)]),
         jnp.stack([old.mean.astype(dtype), batch.shift.astype(dtype)]),
         jnp.stack([old.residue.astype(dtype), delta.astype(dtype)]),
         jnp.stack([old.var, batch.var.astype(real)]),
@@ -387,6 +389,7 @@ def _measure_too(
         running_var_ddof=jnp.full_like(old.running_var_ddof, running_var_ddof),
         by_running=old.by_running + float(by_running),
         by_batch=old.by_batch + float(by_batch),
+        left_out=old.left_out + jnp.where(sound, 0, count),
         residue=residue,
     )
 

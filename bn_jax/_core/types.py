@@ -52,6 +52,8 @@ class Measured(NamedTuple):
         by_running: how many of the calls normalized by the running statistics, alone or, as batch
             renorm does in training, in part. What later layers measured depends on them.
         by_batch: how many of the calls normalized by the statistics of the batch, alone or in part.
+        left_out: how many values were left out, because the mean or variance of their call was not
+            finite.
         residue: the rounding error of the mean, which is ``mean + residue`` in higher precision.
             Variances far from zero cannot be merged without it.
     """
@@ -62,6 +64,7 @@ class Measured(NamedTuple):
     running_var_ddof: jax.Array
     by_running: jax.Array
     by_batch: jax.Array
+    left_out: jax.Array
     residue: jax.Array
 
 

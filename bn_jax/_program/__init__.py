@@ -29,7 +29,7 @@ from bn_jax._program.norms import Norm, find_norms
 from bn_jax._program.operations import Affine, Linear, as_affine_step, as_linear
 from bn_jax._program.program import Equation, Program, Value, parent_of
 from bn_jax._program.recipes import recipe_of
-from bn_jax._program.tracing import trace
+from bn_jax._program.tracing import jaxprs_in, trace
 
 __all__ = [
     "Affine",
@@ -48,6 +48,7 @@ __all__ = [
     "in_double",
     "inputs_of",
     "is_variable",
+    "jaxprs_in",
     "parent_of",
     "recipe_of",
     "run_steps",

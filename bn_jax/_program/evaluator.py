@@ -8,6 +8,7 @@ equations by steps of its own between them.
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from bn_jax._program.program import Program, Value
@@ -104,5 +105,6 @@ def run_steps(steps: Iterable[Step], values: dict[Value, Any]) -> None:
 
 def in_double(value: Any) -> np.ndarray[Any, Any]:
     """Returns an array on the host, in float64 or complex128."""
-    array = np.asarray(value)
+    # The transfer is explicit, so that `jax.transfer_guard` allows it.
+    array = np.asarray(jax.device_get(value))
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

@@ -130,7 +130,7 @@ class _Reader:
             norms = (norm for body in bodies for norm in find_norms(body))
             if any(known) and any(norm.obstacle is None for norm in norms):
                 return self._read_body(eqn, inputs)
-            body, _ = next(_jaxprs(eqn.params))
+            body, _ = next(jaxprs_in(eqn.params))
             function = str(body.debug_info.func_name)
         of_outputs = frozenset[int]().union(*known) if is_known else None
         outputs = tuple(self.new(variable.aval, of_outputs) for variable in eqn.outvars)
@@ -138,17 +138,17 @@ class _Reader:
         return outputs
 
     def _read_body(self, eqn: JaxprEqn, inputs: Sequence[int]) -> Sequence[int]:
-        body, consts = next(_jaxprs(eqn.params))
+        body, consts = next(jaxprs_in(eqn.params))
         return self.read(body, consts, inputs)
 
     def _bodies(self, eqn: JaxprEqn, origins: Sequence[Origins]) -> tuple[Program, ...]:
         return tuple(
             _read(jaxpr, consts, _origins_inside(eqn, origins, len(jaxpr.invars)), self.paths)
-            for jaxpr, consts in _jaxprs(eqn.params)
+            for jaxpr, consts in jaxprs_in(eqn.params)
         )
 
 
-def _jaxprs(options: Mapping[str, Any]) -> Iterator[tuple[Jaxpr, Sequence[Any]]]:
+def jaxprs_in(options: Mapping[str, Any]) -> Iterator[tuple[Jaxpr, Sequence[Any]]]:
     """Yields the jaxprs among the parameters of a primitive, each with its constants."""
     for option in options.values():
         for part in option if isinstance(option, tuple | list) else (option,):

@@ -17,8 +17,6 @@ from bn_jax.linen.patching import norms_replaced
 from bn_jax.nnx import BatchNorm, replace_norms
 
 Forward: TypeAlias = Callable[[Any, Any], Any]
-# Measures a batch, given running statistics, the batch and its number.
-Measure: TypeAlias = Callable[[Any, Any, int], dict[str, Measured]]
 
 # More random numbers than a module of NNX draws in a batch.
 DRAWS_PER_BATCH = 2**16
@@ -96,10 +94,11 @@ _Step: TypeAlias = Callable[..., dict[str, Measured]]
 _steps: WeakKeyDictionary[Forward, _Step] = WeakKeyDictionary()
 
 
-def prepare(pure: PureForward, others: Any) -> Measure:
+def prepare(pure: PureForward, others: Any) -> Callable[..., dict[str, Measured]]:
     """Returns the compiled function that measures one batch.
 
-    `others` are the variables of the model without the running statistics.
+    It takes running statistics, the batch and its number. `others` are the variables of the model
+    without the running statistics.
     """
     try:
         hash(pure.graph)
@@ -126,7 +125,7 @@ def _step_of(forward: Forward) -> _Step:
 def _step(reference: Callable[[], Forward]) -> _Step:
     # The reference is weak, or else the step would keep its forward function in `_steps` forever.
     def step(
-        graph: Any, others: Any, batch_stats: Any, batch: Any, number: int
+        graph: Any, others: Any, batch_stats: Any, batch: Any, number: jax.Array
     ) -> dict[str, Measured]:
         pure = PureForward(reference(), graph)
         if graph is not None:
@@ -136,7 +135,7 @@ def _step(reference: Callable[[], Forward]) -> _Step:
     return step
 
 
-def _with_draws_advanced(variables: Any, number: int) -> Any:
+def _with_draws_advanced(variables: Any, number: jax.Array) -> Any:
     """Advances counters of random numbers, so that every batch draws others.
 
     Each batch starts from the same variables.

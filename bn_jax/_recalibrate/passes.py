@@ -10,21 +10,33 @@ normalizes every batch differently.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import Measured
 from bn_jax._paths import batch_stats_by_path, whitening_paths
-from bn_jax._program import as_pure
+from bn_jax._program import PureForward, as_pure
 from bn_jax._recalibrate import pooling
-from bn_jax._recalibrate.measuring import Forward, Measure, prepare
-from bn_jax._recalibrate.pooling import Pools
+from bn_jax._recalibrate.batches import (
+    Inputs,
+    about_no_batches,
+    inputs_of,
+    note_parts,
+    opened,
+    progress_bar,
+)
+from bn_jax._recalibrate.measuring import Forward, prepare
+from bn_jax._recalibrate.pooling import Passed, Pools
+from bn_jax._recalibrate.processes import as_local, gather, is_global
 from bn_jax._recalibrate.report import Recalibration
+from bn_jax._recalibrate.transfers import devices_of, fetch, place_like, put
+
+# Measures a batch with given running statistics, and returns the measurements on the device.
+Measure: TypeAlias = Callable[[Any, int], Pools]
 
 # The limit where a norm depends on itself: statistics that settle at all have settled by then.
 PASSES_OF_A_LOOP = 100
@@ -35,6 +47,7 @@ def recalibrate(
     variables: Any,
     batches: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
+    inputs: str | int | Callable[[Any], Any] | None = None,
     prior: float = 0.0,
     passes: int | None = None,
     progress: bool = False,
@@ -70,8 +83,14 @@ def recalibrate(
     et al.) keeps nothing, ``prior=0``.
 
     Each batch is one compiled step, and its moments are merged in double precision on the host;
-    memory does not grow with the number of batches. Flax's norms are measured like those of
+    memory does not grow with the number of batches. All transfers are explicit, so that
+    ``jax.transfer_guard("disallow")`` allows them. Flax's norms are measured like those of
     `bn_jax`; a subclass of a norm of Flax keeps its statistics.
+
+    With several processes (`jax.distributed`), every process calls this function and passes batches
+    of its own, as many as it has. After each pass they merge what they have measured by counts, so
+    that all return the statistics of all batches. If the batches are global arrays, all processes
+    pass the same ones.
 
     Args:
         forward: called as ``forward(variables, batch)``. It returns ``(y, updates)`` with the new
@@ -82,8 +101,12 @@ def recalibrate(
             are those of the first call.
         variables: ``{"params": ..., "batch_stats": ...}``, or an `nnx.Module`. They are not
             changed.
-        batches: trees of arrays, as `forward` takes them: an iterable that can be iterated once per
-            pass, or a function without arguments that returns an iterator.
+        batches: what a data loader yields: an iterable that can be iterated once per pass, or a
+            function without arguments that returns an iterator. Arrays may be those of NumPy, or
+            convert to these, as tensors of PyTorch and TensorFlow do.
+        inputs: what of a batch `forward` gets: an index or a key, as ``inputs=0`` for ``(x, y)``
+            and ``inputs="image"`` for a dictionary, or a function of the batch. None: the whole
+            batch, of which `forward` can choose.
         prior: the share of the old statistics in the new ones, in [0, 1). Old statistics that are
             not finite get no share.
         passes: the largest number of passes. None: as many as are needed.
@@ -92,16 +115,19 @@ def recalibrate(
     Returns:
         `Recalibration`: the new statistics, and what changed. A norm that measured nothing, because
         it is frozen or because `forward` does not reach it, keeps its statistics, and so does a
-        feature that no batch enters; the printed table says which. A single valid value that is not
-        finite keeps its whole batch out of the feature. A ``count`` of batches becomes the number
+        feature that no batch enters; the printed text says which. A single valid value that is not
+        finite keeps its whole batch out of the feature; the text says how many values were left out
+        of which norms. A ``count`` of batches becomes the number
         of batches here, divided by ``1 - prior``, so that later updates still weigh all batches the
         same.
 
     Raises:
         ValueError: `prior` is not in [0, 1); there is no batch norm, or there is a whitening norm;
-            there are no batches; `forward` returns no updated statistics; or a second pass is
-            needed over an iterator that gives its batches once.
-        TypeError: `variables` is neither a mapping nor a module, or `batches` is one batch.
+            there are no batches; `forward` returns no updated statistics; a second pass is needed
+            over an iterator that gives its batches once; statistics are too large for their dtype;
+            or variables are split over processes, but batches are not.
+        TypeError: `variables` is neither a mapping nor a module; `batches` is one batch or an
+            array; or a batch has no such part as `inputs`, or holds what is no array.
         ModuleNotFoundError: ``progress=True`` without rich.
 
     Example:
@@ -135,27 +161,33 @@ def recalibrate(
     if passes is not None and passes < 1:
         raise ValueError(f"passes={passes} must be at least 1, or None for as many as are needed.")
     pure, arrays = as_pure(forward, variables)
-    initial = promote_batch_stats(pure.batch_stats(arrays))
-    _require_batch_norms(initial)
-    measure = prepare(pure, pure.others(arrays))
+    given = promote_batch_stats(pure.batch_stats(arrays))
+    _require_batch_norms(given)
+    model = _Model(pure, given, pure.others(arrays))
+    initial = current = fetch(given)
     limit: float = PASSES_OF_A_LOOP if passes is None else passes
     is_iterator = isinstance(batches, Iterator) and limit > 1
-    current, number, settled = initial, 0, False
-    with _progress_bar(progress) as show:
+    number, settled = 0, False
+    with progress_bar(progress) as show:
         while not settled and number < limit:
             number += 1
-            shown = show(_opened(batches), f"pass {number}")
-            pools, count = _measure_all(measure, current, shown, is_iterator)
-            if count == 0:
-                raise ValueError(_about_no_batches(batches, number))
+            shown = show(opened(batches), f"pass {number}")
+            passed = _measure_all(model, current, shown, inputs, is_iterator)
+            if passed.batches == 0:
+                raise ValueError(about_no_batches(batches, number))
             before = current
-            current = pooling.replace_statistics(before, pools, count, initial, prior)
-            needed = 1 if is_iterator else pooling.passes_needed(pools)
+            current = pooling.replace_statistics(before, passed, initial, prior)
+            needed = 1 if is_iterator else pooling.passes_needed(passed.pools)
             settled = number >= needed or pooling.agree(before, current)
             if passes is None and needed < math.inf:
                 limit = needed
-    layers = tuple(pooling.changes(initial, current, pools))
-    return Recalibration(current, layers, number, settled)
+    return Recalibration(
+        batch_stats=place_like(current, given),
+        layers=tuple(pooling.changes(initial, current, passed)),
+        passes=number,
+        settled=settled,
+        batches=passed.batches,
+    )
 
 
 def _require_batch_norms(batch_stats: Any) -> None:
@@ -175,31 +207,67 @@ def _require_batch_norms(batch_stats: Any) -> None:
         )
 
 
+class _Model:
+    """A model that measures batches, on the devices where its variables are."""
+
+    def __init__(self, pure: PureForward, batch_stats: Any, others: Any) -> None:
+        self._pure = pure
+        self._batch_stats = batch_stats
+        self._others = others
+
+    def with_statistics(self, statistics: Any) -> Measure:
+        """Returns what measures a batch with running statistics, which are on the host."""
+
+        @cache
+        def prepared(is_of_all_processes: bool) -> tuple[Callable[..., Pools], Any, Any]:
+            batch_stats, others = self._batch_stats, self._others
+            if not is_of_all_processes:
+                batch_stats, others = as_local(batch_stats), as_local(others)
+            devices = devices_of((batch_stats, others))
+            placed = put(place_like(statistics, batch_stats), devices)
+            return prepare(self._pure, put(others, devices)), placed, devices
+
+        def measure(batch: Any, number: int) -> Pools:
+            step, placed, devices = prepared(is_global(batch))
+            return step(placed, put(batch, devices), put(np.int32(number), devices))
+
+        return measure
+
+
 def _measure_all(
-    measure: Measure, batch_stats: Any, batches: Iterable[Any], is_iterator: bool
-) -> tuple[Pools, int]:
-    """Returns what all batches have measured together, and how many there were."""
-    pools: Pools = {}
-    waiting: Pools = {}
-    count = 0
-    for batch in batches:
-        measured = measure(batch_stats, batch, count)
-        if is_iterator and count == 0:
-            _require_one_pass(measure, batch_stats, batch, measured)
-        # Read one step late, so that the device computes the next one meanwhile.
-        pools = pooling.pooled(pools, waiting)
-        waiting, count = measured, count + 1
-    return pooling.pooled(pools, waiting), count
+    model: _Model, statistics: Any, batches: Iterable[Any], inputs: Inputs, is_iterator: bool
+) -> Passed:
+    """Returns what all batches, of all processes, have measured together."""
+    measure = model.with_statistics(statistics)
+    passed, waiting, is_together = pooling.NOTHING, None, False
+    for number, batch in enumerate(batches):
+        chosen = inputs_of(batch, inputs)
+        try:
+            measured = measure(chosen, number)
+        except Exception as error:
+            if inputs is None:
+                note_parts(error, batch)
+            raise
+        if waiting is None:
+            is_together = is_global(chosen)
+            if is_iterator:
+                _require_one_pass(model, statistics, chosen, fetch(measured))
+        else:
+            # Read one step late, so that the device computes the next one meanwhile.
+            passed = passed.with_batch(fetch(waiting))
+        waiting = measured
+    if waiting is not None:
+        passed = passed.with_batch(fetch(waiting))
+    return passed if is_together else pooling.merge(gather(passed))
 
 
 # --- iterators that give their batches once -----------------------------------------------------
 
 
-def _require_one_pass(measure: Measure, batch_stats: Any, batch: Any, measured: Pools) -> None:
+def _require_one_pass(model: _Model, statistics: Any, batch: Any, measured: Pools) -> None:
     """Raises an error if a further pass over the data is needed."""
-    measured = jax.device_get(measured)
     needed = pooling.passes_needed(measured)
-    if needed > 1 and _depends_on_statistics(measure, batch_stats, batch, measured):
+    if needed > 1 and _depends_on_statistics(model, statistics, batch, measured):
         if needed == math.inf:
             reason = "a norm is called several times and normalizes"
         else:
@@ -213,14 +281,14 @@ def _require_one_pass(measure: Measure, batch_stats: Any, batch: Any, measured: 
         )
 
 
-def _depends_on_statistics(measure: Measure, batch_stats: Any, batch: Any, measured: Pools) -> bool:
+def _depends_on_statistics(model: _Model, statistics: Any, batch: Any, measured: Pools) -> bool:
     """Tells whether inputs of norms depend on the running statistics; True if in doubt.
 
     It measures the batch a second time, with other statistics than the old ones and the batch's.
     """
-    others = {path: _changed(pooling.as_double(norm)) for path, norm in measured.items()}
-    statistics = pooling.replace_statistics(batch_stats, others, 1, batch_stats, 0.0)
-    again = jax.device_get(measure(statistics, batch, 0))
+    changed = {path: _changed(pooling.as_double(norm)) for path, norm in measured.items()}
+    others = pooling.replace_statistics(statistics, Passed(changed, 1, {}), statistics, 0.0)
+    again = fetch(model.with_statistics(others)(batch, 0))
     return not all(
         pooling.is_measured_again(norm, again[path])
         for path, norm in measured.items()
@@ -234,48 +302,3 @@ def _changed(measured: Measured) -> Measured:
         var=2 * measured.var,
         running_var_ddof=0 * measured.count,
     )
-
-
-# --- the batches --------------------------------------------------------------------------------
-
-
-def _opened(batches: Any) -> Iterable[Any]:
-    if callable(batches) and not isinstance(batches, Iterable):
-        return cast(Iterable[Any], batches())
-    if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}, which is one batch; expected an iterable of "
-            "batches: write [batch]."
-        )
-    return cast(Iterable[Any], batches)
-
-
-def _about_no_batches(batches: Any, number: int) -> str:
-    if number == 1:
-        return (
-            f"batches is empty: expected at least one batch, received none from the "
-            f"{type(batches).__name__}. An iterator that has been used up gives none: pass a list."
-        )
-    return (
-        f"batches gave nothing in pass {number}: expected the same as in the first. A function "
-        "must return a new iterator each time: recalibrate(forward, variables, lambda: "
-        "iter(loader))."
-    )
-
-
-@contextmanager
-def _progress_bar(is_shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
-    if not is_shown:
-        yield lambda batches, description: batches
-        return
-    try:
-        from rich import console, progress
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "progress=True draws its bar with rich, which is not installed: pip install rich, or "
-            "leave progress out.",
-            name=error.name,
-        ) from error
-    columns = *progress.Progress.get_default_columns(), progress.MofNCompleteColumn()
-    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        yield lambda batches, description: bar.track(batches, description=description)

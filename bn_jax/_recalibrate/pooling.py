@@ -4,8 +4,9 @@ Everything here is computed on the host in double precision.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,48 @@ Pools: TypeAlias = dict[str, Measured]
 ROUNDINGS = 8
 
 
+class Passed(NamedTuple):
+    """What a pass over the batches has measured.
+
+    Attributes:
+        pools: all measurements of each norm together, by path.
+        batches: the number of batches.
+        left_out: of how many batches values were left out, by path, where of any.
+    """
+
+    pools: Pools
+    batches: int
+    left_out: Mapping[str, int]
+
+    def with_batch(self, measured: Pools) -> "Passed":
+        """Returns the same with the measurements of a further batch, which are on the host."""
+        left_out = {path: 1 for path, norm in measured.items() if np.any(norm.left_out)}
+        return merge([self, Passed(pooled({}, measured), 1, left_out)])
+
+
+NOTHING = Passed({}, 0, {})
+
+
+def merge(parts: Iterable[Passed]) -> Passed:
+    """Returns what parts of the batches have measured together."""
+    pools: Pools = {}
+    left_out: Counter[str] = Counter()
+    batches = 0
+    for part in parts:
+        pools = pooled(pools, part.pools)
+        left_out.update(part.left_out)
+        batches += part.batches
+    return Passed(pools, batches, dict(left_out))
+
+
 def pooled(pools: Pools, measured: Pools) -> Pools:
-    """Returns the pools with the measurements of a further batch.
+    """Returns the pools with further measurements.
 
     They are merged in double precision: a float32 count stops counting at 2**24.
     """
-    on_host = {path: as_double(norm) for path, norm in jax.device_get(measured).items()}
+    doubled = {path: as_double(norm) for path, norm in measured.items()}
     return pools | {
-        path: _merge(pools[path], norm) if path in pools else norm for path, norm in on_host.items()
+        path: _merge(pools[path], norm) if path in pools else norm for path, norm in doubled.items()
     }
 
 
@@ -59,6 +94,7 @@ def _merge(first: Measured, second: Measured) -> Measured:
         running_var_ddof=maximum(first.running_var_ddof, second.running_var_ddof),
         by_running=maximum(first.by_running, second.by_running),
         by_batch=maximum(first.by_batch, second.by_batch),
+        left_out=first.left_out + second.left_out,
         residue=first.residue,
     )
 
@@ -81,24 +117,25 @@ def passes_needed(pools: Pools) -> float:
 # --- new statistics -----------------------------------------------------------------------------
 
 
-def replace_statistics(
-    batch_stats: Any, pools: Pools, batches: int, initial: Any, prior: float
-) -> Any:
+def replace_statistics(batch_stats: Any, passed: Passed, initial: Any, prior: float) -> Any:
     """Returns the collection with new statistics of each norm, wherever a batch entered.
 
-    The `pools` are what so many batches measured with `batch_stats`. Of the statistics before the
-    first pass, `initial`, the new ones keep the share `prior`.
+    `passed` is what batches measured with `batch_stats`. Of the statistics before the first pass,
+    `initial`, the new ones keep the share `prior`. All are on the host.
     """
 
     def replace(path: Any, node: Any, initial_node: Any) -> Any:
-        pool = pools.get(format_path(path))
+        pool = passed.pools.get(format_path(path))
         if not is_batch_stats(node) or pool is None:
             return node
-        new = _mixed(_population(pool), statistics_in(initial_node), batches, prior)
+        new = _mixed(_population(pool), statistics_in(initial_node), passed.batches, prior)
 
-        def choose(path: Any, old: Any) -> Any:
-            name = format_path(path[:1])
-            return _placed(np.where(_enters(pool), new[name], old), old) if name in new else old
+        def choose(keys: Any, old: Any) -> Any:
+            name = format_path(keys[:1])
+            if name not in new:
+                return old
+            chosen = np.where(_enters(pool), new[name], in_double(old))
+            return _rounded(format_path((*path, *keys)), chosen, old)
 
         return jax.tree.map_with_path(choose, node)
 
@@ -127,15 +164,21 @@ def _enters(pool: Measured) -> Array:
     return np.asarray(pool.count > pool.running_var_ddof)
 
 
-def _placed(values: Array, old: Any) -> jax.Array:
-    """Returns values in the dtype of the old ones, on their devices."""
+def _rounded(path: str, values: Array, old: Any) -> Array:
+    """Returns values in the dtype of the old ones, or raises where that cannot hold them."""
     dtype = old.dtype
     if np.iscomplexobj(values) and not jnp.iscomplexobj(old):
         dtype = np.result_type(statistics_dtype(dtype), np.complex64)
-    values = values.astype(dtype)
-    if isinstance(old, jax.Array) and old.committed:
-        return jax.device_put(values, old.sharding)
-    return jnp.asarray(values)
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype)
+    overflows = np.isfinite(values) & ~np.isfinite(rounded)
+    if overflows.any():
+        raise ValueError(
+            f"batch_stats/{path} would be as large as {np.abs(values[overflows]).max():.3g}, which "
+            f"{np.dtype(dtype).name} cannot hold: scale the input of the norm down, or recalibrate "
+            "with running statistics in float64, jax.config.update('jax_enable_x64', True)."
+        )
+    return rounded
 
 
 # --- agreement ----------------------------------------------------------------------------------
@@ -171,12 +214,12 @@ def _is_close(before: Statistics, after: Statistics) -> bool:
 # --- changes ------------------------------------------------------------------------------------
 
 
-def changes(before: Any, after: Any, pools: Pools) -> Iterator[LayerChange]:
+def changes(before: Any, after: Any, passed: Passed) -> Iterator[LayerChange]:
     """Yields the change of each norm between two collections."""
     new = batch_stats_by_path(after)
     for path, node in batch_stats_by_path(before).items():
         old = statistics_in(node)
-        pool = pools.get(path)
+        pool = passed.pools.get(path)
         enters = np.zeros(()) if pool is None else _enters(pool)
         is_measured = np.broadcast_to(enters, np.shape(old["var"])).astype(bool)
         mean, var = _moved(old, statistics_in(new[path]))
@@ -186,6 +229,8 @@ def changes(before: Any, after: Any, pools: Pools) -> Iterator[LayerChange]:
             var=float(np.max(var, initial=1, where=is_measured)),
             values=float(np.min(pool.count[is_measured])) if pool and is_measured.any() else 0.0,
             kept=int(np.sum(~is_measured)),
+            left_out=0.0 if pool is None else float(np.max(pool.left_out, initial=0)),
+            batches_left_out=passed.left_out.get(path, 0),
         )
 
 

@@ -17,9 +17,11 @@ __all__ = [
     "check_range",
     "new_file",
     "new_folder",
+    "new_picture",
     "require",
 ]
 
+PICTURES = (".png", ".pdf", ".svg")
 FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "safetensors", "flatbuffers")
 
 
@@ -157,6 +159,22 @@ def new_file(out: Path | None, default: Path) -> Path:
             "you may write to"
         )
     return file
+
+
+def new_picture(path: Path | None) -> None:
+    """Raises an error if the option --plot is given and no figure can be written there."""
+    if path is None:
+        return
+    require("matplotlib")
+    if path.suffix not in PICTURES:
+        raise CommandError(
+            f"--plot: received {path}, expected a file name that ends in {', '.join(PICTURES)}; "
+            "choose one of these"
+        )
+    if path.exists():
+        raise CommandError(f"--plot: {path} exists; choose another name or remove it")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise CommandError(f"--plot: {path} cannot be written there; choose another folder")
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
     FOR_SAVED_RUNS,
@@ -17,6 +17,7 @@ from bn_jax.lab.arguments import (
     check_range,
     new_file,
     new_folder,
+    new_picture,
     require,
 )
 from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
@@ -28,6 +29,9 @@ except ModuleNotFoundError as missing:
         "bn-jax: error: typer is not installed; install with pip install 'bn-jax[lab]'"
     ) from missing
 
+if TYPE_CHECKING:
+    from bn_jax import Audit, Recalibration
+
 __all__ = ["app", "main"]
 
 WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
@@ -35,6 +39,12 @@ WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id"
 COMPILED_QUICKLY = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run.")]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Also draw the result, into a new .png, .pdf or .svg file."
+    ),
+]
 
 app = typer.Typer(
     help="Batch normalization for JAX and Flax: train a small network on handwritten digits or "
@@ -229,6 +239,7 @@ def recalibrate(
     out: Annotated[
         Path | None, typer.Option(help="New folder for the result. Default: DIR-recalibrated.")
     ] = None,
+    picture: Picture = None,
 ) -> None:
     """Recompute the running statistics of a saved run.
 
@@ -241,10 +252,12 @@ def recalibrate(
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "recalibrated"))
+    new_picture(picture)
     result = runs.recalibrate_run(
         saved, launch.one_device(), data_file, folder, prior=prior, progress=sys.stderr.isatty()
     )
     print(result.recalibration)
+    _draw(result.recalibration, picture)
     tables.print_change(result.change)
     _print_saved(folder)
 
@@ -286,6 +299,7 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help="New folder for audit.json. Default: DIR-audit.")
     ] = None,
+    picture: Picture = None,
 ) -> None:
     """Find mistakes in the batch norms of a saved run.
 
@@ -296,7 +310,10 @@ def audit(
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "audit"))
-    print(runs.audit_run(saved, launch.one_device(), data_file, folder))
+    new_picture(picture)
+    found = runs.audit_run(saved, launch.one_device(), data_file, folder)
+    print(found)
+    _draw(found, picture)
     print(f"Saved in {folder}")
 
 
@@ -356,6 +373,11 @@ def convert(
         f"Saved in {file_out}; read it with flax.traverse_util.unflatten_dict("
         f"bn_jax.convert.load_safetensors({str(file_out)!r}), sep='/')"
     )
+
+
+def _draw(result: "Audit | Recalibration", picture: Path | None) -> None:
+    if picture is not None:
+        result.plot().savefig(picture, dpi=150)
 
 
 def _beside(run: Path, suffix: str) -> Path:

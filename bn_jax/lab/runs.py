@@ -23,6 +23,7 @@ from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab.advice import with_commands
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
 
@@ -351,7 +352,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
         folder: a new folder for `audit.json`.
 
     Returns:
-        The result of `bn_jax.audit`.
+        The result of `bn_jax.audit`, whose advice is commands instead of lines of Python.
 
     Raises:
         CommandError: the model has no batch norm, or there are too few or no such images.
@@ -363,7 +364,9 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     batch = shard_dataset(images, examples, mesh)[0]
     # Nothing is masked; a mask would keep the audit from seeing the activations.
     forward = functools.partial(_model_of(saved).apply, mutable=["batch_stats"])
-    result = audit(forward, checkpoints.variables_of(state), batch.x)
+    result = with_commands(
+        audit(forward, checkpoints.variables_of(state), batch.x), saved.folder, data_file
+    )
     with staged(folder) as staging:
         write_json(
             staging / "audit.json",

@@ -1,6 +1,8 @@
 import errno
 import functools
 import json
+import shlex
+import typing
 from pathlib import Path
 
 import jax
@@ -10,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 from support import assert_close, bars, copy_of, files
 
+import bn_jax as bn
 from bn_jax import linen, training
-from bn_jax.lab import data, models, problem, results, runs
+from bn_jax.lab import advice, data, models, problem, results, runs
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
 
@@ -81,9 +84,12 @@ def evaluated(command, folder, *options):
 def test_recalibrate(home, variables, command, tmp_path, domain):
     before = files(home)
     options = ["--data", home / domain] if domain else []
-    code, out, err = command("recalibrate", home / "run", "--out", "new", *options)
+    picture = tmp_path / "picture.svg"
+    code, out, err = command(
+        "recalibrate", home / "run", "--out", "new", "--plot", picture, *options
+    )
     assert (code, err) == (0, "")
-    assert files(home) == before
+    assert files(home) == before and "<svg" in picture.read_text()
     saved = runs.read_run(tmp_path / "new")
     if domain:
         images = data.load_npz(home / domain)
@@ -173,9 +179,33 @@ def test_audit_finds_what_is_wrong(home, command, tmp_path):
     code, out, err = command("audit", home / "run", "--data", home / "dark.npz", "--out", "new")
     assert (code, err) == (0, "")
     findings = json.loads((tmp_path / "new/audit.json").read_text())["findings"]
-    paths = {finding["path"] for finding in findings if "recalibrate" in finding["advice"]}
-    assert "stem/norm" in paths
+    stale = [finding for finding in findings if finding["kind"] == "stale"]
+    assert "stem/norm" in {finding["path"] for finding in stale}
     assert all(finding["message"] in " ".join(out.split()) for finding in findings)
+    assert "bn." not in " ".join(finding["advice"] for finding in stale)
+    # The advice, followed.
+    (line,) = {finding["advice"].split(": ")[1] for finding in stale}
+    assert line == f"bn-jax recalibrate {home / 'run'} --data {home / 'dark.npz'}"
+    assert command(*shlex.split(line)[1:], "--out", "fresh")[0] == 0
+    options = ("--data", home / "dark.npz", "--out", "again", "--plot", "again.png")
+    code, out, err = command("audit", "fresh", *options)
+    assert (code, err) == (0, "")
+    assert "stale: " not in out
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_advice_is_what_to_enter():
+    kinds = typing.get_args(typing.get_type_hints(bn.Finding)["kind"])
+    found = bn.Audit((), tuple(bn.Finding(kind, "norm", "", "{as it was}") for kind in kinds))
+    said = {
+        finding.kind: finding.advice
+        for finding in advice.with_commands(found, Path("my run"), None).findings
+    }
+    assert set(advice.ADVICE) < set(kinds)
+    for kind in ("never updated", "stale", "differs in evaluation"):
+        assert said[kind].endswith(": bn-jax recalibrate 'my run'")
+    assert said["redundant scale"].endswith(": bn-jax fold 'my run'")
+    assert said["not finite"] == "{as it was}"
 
 
 def test_refusals(home, command, tmp_path):
@@ -193,6 +223,7 @@ def test_refusals(home, command, tmp_path):
     (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
+    (tmp_path / "full.png").touch()
     no_norm = (
         "has no batch norm, expected a model with batch norm; give a run whose best arm has batch "
         "norm"
@@ -210,6 +241,10 @@ def test_refusals(home, command, tmp_path):
         ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
         ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
         ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
+        ("audit", "plain", "--plot", "a.txt"): "--plot: received a.txt, expected a file name that "
+        "ends in .png, .pdf, .svg",
+        ("recalibrate", "plain", "--plot", "no/a.png"): "--plot: no/a.png cannot be written there",
+        ("recalibrate", "plain", "--plot", "full.png"): "--plot: full.png exists",
         ("recalibrate", "lost", "--prior", "1"): "--prior: received 1.0, expected 0 to below 1",
         ("fold",): "Missing argument 'DIR'.",
     }

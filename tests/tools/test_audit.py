@@ -142,7 +142,8 @@ def test_notebooks_show_a_short_line_and_tables(sound):
     html = report._repr_html_()
     assert html.startswith("<table><thead><tr><th>layer</th><th>features</th><th>values</th>")
     assert "<tr><td>norm_0</td><td>8</td><td>64</td>" in html
-    assert html.endswith("</table><p>No findings.</p>")
+    assert "</table><p>values: of a feature in the batch; mean off: " in html
+    assert html.endswith("</p><p>No findings.</p>")
     finding = bn.Finding("stale", "", "The mean is < 1.", "Measure it.")
     html = report._replace(findings=(finding,))._repr_html_()
     assert "<th>finding</th><th>norm</th><th>message</th><th>advice</th>" in html
@@ -224,7 +225,11 @@ def test_small_differences_are_not_stale(sound):
     variables["batch_stats"]["norm_1"]["var"] *= np.float32([6, 1.7, 1 / 6, 1, 1, 1, 1 / 1.7, 1])
     report = audited(Net(), variables, inputs(1, 4096))
     assert kinds(report) == [("stale", "norm_1")]
-    assert "in features 0, 2, 5 (3 of 8)" in report.findings[0].message
+    message = report.findings[0].message
+    assert message.startswith(
+        "Its running means are far from the batch's in feature 5 (1 of 8): it"
+    )
+    assert "Its running variances are far from the batch's in features 0, 2 (2 of 8): f" in message
     factor = re.search(r"a factor of (\S+) or \S+ standard errors", report.findings[0].message)
     assert float(factor[1]) == pytest.approx(6, rel=0.2)
     assert report.layers[1].var_off == pytest.approx(6, rel=0.2)
@@ -309,7 +314,8 @@ def test_evaluation_that_differs_from_training(sound):
     model = Net(between=drop)
     report = audited(model, with_statistics(model, sound, inputs(0)))
     assert kinds(report) == [("differs in evaluation", "norm_1")]
-    assert "in evaluation far from them in feature" in report.findings[0].message
+    assert "those of the batch, in evaluation they are not. Its" in report.findings[0].message
+    assert "variances are far from the batch's in features" in report.findings[0].message
     model = Net(between=enlarge)
     assert audited(model, with_statistics(model, sound, inputs(0))).findings == ()
 
@@ -362,10 +368,10 @@ def test_an_input_that_is_not_finite(sound):
     x = inputs(1).at[7, 2].set(np.inf)
     report = audited(Net(), sound, x)
     assert kinds(report) == [("not finite", "norm_0")]
-    assert "Its input is not finite in features 0, 1, 2, 3, ... (8 of 8), and neither" in str(
+    assert "Its input is not finite in features 0, 1, 2, 3, ... (8 of 8). The same holds" in str(
         report
     )
-    assert "the inputs of 1 of the norms after it" in str(report)
+    assert "The same holds for 1 norm after it.\n" in str(report)
 
 
 def test_masked_values_may_be_anything(sound):

@@ -509,7 +509,7 @@ def test_a_step_is_freed_with_its_forward_function():
 
 def test_counts_beyond_those_of_float32():
     ones = np.ones(1, np.float32)
-    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, *4 * [0 * ones])
+    large = bn.Measured(2.0**24 * ones, 0 * ones, ones, *5 * [0 * ones])
     pools = {}
     for count in (2.0**24, 1.0, 1.0):
         pools = pooled(pools, {"norm": large._replace(count=count * ones)})
@@ -560,9 +560,9 @@ def test_norms_that_measure_nothing_keep_their_statistics_and_are_reported():
         "measured": 1, "frozen": 3, "of_the_user": 3, "unreached": 3,
     }  # fmt: skip
     for path in ("frozen", "of_the_user", "unreached"):
-        assert by_path[path][1:] == (0, 1, 0, 3)
+        assert by_path[path][1:] == (0, 1, 0, 3, 0, 0)
         assert f"{path} has measured nothing and keeps its statistics" in str(found)
-    assert "measured keeps the statistics of 1 features, which no batch entered" in str(found)
+    assert "measured keeps the statistics of 1 feature, which no batch entered" in str(found)
 
 
 def test_a_batch_with_a_value_that_is_not_finite_is_left_out_and_reported():
@@ -575,10 +575,10 @@ def test_a_batch_with_a_value_that_is_not_finite_is_left_out_and_reported():
         return model.apply(variables, x, mutable=["batch_stats"])
 
     text = str(recalibrate(forward, variables, [x]))
-    assert "keeps the statistics of 1 features, which no batch entered: a batch with" in text
+    assert "keeps the statistics of 1 feature, which no batch entered: a batch with" in text
     assert "a single value that is not finite, does not enter" in text
     text = str(recalibrate(forward, variables, [x[:, 1:].repeat(2, 1)]))
-    assert "every batch had no valid value or a value that was not finite" in text
+    assert "every batch had a value that was not finite, or no valid value" in text
 
 
 def test_poisoned_statistics_heal():
@@ -594,11 +594,11 @@ def test_poisoned_statistics_heal():
 
 def some_changes():
     layers = (
-        LayerChange("small", 0.1, 1.01, 10.0, 0),
-        LayerChange("", 0.2, 30.0, 5.0, 0),
-        LayerChange("moved", 2.0, 1.0, 12345678.0, 0),
+        LayerChange("small", 0.1, 1.01, 10.0, 0, 0.0, 0),
+        LayerChange("", 0.2, 30.0, 5.0, 0, 0.0, 0),
+        LayerChange("moved", 2.0, 1.0, 12345678.0, 0, 0.0, 0),
     )
-    return Recalibration({}, layers, 1, True)
+    return Recalibration({}, layers, 1, True, 3)
 
 
 def test_the_table_begins_with_the_largest_change():
