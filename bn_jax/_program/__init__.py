@@ -26,7 +26,13 @@ from bn_jax._program.evaluator import (
 )
 from bn_jax._program.forward import PureForward, as_pure, is_variable, value_of
 from bn_jax._program.norms import Norm, find_norms
-from bn_jax._program.operations import Affine, Linear, as_affine_step, as_linear
+from bn_jax._program.operations import (
+    Affine,
+    Linear,
+    as_affine_step,
+    as_linear,
+    holds_products,
+)
 from bn_jax._program.program import Equation, Program, Value, parent_of
 from bn_jax._program.recipes import recipe_of
 from bn_jax._program.tracing import trace
@@ -45,6 +51,7 @@ __all__ = [
     "as_pure",
     "evaluate",
     "find_norms",
+    "holds_products",
     "in_double",
     "inputs_of",
     "is_variable",
