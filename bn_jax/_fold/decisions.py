@@ -140,6 +140,13 @@ def _reason_of_obstacle(obstacle: str) -> str:
             "It normalizes by its input. If it has running statistics, evaluate the model with "
             "use_running_average=True."
         )
+    if obstacle == "selection":
+        return (
+            "An argument of the model selects its statistics. Set that argument inside of forward, "
+            "and fold once for each of its values."
+        )
+    if obstacle == "whitening":
+        return "It mixes its features by a matrix, which is computed once and stays a product."
     return f"It is inside a {obstacle}, which stays as it is."
 
 

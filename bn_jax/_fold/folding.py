@@ -203,7 +203,7 @@ def _run(plan: Plan, params: Any, args: Any) -> Any:
 
 def _describe_difference(expected: Signature, received: Signature, args: Any) -> str:
     parameters = {path for path, _ in {*expected.parameters} ^ {*received.parameters}}
-    norms = {norm.path or "the top-level norm" for norm in {*expected.report} ^ {*received.report}}
+    norms = {norm.name for norm in {*expected.report} ^ {*received.report}}
     differences = []
     if parameters:
         differences.append(f"computes the parameters {sorted(parameters)} otherwise")

@@ -9,9 +9,18 @@ import numpy as np
 
 from bn_jax._fold.chains import Chain, ChainStep
 from bn_jax._fold.decisions import Before
-from bn_jax._fold.features import Array, broadcast_root, moved, placed
+from bn_jax._fold.features import Array, moved, placed
 from bn_jax._fold.kernels import dtypes_of_kernel, kernel_root, path_of
-from bn_jax._program import Equation, Linear, Program, evaluate, in_double, inputs_of, recipe_of
+from bn_jax._program import (
+    Equation,
+    Linear,
+    Program,
+    broadcast_root,
+    evaluate,
+    in_double,
+    inputs_of,
+    recipe_of,
+)
 from bn_jax._program.primitives import CAST
 
 

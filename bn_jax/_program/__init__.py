@@ -24,6 +24,7 @@ from bn_jax._program.evaluator import (
     run_steps,
     steps_to,
 )
+from bn_jax._program.formulas import broadcast_root
 from bn_jax._program.forward import PureForward, as_pure, is_variable, value_of
 from bn_jax._program.norms import Norm, find_norms
 from bn_jax._program.operations import (
@@ -49,6 +50,7 @@ __all__ = [
     "as_affine_step",
     "as_linear",
     "as_pure",
+    "broadcast_root",
     "evaluate",
     "find_norms",
     "holds_products",

@@ -19,7 +19,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 def run_in_numpy(function: Callable[..., jax.Array], *args: Any) -> Array:
     """Returns what a function of trees of arrays gives, traced and evaluated by NumPy."""
     closed = jax.make_jaxpr(function)(*args)
-    (output,) = _run(closed.jaxpr, closed.consts, [_in_double(leaf) for leaf in jax.tree.leaves(args)])
+    (output,) = _run(
+        closed.jaxpr, closed.consts, [_in_double(leaf) for leaf in jax.tree.leaves(args)]
+    )
     return output
 
 
@@ -58,7 +60,9 @@ def _cast(x: Array, new_dtype: Any, **_: Any) -> Array:
     return _in_double(x if is_wide else x.astype(new_dtype))
 
 
-def _broadcast(x: Array, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: Any) -> Array:
+def _broadcast(
+    x: Array, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: Any
+) -> Array:
     full = [1] * len(shape)
     for size, axis in zip(x.shape, broadcast_dimensions, strict=True):
         full[axis] = size

@@ -27,7 +27,8 @@ class RandomProgram(NamedTuple):
         variables: nested dictionaries, by the names of layers.
         x: an input.
         must_fold: for each norm, in order, whether it has to be folded.
-        tolerance: how far the folded program may be from this one, relative to the largest output or 1.
+        tolerance: how far the folded program may be from this one, relative to the largest output
+            or 1.
         text: the steps in words.
     """
 
@@ -105,9 +106,7 @@ class _Writer:
     def expand(self, axes: Sequence[int]) -> tuple[list[int], list[int]]:
         """Returns the sizes of some axes, ascending, and the shape to broadcast them from."""
         axes = sorted(axes)
-        shape = [
-            size if axis in axes else 1 for axis, size in enumerate(self.aval.shape)
-        ]
+        shape = [size if axis in axes else 1 for axis, size in enumerate(self.aval.shape)]
         return [self.aval.shape[axis] for axis in axes], shape
 
     def interrupt(self) -> None:
@@ -188,9 +187,7 @@ class _Writer:
             return {new for new, old in enumerate(places) if axes & set(old)}
 
         if self.outputs is not None:
-            whole = all(
-                set(old) <= self.outputs or not set(old) & self.outputs for old in places
-            )
+            whole = all(set(old) <= self.outputs or not set(old) & self.outputs for old in places)
             self.outputs = moved(self.outputs) if whole else None
         self.axes = moved(self.axes)
 
@@ -348,7 +345,10 @@ class _Writer:
         is_padded = self.is_true(0.4)
         options: dict[str, Any] = {
             "window_strides": [self.pick([1, 1, 2]) for _ in spatial],
-            "rhs_dilation": [1 if size > 2 and n > 1 else self.pick([1, 2]) for size, n in zip(window, spatial, strict=True)],
+            "rhs_dilation": [
+                1 if size > 2 and n > 1 else self.pick([1, 2])
+                for size, n in zip(window, spatial, strict=True)
+            ],
             "lhs_dilation": [self.pick([1, 2]) if is_padded else 1 for _ in spatial],
         }
         options["padding"] = [
