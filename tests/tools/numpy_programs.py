@@ -32,7 +32,8 @@ def run_equation(eqn: JaxprEqn, operands: Iterable[Any]) -> list[Array]:
     if body is not None:
         return _run(body.jaxpr, body.consts, operands)
     output = PRIMITIVES[eqn.primitive.name](*operands, **eqn.params)
-    assert output.shape == eqn.outvars[0].aval.shape, eqn
+    aval: Any = eqn.outvars[0].aval
+    assert output.shape == aval.shape, eqn
     return [output]
 
 
@@ -97,9 +98,15 @@ def _conv(
     (batch, features, *spatial), (outputs, inputs, *window) = x.shape, kernel.shape
     dilated = [(n - 1) * step + 1 for n, step in zip(spatial, lhs_dilation, strict=True)]
     full = [n + low + high for n, (low, high) in zip(dilated, padding, strict=True)]
-    padded = np.zeros((batch, features, *full), x.dtype)
-    at = zip(padding, dilated, lhs_dilation, strict=True)
-    padded[(..., *(slice(low, low + n, step) for (low, _), n, step in at))] = x
+    spread = np.zeros((batch, features, *dilated), x.dtype)
+    spread[(slice(None), slice(None), *(slice(None, None, step) for step in lhs_dilation))] = x
+    padded = np.pad(
+        spread, [(0, 0), (0, 0), *((max(low, 0), max(high, 0)) for low, high in padding)]
+    )
+    cropped = (
+        slice(max(-low, 0), max(-low, 0) + n) for (low, _), n in zip(padding, full, strict=True)
+    )
+    padded = padded[(slice(None), slice(None), *cropped)]
     reach = [(n - 1) * step + 1 for n, step in zip(window, rhs_dilation, strict=True)]
     sizes = [
         (n - far) // stride + 1 for n, far, stride in zip(full, reach, window_strides, strict=True)
@@ -116,7 +123,8 @@ def _conv(
                 *(slice(start, start + (n - 1) * step + 1, step) for start, n, step in where),
             )
         ]
-        result[:, number] += np.tensordot(kernel[(number, slice(None), *place)], seen, (0, 1))
+        weights = kernel[number][(slice(None), *place)]
+        result[:, number] += np.tensordot(weights, seen, (0, 1))
     return result.transpose(np.argsort(dimension_numbers[2]))
 
 

@@ -26,7 +26,8 @@ class RandomProgram(NamedTuple):
         forward: of the variables and `x`.
         variables: nested dictionaries, by the names of layers.
         x: an input.
-        must_fold: for each norm, in order, whether it has to be folded.
+        fates: for each norm, in order, whether it has to be folded (True) or left (False); None
+            where either is right.
         tolerance: how far the folded program may be from this one, relative to the largest output
             or 1.
         text: the steps in words.
@@ -35,9 +36,23 @@ class RandomProgram(NamedTuple):
     forward: Callable[..., Any]
     variables: dict[str, dict[str, Array]]
     x: Array
-    must_fold: tuple[bool, ...]
+    fates: tuple[bool | None, ...]
     tolerance: float
     text: str
+
+
+class Kernel(NamedTuple):
+    """A kernel as a function of the variables.
+
+    Attributes:
+        read: the function.
+        fits: whether a norm can go into it; None where that depends on the norm.
+        form: how it is stored and what is done to it.
+    """
+
+    read: Callable[[Any], jax.Array]
+    fits: bool | None
+    form: str
 
 
 def write_program(seed: int) -> RandomProgram:
@@ -60,10 +75,12 @@ class _Writer:
         self.aval = jax.ShapeDtypeStruct(self.x.shape, self.x.dtype)
         # The axes of the output features of the layer before; None where no norm can go into it.
         self.outputs: set[int] | None = None
+        # Whether no layer has been since the last step that is not linear.
+        self.is_apart = True
         # The norms that wait for a layer after them, and the axes along which they vary.
         self.waiting: list[int] = []
         self.axes: set[int] = set()
-        self.must_fold: list[bool] = []
+        self.fates: list[bool | None] = []
 
     # --- drawing --------------------------------------------------------------------------------
 
@@ -108,11 +125,6 @@ class _Writer:
         axes = sorted(axes)
         shape = [size if axis in axes else 1 for axis, size in enumerate(self.aval.shape)]
         return [self.aval.shape[axis] for axis in axes], shape
-
-    def interrupt(self) -> None:
-        """Notes that no norm that follows can go into the layer before, and the other way round."""
-        self.outputs = None
-        self.waiting, self.axes = [], set()
 
     # --- affine steps and norms -----------------------------------------------------------------
 
@@ -170,9 +182,9 @@ class _Writer:
             return BY_HAND[style](x, *(norm[key].reshape(shape) for key in ORDER))
 
         self.add(f"norm {style} along {sorted(axes)}", step)
-        number = len(self.must_fold)
+        number = len(self.fates)
         is_inside = self.outputs is not None and self.outputs >= set(axes)
-        self.must_fold.append(is_inside)
+        self.fates.append(is_inside or None)
         if is_inside:
             return
         self.outputs = None
@@ -232,30 +244,43 @@ class _Writer:
         kind = self.pick(["tanh", "branch", "softsign"])
         functions: dict[str, Step] = {
             "tanh": lambda variables, x: jnp.tanh(x),
-            "branch": lambda variables, x: 0.5 * x + jnp.sin(x),
+            "branch": lambda variables, x: 0.5 * x + x / (1 + jnp.abs(x)),
             "softsign": lambda variables, x: x / (1 + jnp.abs(x)),
         }
         self.add(kind, functions[kind])
-        self.interrupt()
+        self.outputs, self.is_apart = None, True
+        self.waiting, self.axes = [], set()
 
     # --- linear layers --------------------------------------------------------------------------
 
-    def enter(self, inputs: Sequence[int], outputs: Sequence[int], fits: bool) -> None:
+    def enter(
+        self,
+        kernels: Sequence[Kernel],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        is_padded: bool = False,
+    ) -> None:
         """Notes the axes of a layer: of its input, those that it sums or keeps; of its output."""
+        fits = [kernel.fits for kernel in kernels]
         for number in self.waiting:
-            if fits and self.axes <= set(inputs) and self.dtype not in HALF:
-                self.must_fold[number] = True
+            if False in fits or is_padded or self.dtype in HALF:
+                self.fates[number] = False if self.is_apart else None
+            elif all(fits) and self.axes <= set(inputs):
+                self.fates[number] = True
         self.waiting, self.axes = [], set()
-        self.outputs = set(outputs) if fits or fits is None else None
+        self.is_apart = False
+        self.outputs = set(outputs) if fits == [True] else None
 
-    def kernel(self, shape: Sequence[int], fan_in: int) -> tuple[Callable[[Any], Any], bool]:
-        """Returns a kernel as a function of the variables, and whether a norm can go into it."""
+    def kernel(self, shape: Sequence[int], fan_in: int) -> Kernel:
+        """Adds a kernel in one of many forms."""
         plain = (self.normal(shape) / np.sqrt(max(1, fan_in))).astype(self.dtype)
         forms = ["plain"] * 4 + ["transposed", "flat", "flipped", "computed"]
         if self.dtype == jnp.float32:
             forms += ["repeated", "constant", "from integers", "from float8", "to integers"]
+            forms += ["integers", "float8", "to float8"]
+        if self.is_complex:
+            forms += ["real"] * 3
         form = self.pick(forms)
-        self.form = form
         order = [int(axis) for axis in self.rng.permutation(len(shape))]
         make: dict[str, Callable[[], Array]] = {
             "transposed": lambda: plain.transpose(np.argsort(order)),
@@ -263,7 +288,10 @@ class _Writer:
             "from integers": lambda: np.round(8 * plain).astype(np.int8),
             "to integers": lambda: 3 * plain,
             "from float8": lambda: plain.astype(jnp.float8_e4m3fn),
+            "integers": lambda: np.round(8 * plain).astype(np.int8),
+            "float8": lambda: plain.astype(jnp.float8_e4m3fn),
             "repeated": lambda: plain[:1] if shape else plain,
+            "real": lambda: plain.real,
         }
         stored = make.get(form, lambda: plain)()
         name = self.layer("layer", kernel=stored, gain=self.positive(()))
@@ -280,9 +308,11 @@ class _Writer:
                 "from integers": lambda: kernel.astype(jnp.float32) / 8,
                 "from float8": lambda: kernel.astype(jnp.float32),
                 "to integers": lambda: kernel.astype(jnp.int8).astype(jnp.float32),
-            }.get(form, lambda: kernel)()
+                "to float8": lambda: kernel.astype(jnp.float8_e4m3fn),
+            }.get(form, lambda: jnp.asarray(kernel))()
 
-        return read, form != "constant"
+        never = form in ("constant", *QUANTIZED)
+        return Kernel(read, False if never else None if form == "real" else True, form)
 
     @property
     def is_complex(self) -> bool:
@@ -292,6 +322,8 @@ class _Writer:
         """An einsum or a product with dimension numbers in any order, of one kernel or of two."""
         rank = self.aval.ndim
         summed = self.subset(range(rank), 1, 2)
+        if self.waiting and self.is_true(0.6):
+            summed = list({*self.axes, *summed})
         rest = [axis for axis in range(rank) if axis not in summed]
         kept = self.subset(rest, 0, 1) if self.is_true(0.4) else []
         free = self.sizes(int(self.rng.integers(0, 3)))
@@ -303,32 +335,31 @@ class _Writer:
         fan_in = int(np.prod([self.aval.shape[axis] for axis in summed]))
         is_left = self.is_true(0.3)
         plan = _Product(rank, summed, kept, len(free), place, is_left)
-        reads = [self.kernel(shape, fan_in) for _ in range(1 + self.is_true(0.15))]
+        kernels = [self.kernel(shape, fan_in) for _ in range(1 + self.is_true(0.15))]
+        if self.is_true(0.05):
+            kernels = kernels[:1] * 2
         if self.is_true():
             letters, outputs = plan.as_einsum(self.rng)
             text = f"einsum {letters}"
 
             def multiply(x: jax.Array, kernel: Any) -> jax.Array:
                 operands = (kernel, x) if is_left else (x, kernel)
-                return jnp.einsum(letters, *operands)
+                return jnp.einsum(letters, *operands, preferred_element_type=x.dtype)
 
         else:
             numbers, outputs = plan.as_dimension_numbers()
             text = f"dot_general {numbers}"
 
             def multiply(x: jax.Array, kernel: Any) -> jax.Array:
-                operands = (kernel, x) if is_left else (x, kernel)
-                return lax.dot_general(*operands, numbers, preferred_element_type=x.dtype)
+                left, right = (kernel, x) if is_left else (x, kernel)
+                return lax.dot_general(left, right, numbers, preferred_element_type=x.dtype)
 
         def step(variables: Any, x: jax.Array) -> jax.Array:
-            results = [multiply(x, _in(x.dtype, read(variables))) for read, _ in reads]
+            results = [multiply(x, kernel.read(variables)) for kernel in kernels]
             return sum(results[1:], results[0])
 
-        forms = list({form: None for form in [self.form]})
-        self.add(f"{text} {forms} x{len(reads)}", step)
-        self.enter([*summed, *kept], outputs, all(fits for _, fits in reads))
-        if len(reads) > 1:
-            self.outputs = None
+        self.add(f"{text} {[kernel.form for kernel in kernels]}", step)
+        self.enter(kernels, [*summed, *kept], outputs)
 
     def convolution(self) -> None:
         """A convolution with its axes in any order, strided, padded, dilated and grouped."""
@@ -351,34 +382,39 @@ class _Writer:
             ],
             "lhs_dilation": [self.pick([1, 2]) if is_padded else 1 for _ in spatial],
         }
-        options["padding"] = [
-            (self.pick([0, 1]), self.pick([0, 1])) if is_padded else (0, 0) for _ in spatial
-        ]
         reach = [(n - 1) * d + 1 for n, d in zip(window, options["rhs_dilation"], strict=True)]
         for at, (size, needed) in enumerate(zip(spatial, reach, strict=True)):
             if size < needed:
                 window[at] = 1
+        options["padding"] = [
+            (self.pick([-1, 0, 1] if size > n else [0, 1]), self.pick([0, 1]))
+            if is_padded
+            else (0, 0)
+            for size, n in zip(spatial, reach, strict=True)
+        ]
         full = {0: outputs, 1: features // groups, **{2 + at: n for at, n in enumerate(window)}}
         shape = [full[kernel.index(axis)] for axis in range(rank)]
-        read, fits = self.kernel(shape, int(np.prod(shape)) // outputs)
+        weights = self.kernel(shape, int(np.prod(shape)) // outputs)
+        if weights.form in QUANTIZED:
+            # A convolution takes operands of one dtype, so that the kernel is cast to it.
+            weights = weights._replace(fits=True)
         numbers = lax.ConvDimensionNumbers(data, kernel, out)
 
         def step(variables: Any, x: jax.Array) -> jax.Array:
             return lax.conv_general_dilated(
                 x,
-                _in(x.dtype, read(variables)),
+                weights.read(variables).astype(x.dtype),
                 **options,
+                preferred_element_type=x.dtype,
                 dimension_numbers=numbers,
                 feature_group_count=groups,
             )
 
-        self.add(f"conv {numbers} {options} window {window} groups {groups} {self.form}", step)
+        self.add(f"conv {numbers} {options} window {window} groups {groups} {weights.form}", step)
         meets_zeros = any(map(any, options["padding"])) or any(
             step > 1 for step in options["lhs_dilation"]
         )
-        if meets_zeros:
-            self.waiting, self.axes = [], set()
-        self.enter([data[1]], [out[1]], fits)
+        self.enter([weights], [data[1]], [out[1]], meets_zeros)
 
     # --- programs -------------------------------------------------------------------------------
 
@@ -406,10 +442,8 @@ class _Writer:
             return x
 
         tolerance = 0.1 if self.dtype in HALF else 2e-5
-        must_fold = tuple(self.must_fold)
-        return RandomProgram(
-            forward, self.variables, self.x, must_fold, tolerance, "\n".join(self.text)
-        )
+        fates, text = tuple(self.fates), "\n".join(self.text)
+        return RandomProgram(forward, self.variables, self.x, fates, tolerance, text)
 
 
 class _Product(NamedTuple):
@@ -450,10 +484,7 @@ class _Product(NamedTuple):
         return (contracted, batched), outputs
 
 
-def _in(dtype: Any, kernel: Any) -> Any:
-    return jnp.asarray(kernel, dtype)
-
-
+QUANTIZED = ("integers", "float8", "to float8")
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 ORDER = ("mean", "var", "scale", "bias")
 BY_HAND: dict[str, Callable[..., jax.Array]] = {

@@ -26,12 +26,12 @@ def in_numpy(monkeypatch):
 
 
 def fold(program: RandomProgram) -> bn.Folded:
-    """Folds a program, and checks that each norm is folded that has to be."""
+    """Folds a program, and checks what has become of each norm."""
     folded = bn.fold(program.forward, program.variables, jax.eval_shape(lambda: program.x))
     story = f"{program.text}\n{folded.report}"
-    assert len(folded.report) == len(program.must_fold), story
-    for norm, must_fold in zip(folded.report, program.must_fold, strict=True):
-        assert norm.into or not must_fold, story
+    assert len(folded.report) == len(program.fates), story
+    for norm, fate in zip(folded.report, program.fates, strict=True):
+        assert fate in (norm.into is not None, None), story
     return folded
 
 
