@@ -48,7 +48,7 @@ def why_fixed(program: Program, linear: Linear) -> str | None:
     result = program.avals[program.equations[linear.equation].outputs[0]].dtype
     for dtype in dtypes_of_kernel(program, linear.kernel):
         if not holds_products(dtype):
-            path = path_of(program, linear.kernel, "kernel")
+            path = path_of(program, root, "kernel")
             return (
                 f"a linear layer whose kernel {path} is in {dtype.name}, which cannot hold its "
                 "product with a norm"

@@ -194,7 +194,8 @@ def _path_of(
     """
     leaves = [leaf for index in steps for leaf in _leaves_of(program, affine[index])]
     around = parent_of(leaves)
-    if around and all(path in leaves for path in program.paths if path.startswith(f"{around}/")):
+    others = [path for path in program.paths if path.startswith(f"{around}/")]
+    if around and all(map(_is_named, leaves)) and {*others} <= {*leaves}:
         return around
     factors = [affine[index] for index in steps if affine[index].kind in ("mul", "div")]
     scales = [
