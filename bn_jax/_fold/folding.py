@@ -80,9 +80,9 @@ def fold(forward: Callable[..., Any], variables: Any, *args: Any) -> Folded:
 
     Raises:
         TypeError: a variable is traced: fold outside of `jax.jit`; or an argument is a bool.
-        ValueError: a new kernel is too large for its dtype, or loses a feature in float16; or, from `apply`, `params` are not
-            those of this model, or the model is another program for these arguments than for the
-            examples.
+        ValueError: a new kernel is too large for its dtype, or loses a feature in float16; or, from
+            `apply`, `params` are not those of this model, or the model is another program for these
+            arguments than for the examples.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn

@@ -85,7 +85,9 @@ def test_a_norm_after_a_quantized_kernel_is_left(name):
     folded = bn.fold(forward, variables, x)
     (norm,) = folded.report
     assert norm.into is None
-    assert f"kernel q is in {in_dtype}, which cannot hold its product with a norm" in norm.reason
+    assert f"kernel q is in {in_dtype}, which cannot hold its product with a norm" in str(
+        norm.reason
+    )
     assert folded.params["q"].dtype == dtype
     assert_same(folded, forward, variables, x)
 

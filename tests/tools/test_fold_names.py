@@ -1,5 +1,7 @@
 """The report of a fold names each norm: by where its scale is, or by what it is."""
 
+from typing import Any
+
 import flax.linen as nn
 import haiku as hk
 import jax
@@ -26,10 +28,10 @@ def test_haiku_keeps_statistics_in_another_tree(options):
     def network(x, train):
         for number in range(3):
             x = hk.Linear(4, name=f"fc_{number}")(jnp.sin(x))
-            x = hk.BatchNorm(*options, decay_rate=0.9, name=f"norm_{number}")(x, train)
+            x = hk.BatchNorm(options[0], options[1], 0.9, name=f"norm_{number}")(x, train)
         return x
 
-    model = hk.without_apply_rng(hk.transform_with_state(network))
+    model: Any = hk.without_apply_rng(hk.transform_with_state(network))
     x = standard_normal(1, (2, 4))
     params, state = model.init(jax.random.key(0), x, True)
     state = jax.tree.map(lambda leaf: jnp.abs(jnp.cos(leaf)) + 0.5, state)
