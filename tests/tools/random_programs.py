@@ -155,11 +155,11 @@ class _Writer:
             self.outputs = None
         self.waiting, self.axes = [], set()
 
-    def norm(self) -> None:
+    def norm(self, most: int = 9) -> None:
         """A norm by its statistics, along the features of the layer before or any axes."""
         of_layer = self.outputs is not None and self.is_true(0.8)
         choice = sorted(self.outputs or ()) if of_layer else list(range(self.aval.ndim))
-        axes = self.subset(choice, 0 if self.is_true(0.1) else min(1, len(choice)))
+        axes = self.subset(choice, 0 if self.is_true(0.1) else 1, most)
         sizes, shape = self.expand(axes)
         name = self.layer(
             "norm",
@@ -216,10 +216,14 @@ class _Writer:
             self.add(f"squeeze {axis}", lambda variables, x: jnp.squeeze(x, axis))
             self.rename([[old] for old in range(len(shape)) if old != axis])
         else:
-            axis = int(self.rng.integers(len(shape) + 1))
-            self.add(f"expand {axis}", lambda variables, x: jnp.expand_dims(x, axis))
-            old = [[before] for before in range(len(shape))]
-            self.rename([*old[:axis], [], *old[axis:]])
+            self.expand_dims()
+
+    def expand_dims(self) -> None:
+        rank = self.aval.ndim
+        axis = int(self.rng.integers(rank + 1))
+        self.add(f"expand {axis}", lambda variables, x: jnp.expand_dims(x, axis))
+        old = [[before] for before in range(rank)]
+        self.rename([*old[:axis], [], *old[axis:]])
 
     def reshape(self) -> None:
         """Joins two axes that are next to each other, or splits one."""
@@ -363,17 +367,24 @@ class _Writer:
 
     def convolution(self) -> None:
         """A convolution with its axes in any order, strided, padded, dilated and grouped."""
+        while self.aval.ndim < 3:
+            self.expand_dims()
         rank = self.aval.ndim
-        if rank not in (3, 4):
+        if rank > 4:
             return self.product()
-        specs = [tuple(int(axis) for axis in self.rng.permutation(rank)) for _ in range(3)]
+        specs = [[int(axis) for axis in self.rng.permutation(rank)] for _ in range(3)]
         data, kernel, out = specs
+        is_after_norm = len(self.axes) == 1 and self.is_true(0.8)
+        if is_after_norm:
+            # The norm that waits varies along the features.
+            at = data.index(min(self.axes))
+            data[1], data[at] = data[at], data[1]
         features = self.aval.shape[data[1]]
-        groups = self.pick([n for n in (1, 1, 2, 3) if features % n == 0])
+        groups = self.pick([n for n in (1, 2, 3) if features % n == 0])
         outputs = groups * int(self.rng.integers(1, 4))
         spatial = [self.aval.shape[axis] for axis in data[2:]]
         window = [int(self.rng.integers(1, 3)) for _ in spatial]
-        is_padded = self.is_true(0.4)
+        is_padded = self.is_true(0.2 if is_after_norm else 0.4)
         options: dict[str, Any] = {
             "window_strides": [self.pick([1, 1, 2]) for _ in spatial],
             "rhs_dilation": [
@@ -398,7 +409,7 @@ class _Writer:
         if weights.form in QUANTIZED:
             # A convolution takes operands of one dtype, so that the kernel is cast to it.
             weights = weights._replace(fits=True)
-        numbers = lax.ConvDimensionNumbers(data, kernel, out)
+        numbers = lax.ConvDimensionNumbers(*map(tuple, specs))
 
         def step(variables: Any, x: jax.Array) -> jax.Array:
             return lax.conv_general_dilated(
@@ -423,10 +434,10 @@ class _Writer:
         for _ in range(1 if self.dtype in HALF else int(self.rng.integers(1, 4))):
             if self.is_true(0.4):
                 self.nonlinearity()
-                self.norm()
+                self.norm(most=self.pick([1, 1, 9]))
                 for _ in range(int(self.rng.integers(0, 3))):
                     self.pick(shapes)()
-            self.pick([self.product, self.product, self.convolution])()
+            self.pick([self.product, self.convolution])()
             for _ in range(int(self.rng.integers(0, 4))):
                 self.pick([*shapes, self.affine])()
             self.norm()
