@@ -142,29 +142,30 @@ def _recipe_of_steps(
 def _check_digits(program: Program, linear: Linear, kernel: Array) -> None:
     """Raises where float16, in which a kernel is stored or applied, loses one of its features.
 
-    Small numbers have fewer digits in float16. It may leave a feature as many as bfloat16 has.
+    Small numbers have fewer digits in float16. A feature needs as many as bfloat16 has.
     """
     others = tuple(axis for axis in range(kernel.ndim) if axis not in linear.kernel_outputs)
     largest = np.abs(kernel).max(others, initial=0)
-    for number, dtype in enumerate(dtypes_of_kernel(program, linear.kernel)):
-        if dtype != np.float16:
-            continue
-        with np.errstate(over="ignore", invalid="ignore"):
-            lost = np.abs(in_double(kernel.real.astype(dtype)) - kernel.real).max(others, initial=0)
-        is_lost = lost > float(jnp.finfo(jnp.bfloat16).eps) * largest
-        if is_lost.any():
-            path = path_of(program, linear.kernel, "kernel")
-            extreme = largest[is_lost]
-            size = f"{'large' if extreme.max() > 1 else 'small'} as {extreme[0]:.3g}"
-            fix = (
-                "let its layer compute in float32 or bfloat16."
-                if number
-                else "fold the variables in float32, jax.tree.map(lambda leaf: "
-                "leaf.astype(jnp.float32), variables)."
-            )
-            raise ValueError(
-                f"{path!r} with its norm is as {size}, which float16 cannot hold: {fix}"
-            )
+    stored, *computed = dtypes_of_kernel(program, linear.kernel)
+    if np.float16 not in (stored, *computed):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = in_double(kernel.real.astype(np.float16))
+        lost = np.abs(rounded - kernel.real).max(others, initial=0)
+    is_lost = lost > float(jnp.finfo(jnp.bfloat16).eps) * largest
+    if not is_lost.any():
+        return
+    fix = "let its layer compute in float32 or bfloat16."
+    if stored == np.float16:
+        fix = (
+            "fold the variables in float32, "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)."
+        )
+    extreme = largest[is_lost].flat[0]
+    raise ValueError(
+        f"{path_of(program, linear.kernel, 'kernel')!r} with its norm is as "
+        f"{'large' if extreme > 1 else 'small'} as {extreme:.3g}, which float16 cannot hold: {fix}"
+    )
 
 
 def _rearranged(positions: Array, layout: Sequence[Equation]) -> Array:
