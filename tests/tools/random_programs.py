@@ -160,26 +160,33 @@ class _Writer:
         of_layer = self.outputs is not None and self.is_true(0.8)
         choice = sorted(self.outputs or ()) if of_layer else list(range(self.aval.ndim))
         axes = self.subset(choice, 0 if self.is_true(0.1) else 1, most)
-        sizes, shape = self.expand(axes)
-        name = self.layer(
-            "norm",
-            mean=self.normal(sizes),
-            var=self.positive(sizes),
-            scale=self.normal(sizes),
-            bias=self.normal(sizes),
-        )
         styles = list(BY_HAND)
         if axes and self.dtype == jnp.float32:
             styles += ["ours"] * 3
         style = self.pick(styles)
+        is_by_hand = style != "ours"
+        sizes, shape = self.expand(axes)
+        # The mean of a norm by hand may vary along fewer axes than its deviation.
+        of_mean, shape_of_mean = sizes, shape
+        if is_by_hand and self.is_true(0.3):
+            of_mean, shape_of_mean = self.expand(self.subset(axes))
+        name = self.layer(
+            "norm",
+            mean=self.normal(of_mean),
+            var=self.positive(sizes),
+            scale=self.normal(sizes),
+            bias=self.normal(sizes),
+        )
 
         def step(variables: Any, x: jax.Array) -> jax.Array:
             norm = variables[name]
-            if style == "ours":
+            if not is_by_hand:
                 params = {"scale": norm["scale"], "bias": norm["bias"]}
                 stats = {"mean": norm["mean"], "var": norm["var"]}
                 return bn.batch_norm(params, stats, x, axis=axes, use_running_average=True)[0]  # type: ignore[arg-type]
-            return BY_HAND[style](x, *(norm[key].reshape(shape) for key in ORDER))
+            mean = norm["mean"].reshape(shape_of_mean)
+            others = (norm[key].reshape(shape) for key in ("var", "scale", "bias"))
+            return BY_HAND[style](x, mean, *others)
 
         self.add(f"norm {style} along {sorted(axes)}", step)
         number = len(self.fates)
@@ -435,8 +442,8 @@ class _Writer:
             if self.is_true(0.4):
                 self.nonlinearity()
                 self.norm(most=self.pick([1, 1, 9]))
-                for _ in range(int(self.rng.integers(0, 3))):
-                    self.pick(shapes)()
+                for _ in range(int(self.rng.integers(0, 4))):
+                    self.pick([*shapes, self.reshape, self.reshape])()
             self.pick([self.product, self.convolution])()
             for _ in range(int(self.rng.integers(0, 4))):
                 self.pick([*shapes, self.affine])()
@@ -497,7 +504,6 @@ class _Product(NamedTuple):
 
 QUANTIZED = ("integers", "float8", "to float8")
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-ORDER = ("mean", "var", "scale", "bias")
 BY_HAND: dict[str, Callable[..., jax.Array]] = {
     "whole": lambda x, m, v, s, b: (x - m) * (lax.rsqrt(v + 1e-3) * s) + b,
     "divided": lambda x, m, v, s, b: (x - m) / jnp.sqrt(v + 1e-3),
