@@ -120,11 +120,15 @@ class _Writer:
         self.steps.append(step)
         self.text.append(f"{text} -> {self.aval.dtype.name}{list(self.aval.shape)}")
 
-    def expand(self, axes: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the sizes of some axes, ascending, and the shape to broadcast them from."""
+    def expand(self, axes: Sequence[int], spreads: bool = False) -> tuple[list[int], list[int]]:
+        """Returns the sizes of some axes, ascending, and the shape to broadcast them from.
+
+        With `spreads`, those of size 1 have another, to which the value will be broadcast.
+        """
         axes = sorted(axes)
-        shape = [size if axis in axes else 1 for axis, size in enumerate(self.aval.shape)]
-        return [self.aval.shape[axis] for axis in axes], shape
+        full = [2 if size == 1 and spreads else size for size in self.aval.shape]
+        shape = [size if axis in axes else 1 for axis, size in enumerate(full)]
+        return [full[axis] for axis in axes], shape
 
     # --- affine steps and norms -----------------------------------------------------------------
 
@@ -132,7 +136,8 @@ class _Writer:
         """A step by a variable or a constant."""
         inside = sorted(self.outputs) if self.outputs is not None else range(self.aval.ndim)
         axes = self.subset(list(inside if self.is_true(0.8) else range(self.aval.ndim)))
-        sizes, shape = self.expand(axes)
+        sizes, shape = self.expand(axes, self.is_true(0.1))
+        before = self.aval.shape
         kind = self.pick(["add", "sub", "from", "mul", "div", "neg"])
         name = self.layer("step", value=self.normal(sizes), divisor=self.positive(sizes))
         is_constant = self.is_true(0.2)
@@ -151,7 +156,8 @@ class _Writer:
             }[kind]()
 
         self.add(f"{kind} constant" if is_constant else kind, step)
-        if kind != "neg" and self.outputs is not None and not self.outputs >= set(axes):
+        is_outside = self.outputs is not None and not self.outputs >= set(axes)
+        if (kind != "neg" and is_outside) or self.aval.shape != before:
             self.outputs = None
         self.waiting, self.axes = [], set()
 
@@ -165,17 +171,21 @@ class _Writer:
             styles += ["ours"] * 3
         style = self.pick(styles)
         is_by_hand = style != "ours"
-        sizes, shape = self.expand(axes)
-        # The mean of a norm by hand may vary along fewer axes than its deviation.
+        before = self.aval.shape
+        spreads = is_by_hand and self.is_true(0.2)
+        sizes, shape = self.expand(axes, spreads)
+        # The mean and the bias of a norm by hand may vary along fewer axes than its deviation.
         of_mean, shape_of_mean = sizes, shape
+        of_bias, shape_of_bias = sizes, shape
         if is_by_hand and self.is_true(0.3):
-            of_mean, shape_of_mean = self.expand(self.subset(axes))
+            of_mean, shape_of_mean = self.expand(self.subset(axes), spreads)
+            of_bias, shape_of_bias = self.expand(self.subset(axes), spreads)
         name = self.layer(
             "norm",
             mean=self.normal(of_mean),
             var=self.positive(sizes),
             scale=self.normal(sizes),
-            bias=self.normal(sizes),
+            bias=self.normal(of_bias),
         )
 
         def step(variables: Any, x: jax.Array) -> jax.Array:
@@ -185,17 +195,18 @@ class _Writer:
                 stats = {"mean": norm["mean"], "var": norm["var"]}
                 return bn.batch_norm(params, stats, x, axis=axes, use_running_average=True)[0]  # type: ignore[arg-type]
             mean = norm["mean"].reshape(shape_of_mean)
-            others = (norm[key].reshape(shape) for key in ("var", "scale", "bias"))
-            return BY_HAND[style](x, mean, *others)
+            var, scale = norm["var"].reshape(shape), norm["scale"].reshape(shape)
+            return BY_HAND[style](x, mean, var, scale, norm["bias"].reshape(shape_of_bias))
 
         self.add(f"norm {style} along {sorted(axes)}", step)
         number = len(self.fates)
-        is_inside = self.outputs is not None and self.outputs >= set(axes)
+        is_spread = self.aval.shape != before
+        is_inside = self.outputs is not None and self.outputs >= set(axes) and not is_spread
         self.fates.append(is_inside or None)
         if is_inside:
             return
         self.outputs = None
-        self.waiting, self.axes = [number], set(axes)
+        self.waiting, self.axes = ([], set()) if is_spread else ([number], set(axes))
 
     # --- changes of shape -----------------------------------------------------------------------
 

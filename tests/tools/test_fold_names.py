@@ -80,12 +80,16 @@ def test_keras_keeps_variables_in_lists():
     assert [norm.into for norm in folded.report] == ["0/0", "0/4"]
 
 
-@pytest.mark.parametrize(("scale", "name"), [(True, "0/0"), (False, "1/0")])
-def test_a_norm_of_lists_before_a_layer_is_taken_whole(scale, name):
+@pytest.mark.parametrize(
+    ("has_scale", "has_bias", "name"),
+    [(True, True, "0/0"), (False, True, "0/1"), (False, False, "1/0")],
+)
+def test_a_norm_of_lists_before_a_layer_is_taken_whole(has_scale, has_bias, name):
     def forward(variables, x):
         (gamma, beta, kernel), (mean, var) = variables
         y = (jnp.tanh(x) - mean[None]) * lax.rsqrt(var + 1e-3)[None]
-        return (y * gamma[None] + beta[None] if scale else y) @ kernel
+        y = y * gamma[None] if has_scale else y
+        return (y + beta[None] if has_bias else y) @ kernel
 
     trainable, (mean, var, *_) = list_variables()
     variables = ([*trainable[2:4], trainable[4]], [mean, var])
@@ -136,6 +140,19 @@ def test_all_variables_of_a_norm_and_no_others_are_below_its_path():
     norm = {"of": {"mean": ones, "var": ones}, "affine": {"scale": ones}}
     variables = {"norm": norm, "kernel": standard_normal(0, (3, 4))}
     assert names_of(forward, variables, standard_normal(1, (2, 3)))[0] == ["norm"]
+
+
+def test_a_scale_that_two_modules_have_a_part_in():
+    def forward(variables, x):
+        scale = variables["a"]["b"]["scale"] * variables["c"]["gain"]
+        stats = variables["stats"]["norm"]
+        y = x @ variables["kernel"] - stats["mean"][None]
+        return y * (scale * lax.rsqrt(stats["var"]))[None]
+
+    stats = {"norm": {"mean": jnp.ones(4), "var": jnp.full(4, 2.0)}}
+    variables = {"a": {"b": {"scale": jnp.ones(4)}}, "c": {"gain": jnp.ones(4)}, "stats": stats}
+    variables["kernel"] = standard_normal(0, (3, 4))
+    assert names_of(forward, variables, standard_normal(1, (2, 3)))[0] == ["a/b"]
 
 
 def flat(forward):
