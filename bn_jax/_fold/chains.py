@@ -6,9 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_jax._fold.features import Array, broadcast_root, moved, placed
+from bn_jax._fold.features import Array, moved, placed
 from bn_jax._fold.kernels import loses_imaginary
-from bn_jax._program import Affine, Equation, Linear, Norm, Program, as_affine_step
+from bn_jax._program import (
+    Affine,
+    Equation,
+    Linear,
+    Norm,
+    Program,
+    as_affine_step,
+    broadcast_root,
+)
 
 
 class ChainStep(NamedTuple):

@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 
 from bn_jax._fold.chains import Chain, ChainStep, follow, steps_of_norm
 from bn_jax._fold.features import Array, moved
-from bn_jax._fold.kernels import loses_imaginary, path_of
+from bn_jax._fold.kernels import loses_imaginary, path_of, why_fixed
 from bn_jax._program import Linear, Norm, Program, as_affine_step, as_linear, find_norms
-from bn_jax._program.primitives import SHAPES
+from bn_jax._program.primitives import CAST, SHAPES
 
 
 class Before(NamedTuple):
@@ -57,6 +57,8 @@ def decide(program: Program) -> Decisions:
         number: norm for number, norm in enumerate(decisions.norms) if norm.obstacle is None
     }
     for index, linear in linears.items():
+        if why_fixed(program, linear) is not None:
+            continue
         chain = follow(program, linear, by_statistics.values())
         inside = [
             number for number, norm in by_statistics.items() if {*norm.steps} <= {*chain.passed}
@@ -116,7 +118,7 @@ def _targets(
         if step is not None and step.kind == "same":
             after = features
         if index in linears:
-            obstacle = _why_not_into(linears[index], features)
+            obstacle = _why_not_into(program, linears[index], features)
             further = {index: passed}
         elif after is not None:
             output = equation.outputs[0]
@@ -138,11 +140,21 @@ def _reason_of_obstacle(obstacle: str) -> str:
             "It normalizes by its input. If it has running statistics, evaluate the model with "
             "use_running_average=True."
         )
+    if obstacle == "selection":
+        return (
+            "An argument of the model selects its statistics. Set that argument inside of forward, "
+            "and fold once for each of its values."
+        )
+    if obstacle == "whitening":
+        return "It mixes its features by a matrix, which is computed once and stays a product."
     return f"It is inside a {obstacle}, which stays as it is."
 
 
-def _why_not_into(linear: Linear, features: Array) -> str | None:
+def _why_not_into(program: Program, linear: Linear, features: Array) -> str | None:
     """Returns why a norm with these features cannot go into the linear layer after it."""
+    fixed = why_fixed(program, linear)
+    if fixed is not None:
+        return f"its output goes to {fixed}"
     if linear.is_padded:
         return (
             "its output goes to a convolution with padding, which would lack the bias at the border"
@@ -187,7 +199,7 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
         step = as_affine_step(program, equation)
         if index in linears:
             return _why_not_into_kernel_before(program, linears[index], norm, is_shared)
-        if step is None and equation.name not in SHAPES:
+        if step is None and equation.name not in SHAPES | {CAST}:
             return (
                 f"Its input comes from `{equation.function}`, not from a linear layer with known "
                 "weights"
@@ -199,6 +211,9 @@ def _why_not_before(program: Program, linears: Mapping[int, Linear], norm: Norm)
 def _why_not_into_kernel_before(
     program: Program, linear: Linear, norm: Norm, is_shared: bool
 ) -> str:
+    fixed = why_fixed(program, linear)
+    if fixed is not None:
+        return f"Its input comes from {fixed}"
     kernel = path_of(program, linear.kernel, "kernel")
     if is_shared:
         return f"The output of {kernel} is used elsewhere too"

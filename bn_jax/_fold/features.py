@@ -12,7 +12,7 @@ import numpy as np
 
 from bn_jax import _compat
 from bn_jax._program import Equation, Program
-from bn_jax._program.primitives import MARKS, SHAPES
+from bn_jax._program.primitives import SHAPES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -24,21 +24,6 @@ def placed(values: Array, dimensions: Sequence[int], rank: int) -> Array:
     for axis, dimension in enumerate(dimensions):
         shape[dimension] = values.shape[axis]
     return values.transpose(order).reshape(shape)
-
-
-def broadcast_root(program: Program, value: int) -> tuple[int, tuple[int, ...]]:
-    """Returns the value that a known value is a broadcast of, and its shape at the same rank."""
-    shape = program.avals[value].shape
-    equation = program.producer(value)
-    if equation is not None and equation.name in MARKS:
-        return broadcast_root(program, equation.inputs[0])
-    if equation is None or equation.name != "broadcast_in_dim":
-        return value, shape
-    root, inner = broadcast_root(program, equation.inputs[0])
-    outer = [1] * len(shape)
-    for size, dimension in zip(inner, equation.options["broadcast_dimensions"], strict=True):
-        outer[dimension] = size
-    return root, tuple(outer)
 
 
 def moved(

@@ -8,27 +8,60 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._program import Equation, Program, as_affine_step, parent_of
+from bn_jax._program import (
+    Equation,
+    Linear,
+    Program,
+    as_affine_step,
+    holds_products,
+    parent_of,
+)
 from bn_jax._program.primitives import KEEPS_REALS, LAYOUT
 
 
 def kernel_root(program: Program, value: int) -> tuple[int, tuple[Equation, ...]]:
-    """Returns the value that a kernel is a rearrangement of, and the equations between them."""
+    """Returns the value that a kernel is a rearrangement of, and the equations between them.
+
+    Casts are among these, but none of a quantized kernel: that is stored in the dtype of the cast.
+    """
     layout: list[Equation] = []
     while (equation := program.producer(value)) is not None and equation.name in LAYOUT:
         before, after = program.avals[equation.inputs[0]], program.avals[value]
-        if prod(before.shape) != prod(after.shape) or not jnp.issubdtype(before.dtype, jnp.inexact):
+        if prod(before.shape) != prod(after.shape) or not holds_products(before.dtype):
             break
         layout.append(equation)
         value = equation.inputs[0]
     return value, tuple(reversed(layout))
 
 
+def dtypes_of_kernel(program: Program, kernel: int) -> list[np.dtype[Any]]:
+    """Returns the dtype that a kernel is stored in, and those that it is cast to."""
+    root, layout = kernel_root(program, kernel)
+    return [program.avals[value].dtype for value in (root, *(one.outputs[0] for one in layout))]
+
+
+def why_fixed(program: Program, linear: Linear) -> str | None:
+    """Returns what a linear layer is whose kernel cannot be multiplied; None if it can be."""
+    root, _ = kernel_root(program, linear.kernel)
+    if not program.origins[root]:
+        return "a linear layer whose kernel is a constant, not a variable"
+    result = program.avals[program.equations[linear.equation].outputs[0]].dtype
+    for dtype in dtypes_of_kernel(program, linear.kernel):
+        if not holds_products(dtype):
+            path = path_of(program, root, "kernel")
+            return (
+                f"a linear layer whose kernel {path} is in {dtype.name}, which cannot hold its "
+                "product with a norm"
+            )
+    if not holds_products(result):
+        return f"a linear layer whose result is in {result.name}, which cannot hold that of a norm"
+    return None
+
+
 def loses_imaginary(program: Program, kernel: int, indices: Iterable[int]) -> bool:
     """Returns whether one of these affine steps is complex, but the kernel is stored as real."""
-    root, layout = kernel_root(program, kernel)
-    values = [root, *(equation.outputs[0] for equation in layout)]
-    if all(_is_complex(program, value) for value in values):
+    dtypes = dtypes_of_kernel(program, kernel)
+    if all(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return False
     steps = (as_affine_step(program, program.equations[index]) for index in indices)
     return any(

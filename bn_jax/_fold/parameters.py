@@ -9,9 +9,18 @@ import numpy as np
 
 from bn_jax._fold.chains import Chain, ChainStep
 from bn_jax._fold.decisions import Before
-from bn_jax._fold.features import Array, broadcast_root, moved, placed
-from bn_jax._fold.kernels import kernel_root
-from bn_jax._program import Equation, Linear, Program, evaluate, in_double, inputs_of, recipe_of
+from bn_jax._fold.features import Array, moved, placed
+from bn_jax._fold.kernels import dtypes_of_kernel, kernel_root, path_of
+from bn_jax._program import (
+    Equation,
+    Linear,
+    Program,
+    broadcast_root,
+    evaluate,
+    in_double,
+    inputs_of,
+    recipe_of,
+)
 from bn_jax._program.primitives import CAST
 
 
@@ -95,6 +104,7 @@ class KernelAndBias(NamedTuple):
             kernel, bias = _multiply_inputs(known, self.linear, self.before, kernel)
         a, b = _compose(known, self.chain.steps, prod(sizes))
         kernel = kernel * placed(a.reshape(sizes), outputs, kernel.ndim)
+        _check_digits(known.program, self.linear, kernel)
         folded = np.empty(stored.size, kernel.dtype)
         folded[positions.reshape(-1)] = kernel.reshape(-1)
         folded = folded.reshape(stored.shape)
@@ -127,6 +137,35 @@ def _recipe_of_steps(
             operand = recipe_of(program, root, seen), shape
         recipes.append((step.kind, operand, step.features.tobytes()))
     return tuple(recipes)
+
+
+def _check_digits(program: Program, linear: Linear, kernel: Array) -> None:
+    """Raises where float16, in which a kernel is stored or applied, loses one of its features.
+
+    Small numbers have fewer digits in float16. A feature needs as many as bfloat16 has.
+    """
+    others = tuple(axis for axis in range(kernel.ndim) if axis not in linear.kernel_outputs)
+    largest = np.abs(kernel).max(others, initial=0)
+    stored, *computed = dtypes_of_kernel(program, linear.kernel)
+    if np.float16 not in (stored, *computed):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = in_double(kernel.real.astype(np.float16))
+        lost = np.abs(rounded - kernel.real).max(others, initial=0)
+    is_lost = lost > float(jnp.finfo(jnp.bfloat16).eps) * largest
+    if not is_lost.any():
+        return
+    fix = "let its layer compute in float32 or bfloat16."
+    if stored == np.float16:
+        fix = (
+            "fold the variables in float32, "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)."
+        )
+    extreme = largest[is_lost].flat[0]
+    raise ValueError(
+        f"{path_of(program, linear.kernel, 'kernel')!r} with its norm is as "
+        f"{'large' if extreme > 1 else 'small'} as {extreme:.3g}, which float16 cannot hold: {fix}"
+    )
 
 
 def _rearranged(positions: Array, layout: Sequence[Equation]) -> Array:

@@ -288,5 +288,5 @@ def _report(decisions: Decisions, groups: Sequence[Group]) -> FoldReport:
             keys = [Key(home, "kernel") for home in decisions.homes[number]]
             into = ", ".join(paths[key] for key in keys if key in paths) or None
             reason = None if into else "No output depends on it."
-        rows.append(FoldedNorm(norm.path, into, reason))
+        rows.append(FoldedNorm(norm.path, into, reason, norm.kind))
     return FoldReport(rows)

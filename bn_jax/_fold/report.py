@@ -9,14 +9,22 @@ class FoldedNorm(NamedTuple):
     """What became of a norm.
 
     Attributes:
-        path: of its variables; "" for the top-level norm.
+        path: of its scale, or else of its bias or statistics; "" at the top of the tree.
         into: the paths of the kernels that it went into, or None.
         reason: why it was left, a whole sentence; None where it was not.
+        kind: what it is, where that is no batch norm with a path: "a whitening norm", "a domain
+            norm", "a norm without scale and bias", or "a hand-written norm" with its formula.
     """
 
     path: str
     into: str | None
     reason: str | None
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path and the kind; of a layer by itself, "the top-level norm"."""
+        return ", ".join(part for part in (self.path, self.kind) if part) or "the top-level norm"
 
 
 class FoldReport(tuple[FoldedNorm, ...]):
@@ -47,7 +55,7 @@ class FoldReport(tuple[FoldedNorm, ...]):
     def _rows(self) -> list[tuple[str, str]]:
         return [
             (
-                norm.path or "the top-level norm",
+                norm.name,
                 f"into {norm.into}" if norm.into else f"left: {norm.reason}",
             )
             for norm in self

@@ -24,9 +24,16 @@ from bn_jax._program.evaluator import (
     run_steps,
     steps_to,
 )
+from bn_jax._program.formulas import broadcast_root
 from bn_jax._program.forward import PureForward, as_pure, is_variable, value_of
 from bn_jax._program.norms import Norm, find_norms
-from bn_jax._program.operations import Affine, Linear, as_affine_step, as_linear
+from bn_jax._program.operations import (
+    Affine,
+    Linear,
+    as_affine_step,
+    as_linear,
+    holds_products,
+)
 from bn_jax._program.program import Equation, Program, Value, parent_of
 from bn_jax._program.recipes import recipe_of
 from bn_jax._program.tracing import jaxprs_in, trace
@@ -43,8 +50,10 @@ __all__ = [
     "as_affine_step",
     "as_linear",
     "as_pure",
+    "broadcast_root",
     "evaluate",
     "find_norms",
+    "holds_products",
     "in_double",
     "inputs_of",
     "is_variable",

@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from bn_jax._program.primitives import CAST, CONVOLUTION, COPIES, PRODUCT
 from bn_jax._program.program import Equation, Program
@@ -48,6 +49,17 @@ class Linear(NamedTuple):
     kernel_inputs: tuple[int, ...]
     groups: int = 1
     is_padded: bool = False
+
+
+def holds_products(dtype: DTypeLike) -> bool:
+    """Returns whether a dtype is floating point with the digits of bfloat16 or more.
+
+    Integers, and floating point in 8 bits or fewer, store the codes of a quantization: a code times
+    a factor has to be rounded to another code, or is none at all.
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return bool(jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant)
 
 
 def as_affine_step(program: Program, equation: Equation) -> Affine | None:
@@ -134,10 +146,10 @@ def _as_product(program: Program, index: int, equation: Equation) -> Linear | No
 
 
 def _keeps_numbers(program: Program, equation: Equation) -> bool:
-    """Returns whether a cast keeps real and imaginary parts, up to rounding."""
+    """Returns whether a cast keeps real and imaginary parts, up to rounding to half precision."""
     before = program.avals[equation.inputs[0]].dtype
     after = program.avals[equation.outputs[0]].dtype
-    if not jnp.issubdtype(before, jnp.inexact) or not jnp.issubdtype(after, jnp.inexact):
+    if not jnp.issubdtype(before, jnp.inexact) or not holds_products(after):
         return False
     was_complex = jnp.issubdtype(before, jnp.complexfloating)
     return not was_complex or bool(jnp.issubdtype(after, jnp.complexfloating))

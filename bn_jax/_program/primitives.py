@@ -30,6 +30,9 @@ LAYOUT = SHAPES | MARKS | {"rev", "tile", CAST}
 # What makes an inverse deviation of a variance.
 ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 
+# What makes a matrix that whitens of a covariance.
+MATRIX_ROOTS = ROOTS | {"cholesky", "eigh", "svd"}
+
 # What stands between the root in a norm and the norm's scale and bias.
 BETWEEN_ROOT_AND_VARIABLES = frozenset(
     {"rsqrt", "mul", "div", "sub", "add", CAST, "broadcast_in_dim", "reshape"}
