@@ -215,7 +215,9 @@ def test_parameters_without_norms():
         assert mask({}) == {}
         # Optax has taken out the norms.
         mask({"dense": params, "norm": optax.MaskedNode()})
-    with pytest.warns(UserWarning, match=r"none of its 5 parameters, '0', '1', '2', '3', \.\.\., is "):
+    with pytest.warns(
+        UserWarning, match=r"none of its 5 parameters, '0', '1', '2', '3', \.\.\., is "
+    ):
         assert bn.optim.no_weight_decay_mask(5 * [jnp.ones(3)]) == 5 * [True]
     with pytest.warns(UserWarning, match="none of its 1 parameters"):
         assert bn.optim.no_weight_decay_mask(jnp.ones(3)) is True
@@ -355,9 +357,7 @@ def test_norms_of_equinox_and_pytorch(form):
         for mask in (bn.optim.norm_params_mask, bn.optim.no_weight_decay_mask)
     )
     assert mask == {path: path.startswith("norms") for path in mask}
-    expected = {
-        p: not p.startswith("norms") and not p.endswith(("bias", "bias_n")) for p in decays
-    }
+    expected = {p: not p.startswith("norms") and not p.endswith(("bias", "bias_n")) for p in decays}
     assert decays == expected and sum(expected.values()) == 12
 
 
