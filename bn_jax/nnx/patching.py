@@ -22,7 +22,7 @@ _REPLACEMENTS: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.InstanceNorm: InstanceNorm,
 }
 # The norms of this library, with the classes that users derive from them.
-_OURS = (*_REPLACEMENTS.values(), WhiteningNorm)
+_OURS: tuple[type[nnx.Module], ...] = (*_REPLACEMENTS.values(), WhiteningNorm)
 
 
 def freeze(model: M, *paths: str, train_params: bool = False) -> M:

@@ -321,12 +321,16 @@ class Compiled(nn.Module):
 
 
 def test_norms_in_what_was_compiled_before_are_not_missed():
-    layer, key = FLAX(use_running_average=True), jax.random.key(0)
-    models = [nn.jit(nn.Sequential)([layer]), nn.Sequential([Compiled(nn.LayerNorm)])]
-    programs = [jax.jit(layer.apply), *(model.apply for model in models)]
-    variables = [model.init(key, X) for model in (layer, *models)]
-    for program, given in 2 * [*zip(programs, variables, strict=True)]:
-        bn.linen.replace_norms(program)(given, X)
+    key, bare = jax.random.key(0), partial(FLAX, use_running_average=True, use_scale=False)
+    layers = [
+        nn.jit(nn.Sequential)([bare()]),
+        nn.Sequential([Compiled(bare)]),
+        nn.Sequential([Compiled(nn.LayerNorm)]),
+    ]
+    calls: list[Any] = [(model.apply, (model.init(key, X),)) for model in layers]
+    calls.append((jax.jit(partial(layers[0].apply, calls[0][1][0])), ()))  # Hides its variables.
+    for apply, variables in 2 * calls:
+        bn.linen.replace_norms(apply)(*variables, X)
 
 
 def test_replacing_and_freezing_all_norms():
@@ -338,6 +342,10 @@ def test_replacing_and_freezing_all_norms():
     ):
         _, updates = apply(variables, X, mutable=["batch_stats"])
         chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    model = nn.Sequential([nn.Dense(3), layer])
+    variables = model.init(jax.random.key(0), X)
+    closed = bn.linen.replace_norms(lambda x: model.apply(variables, x))
+    bn.linen.freeze(closed)(X)
 
 
 def test_replacing_in_what_was_compiled_before():
