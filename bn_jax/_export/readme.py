@@ -55,7 +55,7 @@ def _lines(program: export.Exported, inputs: tuple[Any, ...]) -> list[str]:
     if needs_x64(program):
         lines.append('jax.config.update("jax_enable_x64", True)')
     lines += [
-        'program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))',
+        'program = jax.export.deserialize(bytearray(np.fromfile("model.stablehlo", "uint8")))',
         'params = dict(np.load("params.npz"))',
     ]
     sizes = {str(size) for leaf in jax.tree.leaves(inputs) for size in leaf.shape}
