@@ -79,6 +79,7 @@ EVERY = {
     "lab/test_processes.py::test_a_run_resumes_after_the_loss_of_process_1": 0,
     "lab/test_processes.py::test_process_0_alone_writes": 0,
     "lab/test_processes.py::test_two_processes_train_as_one": 0,
+    "lab/test_runs.py::test_export": 2,
     "lab/test_runs.py::test_export_of_what_was_folded": 0,
     "lab/test_runs.py::test_recalibrate": 2,
     "lab/test_runs.py::test_recalibrate_with_a_prior": 0,

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,13 +51,13 @@ def write_folder(folder: Path, contents: Contents) -> None:
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+        staging.mkdir()
         try:
             (staging / PROGRAM).write_bytes(contents.program)
             (staging / PARAMS).write_bytes(arrays)
             (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             (staging / README).write_text(contents.readme, encoding="utf-8")
-            staging.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
             staging.replace(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -232,7 +232,7 @@ def test_export_refuses(home, command, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     code, out, err = command("export", run, "--out", "new")
     assert (code, out) == (2, "")
     assert err == (

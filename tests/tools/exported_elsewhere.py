@@ -30,7 +30,7 @@ MEAN, STD = 4.8, 6.0
 MODEL = ResNet(10, stage_sizes=(1, 1, 1), norm=functools.partial(bn.linen.BatchNorm, momentum=0.9))
 
 
-def evaluate(variables: Any, x: jax.Array) -> jax.Array:
+def evaluate(variables: Any, x: Any) -> Any:
     return MODEL.apply(variables, x, train=False)
 
 
@@ -87,7 +87,10 @@ def main() -> None:
     images = rng.uniform(0, 16, (5, 8, 8, 1)).astype(np.float32)
     variables = trained(images)
     folded = bn.fold(evaluate, variables, images)
-    models = {"norms": (evaluate, variables), "folded": (folded.apply, folded.params)}
+    models: dict[str, tuple[Callable[..., Any], Any]] = {
+        "norms": (evaluate, variables),
+        "folded": (folded.apply, folded.params),
+    }
     expected = evaluate(variables, (images - MEAN) / STD)
     scale = np.abs(expected).max()
     calls = {"ONNX, norms": as_onnx(variables)}

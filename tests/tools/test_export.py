@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from flax import nnx
 from support import assert_close, exact, far_from_initial, standard_normal
 
 import bn_jax as bn
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 MEAN, STD = np.array([100.0, 20.0, 7.0]), np.array([9.0, 3.0, 0.5])
 FILES = ["README.md", "model.json", "model.stablehlo", "params.npz"]
@@ -186,6 +189,22 @@ def test_an_nnx_model_is_exported_in_evaluation(tmp_path):
     arrays = np.load(tmp_path / "m/params.npz")
     assert {"linear/kernel", "norm/mean", "dropout/rngs/count"} <= set(arrays)
     assert arrays["linear/kernel"].dtype == np.uint16
+
+
+def test_a_haiku_model(tmp_path):
+    def net(x, is_training):
+        return hk.BatchNorm(True, True, 0.9)(hk.Linear(4)(x), is_training)
+
+    model, x = hk.without_apply_rng(hk.transform_with_state(net)), standard_normal(0, (5, 3))
+    params, state = far_from_initial(model.init(jax.random.key(0), x, True))
+    variables = {"params": params, "state": state}
+
+    def forward(variables, x):
+        return model.apply(variables["params"], variables["state"], x, False)[0]
+
+    exported = bn.export_model(tmp_path / "m", forward, variables, x, mean=MEAN)
+    assert_close(exported(x), forward(variables, x - MEAN[None].astype(np.float32)), tolerance=1e-4)
+    assert "state/batch_norm/~/mean_ema/average" in exported.params
 
 
 def test_a_folded_model(variables, tmp_path):
@@ -376,6 +395,10 @@ def test_a_program_of_another_jax(folder, tmp_path):
 
 def test_folders_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    assert bn.export_model(tmp_path / "empty", lambda _, x: x, {}, jnp.ones(2))(jnp.ones(1)) == 1
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "empty").stat().st_mode == (tmp_path / "other").stat().st_mode
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for path, message in {
         folder: "b exists and is not empty: choose another or remove it",
