@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from bn_jax._core.types import BatchStats, Measured, Moments, Params, WhiteningStats
     from bn_jax._core.whitening import init_whitening_stats, whitening_norm
+    from bn_jax._export import ExportedModel, export_model, load_exported
     from bn_jax._fold import Folded, FoldedNorm, FoldReport, absorb_scale, as_affine, fold
     from bn_jax._recalibrate import LayerChange, Recalibration, recalibrate
     from bn_jax.remat import remat_policy
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "BatchStats",
+    "ExportedModel",
     "Finding",
     "FoldReport",
     "Folded",
@@ -55,6 +57,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "convert",
+    "export_model",
     "fold",
     "group_norm",
     "identity_params",
@@ -65,6 +68,7 @@ __all__ = [
     "lab",
     "layer_norm",
     "linen",
+    "load_exported",
     "merge_moments",
     "moments",
     "nnx",
@@ -97,6 +101,7 @@ _HOMES = {
     ),
     "_core.types": ("BatchStats", "Measured", "Moments", "Params", "WhiteningStats"),
     "_core.whitening": ("init_whitening_stats", "whitening_norm"),
+    "_export": ("ExportedModel", "export_model", "load_exported"),
     "_fold": ("FoldReport", "Folded", "FoldedNorm", "absorb_scale", "as_affine", "fold"),
     "_recalibrate": ("LayerChange", "Recalibration", "recalibrate"),
     "remat": ("remat_policy",),

@@ -1,5 +1,7 @@
 """Masks for Optax: which parameters belong to norms, and which should not decay.
 
+They read names and shapes, not classes, and know those of Flax, Haiku, Keras, Equinox and PyTorch.
+
 Example:
     >>> import jax, jax.numpy as jnp, optax, bn_jax as bn
     >>> optimizer = optax.adamw(0.1, weight_decay=0.5, mask=bn.optim.no_weight_decay_mask)
@@ -12,10 +14,15 @@ Example:
     True
 """
 
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
+import optax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
@@ -23,10 +30,27 @@ from bn_jax._paths import batch_stats_by_path, format_path
 
 __all__ = ["no_weight_decay_mask", "norm_params_mask"]
 
-# Keys of a node of a tree, as JAX gives them.
-_Keys: TypeAlias = tuple[Any, ...]
-# What holds `scale`, `bias` or both, and nothing else.
-_Affine: TypeAlias = Mapping[str, Any]
+_Shape: TypeAlias = tuple[int, ...]
+
+# What a norm holds: in Flax, Haiku and Keras. No other layer of theirs holds only these.
+_AFFINE = (
+    {"scale", "bias"},
+    {"scale", "offset"},
+    {"gamma", "beta"},
+)
+# Equinox and PyTorch call the parameters of a norm as those of a linear layer.
+_WEIGHT = {"weight", "bias"}
+_STATISTICS = {
+    "moving_mean",
+    "moving_variance",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+}
+
+# What holds parameters and is no module: `flax.linen.WeightNorm` calls the length of a kernel
+# `dense/kernel/scale`, and Haiku calls parameters outside of modules `~/scale`.
+_NO_MODULES = {"kernel", "embedding", "bias", "~"}
 
 
 def no_weight_decay_mask(params: Any) -> Any:
@@ -36,14 +60,19 @@ def no_weight_decay_mask(params: Any) -> Any:
     ``optax.adamw(1e-3, weight_decay=1e-2, mask=bn_jax.optim.no_weight_decay_mask)``. It also works
     with `optax.add_decayed_weights`, `optax.lamb` and `optax.lion`.
 
-    Norms are recognized as in `norm_params_mask`. A bias is any parameter of that name. The scale
-    of `flax.linen.WeightNorm` is the length of a weight and not part of a norm, so it decays.
+    Norms are recognized as in `norm_params_mask`. A bias is any parameter called ``bias`` or
+    ``bias_...``, and Haiku's ``b``: alone, beside a ``w``, or of at most one axis. Running
+    statistics among the parameters do not decay. The scale of `flax.linen.WeightNorm` is the length
+    of a weight and not part of a norm, so it decays.
 
     Args:
         params: the parameters, as in `norm_params_mask`.
 
     Returns:
         The tree of `params`, with a bool for each parameter.
+
+    Warns:
+        UserWarning: as `norm_params_mask`.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -56,11 +85,15 @@ def no_weight_decay_mask(params: Any) -> Any:
 
     Reference: "no bias decay" in He et al. 2019, https://arxiv.org/abs/1812.01187.
     """
-    return _mask(
-        params,
-        of_affine=lambda keys, affine: False,
-        of_other=lambda keys: _name(keys) != "bias",
-    )
+    layers = _layers_of(params)
+    of_norms = _norm_params(layers, set())
+    _warn_without_norms(params, bool(of_norms))
+
+    def decays(path: str, name: str) -> bool:
+        is_other = (path, name) not in of_norms and name not in _STATISTICS
+        return is_other and not layers[path].is_bias(name)
+
+    return _mask(params, decays)
 
 
 def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
@@ -76,61 +109,165 @@ def norm_params_mask(params: Any, batch_stats: Any = None) -> Any:
 
         optax.partition({"norms": optax.sgd(1e-2), "rest": optax.adamw(1e-3)}, labels)
 
-    A norm is recognized by its structure, not by its name or class: a mapping that holds the
-    parameter ``scale`` and nothing else except ``bias``. A mapping that holds ``bias`` alone is a
-    norm if `batch_stats` has a ``mean`` and a ``var`` at its path, or if the name of its module
-    contains "norm".
+    A norm is recognized by the names and shapes of its parameters, not by its own name or class.
+    They are alone in their module, and they are one of:
+
+    - ``scale``, with ``bias`` (Flax) or ``offset`` (Haiku) or without;
+    - ``gamma`` and ``beta``, or one of them (Keras);
+    - ``weight`` and ``bias`` of the same shape, or a ``weight`` of one axis (Equinox, PyTorch);
+      the weight of a linear layer has more axes than its bias;
+    - ``offset`` alone; ``bias`` alone if `batch_stats` has a ``mean`` and a ``var`` at its path.
+
+    Where these leave it open, the name of a module decides: ``bias`` alone, or a ``weight`` of
+    several axes alone, belong to a norm if the name contains "norm".
 
     Args:
-        params: the parameters of a Linen model (mappings, possibly frozen, boxed, or stacked by a
-            lifted transform) or of an NNX model (`nnx.state(model, nnx.Param)` or its pure
-            dictionary).
+        params: a tree of parameters with these names: of a Linen model (mappings, possibly frozen,
+            boxed, or stacked by a lifted transform), of an NNX model (`nnx.state(model, nnx.Param)`
+            or its pure dictionary), of Haiku, of Keras or PyTorch (``{path: array}``, with ``/`` or
+            ``.`` between the parts of a path), or an Equinox model (``eqx.filter(model,
+            eqx.is_inexact_array)``).
         batch_stats: the running statistics of the model, or `nnx.state(model, nnx.BatchStat)`.
 
     Returns:
         The tree of `params`, with a bool for each parameter. A bool replaces a whole
         `nnx.Variable`, because `nnx.Optimizer` passes parameters to Optax with and without it.
 
+    Warns:
+        UserWarning: `params` hold parameters, but none of a norm, and `batch_stats` none either.
+            (Not where Optax has masked a part of them.)
+
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
         >>> dense = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> bn.optim.norm_params_mask({"dense": dense, "norm": {"scale": jnp.ones(3)}})
         {'dense': {'bias': False, 'kernel': False}, 'norm': {'scale': True}}
+        >>> haiku = {"linear": {"w": jnp.ones((2, 3))}, "layer_norm": {"offset": jnp.zeros(3)}}
+        >>> bn.optim.norm_params_mask(haiku)
+        {'layer_norm': {'offset': True}, 'linear': {'w': False}}
     """
-    running = batch_stats_by_path(batch_stats)
-
-    def is_norm(keys: _Keys, affine: _Affine) -> bool:
-        return "scale" in affine or format_path(keys) in running or "norm" in _name(keys).lower()
-
-    return _mask(params, of_affine=is_norm, of_other=lambda keys: False)
+    running = set(batch_stats_by_path(batch_stats))
+    of_norms = _norm_params(_layers_of(params), running)
+    _warn_without_norms(params, bool(of_norms or running))
+    return _mask(params, lambda path, name: (path, name) in of_norms)
 
 
-def _mask(
-    params: Any,
-    of_affine: Callable[[_Keys, _Affine], bool],
-    of_other: Callable[[_Keys], bool],
-) -> Any:
-    """Returns the tree of `params` with a bool for each parameter, by what holds it."""
+@dataclass
+class _Layer:
+    """What a module holds.
 
-    def mask(keys: _Keys, node: Any) -> Any:
-        is_chosen = of_affine(keys, node) if _is_affine(node) else of_other(keys)
-        return jax.tree.map(lambda _: is_chosen, node, is_leaf=_is_variable)
+    Attributes:
+        path: of the module.
+        shapes: of its parameters; None for other leaves, which an unfiltered Equinox model has.
+        inner: the names of the modules in it.
+    """
 
-    def is_node(node: Any) -> bool:
-        return _is_affine(node) or _is_variable(node) or isinstance(node, AxisMetadata)
+    path: str
+    shapes: dict[str, _Shape | None] = field(default_factory=dict)
+    inner: set[str] = field(default_factory=set)
 
-    return jax.tree.map_with_path(mask, params, is_leaf=is_node)
+    @property
+    def params(self) -> set[str]:
+        """The names of the parameters, without those of running statistics."""
+        return {name for name, shape in self.shapes.items() if shape is not None} - _STATISTICS
+
+    def is_norm(self, running: set[str]) -> bool:
+        """Tells whether the parameters are those of a norm; `running` has paths of statistics."""
+        names = self.params
+        own_name = _split(self.path)[1]
+        if self.inner or not names or own_name in _NO_MODULES:
+            return False
+        is_called_norm = "norm" in own_name.lower()
+        if names == {"bias"}:
+            return self.path in running or is_called_norm
+        if names == _WEIGHT:
+            return self.shapes["weight"] == self.shapes["bias"]
+        if names == {"weight"}:
+            return len(self.shapes["weight"] or ()) == 1 or is_called_norm
+        return any(names <= affine for affine in _AFFINE)
+
+    def is_bias(self, name: str) -> bool:
+        """Tells whether a parameter is a bias, of any layer."""
+        if name == "b":  # Haiku's; in other trees a matrix may be called so.
+            of_linear = any(other.startswith("w") for other in self.shapes)
+            return of_linear or len(self.shapes) == 1 or len(self.shapes[name] or ()) <= 1
+        return name == "bias" or name.startswith("bias_")
 
 
-def _is_affine(node: Any) -> bool:
-    if not isinstance(node, Mapping) or any(isinstance(leaf, Mapping) for leaf in node.values()):
-        return False
-    return set(node) <= {"scale", "bias"}
+# Between the names of a path: Haiku, Keras and PyTorch write whole paths as keys.
+_NAMES = re.compile("[/.]")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Returns the path of the module around a node, and the name of the node in it."""
+    *_, name = _NAMES.split(path)
+    return path[: -len(name) - 1], name
+
+
+def _layers_of(params: Any) -> dict[str, _Layer]:
+    """Returns the modules of a tree of parameters, by their paths."""
+    layers: dict[str, _Layer] = {}
+
+    def at(path: str) -> _Layer:
+        return layers.setdefault(path, _Layer(path))
+
+    for keys, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_parameter):
+        path, name = _split(format_path(keys))
+        at(path).shapes[name] = _shape(leaf)
+        while path:
+            path, name = _split(path)
+            at(path).inner.add(name)
+    return layers
+
+
+def _norm_params(layers: dict[str, _Layer], running: set[str]) -> set[tuple[str, str]]:
+    """Returns the parameters of norms, each as the path of its module and its name."""
+    norms = [layer for layer in layers.values() if layer.is_norm(running)]
+    return {(norm.path, name) for norm in norms for name in norm.params}
+
+
+def _mask(params: Any, is_chosen: Callable[[str, str], bool]) -> Any:
+    """Returns the tree of `params` with a bool for each parameter, by its module and its name."""
+
+    def mask(keys: tuple[Any, ...], node: Any) -> Any:
+        chosen = is_chosen(*_split(format_path(keys)))
+        return jax.tree.map(lambda _: chosen, node, is_leaf=_is_variable)
+
+    return jax.tree.map_with_path(mask, params, is_leaf=_is_parameter)
+
+
+def _warn_without_norms(params: Any, has_norms: bool) -> None:
+    """Warns of parameters without a norm, unless Optax has taken some out."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_masked)
+    if has_norms or not leaves or any(map(_is_masked, leaves)):
+        return
+    paths = [format_path(keys) for keys, _ in jax.tree.leaves_with_path(params)]
+    shown = ", ".join(map(repr, paths[:4])) + (", ..." if len(paths) > 4 else "")
+    warnings.warn(
+        f"params hold no norm: none of its {len(paths)} parameters, {shown}, is recognized as the "
+        "scale or bias of one. Pass the whole tree of parameters with the names that the layers "
+        "gave them (scale and bias, scale and offset, gamma and beta, or weight and bias), or "
+        "leave the mask out if the model has no norm.",
+        stacklevel=3,
+    )
+
+
+def _shape(leaf: Any) -> _Shape | None:
+    """Returns the shape of the array in a parameter; None if there is none."""
+    if _is_masked(leaf):
+        return ()
+    arrays = jax.tree.leaves(leaf)
+    is_numeric = arrays and (hasattr(arrays[0], "shape") or isinstance(arrays[0], float))
+    return tuple(np.shape(arrays[0])) if is_numeric else None
+
+
+def _is_parameter(node: Any) -> bool:
+    return _is_variable(node) or isinstance(node, AxisMetadata) or _is_masked(node)
 
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _name(keys: _Keys) -> str:
-    return format_path(keys[-1:])
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)

@@ -26,7 +26,7 @@ LAYERS = [
     {"_core"},
     {"_modules"},
     {"linen", "nnx"},
-    {"_program", "_fold", "_audit", "_recalibrate", "convert", "optim", "remat"},
+    {"_program", "_fold", "_audit", "_recalibrate", "_export", "convert", "optim", "remat"},
     {"training"},
     # What `import bn_jax` gives, and with it whoever imports that.
     {"bn_jax"},

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr
 
-from bn_jax import nnx as bn_nnx
 from bn_jax._core.types import BatchStats
 from bn_jax._paths import batch_stats_by_path, format_path, whitening_paths
 from bn_jax._program import PureForward, as_pure, is_variable, jaxprs_in, value_of
 from bn_jax._recalibrate.measuring import require_updates
+from bn_jax.nnx.patching import replace_norms_in_place
 
 DEFAULT_EPSILON = 1e-5
 # The first part of the names that `note_attributes` gives.
@@ -80,7 +80,8 @@ def model_of(forward: Callable[..., Any], variables: Any) -> Model:
     """Returns the model; a module is copied, with norms that can measure."""
     attributes = {}
     if isinstance(variables, nnx.Module):
-        variables = bn_nnx.replace_norms(nnx.clone(variables))
+        variables = nnx.clone(variables)
+        replace_norms_in_place(variables)
         attributes = {
             "/".join(map(str, keys)): attributes_of(layer)
             for keys, layer in nnx.iter_graph(variables)

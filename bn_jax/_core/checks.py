@@ -372,7 +372,7 @@ def check_features(
     fit = True
     for tree in trees.values():
         for leaf in tree.values():
-            fit = fit and jnp.shape(leaf) == features
+            fit = fit and jax.typeof(leaf).shape == features
     if not fit:
         shapes = [f"{name} has {shapes_of(tree)}" for name, tree in trees.items()]
         raise ValueError(

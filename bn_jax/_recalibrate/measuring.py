@@ -14,7 +14,8 @@ from bn_jax._core.types import BatchStats, Measured
 from bn_jax._paths import batch_stats_by_path, format_path, is_batch_stats
 from bn_jax._program import PureForward
 from bn_jax.linen.patching import norms_replaced
-from bn_jax.nnx import BatchNorm, replace_norms
+from bn_jax.nnx import BatchNorm
+from bn_jax.nnx.patching import replace_norms_in_place
 
 Forward: TypeAlias = Callable[[Any, Any], Any]
 
@@ -48,7 +49,8 @@ def measure(
 
 
 def _measure_module(forward: Forward, module: nnx.Module, batch: Any) -> dict[str, Measured]:
-    for _, layer in nnx.iter_graph(replace_norms(module)):
+    replace_norms_in_place(module)
+    for _, layer in nnx.iter_graph(module):
         if isinstance(layer, BatchNorm):
             batch_stats: BatchStats = {"mean": layer.mean[...], "var": layer.var[...]}
             layer.measured = nnx.BatchStat(start_measuring(batch_stats)["measured"])

@@ -31,6 +31,7 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:
     from bn_jax import Audit, Recalibration
+    from bn_jax.training import Evaluation
 
 __all__ = ["app", "main"]
 
@@ -215,10 +216,11 @@ def evaluate(
 
     evaluation = runs.evaluate_run(runs.read_run(run), launch.one_device(), data_file)
     name = "test" if data_file is None else str(data_file)
-    print(
-        f"{name} accuracy {evaluation.accuracy:.2%} "
-        f"({evaluation.correct} of {evaluation.examples} correct)"
-    )
+    print(f"{name} accuracy {_show(evaluation)}")
+
+
+def _show(evaluation: "Evaluation") -> str:
+    return f"{evaluation.accuracy:.2%} ({evaluation.correct} of {evaluation.examples} correct)"
 
 
 @app.command()
@@ -282,6 +284,41 @@ def fold(
     print(result.folded.report)
     tables.print_change(result.change)
     _print_saved(folder)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the model. Default: DIR-exported.")
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold the batch norms into the convolutions first.")
+    ] = False,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.txt", help="Names of the classes in the order of the labels, one a line."
+        ),
+    ] = None,
+) -> None:
+    """Export a saved run to a folder that runs without bn_jax.
+
+    It holds the program for CPU, CUDA and TPU, which takes images as they are in the data, its
+    parameters, and a README with the lines that load and call it.
+    """
+    require(*FOR_SAVED_RUNS)
+    from bn_jax.lab import deployment, launch, runs
+
+    saved = runs.read_run(run)
+    names = None
+    if class_names is not None:
+        names = deployment.read_class_names(class_names, saved.num_classes)
+    folder = new_folder(out, _beside(run, "exported"))
+    result = deployment.export_run(saved, launch.one_device(), folder, fold=fold, class_names=names)
+    print(f"test accuracy of the run: {_show(result.run)}")
+    print(f"test accuracy of the exported model, on raw images: {_show(result.evaluation)}")
+    print(f"Saved in {folder}; its README.md shows how to load and call it")
 
 
 @app.command()

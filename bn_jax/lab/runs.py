@@ -39,12 +39,15 @@ __all__ = [
     "SavedRun",
     "audit_run",
     "evaluate_run",
+    "fold_model",
     "fold_run",
     "load_like",
+    "load_raw",
     "make_model",
     "read_run",
     "recalibrate_run",
     "restore",
+    "restore_with_norms",
     "staged",
     "write_json",
 ]
@@ -200,6 +203,19 @@ def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
         CommandError: the images cannot be loaded, or are not of the shape that the run was trained
             on.
     """
+    return data.standardize(load_raw(saved, data_file), saved.mean, saved.std)
+
+
+def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
+    """Loads images for the model of a saved run, and does not standardize them.
+
+    Args:
+        saved: the run.
+        data_file: an .npz file; None for the test part of the run.
+
+    Raises:
+        CommandError: see `load_like`.
+    """
     argument = "DIR" if data_file is None else "--data"
     try:
         dataset = data.load_npz(data_file or saved.folder / "test.npz", saved.num_classes)
@@ -210,7 +226,7 @@ def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
             f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
             f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
         )
-    return data.standardize(dataset, saved.mean, saved.std)
+    return dataset
 
 
 def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
@@ -280,7 +296,7 @@ def recalibrate_run(
     Raises:
         CommandError: the model has no batch norm, or the data are missing or have changed.
     """
-    state = _restore_with_norms(saved, mesh)
+    state = restore_with_norms(saved, mesh)
     evaluated = load_like(saved, data_file)
     images = _training_part(saved, evaluated) if data_file is None else evaluated
     model = _model_of(saved)
@@ -324,13 +340,8 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> FoldedRun:
     Raises:
         CommandError: the model has no batch norm.
     """
-    state = _restore_with_norms(saved, mesh)
-    model = _model_of(saved)
-    folded = fold(
-        lambda variables, x: model.apply(variables, x, train=False),
-        checkpoints.variables_of(state),
-        jnp.zeros((saved.batch_size, *saved.image_shape)),
-    )
+    state = restore_with_norms(saved, mesh)
+    folded = fold_model(saved, state)
     test_batches = shard_dataset(load_like(saved, None), saved.batch_size, mesh)
     change = _compare(state, _folded_state(folded.apply, folded.params, mesh), test_batches)
     facts = {"norms": [norm._asdict() for norm in folded.report]}
@@ -340,6 +351,16 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> FoldedRun:
         flat = traverse_util.flatten_dict(jax.device_get(folded.params), sep="/")
         convert.save_safetensors(checkpoint / "params.safetensors", flat)
     return FoldedRun(folded, change)
+
+
+def fold_model(saved: SavedRun, state: training.TrainState) -> Folded:
+    """Folds the batch norms of a run's model, whose state `restore_with_norms` returned."""
+    model = _model_of(saved)
+    return fold(
+        lambda variables, x: model.apply(variables, x, train=False),
+        checkpoints.variables_of(state),
+        jnp.zeros((saved.batch_size, *saved.image_shape)),
+    )
 
 
 def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path) -> Audit:
@@ -357,7 +378,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     Raises:
         CommandError: the model has no batch norm, or there are too few or no such images.
     """
-    state = _restore_with_norms(saved, mesh)
+    state = restore_with_norms(saved, mesh)
     images = load_like(saved, data_file)
     argument = "DIR" if data_file is None else "--data"
     examples = _audited_examples(saved, len(images.y), argument)
@@ -396,7 +417,8 @@ def _model_of(saved: SavedRun) -> models.ResNet:
     return make_model(saved.arm, saved.num_classes, saved.batch_size // saved.devices)
 
 
-def _restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
+def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
+    """Restores the model of a saved run as `restore`; one without batch norm is a CommandError."""
     if saved.is_folded or saved.arm == NO_NORM:
         reason = "was folded" if saved.is_folded else f"is of the arm {saved.arm!r}"
         raise CommandError(

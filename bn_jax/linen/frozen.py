@@ -28,6 +28,12 @@ class Rule:
 
     def require_matches(self) -> None:
         """Raises the ValueError for patterns that have matched no norm."""
+        if not self.norms and self.unmatched:
+            raise ValueError(
+                "apply called no batch norm, of Flax's or of bn_jax.linen, that can be frozen or "
+                "not: pass a function that calls one, such as model.apply. Norms without running "
+                "statistics, such as LayerNorm, have nothing to freeze."
+            )
         if self.unmatched:
             raise ValueError(
                 f"No batch norm was called whose path matches {sorted(self.unmatched)}; the batch "

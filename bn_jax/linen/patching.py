@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import flax.linen as nn
 import jax
+from flax import nnx
 
 from bn_jax._modules import (
     compute_group_norm,
@@ -15,9 +16,10 @@ from bn_jax._modules import (
     compute_layer_norm,
     compute_rms_norm,
 )
+from bn_jax._paths import format_path
 from bn_jax.linen.frozen import Rule, rule_for, rules
-from bn_jax.linen.running import BatchNorm, call_batch_norm
-from bn_jax.linen.stateless import call_feature_norm
+from bn_jax.linen.running import BatchNorm, WhiteningNorm, call_batch_norm
+from bn_jax.linen.stateless import GroupNorm, InstanceNorm, LayerNorm, RMSNorm, call_feature_norm
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +32,7 @@ _CALLS: dict[type[nn.Module], Callable[..., jax.Array]] = {
     nn.GroupNorm: functools.partial(call_feature_norm, compute_group_norm),
     nn.InstanceNorm: functools.partial(call_feature_norm, compute_instance_norm),
 }
+_OURS = (BatchNorm, WhiteningNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
 
 
 def freeze(apply: Callable[P, R], *paths: str, train_params: bool = False) -> Callable[P, R]:
@@ -53,12 +56,13 @@ def freeze(apply: Callable[P, R], *paths: str, train_params: bool = False) -> Ca
         made last decides; see `unfreeze`.
 
     Raises:
-        ValueError: when called, a pattern matches no batch norm; the message lists the paths.
-            Or there are paths and a class made by `nn.jit`, which computes all its modules with the
-            same attributes by the trace of the first. (`nn.jit` as a decorator of a method does so
-            too, and cannot be detected.)
-        TypeError: when called, a pattern matches a user's subclass of `flax.linen.BatchNorm`,
-            which may do anything: derive it from `bn_jax.linen.BatchNorm`.
+        ValueError: when called, a pattern matches no batch norm, or there is none; the message
+            lists the paths. Or there are paths and a class made by `nn.jit`, which computes all
+            its modules with the same attributes by the trace of the first. (`nn.jit` as a decorator
+            of a method does so too, and cannot be detected.)
+        TypeError: `apply` is a module or no function. When called, a pattern matches a user's
+            subclass of `flax.linen.BatchNorm`, which may do anything: derive it from
+            `bn_jax.linen.BatchNorm`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
@@ -86,7 +90,7 @@ def unfreeze(apply: Callable[P, R], *paths: str) -> Callable[P, R]:
         A function called like `apply`.
 
     Raises:
-        ValueError: as for `freeze`.
+        ValueError, TypeError: as for `freeze`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, bn_jax as bn
@@ -104,6 +108,7 @@ def unfreeze(apply: Callable[P, R], *paths: str) -> Callable[P, R]:
 def _ruled(
     apply: Callable[P, R], paths: tuple[str, ...], *, frozen: bool, train_params: bool
 ) -> Callable[P, R]:
+    _require_function(apply)
     paths = paths or ("*",)
     rule = Rule(paths, frozen, train_params, set(paths))
 
@@ -139,6 +144,14 @@ def replace_norms(apply: Callable[..., Any] | None = None) -> Any:
     Returns:
         A function called like `apply`.
 
+    Raises:
+        TypeError: `apply` is a module or no function.
+        ValueError: `apply` is a method of a module, such as ``model.apply``, and its first call
+            calls no norm of Flax's or of this library.
+
+    Warns:
+        UserWarning: `apply` is another function, and its first call calls modules, but no norm.
+
     Deprecated: without an argument it returns a context manager that does the same for all calls
     inside. Pass the function instead.
 
@@ -159,12 +172,86 @@ def replace_norms(apply: Callable[..., Any] | None = None) -> Any:
         )
         return norms_replaced()
 
+    _require_function(apply)
+    is_first_call = True
+
     @functools.wraps(apply)
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        with norms_replaced():
-            return apply(*args, **kwargs)
+        nonlocal is_first_call
+        # Where `freeze` is around, it calls the norms itself, and raises if there are none.
+        if not is_first_call or rules.value:
+            with norms_replaced():
+                return apply(*args, **kwargs)
+        calls: list[nn.Module] = []
+        with nn.intercept_methods(functools.partial(_note_call, calls)), norms_replaced():
+            result = apply(*args, **kwargs)
+        if calls and not _has_norm(calls, (args, kwargs, result)):
+            is_model = isinstance(getattr(apply, "__self__", None), nn.Module)
+            _complain(calls, is_certain=is_model and "method" not in kwargs)
+        is_first_call = False
+        return result
 
     return replaced
+
+
+def _require_function(apply: Any) -> None:
+    """Raises the TypeError for an `apply` that is a module, or cannot be called."""
+    received = f"apply has type {type(apply).__name__}"
+    if isinstance(apply, nnx.Module):
+        raise TypeError(
+            f"{received}, an nnx.Module, expected a function such as model.apply: bn_jax.nnx has "
+            "functions of the same names, which take the module."
+        )
+    if isinstance(apply, nn.Module):
+        raise TypeError(f"{received}, a module, expected a function: pass model.apply.")
+    if not callable(apply):
+        raise TypeError(
+            f"{received}, expected a function: pass model.apply, or a function in which Flax "
+            "modules are called."
+        )
+
+
+def _note_call(
+    calls: list[nn.Module],
+    next_call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    calls.append(context.module)
+    return next_call(*args, **kwargs)
+
+
+def _has_norm(calls: list[nn.Module], values: Any) -> bool:
+    """Tells whether a norm of Flax's or ours was called, or may have been.
+
+    What `nn.jit` or `jax.jit` has compiled before does not call its modules again. Then the
+    variables, among the values that a function receives and returns, show that there is a norm.
+    """
+    kinds = {type(module) for module in calls}
+    if any(kind in _CALLS or issubclass(kind, _OURS) for kind in kinds):
+        return True
+    if any(issubclass(kind, tuple(_CALLS)) and not _is_made_by_jit(kind) for kind in kinds):
+        return False  # A class of a user, to whom the variables belong.
+    paths = [format_path(keys).split("/") for keys, _ in jax.tree.leaves_with_path(values)]
+    return any("batch_stats" in path or "scale" in path[-1:] for path in paths)
+
+
+def _is_made_by_jit(kind: type[nn.Module]) -> bool:
+    return kind.__name__ == f"Jit{kind.__bases__[0].__name__}"
+
+
+def _complain(calls: list[nn.Module], *, is_certain: bool) -> None:
+    kinds = sorted({type(module).__name__ for module in calls})
+    message = (
+        "apply called no norm that can be replaced: no "
+        f"{', '.join(f'nn.{kind.__name__}' for kind in _CALLS)}, and no norm of bn_jax.linen, only "
+        f"{', '.join(kinds)}. Pass a function that calls norms; subclasses of Flax's must derive "
+        "from bn_jax.linen's instead."
+    )
+    if is_certain:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 # JAX compiles again what it has compiled under another value of this context.
@@ -193,10 +280,9 @@ def _call_frozen(
     next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     module = context.module
-    kind, (base, *_) = type(module).__name__, type(module).__bases__
-    if kind == f"Jit{base.__name__}" and any(rule.paths != ("*",) for rule in rules.value):
+    if _is_made_by_jit(type(module)) and any(rule.paths != ("*",) for rule in rules.value):
         raise ValueError(
-            f"Paths cannot tell the norms of several {kind} apart, because nn.jit "
+            f"Paths cannot tell the norms of several {type(module).__name__} apart, because nn.jit "
             "computes all modules of one class and with the same attributes by the trace of the "
             "first: freeze without paths, give the norms the attribute frozen=True, or compile the "
             "whole step with jax.jit instead of its modules with nn.jit."

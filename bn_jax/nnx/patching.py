@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 from flax import nnx
 
@@ -20,6 +21,8 @@ _REPLACEMENTS: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.GroupNorm: GroupNorm,
     nnx.InstanceNorm: InstanceNorm,
 }
+# The norms of this library, with the classes that users derive from them.
+_OURS: tuple[type[nnx.Module], ...] = (*_REPLACEMENTS.values(), WhiteningNorm)
 
 
 def freeze(model: M, *paths: str, train_params: bool = False) -> M:
@@ -39,8 +42,9 @@ def freeze(model: M, *paths: str, train_params: bool = False) -> M:
         The model.
 
     Raises:
-        ValueError: a pattern matches no batch norm; the message lists the paths.
-        TypeError: a pattern matches a batch norm of Flax's: call `replace_norms` first.
+        ValueError: a pattern matches no batch norm, or there is none; the message lists the paths.
+        TypeError: a pattern matches a batch norm of Flax's: call `replace_norms` first. Or `model`
+            holds no NNX module.
 
     Example:
         >>> import jax.numpy as jnp, bn_jax as bn
@@ -93,6 +97,10 @@ def replace_norms(model: M) -> M:
     Returns:
         The model.
 
+    Raises:
+        ValueError: the model has no norm of Flax's or of this library.
+        TypeError: `model` holds no NNX module.
+
     Example:
         >>> import bn_jax as bn
         >>> from flax import nnx
@@ -100,11 +108,37 @@ def replace_norms(model: M) -> M:
         >>> isinstance(bn.nnx.replace_norms(model).layers[0], bn.nnx.BatchNorm)
         True
     """
+    _require_modules(model)
+    if not replace_norms_in_place(model):
+        raise ValueError(
+            "model has no norm that can be replaced: no "
+            f"{', '.join(f'nnx.{kind.__name__}' for kind in _REPLACEMENTS)}, and no norm of "
+            f"bn_jax.nnx{_subclasses_in(model)}. Pass the model that holds the norms."
+        )
+    return model
+
+
+def replace_norms_in_place(model: Any) -> bool:
+    """Does what `replace_norms` does, and tells whether the model has norms."""
+    has_norms = False
     for _, layer in nnx.iter_graph(model):
         ours = _REPLACEMENTS.get(type(layer))
+        has_norms |= ours is not None or isinstance(layer, _OURS)
         if ours is not None:
             _become(layer, ours)
-    return model
+    return has_norms
+
+
+def _subclasses_in(model: Any) -> str:
+    """Returns what to say about the subclasses of Flax's norms in a model, if there are any."""
+    derived = {
+        type(layer).__name__
+        for _, layer in nnx.iter_graph(model)
+        if isinstance(layer, tuple(_REPLACEMENTS))
+    }
+    if not derived:
+        return ""
+    return f"; {', '.join(sorted(derived))} must derive from the norms of bn_jax.nnx, not Flax's"
 
 
 def _become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
@@ -122,8 +156,15 @@ def _become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
 
 def _running_norms(model: Any, patterns: tuple[str, ...]) -> list[RunningNorm]:
     """Returns the norms with statistics of which a path, or one around it, matches a pattern."""
+    _require_modules(model)
     kinds = (nnx.BatchNorm, WhiteningNorm)
     layers = [(path, node) for path, node in _nodes(model) if isinstance(node, kinds)]
+    if not layers:
+        raise ValueError(
+            "model has no batch norm: expected an nnx.Module, or a tree of them, with a BatchNorm, "
+            "BatchRenorm or WhiteningNorm in it. Pass the model that holds the norms; norms "
+            "without running statistics, such as LayerNorm, have nothing to freeze."
+        )
     norms: list[RunningNorm] = []
     for pattern in patterns or ("*",):
         matching = [(path, layer) for path, layer in layers if matches(pattern, path)]
@@ -142,6 +183,20 @@ def _running_norms(model: Any, patterns: tuple[str, ...]) -> list[RunningNorm]:
                 )
             norms.append(layer)
     return norms
+
+
+def _require_modules(model: Any) -> None:
+    """Raises the TypeError for a model that holds no NNX module."""
+    if isinstance(model, nn.Module):
+        raise TypeError(
+            f"model has type {type(model).__name__}, of flax.linen, expected an nnx.Module: "
+            "bn_jax.linen has functions of the same names, which take model.apply."
+        )
+    if not any(isinstance(node, nnx.Module) for _, node in nnx.iter_graph(model)):
+        raise TypeError(
+            f"model has type {type(model).__name__}, expected an nnx.Module, or a tree of them: "
+            "pass the module itself, not its variables, its state or its output."
+        )
 
 
 def _nodes(node: Any, path: str = "", around: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -614,7 +614,7 @@ def test_missing_extra(good, command, monkeypatch, module, options):
     )
 
 
-@pytest.mark.parametrize("name", ["eval", "recalibrate", "fold", "audit"])
+@pytest.mark.parametrize("name", ["eval", "recalibrate", "fold", "export", "audit"])
 @pytest.mark.parametrize("module", ["orbax.checkpoint", "safetensors", "flatbuffers"])
 def test_missing_extra_for_saved_runs(command, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)

@@ -157,6 +157,96 @@ def test_fold(home, variables, command, tmp_path):
     assert facts["before"]["parameters"] - facts["after"]["parameters"] == 3 * features
 
 
+def logits_of_folder(folder, x):
+    """What anybody has who reads the folder without this library."""
+    exported = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+    return exported, exported.call(dict(np.load(folder / "params.npz")), x)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_export(home, variables, command, tmp_path, fold):
+    (tmp_path / "names.txt").write_text("horizontal\nvertical\n\nnichts außer Rauschen\n")
+    before = files(home)
+    options = ["--fold"] if fold else []
+    code, out, err = command(
+        "export", home / "run", "--out", "new", "--class-names", "names.txt", *options
+    )
+    assert (code, err) == (0, "")
+    assert files(home) == before
+    accuracy = evaluated(command, home / "run").removeprefix("test accuracy ")
+    assert out == (
+        f"test accuracy of the run: {accuracy}"
+        f"test accuracy of the exported model, on raw images: {accuracy}"
+        "Saved in new; its README.md shows how to load and call it\n"
+    )
+    # The pixels as they are in the user's file, and a batch of another size.
+    raw = np.load(home / "run/test.npz")["x"][:5].astype(np.float32)
+    facts = json.loads((home / "run/metrics.json").read_text())["data"]
+    standardized = (raw.astype(np.float64) - facts["mean"]) / facts["std"]
+    expected = make_small(ARM, 3, 8).apply(variables, jnp.asarray(standardized, jnp.float32), False)
+    exported, logits = logits_of_folder(tmp_path / "new", raw)
+    assert_close(logits, expected, tolerance=1e-4)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert ("rsqrt" in exported.mlir_module()) is not fold
+    model = bn.load_exported(tmp_path / "new")
+    assert model.class_names == ("horizontal", "vertical", "nichts außer Rauschen")
+    np.testing.assert_array_equal(model(raw), logits)
+
+
+def test_export_of_what_was_folded(home, command, tmp_path):
+    assert command("fold", home / "run", "--out", "folded")[0] == 0
+    code, out, err = command("export", "folded")
+    assert (code, err) == (0, "")
+    assert out.count(evaluated(command, home / "run").removeprefix("test accuracy ")) == 2
+    raw = np.load(home / "run/test.npz")["x"].astype(np.float32)
+    command("export", home / "run", "--out", "new")
+    expected = logits_of_folder(tmp_path / "new", raw)[1]
+    assert_close(logits_of_folder(tmp_path / "folded-exported", raw)[1], expected, tolerance=1e-4)
+
+
+def test_export_refuses(home, command, monkeypatch, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
+    (copy_of(home / "run", tmp_path / "no test") / "test.npz").unlink()
+    plain = copy_of(home / "run", tmp_path / "plain") / "metrics.json"
+    plain.write_text(json.dumps(json.loads(plain.read_text()) | {"best_arm": runs.NO_NORM}))
+    run = home / "run"
+    cases = {
+        ("no run",): "DIR: no run is not a run (FileNotFoundError",
+        ("damaged",): "DIR: damaged/checkpoint is missing or damaged",
+        ("no test",): "DIR: no test/test.npz does not exist",
+        ("plain", "--fold"): f"DIR: the model in plain is of the arm {runs.NO_NORM!r} and has no",
+        (run, "--out", "full"): "--out: full exists and is not empty",
+        (run, "--out", "two.txt"): "--out: two.txt is a file, expected a new folder",
+        (run, "--class-names", "no.txt"): "--class-names: no.txt cannot be read (",
+        (run, "--class-names", "latin.txt"): "--class-names: latin.txt cannot be read (",
+        (run, "--class-names", "two.txt"): "--class-names: two.txt holds 2 names, expected 3, one",
+        (): "Missing argument 'DIR'.",
+    }
+    before = files(tmp_path)
+    for arguments, message in cases.items():
+        code, out, err = command("export", *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith(f"bn-jax: error: {message}"), (arguments, err)
+        assert err.count("\n") == 1, arguments
+    assert files(tmp_path) == before
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    code, out, err = command("export", run, "--out", "new")
+    assert (code, out) == (2, "")
+    assert err == (
+        "bn-jax: error: --out: folder new cannot be written (Permission denied): choose another "
+        "folder.\n"
+    )
+    assert files(tmp_path) == before
+
+
 def test_audit(home, command, tmp_path):
     run = copy_of(home / "run", tmp_path / "a")
     before = files(run)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from interfaces import STACKED
 from support import (
     assert_close,
@@ -207,11 +208,32 @@ def test_paths_that_match_no_norm():
         )
         with pytest.raises(ValueError, match=message):
             program(change(plain.apply, "stam", "stem", "x/*"), variables)
+
+
+WRAPPERS = [bn.linen.freeze, bn.linen.unfreeze, bn.linen.replace_norms]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_a_model_without_norms(wrap):
     dense = nn.Dense(3)
-    with pytest.raises(
-        ValueError, match=r"matches \['\*'\]; the batch norms called have the paths \[\]"
-    ):
-        bn.linen.freeze(dense.apply)(dense.init(jax.random.key(0), X), X)
+    variables = dense.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"^apply called no .*norm.*: pass a|Pass a function that"):
+        wrap(dense.apply)(variables, X)
+    for patterns in (["layer"], ["*"]) if wrap is not bn.linen.replace_norms else ():
+        with pytest.raises(ValueError, match=r"^apply called no batch norm, .*such as model.apply"):
+            wrap(dense.apply, *patterns)(variables, X)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_what_is_no_function(wrap):
+    layer = FLAX(use_running_average=True)
+    for apply, message in {
+        layer: "apply has type BatchNorm, a module, .*: pass model.apply",
+        nnx.BatchNorm(3, rngs=nnx.Rngs(0)): "BatchNorm, an nnx.Module, .* bn_jax.nnx has functions",
+        3: "apply has type int, expected a function: pass model.apply",
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            wrap(apply)
 
 
 class Derived(nn.BatchNorm):
@@ -264,6 +286,66 @@ def test_replaced_norms_are_ours(kind):
         assert program(model.apply, variables) == outside
         decorated = bn.linen.replace_norms(model.apply)
         assert program(decorated, variables) == inside
+
+
+def test_what_calls_no_norm():
+    replace, dense = bn.linen.replace_norms, nn.Dense(3)
+    variables = dense.init(jax.random.key(0), X)
+    message = r"apply called no norm .*: no nn.BatchNorm, .*, only Dense\. Pass a function that "
+    for apply in (jax.jit(dense.apply), lambda *args: dense.apply(*args)):
+        replaced = replace(apply)
+        with pytest.warns(UserWarning, match=message) as warned:
+            replaced(variables, X)
+        assert warned[0].filename == __file__
+        replaced(variables, X)  # Not again.
+    with pytest.warns(UserWarning, match=message):
+        replace(dense.apply)(variables, X, method=dense.__call__)
+    derived = Derived(use_running_average=False)
+    with pytest.raises(ValueError, match=r"only Derived.* must derive from bn_jax.linen's"):
+        replace(derived.init)(jax.random.key(0), X)
+    # A norm of ours is one, whether it is replaced or not.
+    own = type("Own", (bn.linen.LayerNorm,), {})
+    for layer in (OURS(True), bn.linen.WhiteningNorm(use_running_average=True), own()):
+        jax.eval_shape(replace(layer.init), jax.random.key(0), X)
+
+
+class Compiled(nn.Module):
+    """A module whose call is compiled."""
+
+    kind: Any
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return self.kind()(x)
+
+
+def test_norms_in_what_was_compiled_before_are_not_missed():
+    key, bare = jax.random.key(0), partial(FLAX, use_running_average=True, use_scale=False)
+    layers = [
+        nn.jit(nn.Sequential)([bare()]),
+        nn.Sequential([Compiled(bare)]),
+        nn.Sequential([Compiled(nn.LayerNorm)]),
+    ]
+    calls: list[Any] = [(model.apply, (model.init(key, X),)) for model in layers]
+    calls.append((jax.jit(partial(layers[0].apply, calls[0][1][0])), ()))  # Hides its variables.
+    for apply, variables in 2 * calls:
+        bn.linen.replace_norms(apply)(*variables, X)
+
+
+def test_replacing_and_freezing_all_norms():
+    layer = FLAX(use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+    for apply in (
+        bn.linen.freeze(bn.linen.replace_norms(layer.apply)),
+        bn.linen.replace_norms(bn.linen.freeze(layer.apply)),
+    ):
+        _, updates = apply(variables, X, mutable=["batch_stats"])
+        chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    model = nn.Sequential([nn.Dense(3), layer])
+    variables = model.init(jax.random.key(0), X)
+    closed = bn.linen.replace_norms(lambda x: model.apply(variables, x))
+    bn.linen.freeze(closed)(X)
 
 
 def test_replacing_in_what_was_compiled_before():

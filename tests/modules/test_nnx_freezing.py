@@ -3,6 +3,7 @@
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax.numpy as jnp
 import optax
 import pytest
@@ -130,6 +131,32 @@ def test_what_cannot_be_frozen():
         bn.nnx.freeze(nnx.Sequential(make(FLAX)))
 
 
+CHANGES = [bn.nnx.freeze, bn.nnx.unfreeze, bn.nnx.replace_norms]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_models_without_norms(change):
+    linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    for model in (linear, [linear], nnx.Sequential(linear)):
+        with pytest.raises(ValueError, match=r"^model has no .*norm.* Pass the model that holds"):
+            change(model)
+    if change is not bn.nnx.replace_norms:
+        with pytest.raises(ValueError, match="such as LayerNorm, have nothing to freeze"):
+            change(nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_no_model(change):
+    message = "model has type BatchNorm, of flax.linen, .*: bn_jax.linen has functions of the same"
+    with pytest.raises(TypeError, match=message):
+        change(nn.BatchNorm())
+    state = nnx.state(make())
+    for model in (3, None, jnp.ones(3), {"scale": jnp.ones(3)}, state, [nn.BatchNorm()], FLAX):
+        message = f"model has type {type(model).__name__}, expected an nnx.Module, or a tree of"
+        with pytest.raises(TypeError, match=message):
+            change(model)
+
+
 # --- migration ------------------------------------------------------------------------------------
 
 
@@ -173,6 +200,14 @@ def test_a_replaced_norm_is_ours(kind):
 
 class Derived(nnx.BatchNorm):
     """A subclass of a user."""
+
+
+def test_replacing_twice_and_what_is_not_replaced():
+    for layer in (make(), bn.nnx.WhiteningNorm(3, rngs=nnx.Rngs(0))):
+        kind = type(layer)
+        assert type(bn.nnx.replace_norms(bn.nnx.replace_norms(layer))) is kind
+    with pytest.raises(ValueError, match=r"; Derived must derive from the norms of bn_jax.nnx"):
+        bn.nnx.replace_norms(nnx.List([Derived(3, rngs=nnx.Rngs(0))]))
 
 
 def test_replacing_in_a_model():

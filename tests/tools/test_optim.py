@@ -1,6 +1,9 @@
+import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from flax import nnx
 from flax.core import freeze
 from flax.core.meta import unbox
 from flax.training import train_state
+from flax.traverse_util import unflatten_dict
 from support import assert_close, far_from_initial
 
 import bn_jax as bn
@@ -202,11 +206,31 @@ def test_a_norm_at_the_top():
 
 def test_parameters_without_norms():
     params = nn.Dense(3).init(jax.random.key(0), jnp.ones((4, 3)))["params"]
-    assert bn.optim.norm_params_mask(params) == {"kernel": False, "bias": False}
-    assert bn.optim.no_weight_decay_mask(params) == {"kernel": True, "bias": False}
+    no_norm = pytest.warns(UserWarning, match=r"params hold no norm: none of its 2 .*'bias', 'k")
+    with no_norm:
+        assert bn.optim.norm_params_mask(params) == {"kernel": False, "bias": False}
+    with no_norm:
+        assert bn.optim.no_weight_decay_mask(params) == {"kernel": True, "bias": False}
     for mask in (bn.optim.norm_params_mask, bn.optim.no_weight_decay_mask):
         assert mask({}) == {}
-    assert bn.optim.no_weight_decay_mask(jnp.ones(3)) is True
+        # Optax has taken out the norms.
+        mask({"dense": params, "norm": optax.MaskedNode()})
+    with pytest.warns(
+        UserWarning, match=r"none of its 5 parameters, '0', '1', '2', '3', \.\.\., is "
+    ):
+        assert bn.optim.no_weight_decay_mask(5 * [jnp.ones(3)]) == 5 * [True]
+    with pytest.warns(UserWarning, match="none of its 1 parameters"):
+        assert bn.optim.no_weight_decay_mask(jnp.ones(3)) is True
+    # There is a norm, though without parameters.
+    stats = {"norm": bn.init_batch_stats(3)}
+    assert not any(jax.tree.leaves(bn.optim.norm_params_mask({"dense": params}, stats)))
+
+
+def test_the_warning_points_at_the_call():
+    with pytest.warns(UserWarning) as warned:
+        bn.optim.norm_params_mask([jnp.ones(3)])
+        bn.optim.no_weight_decay_mask([jnp.ones(3)])
+    assert [one.filename for one in warned] == 2 * [__file__]
 
 
 class Shifted(nn.Module):
@@ -229,12 +253,150 @@ def test_a_bias_alone_belongs_to_a_norm_by_its_statistics_or_name():
     assert not any(jax.tree.leaves(bn.optim.no_weight_decay_mask(params)))
     # At the top there is no name.
     params, batch_stats = params["a"], batch_stats["a"]
-    assert bn.optim.norm_params_mask(params) == {"bias": False}
+    with pytest.warns(UserWarning, match="no norm"):
+        assert bn.optim.norm_params_mask(params) == {"bias": False}
     assert bn.optim.norm_params_mask(params, batch_stats) == {"bias": True}
     model = nnx.Dict(a=bn.nnx.BatchNorm(3, use_scale=False, rngs=nnx.Rngs(0)))
     params, batch_stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-    assert flat(bn.optim.norm_params_mask(params)) == {"a/bias": False}
+    with pytest.warns(UserWarning, match="no norm"):
+        assert flat(bn.optim.norm_params_mask(params)) == {"a/bias": False}
     assert flat(bn.optim.norm_params_mask(params, batch_stats)) == {"a/bias": True}
+
+
+# --- other libraries --------------------------------------------------------------------------
+
+
+def haiku_net(x):
+    """Every norm of Haiku, under names that do not say so, beside layers that look like norms."""
+    norms = [
+        hk.BatchNorm(True, True, 0.9, name="a"),
+        hk.BatchNorm(False, True, 0.9, name="b"),
+        hk.LayerNorm(-1, True, True, name="c"),
+        hk.LayerNorm(-1, True, False, name="d"),
+        hk.RMSNorm(-1, name="e"),
+        hk.GroupNorm(1, name="f"),
+        hk.InstanceNorm(True, True, name="g"),
+    ]
+    for norm in norms:
+        x = hk.Linear(4, name=f"{norm.name}_linear")(x)
+        options = {"is_training": True} if isinstance(norm, hk.BatchNorm) else {}
+        x = norm(x, **options)
+    x = hk.Bias(name="shift")(hk.Conv1D(4, 1, name="conv", data_format="NCW")(x))
+    x = hk.Conv2DTranspose(4, 1, name="block", with_bias=False)(x[None])[0]
+    x = x * hk.get_parameter("scale", (1, 1, 4), init=jnp.ones)
+    return hk.LSTM(4)(x[0], hk.LSTM(4).initial_state(4))[0]
+
+
+def test_norms_of_haiku():
+    model = hk.transform_with_state(haiku_net)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((4, 4, 4)))
+    norms = {path for path in params if path in tuple("abcdefg")}
+    assert len(norms) == 7 and params["conv"]["b"].shape == (4, 1)
+    values = {(path, name) for path, node in params.items() for name in node}
+    mask, decays = bn.optim.norm_params_mask(params), bn.optim.no_weight_decay_mask(params)
+    assert mask == {p: dict.fromkeys(node, p in norms) for p, node in params.items()}
+    decaying = {(path, name) for path, name in values if decays[path][name]}
+    assert decaying == {(path, name) for path, name in values if name[0] == "w"} | {("~", "scale")}
+    assert sum(name == "b" for _, name in values) == 10
+
+
+def shaped(**shapes):
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+
+
+# What `equinox.filter(layer, equinox.is_inexact_array)` holds, of Equinox 0.13.8.
+EQUINOX_NORMS = {
+    "layer": shaped(weight=(3,), bias=(3,)),
+    "image": shaped(weight=(3, 4, 4), bias=(3, 4, 4)),
+    "stacked": shaped(weight=(5, 3), bias=(5, 3)),
+    "rms": shaped(weight=(3,)),
+    "image_norm": shaped(weight=(3, 4, 4)),
+}
+EQUINOX_OTHERS = {
+    "square": shaped(weight=(3, 3), bias=(3,)),
+    "of_scalar": shaped(weight=(3, 1), bias=(3,)),
+    "to_scalar": shaped(weight=(1, 3), bias=(1,)),
+    "scalar": shaped(weight=(1, 1), bias=(1,)),
+    "stacked_linear": shaped(weight=(5, 3, 3), bias=(5, 3)),
+    "without_bias": shaped(weight=(3, 3)),
+    "conv": shaped(weight=(3, 3, 1), bias=(3, 1)),
+    "gru": shaped(weight_ih=(9, 3), weight_hh=(9, 3), bias=(9,), bias_n=(3,)),
+    "weight_norm": {"layer": shaped(weight=(3, 3), bias=(3,)), "g": jnp.ones((3, 1))},
+    "prelu": {"negative_slope": jnp.ones(())},
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["shape"]
+)
+@dataclasses.dataclass
+class Attributes:
+    """A layer whose parameters are attributes, as in Equinox."""
+
+    weight: Any
+    bias: Any = None
+    shape: Any = None
+
+
+def as_attributes(node):
+    if isinstance(node, dict) and "weight" in node and set(node) <= {"weight", "bias"}:
+        return Attributes(**node)
+    return {k: as_attributes(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+
+@pytest.mark.parametrize("form", ["attributes", "mappings", "PyTorch's keys"])
+def test_norms_of_equinox_and_pytorch(form):
+    tree = {"norms": EQUINOX_NORMS, "others": EQUINOX_OTHERS}
+    if form == "attributes":
+        tree = as_attributes(tree)
+        assert isinstance(tree["norms"]["layer"], Attributes)
+    if form == "PyTorch's keys":
+        tree = {path.replace("/", "."): leaf for path, leaf in flat(tree).items()}
+    mask, decays = (
+        {path.replace(".", "/"): value for path, value in flat(mask(tree)).items()}
+        for mask in (bn.optim.norm_params_mask, bn.optim.no_weight_decay_mask)
+    )
+    assert mask == {path: path.startswith("norms") for path in mask}
+    expected = {p: not p.startswith("norms") and not p.endswith(("bias", "bias_n")) for p in decays}
+    assert decays == expected and sum(expected.values()) == 12
+
+
+def test_leaves_that_are_no_arrays_are_no_parameters():
+    tree = {"layer": {"weight": jnp.ones(3), "bias": jnp.ones(3), "axis_name": "batch"}}
+    mask = {"layer": {"weight": True, "bias": True, "axis_name": False}}
+    assert bn.optim.norm_params_mask(tree) == mask
+
+
+# The paths of `model.weights`, of Keras 3.15.1.
+KERAS = shaped(
+    **{
+        "net/conv2d/kernel": (3, 3, 3, 3),
+        "net/conv2d/bias": (3,),
+        "net/batch_normalization/gamma": (3,),
+        "net/batch_normalization/beta": (3,),
+        "net/batch_normalization/moving_mean": (3,),
+        "net/batch_normalization/moving_variance": (3,),
+        "net/without_scale/beta": (3,),
+        "net/without_scale/moving_mean": (3,),
+        "net/without_scale/moving_variance": (3,),
+        "net/layer_normalization/gamma": (3,),
+        "net/rms_normalization/scale": (3,),
+        "net/group_normalization/gamma": (3,),
+        "net/group_normalization/beta": (3,),
+        "net/separable_conv2d/depthwise_kernel": (3, 3, 3, 1),
+        "net/separable_conv2d/pointwise_kernel": (1, 1, 3, 3),
+        "net/separable_conv2d/bias": (3,),
+        "net/p_re_lu/alpha": (4, 4, 3),
+    }
+)
+
+
+@pytest.mark.parametrize("form", ["paths", "nested"])
+def test_norms_of_keras(form):
+    tree = KERAS if form == "paths" else unflatten_dict(KERAS, sep="/")
+    mask, decays = flat(bn.optim.norm_params_mask(tree)), flat(bn.optim.no_weight_decay_mask(tree))
+    assert mask == {path: path.endswith(("gamma", "beta", "scale")) for path in KERAS}
+    assert decays == {path: path.endswith(("kernel", "alpha")) for path in KERAS}
 
 
 # --- steps of Optax ---------------------------------------------------------------------------

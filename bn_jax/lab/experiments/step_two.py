@@ -224,7 +224,9 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
             model = MLP(
                 WIDTHS, norm=norm, activation=partial(_activate, activation), position=position
             )
-            optimizer = optax.chain(optax.sgd(rate), _norms_if(step_two))
+            optimizer = optax.sgd(rate)
+            if norm is not None:
+                optimizer = optax.chain(optimizer, _norms_if(step_two))
             trained = train_trial(model, optimizer, trial)
             outcome = accuracies(model, trained, trial.digits)
             x = trial.digits.train.x
