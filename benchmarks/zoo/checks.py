@@ -237,7 +237,7 @@ def freeze(specimen: Specimen) -> str:
         assert kept == (set(paths) or specimen.norms), f"{sorted(kept)} kept their statistics"
         if not paths:
             error = require(relative_error(y, expected), SINGLE, "outputs")
-    return f"{error:.0e}"
+    return f"{error:.0e}" if error else "0"
 
 
 def _trained_frozen(specimen: Specimen, statistics: Any, paths: Sequence[str]) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Models of the zoo in Flax: Linen and NNX, with their own norms and with ours."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -312,18 +313,21 @@ def _paths_in(module: nnx.Module, kinds: tuple[type[nnx.Module], ...]) -> frozen
 def jaxnn_resnet() -> Specimen:
     """ResNet-D of jaxnn."""
     resnet = load("jaxnn.models.resnet")
-    module = resnet.ResNet(
-        resnet.Bottleneck,
-        layers=(1, 1),
-        channels=(4, 8),
-        num_classes=CLASSES,
-        in_chans=CHANNELS,
-        stem_type="deep",
-        stem_width=8,
-        avg_down=True,
-        norm_dtype=None,
-        rngs=nnx.Rngs(0),
-    )
+    with warnings.catch_warnings():
+        # It reads and sets `Variable.value`, which is deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = resnet.ResNet(
+            resnet.Bottleneck,
+            layers=(1, 1),
+            channels=(4, 8),
+            num_classes=CLASSES,
+            in_chans=CHANNELS,
+            stem_type="deep",
+            stem_width=8,
+            avg_down=True,
+            norm_dtype=None,
+            rngs=nnx.Rngs(0),
+        )
     return _nnx("jaxnn ResNet-D", "jaxnn", module, images())
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.zoo.expected import ABSENT, FAULTS, exception
+from benchmarks.zoo.expected import ABSENT, FAULTS, FINDINGS, LEFT, exception
 
 Status: TypeAlias = Literal["pass", "absent", "fault"]
 
@@ -86,8 +86,27 @@ def tables(known: Mapping[str, Any]) -> list[Table]:
     for name, row in rows.items():
         cells = (_text(row.cells[check], reasons) for check in COLUMNS)
         table.add_row(name, row.package, str(row.norms), *cells)
-    table.caption = "\n".join(f"- ({letter}) {reason}" for reason, letter in reasons.items())
+    explained = [f"- ({letter}) {reason}" for reason, letter in reasons.items()]
+    table.caption = "\n".join([*explained, *_left(), *_found()])
     return [table]
+
+
+def _left() -> list[str]:
+    """Returns a line for each model of which `fold` leaves norms."""
+    lines = []
+    for name, counts in LEFT.items():
+        parts = (f'{count} for "{reason}"' for reason, count in counts.items())
+        lines.append(f"- {name}: `fold` leaves {', '.join(parts)}")
+    return lines
+
+
+def _found() -> list[str]:
+    """Returns a line for each model in which `audit` finds something."""
+    lines = []
+    for name, paths in FINDINGS.items():
+        parts = (f'"{kind}" at {len(where)} norms' for kind, where in paths.items())
+        lines.append(f"- {name}: `audit` finds {', '.join(parts)}")
+    return lines
 
 
 def _text(cell: Cell, reasons: Mapping[str, str]) -> str:
