@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 LAB := .venv-lab
+ZOO := .venv-zoo
 READY := $(VENV)/ready
 # What the lower bounds are tested with: what reads JAX and Flax closely.
 CORE_TESTS := $(addprefix tests/core/test_,moments.py standardize.py batch_norm.py masks.py activation.py \
@@ -18,7 +19,7 @@ COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 TIMED := numerics layer step startup sweep inference attempts device
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest environments clean
+.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest zoo zoo-refresh environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -82,7 +83,17 @@ oldest: $(OLDEST)/ready
 	XLA_FLAGS=$(COMPILE_QUICKLY) $(OLDEST)/bin/python -m pytest -n auto --dist worksteal \
 		-m "not exhaustive" $(CORE_TESTS)
 
-environments: $(READY) $(OLDEST)/ready $(LAB)/ready
+# Models of other packages with every tool. A package that is missing is an error here; elsewhere
+# this folder is not collected.
+zoo: $(ZOO)/ready
+	BN_JAX_ZOO=1 XLA_FLAGS=$(COMPILE_QUICKLY) $(ZOO)/bin/python -m pytest tests/zoo -n auto --dist loadgroup
+
+# The same, and replaces their table in benchmarks/.
+zoo-refresh: $(ZOO)/ready $(LAB)/ready
+	XLA_FLAGS=$(COMPILE_QUICKLY) $(ZOO)/bin/python -m benchmarks.zoo --refresh
+	$(LAB)/bin/python -m benchmarks.document
+
+environments: $(READY) $(OLDEST)/ready $(LAB)/ready $(ZOO)/ready
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'bn_jax needs Python 3.11 or newer: make PYTHON=python3.12')"
@@ -105,5 +116,13 @@ $(LAB)/ready: pyproject.toml
 	$(LAB)/bin/python -m pip install --quiet --editable ".[bench]" pytest
 	touch $@
 
+# Some packages need far more to be installed than their models do.
+$(ZOO)/ready: pyproject.toml
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet --upgrade pip
+	$(ZOO)/bin/python -m pip install --quiet --editable ".[zoo]" pytest pytest-xdist
+	$(ZOO)/bin/python -m pip install --quiet --no-deps --group zoo-alone
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LAB) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LAB) $(ZOO) build dist *.egg-info

@@ -10,6 +10,9 @@ from tiers import EVERY
 
 FOLDER = Path(__file__).parent
 
+# Its packages are in an environment of their own: `make zoo`.
+collect_ignore = [] if os.environ.get("BN_JAX_ZOO") else ["zoo"]
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
