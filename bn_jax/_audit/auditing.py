@@ -62,7 +62,7 @@ def audit(
             this kind.
 
     Returns:
-        An `Audit` with `layers` and `findings`; print it.
+        An `Audit` with `layers` and `findings`; print it, or call its `plot`.
 
     Raises:
         ValueError: there is no batch norm, the batch has no example, `forward` does not return the
