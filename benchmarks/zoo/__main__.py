@@ -20,7 +20,9 @@ def main() -> None:
     """Checks all models, prints the table and writes its figures."""
     folder = report.parser("zoo", __doc__).parse_args().folder
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = dict(zip(MODELS, track(pool.map(_row, MODELS), total=len(MODELS)), strict=True))
+        rows = dict(
+            zip(MODELS, track(pool.map(_row, MODELS), "models", total=len(MODELS)), strict=True)
+        )
     report.finish("zoo", folder, ("jaxlib", "flax", "optax"), {"models": rows}, tables)
 
 
