@@ -296,7 +296,7 @@ class _Writer:
     def kernel(self, shape: Sequence[int], fan_in: int) -> Kernel:
         """Adds a kernel in one of many forms."""
         plain = (self.normal(shape) / np.sqrt(max(1, fan_in))).astype(self.dtype)
-        forms = ["plain"] * 4 + ["transposed", "flat", "flipped", "computed"]
+        forms = ["plain"] * 4 + ["transposed", "flat", "flipped", "rearranged", "computed"]
         if self.dtype == jnp.float32:
             forms += ["repeated", "constant", "from integers", "from float8", "to integers"]
             forms += ["integers", "float8", "to float8"]
@@ -304,9 +304,11 @@ class _Writer:
             forms += ["real"] * 3
         form = self.pick(forms)
         order = [int(axis) for axis in self.rng.permutation(len(shape))]
+        stacked = [shape[axis] for axis in np.argsort(order)]
         make: dict[str, Callable[[], Array]] = {
             "transposed": lambda: plain.transpose(np.argsort(order)),
             "flat": lambda: plain.reshape(-1),
+            "rearranged": lambda: np.flip(plain.transpose(np.argsort(order))).reshape(-1),
             "from integers": lambda: np.round(8 * plain).astype(np.int8),
             "to integers": lambda: 3 * plain,
             "from float8": lambda: plain.astype(jnp.float8_e4m3fn),
@@ -323,6 +325,7 @@ class _Writer:
             return {
                 "transposed": lambda: jnp.transpose(kernel, order),
                 "flat": lambda: kernel.reshape(shape),
+                "rearranged": lambda: jnp.transpose(jnp.flip(kernel.reshape(stacked)), order),
                 "flipped": lambda: jnp.flip(kernel),
                 "computed": lambda: jnp.tanh(kernel) * gain,
                 "repeated": lambda: jnp.broadcast_to(kernel, shape),
