@@ -206,7 +206,7 @@ class _Writer:
         if is_inside:
             return
         self.outputs = None
-        self.waiting, self.axes = ([], set()) if is_spread else ([number], set(axes))
+        self.waiting, self.axes = [] if is_spread else [number], set(axes)
 
     # --- changes of shape -----------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class _Writer:
         """An einsum or a product with dimension numbers in any order, of one kernel or of two."""
         rank = self.aval.ndim
         summed = self.subset(range(rank), 1, 2)
-        if self.waiting and self.is_true(0.6):
+        if self.axes and self.is_true(0.6):
             summed = list({*self.axes, *summed})
         rest = [axis for axis in range(rank) if axis not in summed]
         kept = self.subset(rest, 0, 1) if self.is_true(0.4) else []
@@ -455,6 +455,8 @@ class _Writer:
         for _ in range(1 if self.dtype in HALF else int(self.rng.integers(1, 4))):
             if self.is_true(0.4):
                 self.nonlinearity()
+                if self.is_true(0.2):
+                    self.expand_dims()
                 self.norm(most=self.pick([1, 1, 9]))
                 for _ in range(int(self.rng.integers(0, 4))):
                     self.pick([*shapes, self.reshape, self.reshape])()
