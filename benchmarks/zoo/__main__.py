@@ -1,4 +1,8 @@
-"""``python -m benchmarks.zoo``."""
+"""What the tools of bn_jax do with models of other packages.
+
+``python -m benchmarks.zoo`` makes every check on every model, in a process for each core, prints
+the table and writes ``zoo.json``.
+"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -7,19 +11,19 @@ from typing import Any
 import jax
 from rich.progress import track
 
-import benchmarks.zoo
 from benchmarks import report
 from benchmarks.zoo.measuring import MODELS, measure
+from benchmarks.zoo.table import tables
 
 
 def main() -> None:
     """Checks all models, prints the table and writes its figures."""
-    folder = report.parser("zoo", benchmarks.zoo.__doc__).parse_args().folder
+    folder = report.parser("zoo", __doc__).parse_args().folder
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = dict(zip(MODELS, track(pool.map(_row, MODELS), total=len(MODELS)), strict=True))
-    report.finish(
-        "zoo", folder, ("jaxlib", "flax", "optax"), {"models": rows}, benchmarks.zoo.tables
-    )
+        rows = dict(
+            zip(MODELS, track(pool.map(_row, MODELS), "models", total=len(MODELS)), strict=True)
+        )
+    report.finish("zoo", folder, ("jaxlib", "flax", "optax"), {"models": rows}, tables)
 
 
 def _row(name: str) -> dict[str, Any]:

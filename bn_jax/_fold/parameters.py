@@ -64,9 +64,10 @@ class ScaleAndOffset(NamedTuple):
         # `b` makes up for it at the mean: there, -shift / sign, the steps before the scale give 0.
         first_scale = next(at for at, step in enumerate(self.steps) if step.kind in ("mul", "div"))
         sign, shift = _compose(known, self.steps[:first_scale], size)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             rounding = a - in_double(a.astype(self.wide))
-        return a, np.where(np.isfinite(rounding), b - rounding * shift / sign, b)
+            corrected = b - rounding * shift / sign
+        return a, np.where(np.isfinite(rounding), corrected, b)
 
     def recipe(self, program: Program, seen: dict[int, str]) -> Hashable:
         """Returns the digests of the steps of the norm."""

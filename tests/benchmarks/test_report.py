@@ -12,9 +12,14 @@ import pytest
 from benchmarks import layer, numerics, report
 
 FOLDER = Path(report.__file__).parent
-BENCHMARKS = sorted(
-    path.stem for path in FOLDER.glob("*.py") if "report.finish(" in path.read_text()
-)
+# The program of each benchmark: a file, or that of a folder.
+FILES = [*FOLDER.glob("*.py"), *FOLDER.glob("*/__main__.py")]
+PROGRAMS = {
+    path.parent.name if path.stem == "__main__" else path.stem: path
+    for path in FILES
+    if "report.finish(" in path.read_text()
+}
+BENCHMARKS = sorted(PROGRAMS)
 # They print or write nothing by themselves, or write pages.
 OTHERS = {"__init__", "adversarial", "compilers", "document", "hlo", "report", "timing"}
 
@@ -91,10 +96,11 @@ def test_what_another_run_compiled_is_known(folders):
 
 
 def test_every_benchmark_writes_by_the_one_mechanism():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*BENCHMARKS, *OTHERS}
+    assert {path.stem for path in FILES} - {"__main__"} == {*BENCHMARKS, *OTHERS} - {"zoo"}
+    assert {path.parent.name for path in FILES} == {FOLDER.name, "zoo"}
     assert {path.stem for path in report.RESULTS.glob("*.json")} <= {*BENCHMARKS}
     for name in BENCHMARKS:
-        tree = ast.parse((FOLDER / f"{name}.py").read_text())
+        tree = ast.parse(PROGRAMS[name].read_text())
         names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert names.isdisjoint({"RESULTS", "write_text", "write_bytes", "open", "dump"}), name
         assert {"parser", "finish"} <= names, name
@@ -102,7 +108,8 @@ def test_every_benchmark_writes_by_the_one_mechanism():
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_option_is_explained_before_anything_is_measured(name, monkeypatch, capsys):
-    benchmark = importlib.import_module(f"benchmarks.{name}")
+    module = ".".join(PROGRAMS[name].relative_to(FOLDER.parent).with_suffix("").parts)
+    benchmark = importlib.import_module(module)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, benchmark, "--help")
     shown = capsys.readouterr().out

@@ -206,7 +206,7 @@ class _Writer:
         if is_inside:
             return
         self.outputs = None
-        self.waiting, self.axes = ([], set()) if is_spread else ([number], set(axes))
+        self.waiting, self.axes = [] if is_spread else [number], set(axes)
 
     # --- changes of shape -----------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ class _Writer:
     def kernel(self, shape: Sequence[int], fan_in: int) -> Kernel:
         """Adds a kernel in one of many forms."""
         plain = (self.normal(shape) / np.sqrt(max(1, fan_in))).astype(self.dtype)
-        forms = ["plain"] * 4 + ["transposed", "flat", "flipped", "computed"]
+        forms = ["plain"] * 4 + ["transposed", "flat", "flipped", "rearranged", "computed"]
         if self.dtype == jnp.float32:
             forms += ["repeated", "constant", "from integers", "from float8", "to integers"]
             forms += ["integers", "float8", "to float8"]
@@ -304,9 +304,11 @@ class _Writer:
             forms += ["real"] * 3
         form = self.pick(forms)
         order = [int(axis) for axis in self.rng.permutation(len(shape))]
+        stacked = [shape[axis] for axis in np.argsort(order)]
         make: dict[str, Callable[[], Array]] = {
             "transposed": lambda: plain.transpose(np.argsort(order)),
             "flat": lambda: plain.reshape(-1),
+            "rearranged": lambda: np.flip(plain.transpose(np.argsort(order))).reshape(-1),
             "from integers": lambda: np.round(8 * plain).astype(np.int8),
             "to integers": lambda: 3 * plain,
             "from float8": lambda: plain.astype(jnp.float8_e4m3fn),
@@ -323,6 +325,7 @@ class _Writer:
             return {
                 "transposed": lambda: jnp.transpose(kernel, order),
                 "flat": lambda: kernel.reshape(shape),
+                "rearranged": lambda: jnp.transpose(jnp.flip(kernel.reshape(stacked)), order),
                 "flipped": lambda: jnp.flip(kernel),
                 "computed": lambda: jnp.tanh(kernel) * gain,
                 "repeated": lambda: jnp.broadcast_to(kernel, shape),
@@ -344,7 +347,7 @@ class _Writer:
         """An einsum or a product with dimension numbers in any order, of one kernel or of two."""
         rank = self.aval.ndim
         summed = self.subset(range(rank), 1, 2)
-        if self.waiting and self.is_true(0.6):
+        if self.axes and self.is_true(0.6):
             summed = list({*self.axes, *summed})
         rest = [axis for axis in range(rank) if axis not in summed]
         kept = self.subset(rest, 0, 1) if self.is_true(0.4) else []
@@ -452,6 +455,8 @@ class _Writer:
         for _ in range(1 if self.dtype in HALF else int(self.rng.integers(1, 4))):
             if self.is_true(0.4):
                 self.nonlinearity()
+                if self.is_true(0.2):
+                    self.expand_dims()
                 self.norm(most=self.pick([1, 1, 9]))
                 for _ in range(int(self.rng.integers(0, 4))):
                     self.pick([*shapes, self.reshape, self.reshape])()

@@ -157,7 +157,7 @@ def twice_by_hand():
     names = ("mean", "var", "scale", "bias")
     variables = randomized({f"{name}{one}": jnp.ones(4) for name in names for one in ("", "2")})
     variables = {k: jnp.abs(v) if k.startswith("var") else v for k, v in variables.items()}
-    fates = ("its output goes to `mul`", "its output goes to `tanh`")
+    fates = ("its output goes to `sub`", "its output goes to `tanh`")
     return Case(forward, variables, standard_normal(1, (3, 4)), fates)
 
 

@@ -234,3 +234,16 @@ def test_dtypes_that_hold_products():
     assert all(held(["bfloat16", "float16", "float32", "float64", "complex64"]))
     assert not any(held(["int8", "uint4", "bool", "int32", "float8_e4m3fn", "float8_e5m2"]))
     assert not any(held(["float4_e2m1fn", "float8_e8m0fnu"]))
+
+
+def test_a_scale_that_float16_cannot_hold_is_an_error():
+    def forward(norm, x):
+        return jnp.tanh(x * lax.rsqrt(norm["var"]) * norm["scale"])
+
+    norm = {"var": jnp.full((1, 4), 1e-3, jnp.float16), "scale": jnp.full((1, 4), 6e4, jnp.float16)}
+    with pytest.raises(
+        ValueError, match=r"'scale' with its norm is as large as 1\.9e\+06, which fl"
+    ):
+        bn.fold(forward, norm, jnp.ones((2, 4), jnp.float16))
+    norm = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), norm)
+    assert bn.fold(forward, norm, jnp.ones((2, 4))).report[0].into is None

@@ -51,6 +51,13 @@ def test_haiku_keeps_statistics_in_another_tree(options):
     home = "0/norm_{}" if options[0] else "1/norm_{}/~"
     assert names == [home.format(number) for number in range(3)]
 
+    def as_part(variables, x):
+        return forward(variables["model"], x)
+
+    names, _ = names_of(as_part, {"model": {"params": params, "state": state}}, x)
+    home = "model/params/norm_{}" if options[0] else "model/state/norm_{}/~"
+    assert names == [home.format(number) for number in range(3)]
+
 
 def by_lists(variables, x):
     """A model as Keras calls it: lists of trainable and of other variables."""
