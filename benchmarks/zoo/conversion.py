@@ -151,7 +151,7 @@ def _equinox(specimen: Specimen) -> tuple[Any, Any]:
     """Returns the arrays of Equinox, as the docstring of `convert` has them, and those of Flax."""
     import equinox as eqx
 
-    params, state = specimen.variables
+    params, state = specimen.variables["params"], specimen.variables["state"]
     is_norm = lambda node: isinstance(node, eqx.nn.BatchNorm)  # noqa: E731
     is_index = lambda node: isinstance(node, eqx.nn.StateIndex)  # noqa: E731
     whole = jax.tree.map(

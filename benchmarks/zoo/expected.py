@@ -27,16 +27,7 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
 }
 
 # Faults of this package, by the check: the models, or their libraries, and what is wrong.
-FAULTS: Mapping[str, Mapping[str, str]] = {
-    "names": {
-        "Haiku": "`fold` calls every norm the top-level norm",
-        "Equinox": "`fold` calls every norm by the index of the state among the variables",
-    },
-    "masks": {
-        library: f"the names of {library}'s parameters are unknown"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
-}
+FAULTS: Mapping[str, Mapping[str, str]] = {}
 
 # Which norms `fold` leaves: how many for each reason, by a part of it.
 LEFT: Mapping[str, Mapping[str, int]] = {
