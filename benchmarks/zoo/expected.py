@@ -4,26 +4,14 @@ from collections.abc import Mapping
 
 # By the check: why it says nothing of the models of a library, or of one model.
 ABSENT: Mapping[str, Mapping[str, str]] = {
-    "ours": {
-        library: "`replace_norms` puts our norms in the place of Flax's"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
-    "recalibrate": {
-        library: "measures norms of Flax and of this package"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
-    "audit": {
-        library: "examines norms of Flax and of this package"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
-    "freeze": {
-        library: "freezes norms of Flax and of this package"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
-    "remat": {
-        library: "the moments of other norms have no names that a policy could keep"
-        for library in ("Haiku", "Keras", "Equinox")
-    },
+    check: dict.fromkeys(("Haiku", "Keras", "Equinox"), reason)
+    for check, reason in {
+        "ours": "`replace_norms` puts our norms in the place of Flax's",
+        "recalibrate": "measures norms of Flax and of this package",
+        "audit": "examines norms of Flax and of this package",
+        "freeze": "freezes norms of Flax and of this package",
+        "remat": "the moments of other norms have no names that a policy could keep",
+    }.items()
 }
 
 # Faults of this package, by the check: the models, or their libraries, and what is wrong.

@@ -185,44 +185,27 @@ def _by_mutability(model: nn.Module) -> Apply:
     return apply
 
 
-def jax_resnet() -> Specimen:
-    """ResNet-D of jax-resnet."""
+def _jax_resnet(name: str, block: str, sizes: tuple[int, int], **options: Any) -> Specimen:
     resnet = load("jax_resnet")
     model = resnet.ResNet(
-        resnet.ResNetDBlock,
+        partial(getattr(resnet, block), **options),
         stage_sizes=[1, 1],
         n_classes=CLASSES,
-        hidden_sizes=(8, 16),
+        hidden_sizes=sizes,
         stem_cls=partial(resnet.ResNetDStem, stem_width=8),
     )
-    return _linen(
-        "jax-resnet ResNet-D",
-        "jax-resnet",
-        model,
-        _by_mutability(model),
-        images(),
-        trains_where_mutable=True,
-    )
+    apply = _by_mutability(model)
+    return _linen(name, "jax-resnet", model, apply, images(), trains_where_mutable=True)
+
+
+def jax_resnet() -> Specimen:
+    """ResNet-D of jax-resnet."""
+    return _jax_resnet("jax-resnet ResNet-D", "ResNetDBlock", (8, 16))
 
 
 def jax_resnest() -> Specimen:
     """ResNeSt of jax-resnet: attention over the parts of a grouped convolution."""
-    resnet = load("jax_resnet")
-    model = resnet.ResNet(
-        partial(resnet.ResNeStBottleneckBlock, base_width=64),
-        stage_sizes=[1, 1],
-        n_classes=CLASSES,
-        hidden_sizes=(8, 8),
-        stem_cls=partial(resnet.ResNetDStem, stem_width=8),
-    )
-    return _linen(
-        "jax-resnet ResNeSt",
-        "jax-resnet",
-        model,
-        _by_mutability(model),
-        images(),
-        trains_where_mutable=True,
-    )
+    return _jax_resnet("jax-resnet ResNeSt", "ResNeStBottleneckBlock", (8, 8), base_width=64)
 
 
 def crossq() -> Specimen:
