@@ -95,7 +95,9 @@ class Linen:
         return self.state["batch_stats"]["measured"]
 
     def start_measuring(self):
-        self.state = {**self.state, "batch_stats": start_measuring(self.state["batch_stats"])}
+        # A norm that neither reads nor updates statistics is initialized without them.
+        stats = self.state.get("batch_stats") or bn.init_batch_stats(self.params["scale"].size)
+        self.state = {**self.state, "batch_stats": start_measuring(stats)}
         return self
 
     def evaluating(self):
