@@ -6,13 +6,11 @@ the table and writes ``zoo.json``.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
-import jax
 from rich.progress import track
 
 from benchmarks import report
-from benchmarks.zoo.measuring import MODELS, measure
+from benchmarks.zoo.measuring import MODELS, measure_alone
 from benchmarks.zoo.table import tables
 
 
@@ -20,17 +18,10 @@ def main() -> None:
     """Checks all models, prints the table and writes its figures."""
     folder = report.parser("zoo", __doc__).parse_args().folder
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = dict(
-            zip(MODELS, track(pool.map(_row, MODELS), "models", total=len(MODELS)), strict=True)
-        )
+        # What a process of its own runs may not lie in the module that is run.
+        found = track(pool.map(measure_alone, MODELS), "models", total=len(MODELS))
+        rows = dict(zip(MODELS, found, strict=True))
     report.finish("zoo", folder, ("jaxlib", "flax", "optax"), {"models": rows}, tables)
-
-
-def _row(name: str) -> dict[str, Any]:
-    # The time goes into compiling.
-    jax.config.update("jax_disable_most_optimizations", True)
-    row = measure(name)
-    return {**row._asdict(), "cells": {check: cell._asdict() for check, cell in row.cells.items()}}
 
 
 if __name__ == "__main__":
