@@ -310,6 +310,12 @@ def _require_agreement(
     if not (unknown or missing or misshaped):
         return
     lines = [f"{name} does not fit the variables of Flax."]
+    none_fits = missing and len(missing) == len(expected)
+    if none_fits and (prefix := _prefix_of(missing, set(unknown))):
+        lines.append(
+            f"Every key of {name} has {prefix!r} in front, as where a model is wrapped in another "
+            f"or saved inside of a larger tree: pass {name} without it."
+        )
     statistics = {leaf.key for leaf in leaves if leaf.name in ("mean", "var", "count")}
     if missing and "track_running_stats" in layout.defaults and statistics.issuperset(missing):
         lines.append(
@@ -335,6 +341,13 @@ def _require_agreement(
         f"name of a layer helps, rename or remove the unknown keys of {name} yourself."
     )
     raise ValueError("\n".join(lines))
+
+
+def _prefix_of(missing: list[str], unknown: set[str]) -> str | None:
+    """Returns what all missing keys have in front among the unknown ones; None if nothing."""
+    prefixes = [key.removesuffix(missing[0]) for key in unknown if key.endswith(missing[0])]
+    found = [one for one in prefixes if unknown.issuperset(one + key for key in missing)]
+    return found[0] if found else None
 
 
 def _transposed_hint(shape: tuple[int, ...], leaf: Leaf, layout: Layout) -> str:

@@ -472,6 +472,27 @@ rename or remove the unknown keys of arrays yourself."""
     assert str(raised.value) == re.sub(r"\barrays\b", "like", expected)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_keys_of_a_wrapped_model(prefix):
+    arrays = {"dense.weight": np.ones((3, 2)), "dense.bias": np.ones(3)}
+    wrapped = {prefix + key: array for key, array in arrays.items()}
+    like = {"params": {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}}
+    told = f"Every key of arrays has {prefix!r} in front"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        bn.convert.from_library(wrapped, "pytorch", like=like)
+    with pytest.raises(ValueError, match="Every key of arrays has 'state_dict/' in front"):
+        bn.convert.from_library({"state_dict": arrays, "epoch": 3}, "pytorch", like=like)
+    # Only one key has it.
+    partly = {"dense.weight": arrays["dense.weight"], f"{prefix}dense.bias": arrays["dense.bias"]}
+    with pytest.raises(ValueError) as raised:
+        bn.convert.from_library(partly, "pytorch", like=like)
+    assert "in front" not in str(raised.value)
+    # The advice.
+    bn.convert.from_library(
+        {key.removeprefix(prefix): array for key, array in wrapped.items()}, "pytorch", like=like
+    )
+
+
 def test_a_missing_counter_is_missing():
     arrays = arrays_of("equinox 1")
     del arrays["norm.batch_counter"]
