@@ -28,7 +28,7 @@ LEFT: Mapping[str, Mapping[str, int]] = {
     # Before a sum, after a norm whose output goes on beside them.
     "flaim VAN": {"is used elsewhere too, and its output goes to `add`": 2},
     # `nn.vmap` gives all members one input, which a norm is the first to make several of.
-    "sbx-rl CrossQ critics": {"It changes the shape of its input": 1},
+    "sbx-rl CrossQ critics": {"It broadcasts its input against its parameters": 1},
     # Before the activation, and after what no norm goes into.
     "Haiku ResNet v2": {"comes from `add`": 4, "comes from `reduce_window_max`": 1},
     "Keras DenseNet": {

@@ -79,7 +79,10 @@ def _decide_backward(program: Program, decisions: Decisions, number: int) -> Non
     norm = decisions.norms[number]
     steps = steps_of_norm(program, norm)
     if steps is None:
-        decisions.reasons[number] = "It changes the shape of its input."
+        decisions.reasons[number] = (
+            "It broadcasts its input against its parameters, as under `nn.vmap` with one input for "
+            "all members."
+        )
         return
     decisions.steps[number] = steps
     targets, obstacle = _targets(program, decisions.linears, norm.output, steps[0].features, ())

@@ -168,7 +168,7 @@ def spread_by_hand():
         return jnp.tanh((x - variables["mean"][None]) * lax.rsqrt(variables["var"][None]))
 
     variables = {"mean": jnp.ones(5), "var": jnp.ones(5)}
-    fates = ("It changes the shape of its input.",)
+    fates = ("It broadcasts its input against its parameters",)
     return Case(forward, randomized(variables), standard_normal(1, (3, 1)), fates)
 
 
