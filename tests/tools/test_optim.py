@@ -3,7 +3,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +267,7 @@ def test_a_bias_alone_belongs_to_a_norm_by_its_statistics_or_name():
 
 def haiku_net(x):
     """Every norm of Haiku, under names that do not say so, beside layers that look like norms."""
+    hk = pytest.importorskip("haiku")
     norms = [
         hk.BatchNorm(True, True, 0.9, name="a"),
         hk.BatchNorm(False, True, 0.9, name="b"),
@@ -288,6 +288,7 @@ def haiku_net(x):
 
 
 def test_norms_of_haiku():
+    hk = pytest.importorskip("haiku")
     model = hk.transform_with_state(haiku_net)
     params, _ = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((4, 4, 4)))
     norms = {path for path in params if path in tuple("abcdefg")}
