@@ -906,6 +906,21 @@ def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
     assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
 
 
+@pytest.mark.parametrize("unit, fate", [(1, "kernel"), (1j, "stored as real numbers")])
+def test_a_complex_constant_in_a_norm_may_hold_real_numbers(unit, fate):
+    def forward(variables, x):
+        y = x @ variables["kernel"].astype(jnp.complex64) - variables["mean"]
+        return y * lax.rsqrt(variables["var"]) * factors + variables["bias"]
+
+    factors = (unit * np.arange(1, 6)).astype(np.complex64)[None]
+    variables = {name: jnp.full((1, 5), 2.0) for name in ("mean", "var", "bias")}
+    variables["kernel"] = standard_normal(1, (4, 5), np.float32)
+    x = standard_normal(2, (3, 4), np.complex64)
+    folded = bn.fold(forward, variables, x)
+    assert fate in str(folded.report)
+    assert error_of(folded.apply(folded.params, x), forward(variables, x)) < 2e-6
+
+
 def test_an_imaginary_part_is_never_dropped(monkeypatch):
     monkeypatch.setattr(kernels, "may_be_complex", lambda program, value: False)
     norm, dense = ours(param_dtype=jnp.complex64), nn.Dense(5, dtype=jnp.complex64)
