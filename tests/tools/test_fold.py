@@ -906,7 +906,7 @@ def test_a_real_norm_of_complex_numbers_goes_into_a_real_kernel():
     assert error_of(folded.apply(folded.params, x), model.apply(variables, x)) < 2e-6
 
 
-@pytest.mark.parametrize("unit, fate", [(1, "kernel"), (1j, "stored as real numbers")])
+@pytest.mark.parametrize("unit, fate", [(1, "into kernel"), (1j, "stored as real numbers")])
 def test_a_complex_constant_in_a_norm_may_hold_real_numbers(unit, fate):
     def forward(variables, x):
         y = x @ variables["kernel"].astype(jnp.complex64) - variables["mean"]
