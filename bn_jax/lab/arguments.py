@@ -145,15 +145,7 @@ def new_file(out: Path | None, default: Path) -> Path:
         default: the file without that option.
     """
     file = out or default
-    try:
-        if file.exists() or file.is_symlink():
-            raise CommandError(f"--out: {file} exists; choose another name or remove it")
-        can_write = file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise CommandError(
-            f"--out: {file} cannot be used ({error.strerror}); choose another file"
-        ) from error
-    if not can_write:
+    if not _is_in_reach("--out", file):
         raise CommandError(
             f"--out: {file} cannot be made in {file.parent}; choose a folder that exists and that "
             "you may write to"
@@ -171,10 +163,20 @@ def new_picture(path: Path | None) -> None:
             f"--plot: received {path}, expected a file name that ends in {', '.join(PICTURES)}; "
             "choose one of these"
         )
-    if path.exists():
-        raise CommandError(f"--plot: {path} exists; choose another name or remove it")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+    if not _is_in_reach("--plot", path):
         raise CommandError(f"--plot: {path} cannot be written there; choose another folder")
+
+
+def _is_in_reach(option: str, file: Path) -> bool:
+    """Tells whether the folder of a new file can be written to; raises if the file exists."""
+    try:
+        if file.exists() or file.is_symlink():
+            raise CommandError(f"{option}: {file} exists; choose another name or remove it")
+        return file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise CommandError(
+            f"{option}: {file} cannot be used ({error.strerror}); choose another file"
+        ) from error
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -335,6 +335,7 @@ def test_refusals(home, command, tmp_path):
         "ends in .png, .pdf, .svg",
         ("recalibrate", "plain", "--plot", "no/a.png"): "--plot: no/a.png cannot be written there",
         ("recalibrate", "plain", "--plot", "full.png"): "--plot: full.png exists",
+        ("audit", "plain", "--plot", f"{'a' * 300}.png"): "cannot be used (File name too long)",
         ("recalibrate", "lost", "--prior", "1"): "--prior: received 1.0, expected 0 to below 1",
         ("fold",): "Missing argument 'DIR'.",
     }
