@@ -22,7 +22,7 @@ MODULES = modules_of_the_package()
 # From the bottom to the top: a room, which is a file or folder of the package, imports rooms of
 # lower layers and itself.
 LAYERS = [
-    {"_compat", "_moved", "_paths", "_pictures", "_tables"},
+    {"_compat", "_moved", "_paths", "_pictures", "_tables", "_transfers"},
     {"_core"},
     {"_modules"},
     {"linen", "nnx"},

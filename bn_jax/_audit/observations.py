@@ -18,7 +18,7 @@ from bn_jax._audit.sites import Site, find_sites
 from bn_jax._core.types import Measured
 from bn_jax._program import Program, evaluate, in_double, inputs_of, trace
 from bn_jax._recalibrate.measuring import measure
-from bn_jax._recalibrate.transfers import devices_of, put
+from bn_jax._transfers import devices_of, put
 from bn_jax.linen.patching import norms_replaced
 
 # How exactly a mean must be moved by 1, relative to the values; less exactly in half precision.

@@ -24,12 +24,7 @@ from bn_jax._core.checks import (
     size_of_groups,
     statistics_dtype,
 )
-from bn_jax._core.moments import (
-    centred_moments,
-    choose_method,
-    may_be_empty,
-    name_moments,
-)
+from bn_jax._core.moments import centred_moments, choose_method, may_be_empty, name_moments
 from bn_jax._core.standardize import (
     finish,
     learned_by,

@@ -33,7 +33,7 @@ from bn_jax._recalibrate.measuring import Forward, prepare
 from bn_jax._recalibrate.pooling import Passed, Pools
 from bn_jax._recalibrate.processes import as_local, gather, is_global
 from bn_jax._recalibrate.report import Recalibration
-from bn_jax._recalibrate.transfers import devices_of, fetch, place_like, put
+from bn_jax._transfers import devices_of, fetch, place_like, put
 
 # Measures a batch with given running statistics, and returns the measurements on the device.
 Measure: TypeAlias = Callable[[Any, int], Pools]
