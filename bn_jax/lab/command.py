@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
     FOR_SAVED_RUNS,
-    check_launch,
-    check_positive,
+    check_counts,
+    check_learning_rate,
     check_range,
     new_file,
     new_folder,
@@ -21,6 +21,8 @@ from bn_jax.lab.arguments import (
     require,
 )
 from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
+from bn_jax.lab.launchers import check_launch
+from bn_jax.lab.supervision import supervise
 
 try:
     import typer
@@ -163,23 +165,21 @@ def train(
 
     The same network is trained without norm, with per-device and with synchronized batch norm.
     """
-    check_positive(
-        devices=devices,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_processes=num_processes,
-    )
+    check_counts(devices=devices, epochs=epochs, batch_size=batch_size)
+    check_learning_rate(learning_rate)
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
     launched = check_launch(coordinator, num_processes, process_id)
     if resume is not None:
         _check_allowed_with_resume(context)
-        from bn_jax.lab import trainer
+    folder = resume or new_folder(out)
+    if launched.is_distributed:
+        supervise()
+    require("jax")
+    from bn_jax.lab import trainer
 
+    if resume is not None:
         trainer.resume(resume, devices, launched)
         return
-    folder = new_folder(out)
-    from bn_jax.lab import trainer
 
     trainer.start(
         trainer.Request(data_file, folder, devices, epochs, batch_size, learning_rate, seed),

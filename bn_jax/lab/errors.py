@@ -2,14 +2,23 @@
 
 import os
 import sys
-import threading
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "CommandError", "abort", "is_distributed", "leave", "print_error"]
+__all__ = [
+    "INTERRUPTED",
+    "CommandError",
+    "abort",
+    "advise",
+    "is_distributed",
+    "leave",
+    "print_error",
+    "tell_parent",
+]
 
 INTERRUPTED = 130
 
-_aborting = threading.Lock()
+# The pipe to a parent that prints the errors of this process, see `supervision`.
+_to_parent: int | None = None
 
 
 class CommandError(Exception):
@@ -24,9 +33,39 @@ class CommandError(Exception):
         self.code = code
 
 
+def tell_parent(pipe: int) -> None:
+    """Has the parent of this process print its errors once it has ended.
+
+    So there is one line even if the runtime aborts the process while it reports an error.
+
+    Args:
+        pipe: the file descriptor of a pipe to the parent.
+    """
+    global _to_parent
+    _to_parent = pipe
+
+
+def advise(advice: str) -> None:
+    """Says what the parent of this process, if it has one, prints if it ends without an error.
+
+    Args:
+        advice: how to continue; it replaces the last one.
+    """
+    _tell("advice", advice)
+
+
 def print_error(message: str) -> None:
     """Prints a message as one line of the error stream."""
-    print("bn-jax: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    if not _tell("error", line):
+        print("bn-jax: error:", line, file=sys.stderr, flush=True)
+
+
+def _tell(kind: str, line: str) -> bool:
+    if _to_parent is None:
+        return False
+    os.write(_to_parent, f"{kind} {line}\n".encode(errors="backslashreplace"))
+    return True
 
 
 def is_distributed() -> bool:
@@ -48,11 +87,6 @@ def leave(code: int) -> NoReturn:
 
 
 def abort(message: str) -> NoReturn:
-    """Prints an error and ends the process at once.
-
-    When another process is lost, a collective and JAX's runtime notice it in two threads: only the
-    first prints.
-    """
-    _aborting.acquire()
+    """Prints an error and ends the process at once, before JAX's runtime aborts it."""
     print_error(message)
     os._exit(1)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import checkpoints, fitting, launch, problem, processes, progress, results, runs
-from bn_jax.lab.arguments import Launch, require
+from bn_jax.lab.arguments import LARGEST, require
 from bn_jax.lab.errors import CommandError
+from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
 from bn_jax.lab.results import Config, Result
