@@ -45,13 +45,15 @@ def tell_parent(pipe: int) -> None:
     _to_parent = pipe
 
 
-def advise(advice: str) -> None:
+def advise(advice: str, aborted: str) -> None:
     """Says what the parent of this process, if it has one, prints if it ends without an error.
 
     Args:
         advice: how to continue; it replaces the last one.
+        aborted: what has happened if JAX's runtime aborts the process.
     """
     _tell("advice", advice)
+    _tell("aborted", aborted)
 
 
 def print_error(message: str) -> None:

@@ -17,6 +17,8 @@ from bn_jax.lab.launchers import Launch
 
 __all__ = ["agree", "explain_failures", "make_mesh", "one_device", "stop_if_lost"]
 
+LOST = "another process was lost, or JAX's runtime failed as reported above"
+
 
 def one_device() -> Mesh:
     """Makes a mesh of the first device."""
@@ -72,7 +74,8 @@ def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
             f"{launch.processes}; give --coordinator, --num-processes and --process-id"
         )
     present = [jax.local_devices(process_index=index) for index in range(launch.processes)]
-    most = min(map(len, present))
+    _check_equal_numbers([len(local) for local in present])
+    most = len(present[0])
     if share is None:
         share = 2 if jax.default_backend() == "cpu" else most
     if share > most:
@@ -97,8 +100,24 @@ def _check_enough_examples(examples: int, share: int, processes: int) -> None:
     )
 
 
+def _check_equal_numbers(devices: list[int]) -> None:
+    if len(set(devices)) == 1:
+        return
+    processes.disconnect()
+    numbers = ", ".join(map(str, devices))
+    raise CommandError(
+        f"--devices: the {len(devices)} processes have {numbers} devices, expected as many in "
+        "each; start every process with the options of process 0, on machines with as many"
+    )
+
+
 def _connect(launch: Launch) -> None:
-    seconds = processes.CONNECTION_TIMEOUT
+    advise(
+        "nothing was saved",
+        f"the {launch.processes} processes did not connect within {processes.CONNECTION_TIMEOUT} "
+        "seconds; start all of them, each with a --process-id of its own and all with the same "
+        "--coordinator and --num-processes",
+    )
     number = None if launch.coordinator is None else launch.processes
     try:
         processes.connect(launch.coordinator, number, launch.process_id)
@@ -108,6 +127,7 @@ def _connect(launch: Launch) -> None:
             "process 0, or give it with --num-processes and --process-id",
             code=1,
         ) from error
+    advise("nothing was saved", LOST)
 
 
 def agree(folder: Path, options: Mapping[str, object]) -> Path:
@@ -121,16 +141,24 @@ def agree(folder: Path, options: Mapping[str, object]) -> Path:
         The folder of process 0.
 
     Raises:
-        CommandError: a value differs from that of process 0.
+        CommandError: in every process, if a value of one differs from that of process 0.
     """
     first = json.loads(processes.from_first(json.dumps({"--out": str(folder)} | dict(options))))
-    for option, value in options.items():
-        if value != first[option]:
-            raise CommandError(
-                f"{option}: received {value}, process 0 {first[option]}, expected the same; "
-                "start every process with the options of process 0"
-            )
-    return Path(first["--out"])
+    different = [option for option, value in options.items() if value != first[option]]
+    differing = [
+        index for index, differs in enumerate(processes.gather(bool(different))) if differs
+    ]
+    if not differing:
+        return Path(first["--out"])
+    processes.disconnect()
+    if different:
+        option = different[0]
+        what = f"{option}: received {options[option]}, process 0 {first[option]}"
+    else:
+        what = f"process {', '.join(differing)} received other options"
+    raise CommandError(
+        f"{what}, expected the same; start every process with the options of process 0"
+    )
 
 
 @contextlib.contextmanager
@@ -145,7 +173,7 @@ def explain_failures(folder: Path) -> Iterator[None]:
     """
     start = "continue" if jax.process_count() == 1 else "start every process again"
     advice = f"{start} with bn-jax train --resume {shlex.quote(str(folder))}"
-    advise(advice)
+    advise(advice, LOST)
     try:
         yield
     except KeyboardInterrupt as error:

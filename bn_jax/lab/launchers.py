@@ -154,9 +154,7 @@ def _check_listening(coordinator: str, port: int) -> None:
     """Raises an error if process 0 cannot listen, at which JAX's runtime would crash."""
     try:
         if socket.has_dualstack_ipv6():
-            server = socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True
-            )
+            server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         else:
             server = socket.create_server(("", port))
         server.close()

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["CONNECTION_TIMEOUT", "connect", "from_first"]
+__all__ = ["CONNECTION_TIMEOUT", "connect", "disconnect", "from_first", "gather"]
 
 CONNECTION_TIMEOUT = 60
 HEARTBEAT_TIMEOUT = 20
+
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects this process with the others, before JAX initializes its devices.
@@ -23,7 +24,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         ValueError: JAX finds no launcher in the environment.
         RuntimeError: JAX has initialized its devices already.
     """
-    # JAX's handler of SIGTERM would wait for a synchronization that a short training never asks for.
+    # Else JAX catches SIGTERM, for a synchronization that a training may then ask for.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
@@ -48,3 +49,15 @@ def from_first(text: str) -> str:
     sent = multihost_utils.broadcast_one_to_all(np.resize(encoded, length))
     return np.asarray(sent).tobytes().decode()
 
+
+def gather(value: bool) -> list[bool]:
+    """Returns the values of all processes, in their order."""
+    return np.atleast_1d(multihost_utils.process_allgather(np.bool_(value))).tolist()
+
+
+def disconnect() -> None:
+    """Disconnects all processes, so that none of them takes another for lost when it ends.
+
+    Every process has to call it. One that is not connected does nothing.
+    """
+    jax.distributed.shutdown()

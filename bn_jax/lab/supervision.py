@@ -8,8 +8,8 @@ is a process that a signal ended. So the command forks before it imports JAX: th
 parent waits, forwards signals, and prints a line if the child fails. That covers each end that no
 code inside can report: an abort, a crash, a lack of memory.
 
-A process that cannot fork (on Windows, or because JAX is imported already) prints its errors itself;
-of an abort it shows the runtime's own report alone.
+A process that cannot fork (on Windows, or because JAX is imported already) prints its errors
+itself, and of an abort shows the runtime's own report alone.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ from bn_jax.lab.errors import print_error, tell_parent
 __all__ = ["supervise"]
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
-LOST = "another process was lost, or JAX's runtime failed as reported above"
 # A pipe holds this much without a reader; a process tells a few lines.
 PIPE = 2**16
 
@@ -95,13 +94,14 @@ def _forward_signals(child: int) -> None:
 
 def _describe(code: int, told: str) -> str:
     """Returns the line about a child that failed."""
-    last = dict(line.split(" ", 1) for line in told.splitlines())
+    last = {"advice": "nothing was saved"}
+    last |= dict(line.split(" ", 1) for line in told.splitlines())
     if "error" in last:
         return last["error"]
-    if code == -signal.SIGABRT:
-        reason = LOST
+    if code == -signal.SIGABRT and "aborted" in last:
+        reason = last["aborted"]
     elif code < 0:
         reason = f"{signal.Signals(-code).name} ended this process"
     else:
         reason = "this process failed as reported above"
-    return f"{reason}; {last.get('advice', 'nothing was saved')}"
+    return f"{reason}; {last['advice']}"

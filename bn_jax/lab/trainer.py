@@ -96,7 +96,9 @@ def start(request: Request, launched: Launch) -> None:
         learning_rate=request.learning_rate,
         seed=request.seed,
     )
-    run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
+    run = Run(request.folder, loaded, config, mesh)
+    _check_steps(run)
+    run = _agree(run, is_resumed=False)
     if jax.process_index() == 0:
         _begin(run)
     _train(run)
@@ -149,6 +151,16 @@ def _agree(run: Run, *, is_resumed: bool) -> Run:
         },
     )
     return run._replace(folder=folder)
+
+
+def _check_steps(run: Run) -> None:
+    """Raises an error if the counters of the steps, int32 as in Optax, would overflow."""
+    most = LARGEST // run.steps_per_epoch
+    if run.config.epochs > most:
+        raise CommandError(
+            f"--epochs: received {run.config.epochs}, expected at most {most}, since "
+            f"{run.steps_per_epoch} steps in each make more than {LARGEST} otherwise; lower it"
+        )
 
 
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
@@ -222,7 +234,7 @@ def _train(run: Run) -> None:
         if jax.process_index() == 0:
             local = run.mesh.local_mesh
             results.finish(run.folder, run.problem, run.config, trained, local)
-        jax.distributed.shutdown()
+        processes.disconnect()
 
 
 def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
