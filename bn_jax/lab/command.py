@@ -20,7 +20,14 @@ from bn_jax.lab.arguments import (
     new_picture,
     require,
 )
-from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
+from bn_jax.lab.errors import (
+    INTERRUPTED,
+    CommandError,
+    is_distributed,
+    leave,
+    print_error,
+    print_interrupted,
+)
 from bn_jax.lab.launchers import check_launch
 from bn_jax.lab.supervision import supervise
 
@@ -481,4 +488,6 @@ def reproduce(
 
 
 if __name__ == "__main__":
-    main()
+    from bn_jax.lab.__main__ import run
+
+    run()

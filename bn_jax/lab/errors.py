@@ -12,11 +12,14 @@ __all__ = [
     "is_distributed",
     "leave",
     "print_error",
+    "print_interrupted",
+    "show_cursor",
     "tell_parent",
 ]
 
 INTERRUPTED = 130
 
+_advice = "nothing was saved"
 # The pipe to a parent that prints the errors of this process, see `supervision`.
 _to_parent: int | None = None
 
@@ -46,12 +49,14 @@ def tell_parent(pipe: int) -> None:
 
 
 def advise(advice: str, aborted: str) -> None:
-    """Says what the parent of this process, if it has one, prints if it ends without an error.
+    """Says what is printed when something ends this process, now or later.
 
     Args:
         advice: how to continue; it replaces the last one.
-        aborted: what has happened if JAX's runtime aborts the process.
+        aborted: what has happened if JAX's runtime aborts the process, which its parent prints.
     """
+    global _advice
+    _advice = advice
     _tell("advice", advice)
     _tell("aborted", aborted)
 
@@ -61,6 +66,21 @@ def print_error(message: str) -> None:
     line = " ".join(message.split())
     if not _tell("error", line):
         print("bn-jax: error:", line, file=sys.stderr, flush=True)
+
+
+def print_interrupted() -> None:
+    """Prints the line about Ctrl-C; to be called by a handler of the signal."""
+    show_cursor()
+    line = f"interrupted; {_advice}"
+    if not _tell("error", line):
+        # Not through sys.stderr, which the handler may have interrupted.
+        os.write(2, f"bn-jax: error: {line}\n".encode(errors="backslashreplace"))
+
+
+def show_cursor() -> None:
+    """Shows the cursor of a terminal, which a progress bar hides, on a new line."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
+        os.write(2, b"\x1b[?25h\n")
 
 
 def _tell(kind: str, line: str) -> bool:

@@ -17,6 +17,9 @@ from bn_jax.lab.launchers import Launch
 
 __all__ = ["agree", "explain_failures", "make_mesh", "one_device", "stop_if_lost"]
 
+# XLA runs the virtual devices of a CPU on a pool of this many threads, and ends the process if more
+# devices wait for each other in a collective.
+MOST_CPU_DEVICES = 256
 LOST = "another process was lost, or JAX's runtime failed as reported above"
 
 
@@ -78,6 +81,11 @@ def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
     most = len(present[0])
     if share is None:
         share = 2 if jax.default_backend() == "cpu" else most
+    if share > MOST_CPU_DEVICES and jax.default_backend() == "cpu":
+        raise CommandError(
+            f"--devices: received {share * launch.processes}, expected at most {MOST_CPU_DEVICES} "
+            "virtual devices in each process on a CPU; lower it"
+        )
     if share > most:
         raise CommandError(
             f"--devices: received {share * launch.processes}, expected at most the "

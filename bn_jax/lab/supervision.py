@@ -20,7 +20,7 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
-from bn_jax.lab.errors import print_error, tell_parent
+from bn_jax.lab.errors import print_error, show_cursor, tell_parent
 
 __all__ = ["supervise"]
 
@@ -47,15 +47,7 @@ def supervise() -> None:
     os.close(from_child)
     os.close(held_by_parent)
     tell_parent(to_parent)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt_once)
     threading.Thread(target=_end_with_parent, args=(life_of_parent,), daemon=True).start()
-
-
-def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
-    # A terminal sends Ctrl-C to parent and child, and the parent forwards it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _end_with_parent(life_of_parent: int) -> None:
@@ -71,6 +63,7 @@ def _end_as(child: int, from_child: int) -> NoReturn:
     if code != 0:
         # Without waiting for the end of the pipe, which a process of the child may hold.
         os.set_blocking(from_child, False)
+        show_cursor()
         print_error(_describe(code, os.read(from_child, PIPE).decode()))
     sys.exit(1 if code < 0 else code)
 
