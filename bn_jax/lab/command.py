@@ -26,7 +26,6 @@ from bn_jax.lab.errors import (
     is_distributed,
     leave,
     print_error,
-    print_interrupted,
 )
 from bn_jax.lab.launchers import check_launch
 from bn_jax.lab.supervision import supervise
