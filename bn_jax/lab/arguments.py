@@ -41,7 +41,7 @@ def require(*modules: str) -> None:
             raise CommandError(
                 f"{module} cannot be imported ({type(error).__name__}: {error}); check the "
                 "environment variables that begin with JAX_, or install it anew",
-                code=1,
+                code=2 if isinstance(error, ValueError) else 1,
             ) from error
 
 

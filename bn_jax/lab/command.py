@@ -402,7 +402,9 @@ def convert(
     Reads a safetensors file of a library's weights, and writes the variables of a Flax model to
     another one, in which parts of a path are joined by slashes: params/Dense_0/kernel.
     """
-    require("safetensors")
+    require("jax", "safetensors")
+    if not file.name:
+        raise CommandError(f"FILE: received {file}, expected a safetensors file; give its path")
     file_out = new_file(out, file.with_name(f"{file.stem}-flax.safetensors"))
     from bn_jax.lab import converting
 
@@ -462,7 +464,7 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
-    require("rich", "matplotlib", "sklearn")
+    require("jax", "rich", "matplotlib", "sklearn")
     from bn_jax.lab import reproduction, tables
     from bn_jax.lab.experiments import parallel
 

@@ -15,7 +15,7 @@ from bn_jax.lab import processes
 from bn_jax.lab.errors import INTERRUPTED, CommandError, abort, advise, is_distributed
 from bn_jax.lab.launchers import Launch
 
-__all__ = ["agree", "explain_failures", "make_mesh", "one_device", "stop_if_lost"]
+__all__ = ["agree", "explain_failures", "make_mesh", "one_device", "start_backend", "stop_if_lost"]
 
 # XLA runs the virtual devices of a CPU on a pool of this many threads, and ends the process if more
 # devices wait for each other in a collective.
@@ -25,20 +25,24 @@ LOST = "another process was lost, or JAX's runtime failed as reported above"
 
 def one_device() -> Mesh:
     """Makes a mesh of the first device."""
-    _start_backend()
+    start_backend()
     return training.make_mesh(jax.devices()[:1])
 
 
-def _start_backend() -> None:
-    """Has JAX find its devices; what a user's environment prevents is a CommandError."""
+def start_backend() -> None:
+    """Has JAX find its devices.
+
+    Raises:
+        CommandError: there are none, or not those that the environment names.
+    """
     try:
         jax.devices()
     except Exception as error:
         chosen = os.environ.get("JAX_PLATFORMS")
         setting = "JAX_PLATFORMS is not set" if chosen is None else f"JAX_PLATFORMS is {chosen}"
         raise CommandError(
-            f"JAX finds no devices ({error}); {setting}: choose a platform that this machine has, "
-            "e.g. JAX_PLATFORMS=cpu",
+            f"JAX finds no devices ({type(error).__name__}: {error}); {setting}: choose a "
+            "platform that this machine has, e.g. JAX_PLATFORMS=cpu",
             code=1 if chosen is None else 2,
         ) from error
 
@@ -70,7 +74,7 @@ def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
     # Once JAX has its devices their number is fixed, and the check below answers.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", share or 2)
-    _start_backend()
+    start_backend()
     if jax.process_count() != launch.processes:
         raise CommandError(
             f"JAX connected {jax.process_count()} processes where the environment names "

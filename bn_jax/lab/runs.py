@@ -22,7 +22,7 @@ from bn_jax import convert, linen, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab import checkpoints, data, interrupts, models
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
@@ -544,13 +544,14 @@ def staged(folder: Path) -> Iterator[Path]:
     existed = folder.exists()
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        # metrics.json is the last, for it marks a run as finished.
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            path.replace(folder / path.name)
+        with interrupts.as_exceptions():
+            staging.mkdir(parents=True)
+            yield staging
+            # metrics.json is the last, for it marks a run as finished.
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
+                if (folder / path.name).is_dir():
+                    shutil.rmtree(folder / path.name)
+                path.replace(folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if not existed and folder.exists() and not any(folder.iterdir()):

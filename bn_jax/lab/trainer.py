@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from bn_jax import training
 from bn_jax.lab import checkpoints, fitting, launch, problem, processes, progress, results, runs
 from bn_jax.lab.arguments import LARGEST, require
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.errors import CommandError, advise
 from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
@@ -214,6 +214,7 @@ def _train(run: Run) -> None:
         if jax.process_index() == 0:
             local = run.mesh.local_mesh
             results.finish(run.folder, run.problem, run.config, trained, local)
+        advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
         processes.disconnect()
 
 
