@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["open_regular", "read_bytes", "read_json", "sha256_of_file", "sha256_of_folder"]
+__all__ = [
+    "MOST_BYTES",
+    "open_regular",
+    "read_bytes",
+    "read_json",
+    "sha256_of_file",
+    "sha256_of_folder",
+]
 
 # Far more than what is trained here writes, and still read in seconds.
 MOST_BYTES = 2**32
@@ -61,9 +68,9 @@ def read_bytes(path: Path, most: int) -> bytes:
         ValueError: it is not a regular file, or larger.
     """
     with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, most)
         content = file.read(most + 1) or b""
-    if len(content) > most:
-        raise ValueError(f"{path} has more than {most:,} bytes")
+    _check_size(path, len(content), most)
     return content
 
 
@@ -154,12 +161,17 @@ def _update(digest: "hashlib._Hash", path: Path, most: int) -> int:
     """Adds a file to a digest, and returns its size."""
     size = 0
     with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, most)
         while block := file.read(BLOCK):
             digest.update(block)
             size += len(block)
-            if size > most:
-                raise ValueError(f"{path} has more bytes than a file of a run")
+            _check_size(path, size, most)
     return size
+
+
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(f"{path} has more than {most:,} bytes, expected a file of a run")
 
 
 def _check_regular(path: Path, status: os.stat_result) -> None:

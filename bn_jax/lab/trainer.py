@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -283,11 +282,13 @@ def _last_position(arm: str, run: Run) -> checkpoints.Position:
         config.seed,
         run.mesh,
     )
-    newest = _newest_usable(arm, run) if jax.process_index() == 0 else FROM_START
-    newest = processes.from_first(newest)
-    if newest == FROM_START:
+    newest = None
+    if jax.process_index() == 0:
+        newest = unfinished.newest_usable(run.checkpoints(arm), run.origin(arm))
+    name = processes.from_first(FROM_START if newest is None else newest.name)
+    if name == FROM_START:
         return checkpoints.Position(state, np.random.default_rng(config.seed), [])
-    path = run.checkpoints(arm) / newest
+    path = run.checkpoints(arm) / name
     try:
         return checkpoints.restore_position(path, state)
     except (OSError, ValueError) as error:
@@ -295,17 +296,3 @@ def _last_position(arm: str, run: Run) -> checkpoints.Position:
             f"--resume: {path} cannot be restored ({error}); remove it to continue from the "
             "previous checkpoint"
         ) from error
-
-
-def _newest_usable(arm: str, run: Run) -> str:
-    for path in checkpoints.positions(run.checkpoints(arm)):
-        reason = checkpoints.why_unusable(path, run.origin(arm))
-        if reason is None:
-            return path.name
-        print(
-            f"bn-jax: warning: {path} {reason}; {arm} continues from the previous checkpoint, or "
-            "from the start if there is none",
-            file=sys.stderr,
-            flush=True,
-        )
-    return FROM_START

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bn_jax.lab import checkpoints, locking, records
 from bn_jax.lab.errors import CommandError
-from bn_jax.lab.records import ARMS, Started
+from bn_jax.lab.records import ARMS, Origin, Started
 
-__all__ = ["begin", "checkpoints_of", "hold", "kept", "read"]
+__all__ = ["begin", "checkpoints_of", "hold", "kept", "newest_usable", "read"]
 
 
 def checkpoints_of(folder: Path, arm: str) -> Path:
@@ -101,13 +101,28 @@ def read(folder: Path) -> Started:
             raise CommandError(f"--resume: {error}; {fix}") from error
         if started is None:
             raise _refusal(folder, error) from error
-    print(
-        f"bn-jax: warning: {_config(folder)} is missing; the run continues with the copy of it in "
-        f"{path}",
-        file=sys.stderr,
-        flush=True,
-    )
+    _warn(f"{_config(folder)} is missing; the run continues with the copy of it in {path}")
     return started
+
+
+def newest_usable(folder: Path, origin: Origin) -> Path | None:
+    """Finds the checkpoint to continue from, and warns of each that is passed over.
+
+    Args:
+        folder: of the checkpoints of an arm.
+        origin: of the training.
+
+    Returns:
+        The newest that is intact and of this training, or None: start from the beginning.
+    """
+    for path in checkpoints.positions(folder):
+        if (reason := checkpoints.why_unusable(path, origin)) is None:
+            return path
+        _warn(
+            f"{path} {reason}; {origin.arm} continues from the previous checkpoint, or from the "
+            "start if there is none"
+        )
+    return None
 
 
 def kept(folder: Path) -> str:
@@ -125,6 +140,10 @@ def kept(folder: Path) -> str:
         return "no checkpoint was kept; free space or mend the cause"
     saved = ", ".join(f"{arm} to epoch {epoch}" for arm, epoch in newest.items())
     return f"kept are the checkpoints of {saved}; free space or mend the cause"
+
+
+def _warn(message: str) -> None:
+    print("bn-jax: warning:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _config(folder: Path) -> Path:
