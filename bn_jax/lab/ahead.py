@@ -1,5 +1,7 @@
-"""Work that is prepared while earlier work is done."""
+"""Work that is prepared while other work is done."""
 
+import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,21 +15,31 @@ Prepared = TypeVar("Prepared")
 def prepare_ahead(
     prepare: Callable[[Item], Prepared], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Prepared]]:
-    """Prepares each item in another thread while the caller works on the one before it.
+    """Prepares each item in another thread, while the caller works on the item before it.
 
     Args:
-        prepare: called with the items in their order, one at a time. It should release Python's
-            lock, as compiling does.
+        prepare: called with one item after another. What releases Python's lock, as a compiler
+            does, leaves the processor to the caller where there are several cores.
         items: the work.
 
     Yields:
-        Each item and what `prepare` returned. An exception in `prepare` is raised here, where its
-        item would come. If the caller stops early, nothing more is prepared.
+        Each item, and what `prepare` returned for it. An exception in `prepare` is raised here when
+        it is the turn of its item. Once the caller stops, no other item is begun.
     """
-    remaining = list(items)
-    with _leaving_at_once(ThreadPoolExecutor(1, "prepare")) as threads:
-        futures = [threads.submit(prepare, item) for item in remaining[:1]]
-        for number, item in enumerate(remaining):
-            prepared = futures[number].result()
-            futures.extend(threads.submit(prepare, later) for later in remaining[number + 1 :][:1])
+    remaining = iter(items)
+    begun: collections.deque = collections.deque()
+    thread = ThreadPoolExecutor(1, "prepare")
+
+    def begin_next() -> None:
+        for item in itertools.islice(remaining, 1):
+            begun.append((item, thread.submit(prepare, item)))
+
+    try:
+        begin_next()
+        while begun:
+            item, future = begun.popleft()
+            prepared = future.result()
+            begin_next()
             yield item, prepared
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)

@@ -85,7 +85,10 @@ def shard_dataset(dataset: Dataset, batch_size: int, mesh: Mesh) -> list[Batch]:
 
 
 def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: Sequence[int], mesh: Mesh
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: Sequence[int],
+    mesh: Mesh,
 ) -> TrainState:
     """Returns what `bn_jax.training.create_state` returns, without values, so it compiles nothing.
 

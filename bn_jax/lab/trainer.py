@@ -1,9 +1,10 @@
 """The command `bn-jax train`: starts or resumes a run, and trains its arms."""
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from bn_jax.lab import (
     runs,
     unfinished,
 )
+from bn_jax.lab.ahead import prepare_ahead
 from bn_jax.lab.arguments import Launch, require
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.problem import Problem
@@ -221,7 +223,7 @@ def _train(run: Run) -> None:
     with launch.explain_failures(run.folder):
         try:
             with _progress(run) as show:
-                trained = {arm: train_arm(arm, run, show) for arm in run.config.arms}
+                trained = {arm: train_arm(arm, run, last, show) for arm, last in _prepared(run)}
             if jax.process_index() == 0:
                 local = run.mesh.local_mesh
                 results.finish(run.folder, run.problem, run.config, trained, local)
@@ -236,18 +238,37 @@ def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
     return contextlib.nullcontext(lambda arm, report: None)
 
 
-def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
-    """Trains an arm from its newest checkpoint to the end.
+def _prepared(run: Run) -> Iterator[tuple[str, checkpoints.Position]]:
+    """Yields each arm and where it continues, with what it runs compiled."""
+    prepare = functools.partial(_prepare_arm, run)
+    if jax.process_count() == 1:
+        return prepare_ahead(prepare, run.config.arms)
+    # Processes must communicate in the same order, which threads do not keep.
+    return ((arm, prepare(arm)) for arm in run.config.arms)
+
+
+def _prepare_arm(run: Run, arm: str) -> checkpoints.Position:
+    last = _last_position(arm, run)
+    if not last.reports or last.reports[-1].epoch < run.config.epochs:
+        parts = run.problem.splits
+        fitting.compile_programs(
+            last.state, parts.train, parts.validation, run.mesh, run.config.batch_size
+        )
+    return last
+
+
+def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReport) -> Result:
+    """Trains an arm to the end.
 
     Args:
         arm: one of `runs.ARMS`.
         run: the run; a checkpoint is saved in its folder after every epoch.
+        last: where to continue.
         show: called with the arm and each report.
 
     Returns:
         All reports, the last state and its test evaluation.
     """
-    last = _last_position(arm, run)
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
         show(arm, reports[-1])
@@ -274,20 +295,19 @@ def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
 
 def _last_position(arm: str, run: Run) -> checkpoints.Position:
     """Returns the newest intact checkpoint that process 0 finds, else the start."""
-    config = run.config
-    state = training.create_state(
-        runs.make_model(arm, run.problem.num_classes, config.batch_size // config.devices),
-        fitting.make_optimizer(config.learning_rate, config.epochs * run.steps_per_epoch),
-        run.problem.test_images.shape[1:],
-        config.seed,
-        run.mesh,
-    )
+    config, image_shape = run.config, run.problem.test_images.shape[1:]
+    per_device = config.batch_size // config.devices
+    model = runs.make_model(arm, run.problem.num_classes, per_device, config.model, image_shape)
+    steps = config.epochs * run.steps_per_epoch
+    optimizer = fitting.make_optimizer(config.learning_rate, steps)
     newest = None
     if jax.process_index() == 0:
         newest = unfinished.newest_usable(run.checkpoints(arm), run.origin(arm))
     name = processes.from_first(FROM_START if newest is None else newest.name)
     if name == FROM_START:
+        state = training.create_state(model, optimizer, image_shape, config.seed, run.mesh)
         return checkpoints.Position(state, np.random.default_rng(config.seed), [])
+    state = fitting.abstract_state(model, optimizer, image_shape, run.mesh)
     path = run.checkpoints(arm) / name
     try:
         return checkpoints.restore_position(path, state)

@@ -1,7 +1,6 @@
 """Training and evaluation of a classifier: cross-entropy over the valid examples of a batch."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -100,7 +99,7 @@ def _run_once(function: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     """
     options = None
     is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
-    is_optimized = not (is_traced or jax.config.jax_disable_most_optimizations)
+    is_optimized = not (is_traced or jax.config.read("jax_disable_most_optimizations"))
     if is_optimized and all(device.platform == "cpu" for device in mesh.devices.flat):
         options = {"xla_backend_optimization_level": 1}
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -184,12 +183,17 @@ def _measure_model(apply_fn: Callable[..., Any], variables: Any, batch: Batch) -
     return measure(apply_fn(variables, batch.x, train=False), batch)
 
 
+def _variables_of(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
 # Of the model alone: a state with another optimizer needs no other program.
 _jitted_measure_model = jax.jit(_measure_model, static_argnums=0)
 
 
-def _variables_of(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}
+def jitted_eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """Computes what `eval_step` does, in the program that `evaluate` runs."""
+    return _jitted_measure_model(state.apply_fn, _variables_of(state), batch)
 
 
 def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
@@ -220,8 +224,7 @@ def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
     """
     if is_readable(state.batch_stats):
         warn_of_initial(state.batch_stats, stacklevel=3)
-    step = partial(_jitted_measure_model, state.apply_fn, _variables_of(state))
-    return summarize([step(batch) for batch in sharded_batches])
+    return summarize([jitted_eval_step(state, batch) for batch in sharded_batches])
 
 
 def compile_evaluation(state: TrainState, batch: Batch) -> None:
