@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from bn_jax import linen
 from bn_jax.lab import models
-from bn_jax.lab.records import NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.choices import NO_NORM, PER_DEVICE, SYNCHRONIZED
 
 __all__ = ["make_model"]
 
@@ -22,10 +22,10 @@ def make_model(
     """Makes the model of an arm.
 
     Args:
-        arm: one of `records.ARMS`.
+        arm: one of `choices.ARMS`.
         num_classes: number of logits.
         per_device: examples on each device, which per-device batch norm normalizes together.
-        model: one of `records.MODELS`. "small" is a residual network with three stages of two
+        model: one of `choices.MODELS`. "small" is a residual network with three stages of two
             blocks, "mlp" a `bn_jax.lab.models.MLP`. "resnet18" is `bn_jax.lab.models.ResNet18`,
             padded as PyTorch pads. For images with fewer than 64 pixels on a side, its stem is the
             3x3 convolution that keeps their size.

@@ -445,7 +445,8 @@ def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         reason = "was folded" if saved.is_folded else f"is of the arm {saved.arm!r}"
         raise CommandError(
             f"DIR: the model in {saved.folder} {reason} and has no batch norm, expected a model "
-            "with batch norm; give a run whose best arm has batch norm, e.g. of more epochs"
+            "with batch norm; give a run whose best arm has batch norm, e.g. one of bn-jax train "
+            "--arm synchronized"
         )
     return restore(saved, mesh)
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from bn_jax.lab import (
 )
 from bn_jax.lab.ahead import prepare_ahead
 from bn_jax.lab.arguments import Launch, require
+from bn_jax.lab.choices import ARM_NAMES, ARMS
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
@@ -50,6 +51,8 @@ class Request(NamedTuple):
     batch_size: int | None
     learning_rate: float
     seed: int
+    arms: Sequence[str] | None
+    model: str
 
 
 class Run(NamedTuple):
@@ -103,8 +106,8 @@ def start(request: Request, launched: Launch) -> None:
         batch_size=choose_batch_size(request.batch_size, mesh.size, len(loaded.splits.train.y)),
         learning_rate=request.learning_rate,
         seed=request.seed,
-        arms=runs.ARMS,
-        model="small",
+        arms=choose_arms(request.arms),
+        model=request.model,
     )
     started = Started(
         config=config,
@@ -178,6 +181,14 @@ def _agree(run: Run, *, is_resumed: bool) -> Run:
         },
     )
     return run._replace(folder=folder)
+
+
+def choose_arms(received: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the arms that the option --arm names, in the order of all arms; all without it."""
+    if not received:
+        return runs.ARMS
+    named = {ARM_NAMES[name] for name in received}
+    return tuple(arm for arm in ARMS if arm in named)
 
 
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
