@@ -1,8 +1,10 @@
 """What the tests share: the definition in double precision, tolerances, and readings of HLO."""
 
+import contextlib
 import importlib
 import re
 import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -256,6 +258,36 @@ def files(folder):
 def copy_of(run, folder):
     shutil.copytree(run, folder)
     return folder
+
+
+def flip(path, bit):
+    """Flips a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A real disk of a few bytes, which is a tmpfs; skips where none can be mounted.
+
+    Yields a function that gives it another size, or other options of `mount`.
+    """
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+
+    folder.mkdir()
+    if (
+        shutil.which("mount") is None
+        or (failed := mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")).returncode
+    ):
+        reason = "mount is missing" if shutil.which("mount") is None else failed.stderr.strip()
+        pytest.skip(f"NOT TESTED, for no small disk can be mounted here: {reason}")
+    try:
+        yield lambda options: mount("-o", f"remount,{options}").check_returncode()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 # --- the package itself -------------------------------------------------------------------------

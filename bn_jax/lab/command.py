@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
     FOR_SAVED_RUNS,
+    check_choice,
     check_counts,
     check_learning_rate,
     check_range,
@@ -20,13 +21,8 @@ from bn_jax.lab.arguments import (
     new_picture,
     require,
 )
-from bn_jax.lab.errors import (
-    INTERRUPTED,
-    CommandError,
-    is_distributed,
-    leave,
-    print_error,
-)
+from bn_jax.lab.choices import ARM_NAMES, MODELS
+from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
 from bn_jax.lab.launchers import check_launch
 from bn_jax.lab.supervision import supervise
 
@@ -145,6 +141,21 @@ def train(
     seed: Annotated[
         int, typer.Option(help="Seed of the split, the parameters and the order of examples.")
     ] = 0,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"What to train: {', '.join(ARM_NAMES)}; give it once for each. Default: all.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="small, a ResNet of 3 stages; resnet18, for images of less than 64 pixels with a "
+            "3x3 stem; or mlp, 2 dense layers of 256.",
+        ),
+    ] = MODELS[0],
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -169,11 +180,15 @@ def train(
 ) -> None:
     """Train with and without batch norm, and compare.
 
-    The same network is trained without norm, with per-device and with synchronized batch norm.
+    The same network is trained without norm, with per-device and with synchronized batch norm, or
+    as --arm says.
     """
     check_counts(devices=devices, epochs=epochs, batch_size=batch_size)
     check_learning_rate(learning_rate)
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
+    for name in arm or ():
+        check_choice("--arm", name, list(ARM_NAMES))
+    check_choice("--model", model, MODELS)
     launched = check_launch(coordinator, num_processes, process_id)
     if resume is not None:
         _check_allowed_with_resume(context)
@@ -188,7 +203,9 @@ def train(
         return
 
     trainer.start(
-        trainer.Request(data_file, folder, devices, epochs, batch_size, learning_rate, seed),
+        trainer.Request(
+            data_file, folder, devices, epochs, batch_size, learning_rate, seed, arm, model
+        ),
         launched,
     )
 
