@@ -10,6 +10,7 @@ from typing import NamedTuple
 from bn_jax.lab.errors import CommandError
 
 __all__ = [
+    "FOR_FILES_OF_RUNS",
     "FOR_SAVED_RUNS",
     "Launch",
     "check_launch",
@@ -22,7 +23,8 @@ __all__ = [
 ]
 
 PICTURES = (".png", ".pdf", ".svg")
-FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "safetensors", "flatbuffers")
+FOR_FILES_OF_RUNS = ("filelock", "pydantic", "safetensors")
+FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "flatbuffers", *FOR_FILES_OF_RUNS)
 
 
 class Launch(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
+    FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
     check_launch,
     check_positive,
@@ -172,6 +173,7 @@ def train(
     )
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
     launched = check_launch(coordinator, num_processes, process_id)
+    require(*FOR_FILES_OF_RUNS)
     if resume is not None:
         _check_allowed_with_resume(context)
         from bn_jax.lab import trainer
@@ -456,7 +458,7 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
-    require("rich", "matplotlib", "sklearn")
+    require("rich", "matplotlib", "sklearn", "filelock")
     from bn_jax.lab import reproduction, tables
     from bn_jax.lab.experiments import parallel
 
