@@ -10,6 +10,7 @@ from pathlib import Path
 from bn_jax.lab.errors import CommandError
 
 __all__ = [
+    "FOR_FILES_OF_RUNS",
     "FOR_SAVED_RUNS",
     "LARGEST",
     "check_choice",
@@ -23,7 +24,8 @@ __all__ = [
 ]
 
 PICTURES = (".png", ".pdf", ".svg")
-FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "safetensors", "flatbuffers")
+FOR_FILES_OF_RUNS = ("filelock", "pydantic", "safetensors")
+FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "flatbuffers", *FOR_FILES_OF_RUNS)
 # JAX and its runtime count devices, processes, examples and steps in int32.
 LARGEST = 2**31 - 1
 # The normal numbers of float32, in which the optimizer computes.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
+    FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
     check_choice,
     check_counts,
@@ -195,7 +196,7 @@ def train(
     folder = resume or new_folder(out)
     if launched.is_distributed:
         supervise()
-    require("jax")
+    require(*FOR_FILES_OF_RUNS, "jax")
     from bn_jax.lab import trainer
 
     if resume is not None:
@@ -481,7 +482,7 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
-    require("jax", "rich", "matplotlib", "sklearn")
+    require("jax", "rich", "matplotlib", "sklearn", "filelock")
     from bn_jax.lab import reproduction, tables
     from bn_jax.lab.experiments import parallel
 
