@@ -100,11 +100,12 @@ def new_folder(out: Path | None, default: Path | None = None) -> Path:
     if folder is None:
         folder = Path("runs", datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     try:
-        if folder.is_symlink() and not folder.exists():
-            raise CommandError(
-                f"--out: {folder} is a link to nothing, expected a new folder; choose another name "
-                "or remove it"
-            )
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise CommandError(
+                    f"--out: {path} is a link to nothing, expected a new folder; choose another "
+                    "name or remove it"
+                )
         if folder.exists() and not folder.is_dir():
             raise CommandError(
                 f"--out: {folder} is a file, expected a new folder; choose another name"

@@ -161,5 +161,5 @@ def _check_listening(coordinator: str, port: int) -> None:
     except OSError as error:
         raise CommandError(
             f"--coordinator: received {coordinator}, but process 0 cannot listen at port {port} "
-            f"({error.strerror}), expected a free port; choose another"
+            f"({os.strerror(error.errno or 0)}), expected a free port; choose another"
         ) from error

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -161,11 +160,11 @@ def test_train_refuses_the_same_folder_again(trained, command):
 BAD_OPTIONS = {
     "epochs": (
         ["--epochs", "0"],
-        "--epochs: received 0, expected a positive finite number; choose one, or leave the option",
+        "--epochs: received 0, expected 1 to 2147483647; choose one of these, or leave the",
     ),
     "epochs type": (["--epochs", "two"], "Invalid value for '--epochs': "),
-    "devices": (["--devices", "-1"], "--devices: received -1, expected a positive finite number"),
-    "batch size": (["--batch-size", "0"], "--batch-size: received 0, expected a positive finite"),
+    "devices": (["--devices", "-1"], "--devices: received -1, expected 1 to 2147483647;"),
+    "batch size": (["--batch-size", "0"], "--batch-size: received 0, expected 1 to 2147483647;"),
     "seed": (["--seed", "-1"], "--seed: received -1, expected 0 to 4294967295; choose one"),
     "learning rate": (["--learning-rate", "0"], "--learning-rate: received 0.0, expected a"),
     "learning rate NaN": (["--learning-rate", "nan"], "--learning-rate: received nan, expected a"),
@@ -207,7 +206,7 @@ BAD_OPTIONS = {
     ),
     "coordinator without port": (
         ["--coordinator", "127.0.0.1", "--num-processes", "2", "--process-id", "0"],
-        "--coordinator: received 127.0.0.1, expected HOST:PORT with a port from 1 to 65535; give",
+        "--coordinator: received 127.0.0.1, expected HOST:PORT, in ASCII, with a port from 1 to",
     ),
     "coordinator without host": (
         ["--coordinator", ":1234", "--num-processes", "2", "--process-id", "0"],
@@ -219,7 +218,7 @@ BAD_OPTIONS = {
     ),
     "no processes": (
         ["--coordinator", "127.0.0.1:1234", "--num-processes", "0", "--process-id", "0"],
-        "--num-processes: received 0, expected a positive finite number",
+        "--num-processes: received 0, expected 1 to 2147483647; start as many processes",
     ),
     "process beyond the last": (
         ["--coordinator", "127.0.0.1:1234", "--num-processes", "2", "--process-id", "2"],
@@ -239,7 +238,7 @@ BAD_OPTIONS = {
     "out in a file": (["--out", "good.npz/a"], "--out: good.npz/a cannot be"),
     "out is too long": (
         ["--out", "n" * 300],
-        "cannot be used (File name too long); choose another",
+        "cannot be made (File name too long); choose another",
     ),
     "no data": (["--data", "no.npz"], "--data: no.npz does not exist; give the path of an .npz"),
     "data is a folder": (["--data", "full"], "--data: full cannot be read as an .npz file"),
@@ -287,17 +286,6 @@ def test_train_refuses(bad_files, tmp_path, command, options, message):
 def test_the_default_batch_size_suits_devices_and_data(devices, examples, chosen):
     assert trainer.choose_batch_size(None, devices, examples) == chosen
     assert trainer.choose_batch_size(chosen, devices, examples) == chosen
-
-
-@pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
-def test_train_refuses_a_folder_that_it_cannot_write(good, tmp_path, command, monkeypatch):
-    # Asked of os.access, since root may write anywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    code, out, err = command("train", "--data", "good.npz", "--out", "b/c")
-    assert (code, out) == (2, "")
-    assert err == (
-        f"bn-jax: error: --out: b/c cannot be made in {tmp_path}; choose another folder\n"
-    )
 
 
 def test_eval_refuses(trained, command, tmp_path):
@@ -685,7 +673,6 @@ def test_a_coordinator_without_launcher_is_refused(command, monkeypatch):
 
 
 def test_processes_that_cannot_connect(good, command, monkeypatch):
-    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     code, out, err = command("train", "--data", "good.npz")
     assert (code, out) == (1, "")
@@ -708,14 +695,3 @@ def test_processes_must_have_the_same_options(good, command, monkeypatch, tmp_pa
         "with the options of process 0\n"
     )
     assert files(tmp_path) == before
-
-
-def test_a_port_in_use_is_refused(good, command, monkeypatch):
-    monkeypatch.setattr(processes, "on_abort", lambda stop: None)
-    with socket.create_server(("127.0.0.1", 0)) as used:
-        address = f"127.0.0.1:{used.getsockname()[1]}"
-        shared = ("--coordinator", address, "--num-processes", 2, "--process-id", 0)
-        code, out, err = command("train", "--data", "good.npz", *shared)
-    assert (code, out) == (1, "")
-    assert err.startswith("bn-jax: error: JAX cannot connect the processes ([Errno ")
-    assert "ddress already in use" in err and err.count("\n") == 1
