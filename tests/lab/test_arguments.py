@@ -225,22 +225,20 @@ try:
 finally:
     print(sorted(set({HEAVY!r}) & sys.modules.keys()))
 """
-AT_ONCE = {
-    "epochs": ["--epochs", "1" + 30 * "0"],
-    "batch size": ["--batch-size", "1" + 30 * "0"],
-    "devices": ["--devices", "1" + 30 * "0"],
-    "seed": ["--seed", "1" + 30 * "0"],
-    "learning rate": ["--learning-rate", "1e-300"],
-    "out": ["--out", "dangling"],
-    "port": ["--coordinator", "127.0.0.1:٣٤٥٦", "--num-processes", "1", "--process-id", "0"],
-    "processes": [
-        *("--coordinator", "127.0.0.1:3456", "--num-processes", "1" + 30 * "0"),
-        *("--process-id", "1"),
-    ],
-}
+MANY = "1" + 30 * "0"
+AT_ONCE = [
+    ("--epochs", MANY),
+    ("--batch-size", MANY),
+    ("--devices", MANY),
+    ("--seed", MANY),
+    ("--learning-rate", "1e-300"),
+    ("--out", "dangling"),
+    ("--coordinator", "127.0.0.1:٣٤٥٦", "--num-processes", "1", "--process-id", "0"),
+    ("--num-processes", MANY, "--process-id", "1", "--coordinator", "127.0.0.1:3456"),
+]
 
 
-@pytest.mark.parametrize("options", AT_ONCE.values(), ids=AT_ONCE)
+@pytest.mark.parametrize("options", AT_ONCE)
 def test_bad_options_are_refused_at_once(here, options):
     before = names(here)
     root = Path(command.__file__).parents[2]
@@ -253,6 +251,6 @@ def test_bad_options_are_refused_at_once(here, options):
         timeout=60,
     )
     assert (finished.returncode, finished.stdout) == (2, "[]\n"), finished.stderr
-    assert finished.stderr.startswith(f"bn-jax: error: {options[-4 if len(options) > 2 else 0]}: ")
+    assert finished.stderr.startswith(f"bn-jax: error: {options[0]}: ")
     assert finished.stderr.count("\n") == 1
     assert names(here) == before
