@@ -157,9 +157,8 @@ def agree(folder: Path, options: Mapping[str, object]) -> Path:
     """
     first = json.loads(processes.from_first(json.dumps({"--out": str(folder)} | dict(options))))
     different = [option for option, value in options.items() if value != first[option]]
-    differing = [
-        index for index, differs in enumerate(processes.gather(bool(different))) if differs
-    ]
+    differs = processes.gather(bool(different))
+    differing = [str(index) for index, is_other in enumerate(differs) if is_other]
     if not differing:
         return Path(first["--out"])
     processes.disconnect()

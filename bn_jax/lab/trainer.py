@@ -252,9 +252,9 @@ def _train(run: Run) -> None:
             if jax.process_index() == 0:
                 local = run.mesh.local_mesh
                 results.finish(run.folder, run.problem, run.config, trained, local)
+                advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
         except OSError as error:
             raise OSError(f"{error}; {unfinished.kept(run.folder)}") from error
-        advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
         processes.disconnect()
 
 
