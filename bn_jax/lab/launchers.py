@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bn_jax.lab.arguments import LARGEST, check_range
 from bn_jax.lab.errors import CommandError
 
-__all__ = ["Launch", "check_launch", "launched_processes"]
+__all__ = ["Launch", "check_launch", "has_launcher", "launched_processes"]
 
 OPTIONS = "--coordinator, --num-processes and --process-id"
 # The variables by which `jax.distributed.initialize` counts processes, in the order in which it
@@ -86,6 +86,11 @@ def _check_environment() -> int:
             f"of processes; give {OPTIONS}, or unset it"
         )
     return launched
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Tells whether the environment is that of a launcher that JAX recognizes."""
+    return any(environment.get(variable) for variable in (*PROCESS_COUNTS, *TPU_HOSTS))
 
 
 def launched_processes(environment: Mapping[str, str]) -> int:

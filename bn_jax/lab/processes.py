@@ -1,8 +1,12 @@
 """Several processes that train together, on JAX's distributed runtime."""
 
+import os
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from bn_jax.lab.launchers import has_launcher
 
 __all__ = ["CONNECTION_TIMEOUT", "connect", "disconnect", "from_first", "gather"]
 
@@ -26,10 +30,14 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     """
     # Else JAX catches SIGTERM, for a synchronization that a training may then ask for.
     jax.config.update("jax_enable_preemption_service", False)
+    # A launcher also says which devices are for which process of a machine. Without one, JAX would
+    # ask Kubernetes or a cloud, and warn, for what the arguments say already.
+    is_complete = coordinator is not None and not has_launcher(os.environ)
     jax.distributed.initialize(
         coordinator,
         num_processes,
         process_id,
+        cluster_detection_method="deactivate" if is_complete else None,
         initialization_timeout=CONNECTION_TIMEOUT,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
