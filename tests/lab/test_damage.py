@@ -226,7 +226,7 @@ def seal_again(path, values):
     """Seals a file with its odd value, as only somebody who means it does."""
     if path.name == "config.json":
         values.pop("sha256", None)
-        path.write_text(records._as_text(values | {"sha256": records._digest(values)}))
+        path.write_bytes(records._as_text(values | {"sha256": records._digest(values)}))
     elif path.name == "metrics.json":
         path.write_text(json.dumps(records.seal_metrics(values)))
     elif path.name == "position.json":
