@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field
 
+from bn_jax.lab.choices import ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 from bn_jax.lab.reading import read_bytes, read_json
 
 __all__ = [
@@ -34,12 +35,6 @@ __all__ = [
     "seal_metrics",
     "write_started",
 ]
-
-NO_NORM = "no normalization"
-PER_DEVICE = "per-device batch norm"
-SYNCHRONIZED = "synchronized batch norm"
-ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
-MODELS = ("small", "resnet18", "mlp")
 
 SEAL = "sha256"
 # A report takes some 200 bytes, and every fifth step makes one.

@@ -50,8 +50,15 @@ class Result(NamedTuple):
 
     @property
     def examples_per_second(self) -> float:
-        """Examples per second of training, without compilation and evaluation."""
-        return self.reports[-1].examples / self.reports[-1].seconds
+        """Examples per second in the second half of the training, without evaluation.
+
+        In the first half, the next arm may be compiled on the same processor.
+        """
+        *_, last = self.reports
+        middle = self.reports[(len(self.reports) - 1) // 2]
+        if middle is last:
+            return last.examples / last.seconds
+        return (last.examples - middle.examples) / (last.seconds - middle.seconds)
 
 
 def rank(evaluation: training.Evaluation) -> tuple[float, float]:
@@ -74,7 +81,8 @@ def finish(
                 f"expected {results[best].test.correct}"
             )
     tables.print_arms(results)
-    print(f"Best by validation accuracy: {best}")
+    how = "Best by validation accuracy" if len(results) > 1 else "The only arm"
+    print(f"{how}: {best}")
     print(
         f"Checkpoint reloaded: {reloaded.correct} of {reloaded.examples} test answers correct, "
         f"the same as before saving ({reloaded.accuracy:.2%})"

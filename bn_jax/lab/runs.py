@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +19,19 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax import convert, linen, training
+from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, models, records
+from bn_jax.lab import checkpoints, data, records
 from bn_jax.lab.advice import with_commands
+from bn_jax.lab.arms import make_model
 from bn_jax.lab.errors import CommandError
-from bn_jax.lab.fitting import shard_dataset
+from bn_jax.lab.fitting import abstract_state, shard_dataset
 from bn_jax.lab.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 from bn_jax.lab.writing import staged, write_json
+from bn_jax.training.classification import jitted_eval_step
 
 __all__ = [
     "ARMS",
@@ -136,26 +139,6 @@ class FoldedRun(NamedTuple):
 
     folded: Folded
     change: Change
-
-
-def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
-    """Makes the model of an arm.
-
-    Args:
-        arm: one of `ARMS`.
-        num_classes: number of logits.
-        per_device: examples on each device, which per-device batch norm normalizes together.
-
-    Returns:
-        A small residual network.
-    """
-    norms: dict[str, models.Norm | None] = {
-        NO_NORM: None,
-        # Under sharded jit, consecutive examples lie on one device.
-        PER_DEVICE: functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=per_device),
-        SYNCHRONIZED: functools.partial(linen.BatchNorm, momentum=0.9),
-    }
-    return models.ResNet(num_classes, stage_sizes=(2, 2, 2), norm=norms[arm])
 
 
 def read_run(folder: Path) -> SavedRun:
@@ -294,13 +277,9 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         if saved.is_folded:
             return _restore_folded(checkpoint, mesh)
         # Only its shapes: arrays of what metrics.json says may not fit into memory.
-        state = jax.eval_shape(
-            lambda: training.create_state(
-                _model_of(saved), optax.identity(), saved.image_shape, seed=0, mesh=mesh
-            )
-        )
+        state = abstract_state(_model_of(saved), optax.identity(), saved.image_shape, mesh)
         replicated = NamedSharding(mesh, PartitionSpec())
-        return checkpoints.restore_variables(checkpoint, state, replicated)
+        return checkpoints.restore_variables(checkpoint, state, replicated).replace(step=0)
     except Exception as error:
         # Files that were sealed like this may hold anything, for which libraries raise anything.
         raise CommandError(
@@ -468,8 +447,9 @@ def _audited_examples(saved: SavedRun, present: int, argument: str) -> int:
     return examples
 
 
-def _model_of(saved: SavedRun) -> models.ResNet:
-    return make_model(saved.arm, saved.num_classes, saved.batch_size // saved.devices)
+def _model_of(saved: SavedRun) -> nn.Module:
+    per_device = saved.batch_size // saved.devices
+    return make_model(saved.arm, saved.num_classes, per_device, saved.model, saved.image_shape)
 
 
 def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
@@ -478,7 +458,8 @@ def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         reason = "was folded" if saved.is_folded else f"is of the arm {saved.arm!r}"
         raise CommandError(
             f"DIR: the model in {saved.folder} {reason} and has no batch norm, expected a model "
-            "with batch norm; give a run whose best arm has batch norm, e.g. of more epochs"
+            "with batch norm; give a run whose best arm has batch norm, e.g. one of bn-jax train "
+            "--arm synchronized"
         )
     return restore(saved, mesh)
 
@@ -532,11 +513,9 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
 def _compare(
     before: training.TrainState, after: training.TrainState, batches: list[training.Batch]
 ) -> Change:
-    step = jax.jit(training.eval_step)
-
     def seconds(state: training.TrainState) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(step(state, batches[0]))
+        jax.block_until_ready(jitted_eval_step(state, batches[0]))
         return time.perf_counter() - start
 
     # Interleaved, so that other work of the machine slows both alike.

@@ -1,9 +1,10 @@
 """The command `bn-jax train`: starts or resumes a run, and trains its arms."""
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,11 @@ from bn_jax.lab import (
     runs,
     unfinished,
 )
-from bn_jax.lab.arguments import Launch, require
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.ahead import prepare_ahead
+from bn_jax.lab.arguments import LARGEST, require
+from bn_jax.lab.choices import ARM_NAMES, ARMS
+from bn_jax.lab.errors import CommandError, advise
+from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
 from bn_jax.lab.records import Config, Origin, Started, batch_sizes
@@ -48,6 +52,8 @@ class Request(NamedTuple):
     batch_size: int | None
     learning_rate: float
     seed: int
+    arms: Sequence[str] | None
+    model: str
 
 
 class Run(NamedTuple):
@@ -101,15 +107,17 @@ def start(request: Request, launched: Launch) -> None:
         batch_size=choose_batch_size(request.batch_size, mesh.size, len(loaded.splits.train.y)),
         learning_rate=request.learning_rate,
         seed=request.seed,
-        arms=runs.ARMS,
-        model="small",
+        arms=choose_arms(request.arms),
+        model=request.model,
     )
     started = Started(
         config=config,
         data_file=None if config.data is None else str(Path(config.data).absolute()),
         data_sha256=loaded.sha256,
     )
-    run = _agree(Run(request.folder, loaded, started, mesh), is_resumed=False)
+    run = Run(request.folder, loaded, started, mesh)
+    _check_steps(run)
+    run = _agree(run, is_resumed=False)
     with contextlib.ExitStack() as held:
         _do_first(lambda: held.enter_context(unfinished.begin(run.folder, run.started)))
         _train(run)
@@ -150,7 +158,15 @@ def _resumed(folder: Path, devices: int | None, launched: Launch) -> Run:
             f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
             f"{config.batch_size}; use --devices {config.devices} as before"
         )
-    return Run(folder, loaded, started, mesh)
+    least, most = batch_sizes(config.devices, len(loaded.splits.train.y))
+    if not least <= config.batch_size <= most:
+        raise CommandError(
+            f"--resume: the run in {folder} has batches of {config.batch_size}, expected {least} "
+            f"to {most} for its data; start a new run"
+        )
+    run = Run(folder, loaded, started, mesh)
+    _check_steps(run)
+    return run
 
 
 def _require_packages(data_file: Path | None) -> None:
@@ -176,6 +192,24 @@ def _agree(run: Run, *, is_resumed: bool) -> Run:
         },
     )
     return run._replace(folder=folder)
+
+
+def choose_arms(received: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the arms that the option --arm names, in the order of all arms; all without it."""
+    if not received:
+        return runs.ARMS
+    named = {ARM_NAMES[name] for name in received}
+    return tuple(arm for arm in ARMS if arm in named)
+
+
+def _check_steps(run: Run) -> None:
+    """Raises an error if the counters of the steps, int32 as in Optax, would overflow."""
+    most = LARGEST // run.steps_per_epoch
+    if run.config.epochs > most:
+        raise CommandError(
+            f"--epochs: received {run.config.epochs}, expected at most {most}, since "
+            f"{run.steps_per_epoch} steps in each make more than {LARGEST} otherwise; lower it"
+        )
 
 
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
@@ -214,6 +248,7 @@ def _do_first(action: Callable[[], object]) -> None:
     outcome = processes.from_first(failure or SUCCESS)
     if outcome != SUCCESS:
         message, code = json.loads(outcome)
+        processes.disconnect()
         raise CommandError(message, code)
 
 
@@ -221,13 +256,14 @@ def _train(run: Run) -> None:
     with launch.explain_failures(run.folder):
         try:
             with _progress(run) as show:
-                trained = {arm: train_arm(arm, run, show) for arm in run.config.arms}
+                trained = {arm: train_arm(arm, run, last, show) for arm, last in _prepared(run)}
             if jax.process_index() == 0:
                 local = run.mesh.local_mesh
                 results.finish(run.folder, run.problem, run.config, trained, local)
         except OSError as error:
             raise OSError(f"{error}; {unfinished.kept(run.folder)}") from error
-        jax.distributed.shutdown()
+        advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
+        processes.disconnect()
 
 
 def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
@@ -236,18 +272,37 @@ def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
     return contextlib.nullcontext(lambda arm, report: None)
 
 
-def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
-    """Trains an arm from its newest checkpoint to the end.
+def _prepared(run: Run) -> Iterator[tuple[str, checkpoints.Position]]:
+    """Yields each arm and where it continues, with what it runs compiled."""
+    prepare = functools.partial(_prepare_arm, run)
+    if jax.process_count() == 1:
+        return prepare_ahead(prepare, run.config.arms)
+    # Processes must communicate in the same order, which threads do not keep.
+    return ((arm, prepare(arm)) for arm in run.config.arms)
+
+
+def _prepare_arm(run: Run, arm: str) -> checkpoints.Position:
+    last = _last_position(arm, run)
+    if not last.reports or last.reports[-1].epoch < run.config.epochs:
+        parts = run.problem.splits
+        fitting.compile_programs(
+            last.state, parts.train, parts.validation, run.mesh, run.config.batch_size
+        )
+    return last
+
+
+def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReport) -> Result:
+    """Trains an arm to the end.
 
     Args:
         arm: one of `runs.ARMS`.
         run: the run; a checkpoint is saved in its folder after every epoch.
+        last: where to continue.
         show: called with the arm and each report.
 
     Returns:
         All reports, the last state and its test evaluation.
     """
-    last = _last_position(arm, run)
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
         show(arm, reports[-1])
@@ -274,20 +329,19 @@ def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
 
 def _last_position(arm: str, run: Run) -> checkpoints.Position:
     """Returns the newest intact checkpoint that process 0 finds, else the start."""
-    config = run.config
-    state = training.create_state(
-        runs.make_model(arm, run.problem.num_classes, config.batch_size // config.devices),
-        fitting.make_optimizer(config.learning_rate, config.epochs * run.steps_per_epoch),
-        run.problem.test_images.shape[1:],
-        config.seed,
-        run.mesh,
-    )
+    config, image_shape = run.config, run.problem.test_images.shape[1:]
+    per_device = config.batch_size // config.devices
+    model = runs.make_model(arm, run.problem.num_classes, per_device, config.model, image_shape)
+    steps = config.epochs * run.steps_per_epoch
+    optimizer = fitting.make_optimizer(config.learning_rate, steps)
     newest = None
     if jax.process_index() == 0:
         newest = unfinished.newest_usable(run.checkpoints(arm), run.origin(arm))
     name = processes.from_first(FROM_START if newest is None else newest.name)
     if name == FROM_START:
+        state = training.create_state(model, optimizer, image_shape, config.seed, run.mesh)
         return checkpoints.Position(state, np.random.default_rng(config.seed), [])
+    state = fitting.abstract_state(model, optimizer, image_shape, run.mesh)
     path = run.checkpoints(arm) / name
     try:
         return checkpoints.restore_position(path, state)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bn_jax.lab import locking
+from bn_jax.lab import interrupts, locking
 from bn_jax.lab.errors import CommandError
 
 __all__ = ["made", "remove", "staged", "write_json"]
@@ -34,7 +34,7 @@ def staged(folder: Path, *, new: bool = False) -> Iterator[Path]:
         CommandError: another process is writing results to the folder, or has filled it.
     """
     staging = folder / ".results"
-    with made(staging), locking.hold(staging, "--out"):
+    with interrupts.as_exceptions(), made(staging), locking.hold(staging, "--out"):
         try:
             if new and any(path != staging for path in folder.iterdir()):
                 raise CommandError(

@@ -364,7 +364,9 @@ def test_results_replace_the_checkpoints(tmp_path):
 
 def report(step, loss):
     evaluation = training.Evaluation(loss, accuracy=0.5, correct=1, examples=2)
-    return fitting.Report(step, step, evaluation, evaluation, examples=8 * step, seconds=1.0)
+    return fitting.Report(
+        step, step, evaluation, evaluation, examples=8 * step, seconds=float(step)
+    )
 
 
 def test_a_diverged_arm_is_reported(tmp_path):
@@ -422,7 +424,7 @@ def test_ctrl_c(good, tmp_path):
 def small(monkeypatch):
     """A network that compiles fast, for the tests of what surrounds it."""
 
-    def make_model(arm, num_classes, per_device):
+    def make_model(arm, num_classes, *_):
         norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
         return models.ResNet(num_classes, stage_sizes=(1,), widths=(4,), norm=norm)
 

@@ -21,7 +21,7 @@ from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
 ARM = runs.SYNCHRONIZED
 
 
-def make_small(arm, num_classes, per_device):
+def make_small(arm, num_classes, *_):
     norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
     return models.ResNet(num_classes, stage_sizes=(1, 1), widths=(4, 6), norm=norm)
 
