@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,7 +71,7 @@ def contents(tree):
 def used_of_begun(folder):
     """How a resumed training goes on: from which configuration and positions."""
     started = unfinished.read(folder)
-    used = {}
+    used: dict[str, tuple | None] = {}
     for arm in started.config.arms:
         arm_folder = unfinished.checkpoints_of(folder, arm)
         path = unfinished.newest_usable(arm_folder, records.Origin(run=started, arm=arm))
@@ -95,7 +96,11 @@ def used_of_finished(folder):
     saved = runs.read_run(folder)
     state = runs.restore(saved, training.make_mesh(jax.devices()[:1]))
     images = runs.load_like(saved, None)
-    return saved._replace(folder=None), contents(checkpoints.variables_of(state)), contents(images)
+    return (
+        saved._replace(folder=Path()),
+        contents(checkpoints.variables_of(state)),
+        contents(images),
+    )
 
 
 USED = {"begun": used_of_begun, "finished": used_of_finished}
@@ -199,7 +204,7 @@ def test_flipped_bits_and_the_command(home, tmp_path, seed):
             assert (code, len(lines)) == (2, 1) and lines[0].startswith("bn-jax: error: "), err
 
 
-ODD = [
+ODD: list[object] = [
     0, -4, 1, 2, 3, 1.5, 1e-300, 1e300, 10**12, 2**200, -(10**30), True, False, None,
     float("inf"), float("nan"), "", "2", "text", "\x00", "\x1b[2J", "../../etc/passwd", "\ud800",
     [], [[]], [1, 2, 3], [None] * 5, {}, {"a": {"b": []}}, {"": 0}, "x" * 3000, [0] * 3000,
