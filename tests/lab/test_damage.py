@@ -316,6 +316,33 @@ def test_odd_files(home, whole, tmp_path, capsys, kind, damage):
         shutil.rmtree(damaged)
 
 
+def test_the_test_part_of_another_run_is_refused(home, tmp_path, capsys):
+    damaged = copy_of(home / "finished", tmp_path / "run")
+    with np.load(damaged / "test.npz") as arrays:
+        np.savez_compressed(damaged / "test.npz", x=arrays["x"], y=arrays["y"][::-1])
+    _, line, _ = outcome("finished", damaged, capsys)
+    assert "test.npz is damaged (its SHA-256 is not the one in metrics.json)" in line
+
+
+def test_a_checkpoint_of_another_model_is_named(home, tmp_path, capsys):
+    """What metrics of version 0.2.0, which are not sealed, may say of it."""
+    damaged = copy_of(home / "finished", tmp_path / "run")
+    whole = json.loads((damaged / "metrics.json").read_text())
+    del whole["sha256"], whole["test_sha256"]
+    other = ({"synchronized batch norm", "no normalization"} - {whole["best_arm"]}).pop()
+    for change, message in {
+        ("data", "num_classes", 4): "(3,) at ['params']['classifier']['bias'], expected float32 (4",
+        ("data", "image_shape", (4, 4, 2)): "expected float32 (3, 3, 2, 4)",
+        ("best_arm", other): " at ['",
+    }.items():
+        metrics = json.loads(json.dumps(whole))
+        put(metrics, change[:-1], change[-1])
+        (damaged / "metrics.json").write_text(json.dumps(metrics))
+        _, line, _ = outcome("finished", damaged, capsys)
+        assert "checkpoint does not hold the model that metrics.json describes" in line
+        assert message in line, line
+
+
 def copy_position(path, copied):
     for old in (copied, copied.with_suffix(".sha256")):
         if old.is_dir():
