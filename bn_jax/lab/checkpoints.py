@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -133,11 +134,11 @@ def save_position(folder: Path, position: Position, origin: Origin) -> None:
         (path / ARRAYS).write_bytes(safetensors.numpy.save(arrays))
         (path / "position.json").write_text(json.dumps(saved))
         _seal(path).write_text(sha256_of_folder(path))
-    except OSError:
+    except OSError as error:
         # Half a position is of no use, and takes space.
         with contextlib.suppress(OSError):
             _delete(path)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     for old in positions(folder)[KEPT:]:
         _delete(old)
 
@@ -313,9 +314,13 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _one_exception(path: Path) -> Iterator[None]:
     """Turns what Orbax raises where it cannot write into an OSError."""
+    hook = sys.unraisablehook
+    # Threads that still write after a failure find their event loop closed, which is no news.
+    sys.unraisablehook = lambda _: None
     try:
         with _quiet():
             yield
+        sys.unraisablehook = hook
     except Exception as error:
         reason = str(error).splitlines()[0]
         code = errno.ENOSPC if "RESOURCE_EXHAUSTED" in reason else getattr(error, "errno", None)

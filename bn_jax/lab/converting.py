@@ -109,6 +109,9 @@ def convert_file(
 
 def _load(argument: str, path: Path) -> dict[str, np.ndarray]:
     try:
+        # The library would wait at a pipe, and read a device for ever.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe or a device, expected a safetensors file")
         return convert.load_safetensors(path)
     except (ValueError, OSError) as error:
         # The lines of code in an error stay code on one line.

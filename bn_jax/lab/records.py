@@ -298,7 +298,7 @@ def write_started(path: Path, started: Started) -> None:
         started: how the run was started.
     """
     values = started.model_dump(mode="json")
-    path.write_text(_as_text(values | {SEAL: _digest(values)}))
+    path.write_bytes(_as_text(values | {SEAL: _digest(values)}))
 
 
 def read_started(path: Path) -> Started:
@@ -311,7 +311,7 @@ def read_started(path: Path) -> Started:
     values = read_json(path, MOST_BYTES_OF_CONFIG)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
     started = _validate(Started, values, path)
-    sealed = _as_text(values | {SEAL: seal}).encode()
+    sealed = _as_text(values | {SEAL: seal})
     # Every byte of it is ours: in a number, E for e is damage, too.
     if seal != _digest(values) or read_bytes(path, MOST_BYTES_OF_CONFIG) != sealed:
         raise ValueError(
@@ -378,8 +378,8 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _as_text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
+def _as_text(values: dict[str, Any]) -> bytes:
+    return f"{json.dumps(values, indent=2)}\n".encode()
 
 
 Record = TypeVar("Record", bound=_Record)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from bn_jax.lab.advice import with_commands
 from bn_jax.lab.arms import make_model
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import abstract_state, shard_dataset
-from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
+from bn_jax.lab.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 from bn_jax.lab.writing import staged, write_json
 from bn_jax.training.classification import jitted_eval_step
@@ -228,6 +229,7 @@ def _check_test_part(saved: SavedRun) -> None:
     path = saved.folder / "test.npz"
     try:
         sha256 = sha256_of_file(path)
+        _check_uncompressed(path)
     except FileNotFoundError as error:
         raise CommandError(f"DIR: {path} does not exist; {RESTORE}") from error
     except (OSError, ValueError) as error:
@@ -236,6 +238,14 @@ def _check_test_part(saved: SavedRun) -> None:
         raise CommandError(
             f"DIR: {path} is damaged (its SHA-256 is not the one in metrics.json); {RESTORE}"
         )
+
+
+def _check_uncompressed(path: Path) -> None:
+    """Raises a ValueError if the arrays of an .npz file would fill the memory."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{path} holds {size:,} bytes, expected at most {MOST_BYTES:,}")
 
 
 def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:

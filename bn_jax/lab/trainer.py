@@ -158,7 +158,15 @@ def _resumed(folder: Path, devices: int | None, launched: Launch) -> Run:
             f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
             f"{config.batch_size}; use --devices {config.devices} as before"
         )
-    return Run(folder, loaded, started, mesh)
+    least, most = batch_sizes(config.devices, len(loaded.splits.train.y))
+    if not least <= config.batch_size <= most:
+        raise CommandError(
+            f"--resume: the run in {folder} has batches of {config.batch_size}, expected {least} "
+            f"to {most} for its data; start a new run"
+        )
+    run = Run(folder, loaded, started, mesh)
+    _check_steps(run)
+    return run
 
 
 def _require_packages(data_file: Path | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from bn_jax.lab import checkpoints, locking, records
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.records import ARMS, Origin, Started
+from bn_jax.lab.writing import made
 
 __all__ = ["begin", "checkpoints_of", "hold", "kept", "newest_usable", "read"]
 
@@ -39,21 +40,17 @@ def begin(folder: Path, started: Started) -> Iterator[None]:
         CommandError: another process has begun a run there.
         OSError: the folder cannot be written.
     """
-    existed = folder.exists()
-    try:
-        (folder / "checkpoints").mkdir(parents=True)
-    except FileExistsError as error:
+    checkpoints_folder = folder / "checkpoints"
+    if checkpoints_folder.exists():
         raise CommandError(
             f"--out: another process has begun a run in {folder}, expected a new folder; choose "
             "another name"
-        ) from error
-    with locking.hold(folder / "checkpoints", "--out"):
+        )
+    with made(checkpoints_folder), locking.hold(checkpoints_folder, "--out"):
         try:
             records.write_started(_config(folder), started)
         except OSError:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            if not existed:
-                folder.rmdir()
+            shutil.rmtree(checkpoints_folder, ignore_errors=True)
             raise
         yield
 

@@ -14,7 +14,7 @@ import numpy as np
 from bn_jax.lab import interrupts, locking
 from bn_jax.lab.errors import CommandError
 
-__all__ = ["remove", "staged", "write_json"]
+__all__ = ["made", "remove", "staged", "write_json"]
 
 
 @contextlib.contextmanager
@@ -34,33 +34,45 @@ def staged(folder: Path, *, new: bool = False) -> Iterator[Path]:
         CommandError: another process is writing results to the folder, or has filled it.
     """
     staging = folder / ".results"
-    existed = folder.exists()
-    staging.mkdir(parents=True, exist_ok=True)
+    with interrupts.as_exceptions(), made(staging), locking.hold(staging, "--out"):
+        try:
+            if new and any(path != staging for path in folder.iterdir()):
+                raise CommandError(
+                    f"--out: another process has filled {folder}, expected a new folder; choose "
+                    "another name"
+                )
+            for path in _results(staging):
+                remove(path)
+            yield staging
+            # metrics.json is the last, for it marks a run as finished.
+            for path in sorted(_results(staging), key=lambda path: path.name == "metrics.json"):
+                if (folder / path.name).is_dir():
+                    remove(folder / path.name)
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder with those around it, and removes again what an exception leaves empty.
+
+    Args:
+        folder: may exist.
+
+    Yields:
+        Nothing; the folder exists inside.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with interrupts.as_exceptions(), locking.hold(staging, "--out"):
-            try:
-                if new and any(path != staging for path in folder.iterdir()):
-                    raise CommandError(
-                        f"--out: another process has filled {folder}, expected a new folder; "
-                        "choose another name"
-                    )
-                for path in _results(staging):
-                    remove(path)
-                yield staging
-                # metrics.json is the last, for it marks a run as finished.
-                for path in sorted(_results(staging), key=lambda path: path.name == "metrics.json"):
-                    if (folder / path.name).is_dir():
-                        remove(folder / path.name)
-                    path.replace(folder / path.name)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        # What another process has locked is not empty.
-        with contextlib.suppress(OSError):
-            staging.rmdir()
-        if not existed:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            # What another process writes to is not empty.
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                path.rmdir()
+        raise
 
 
 def _results(staging: Path) -> list[Path]:

@@ -1,5 +1,8 @@
+import errno
 import functools
 import os
+import subprocess
+import sys
 
 import chex
 import contract
@@ -10,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from support import far_from_initial
+from support import far_from_initial, small_disk
 
 from bn_jax import linen, training
 from bn_jax.lab import checkpoints, models
@@ -160,6 +163,34 @@ def test_damage_is_recognized_and_overwritten(tmp_path, damage):
     assert checkpoints.positions(tmp_path) == [tmp_path / "1"]
     checkpoints.save_position(tmp_path, position(1), ORIGIN)
     assert checkpoints.is_intact(tmp_path / "1")
+
+
+# As if another process had taken the space since it was asked for.
+FILLING = """
+import sys, types
+from pathlib import Path
+import numpy as np
+from bn_jax.lab import checkpoints
+checkpoints._require_space = lambda *_: None
+params = {str(i): np.random.default_rng(i).standard_normal((64, 64)) for i in range(20)}
+try:
+    checkpoints.save_variables(
+        Path(sys.argv[1]), types.SimpleNamespace(params=params, batch_stats={})
+    )
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_disk_that_fills_while_orbax_writes_is_one_exception(tmp_path):
+    with small_disk(tmp_path / "disk", "96k"):
+        finished = subprocess.run(
+            [sys.executable, "-W", "error", "-c", FILLING, tmp_path / "disk/checkpoint"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert (finished.stdout, finished.stderr) == (f"{errno.ENOSPC}\n", "")
 
 
 def made_by(api, direction):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,7 +71,7 @@ def contents(tree):
 def used_of_begun(folder):
     """How a resumed training goes on: from which configuration and positions."""
     started = unfinished.read(folder)
-    used = {}
+    used: dict[str, tuple | None] = {}
     for arm in started.config.arms:
         arm_folder = unfinished.checkpoints_of(folder, arm)
         path = unfinished.newest_usable(arm_folder, records.Origin(run=started, arm=arm))
@@ -95,7 +96,11 @@ def used_of_finished(folder):
     saved = runs.read_run(folder)
     state = runs.restore(saved, training.make_mesh(jax.devices()[:1]))
     images = runs.load_like(saved, None)
-    return saved._replace(folder=None), contents(checkpoints.variables_of(state)), contents(images)
+    return (
+        saved._replace(folder=Path()),
+        contents(checkpoints.variables_of(state)),
+        contents(images),
+    )
 
 
 USED = {"begun": used_of_begun, "finished": used_of_finished}
@@ -199,7 +204,7 @@ def test_flipped_bits_and_the_command(home, tmp_path, seed):
             assert (code, len(lines)) == (2, 1) and lines[0].startswith("bn-jax: error: "), err
 
 
-ODD = [
+ODD: list[object] = [
     0, -4, 1, 2, 3, 1.5, 1e-300, 1e300, 10**12, 2**200, -(10**30), True, False, None,
     float("inf"), float("nan"), "", "2", "text", "\x00", "\x1b[2J", "../../etc/passwd", "\ud800",
     [], [[]], [1, 2, 3], [None] * 5, {}, {"a": {"b": []}}, {"": 0}, "x" * 3000, [0] * 3000,
@@ -226,7 +231,7 @@ def seal_again(path, values):
     """Seals a file with its odd value, as only somebody who means it does."""
     if path.name == "config.json":
         values.pop("sha256", None)
-        path.write_text(records._as_text(values | {"sha256": records._digest(values)}))
+        path.write_bytes(records._as_text(values | {"sha256": records._digest(values)}))
     elif path.name == "metrics.json":
         path.write_text(json.dumps(records.seal_metrics(values)))
     elif path.name == "position.json":
@@ -309,6 +314,33 @@ def test_odd_files(home, whole, tmp_path, capsys, kind, damage):
         except AssertionError as error:
             raise AssertionError(str(path)) from error
         shutil.rmtree(damaged)
+
+
+def test_the_test_part_of_another_run_is_refused(home, tmp_path, capsys):
+    damaged = copy_of(home / "finished", tmp_path / "run")
+    with np.load(damaged / "test.npz") as arrays:
+        np.savez_compressed(damaged / "test.npz", x=arrays["x"], y=arrays["y"][::-1])
+    _, line, _ = outcome("finished", damaged, capsys)
+    assert "test.npz is damaged (its SHA-256 is not the one in metrics.json)" in line
+
+
+def test_a_checkpoint_of_another_model_is_named(home, tmp_path, capsys):
+    """What metrics of version 0.2.0, which are not sealed, may say of it."""
+    damaged = copy_of(home / "finished", tmp_path / "run")
+    whole = json.loads((damaged / "metrics.json").read_text())
+    del whole["sha256"], whole["test_sha256"]
+    other = ({"synchronized batch norm", "no normalization"} - {whole["best_arm"]}).pop()
+    for change, message in {
+        ("data", "num_classes", 4): "(3,) at ['params']['classifier']['bias'], expected float32 (4",
+        ("data", "image_shape", (4, 4, 2)): "expected float32 (3, 3, 2, 4)",
+        ("best_arm", other): " at ['",
+    }.items():
+        metrics = json.loads(json.dumps(whole))
+        put(metrics, change[:-1], change[-1])
+        (damaged / "metrics.json").write_text(json.dumps(metrics))
+        _, line, _ = outcome("finished", damaged, capsys)
+        assert "checkpoint does not hold the model that metrics.json describes" in line
+        assert message in line, line
 
 
 def copy_position(path, copied):
