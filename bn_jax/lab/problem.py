@@ -1,13 +1,15 @@
 """The data that a run learns: loaded, split and standardized."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bn_jax.lab import data
+from bn_jax.lab import data, images, oddities
 from bn_jax.lab.errors import CommandError
 
-__all__ = ["Problem", "load"]
+__all__ = ["Problem", "load", "load_labelled"]
 
 
 class Problem(NamedTuple):
@@ -19,7 +21,9 @@ class Problem(NamedTuple):
         mean: the mean of the training part's pixels, by which all parts are standardized.
         std: their standard deviation.
         num_classes: number of classes.
+        class_names: their names in the order of the labels. None: they have none.
         sha256: of the dataset.
+        oddities: what looks like a mistake, a line for each.
     """
 
     splits: data.Splits
@@ -27,7 +31,9 @@ class Problem(NamedTuple):
     mean: float
     std: float
     num_classes: int
+    class_names: tuple[str, ...] | None
     sha256: str
+    oddities: tuple[str, ...]
 
     @property
     def examples(self) -> int:
@@ -35,37 +41,86 @@ class Problem(NamedTuple):
         return sum(len(part.y) for part in self.splits)
 
 
-def load(data_file: Path | None, seed: int) -> Problem:
+def load(source: Path | data.Dataset | None, seed: int) -> Problem:
     """Loads and splits a dataset, and standardizes its parts.
 
     Args:
-        data_file: an `.npz` file. None: scikit-learn's digits.
+        source: an `.npz` file, a folder with a subfolder of images for each class, or a dataset.
+            None: scikit-learn's digits.
         seed: of the split.
 
     Raises:
         CommandError: the data are not as `bn-jax train --help` describes them.
     """
     try:
-        dataset = data.load_digits() if data_file is None else data.load_npz(data_file)
+        if isinstance(source, data.Dataset):
+            dataset = data.check_dataset(source)
+        else:
+            dataset = load_labelled(source)
         splits = data.split(dataset, seed)
         mean, std = data.mean_and_std(splits.train)
+        ignored = _describe_ignored(source)
     except ValueError as error:
         raise CommandError(f"--data: {error}") from error
     num_classes = int(dataset.y.max()) + 1
+    if dataset.class_names is not None:
+        num_classes = len(dataset.class_names)
     if num_classes == 1:
         raise CommandError(
             "--data: array y holds only label 0, expected at least 2 classes; check the labels"
         )
+    found = () if source is None else oddities.find_oddities(dataset, splits)
     return Problem(
         splits=data.Splits(*(data.standardize(part, mean, std) for part in splits)),
         test_images=splits.test.x,
         mean=mean,
         std=std,
         num_classes=num_classes,
+        class_names=dataset.class_names,
         sha256=_sha256(dataset),
+        oddities=(*ignored, *found),
     )
 
 
+def load_labelled(
+    path: Path | None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    image_shape: tuple[int, ...] | None = None,
+) -> data.Dataset:
+    """Loads what the option --data names.
+
+    Args:
+        path: an `.npz` file, or a folder with a subfolder of images for each class. None:
+            scikit-learn's digits.
+        num_classes: of the model that gets the images. None: there is none yet.
+        class_names: of that model. None: its classes have no names; a subfolder is named by its
+            label.
+        image_shape: [H, W, C] that the model takes.
+
+    Raises:
+        ValueError: the data are not as described.
+    """
+    if path is None:
+        return data.load_digits()
+    if not path.is_dir():
+        return data.load_npz(path, num_classes)
+    if num_classes is not None and class_names is None:
+        class_names = [str(label) for label in range(num_classes)]
+    return images.load_folder(path, class_names, image_shape)
+
+
+def _describe_ignored(source: Path | data.Dataset | None) -> list[str]:
+    if not isinstance(source, Path) or not source.is_dir():
+        return []
+    ignored = images.describe_ignored(source)
+    return [] if ignored is None else [ignored]
+
+
 def _sha256(dataset: data.Dataset) -> str:
-    shape = f"{dataset.x.shape}".encode()
-    return hashlib.sha256(shape + dataset.x.tobytes() + dataset.y.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{dataset.x.shape}".encode())
+    digest.update(dataset.x.tobytes())
+    digest.update(dataset.y.tobytes())
+    if dataset.class_names is not None:
+        digest.update(json.dumps(dataset.class_names).encode())
+    return digest.hexdigest()
