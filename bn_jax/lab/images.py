@@ -77,9 +77,9 @@ def _list_classes(folder: Path) -> list[Path]:
     classes = [path for path in entries if path.is_dir()]
     images = [path for path in entries if _is_image(path) and not path.is_dir()]
     if images or not classes:
-        found = f"{len(images)} images, e.g. {images[0]}," if images else "no folder"
+        found = f"images that have no class, e.g. {images[0].name}" if images else "no folder"
         raise ValueError(
-            f"{folder} holds {found} expected one folder for each class, with its images; move "
+            f"{folder} holds {found}, expected one folder for each class, with its images; move "
             "every image to the folder of its class"
         )
     for path in classes:

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from bn_jax.lab import data, images, oddities
 from bn_jax.lab.errors import CommandError
@@ -82,21 +81,29 @@ def load(source: Path | data.Dataset | None, seed: int) -> Problem:
     )
 
 
-def load_labelled(
-    path: Path | None,
-    num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
-    image_shape: tuple[int, ...] | None = None,
-) -> data.Dataset:
+class Trained(Protocol):
+    """What a model says of its images; a class without a name is named by its label."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Their names in the order of the labels."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """[H, W, C] of an image."""
+
+
+def load_labelled(path: Path | None, model: Trained | None = None) -> data.Dataset:
     """Loads what the option --data names.
 
     Args:
         path: an `.npz` file, or a folder with a subfolder of images for each class. None:
             scikit-learn's digits.
-        num_classes: of the model that gets the images. None: there is none yet.
-        class_names: of that model. None: its classes have no names; a subfolder is named by its
-            label.
-        image_shape: [H, W, C] that the model takes.
+        model: for which the images are. None: it is still to be trained.
 
     Raises:
         ValueError: the data are not as described.
@@ -104,10 +111,11 @@ def load_labelled(
     if path is None:
         return data.load_digits()
     if not path.is_dir():
-        return data.load_npz(path, num_classes)
-    if num_classes is not None and class_names is None:
-        class_names = [str(label) for label in range(num_classes)]
-    return images.load_folder(path, class_names, image_shape)
+        return data.load_npz(path, None if model is None else model.num_classes)
+    if model is None:
+        return images.load_folder(path)
+    names = model.class_names or [str(label) for label in range(model.num_classes)]
+    return images.load_folder(path, names, model.image_shape)
 
 
 def _describe_ignored(source: Path | data.Dataset | None) -> list[str]:

@@ -22,7 +22,8 @@ from bn_jax import convert, linen, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab import checkpoints, data, models, problem
+from bn_jax.lab.array_checks import check_shape
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
@@ -67,12 +68,13 @@ class SavedRun(NamedTuple):
         arm: the best arm, one of `ARMS`.
         image_shape: [H, W, C] of an image.
         num_classes: number of logits.
+        class_names: the names of the classes in the order of the labels. None: they have none.
         mean: mean of the training part's pixels, by which images are standardized.
         std: their standard deviation.
         batch_size: examples in a training step, over all devices.
         devices: number of devices in training.
         seed: of the split.
-        data_file: the user's file as given, None for scikit-learn's digits.
+        data_file: the user's file or folder as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
         is_folded: whether `checkpoint` holds a folded program instead of variables.
     """
@@ -81,6 +83,7 @@ class SavedRun(NamedTuple):
     arm: str
     image_shape: tuple[int, ...]
     num_classes: int
+    class_names: tuple[str, ...] | None
     mean: float
     std: float
     batch_size: int
@@ -173,6 +176,7 @@ def read_run(folder: Path) -> SavedRun:
             arm=ARMS[ARMS.index(metrics["best_arm"])],
             image_shape=tuple(map(int, facts["image_shape"])),
             num_classes=int(facts["num_classes"]),
+            class_names=tuple(facts["class_names"]) if facts.get("class_names") else None,
             mean=float(facts["mean"]),
             std=float(facts["std"]),
             batch_size=int(config["batch_size"]),
@@ -194,7 +198,7 @@ def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
 
     Args:
         saved: the run.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Returns:
         The dataset, standardized as the training part was.
@@ -211,21 +215,17 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
 
     Args:
         saved: the run.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Raises:
         CommandError: see `load_like`.
     """
     argument = "DIR" if data_file is None else "--data"
     try:
-        dataset = data.load_npz(data_file or saved.folder / "test.npz", saved.num_classes)
+        dataset = problem.load_labelled(data_file or saved.folder / "test.npz", saved)
+        check_shape(dataset.x, saved.image_shape)
     except ValueError as error:
         raise CommandError(f"{argument}: {error}") from error
-    if dataset.x.shape[1:] != saved.image_shape:
-        raise CommandError(
-            f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
-            f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
-        )
     return dataset
 
 
@@ -264,7 +264,7 @@ def evaluate_run(saved: SavedRun, mesh: Mesh, data_file: Path | None) -> trainin
     Args:
         saved: the run.
         mesh: the devices to compute on.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Raises:
         CommandError: see `load_like` and `restore`.
@@ -457,11 +457,7 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
     """Loads the training part of a run again; its test part shows whether the data are the same."""
     fix = "give images to measure the statistics on with --data"
     try:
-        if saved.data_file is None:
-            dataset = data.load_digits()
-        else:
-            dataset = data.load_npz(saved.data_file, saved.num_classes)
-        splits = data.split(dataset, saved.seed)
+        splits = data.split(problem.load_labelled(saved.data_file, saved), saved.seed)
     except ValueError as error:
         raise CommandError(
             f"DIR: the training data of {saved.folder} cannot be loaded ({error}); {fix}"
