@@ -18,31 +18,12 @@ from bn_jax import training
 from bn_jax.lab import checkpoints, runs, tables
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
+from bn_jax.lab.records import Config
 
-__all__ = ["TARGET", "Config", "Result", "finish", "rank", "replace_checkpoints", "write"]
+__all__ = ["TARGET", "Result", "finish", "rank", "replace_checkpoints", "write"]
 
 TARGET = 0.9
 REPORT_EVERY = 5
-
-
-class Config(NamedTuple):
-    """The options of a run, with their defaults filled in.
-
-    Attributes:
-        data: the user's file as given; None for scikit-learn's digits.
-        devices: in all processes.
-        epochs: passes over the training part.
-        batch_size: examples in a step, over all devices.
-        learning_rate: the highest rate of SGD.
-        seed: of the split, the parameters and the order of the examples.
-    """
-
-    data: str | None
-    devices: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
 
 
 class Result(NamedTuple):
@@ -139,7 +120,7 @@ def write(
 def _metrics(problem: Problem, config: Config) -> dict[str, Any]:
     packages = ("bn-jax", "jax", "flax", "optax", "numpy")
     return {
-        "config": config._asdict(),
+        "config": config.as_json(),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "platform": jax.default_backend(),
