@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import TypeAlias
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -93,7 +93,7 @@ def check_images(x: Array) -> FloatArray:
             f"{_how_to_reshape(x.shape)}"
         )
     # JAX knows bfloat16, which NumPy has no kind for.
-    if x.dtype.kind not in "iu" and not jax.dtypes.issubdtype(x.dtype, np.floating):
+    if x.dtype.kind not in "iu" and not jnp.issubdtype(x.dtype, np.floating):
         raise ValueError(
             f"array x has dtype {_describe_dtype(x.dtype)}, expected real numbers; "
             f"{_how_to_cast_images(x.dtype)}"

@@ -5,7 +5,15 @@ import sys
 import threading
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "CommandError", "abort", "is_distributed", "leave", "print_error", "print_warning"]
+__all__ = [
+    "INTERRUPTED",
+    "CommandError",
+    "abort",
+    "is_distributed",
+    "leave",
+    "print_error",
+    "print_warning",
+]
 
 INTERRUPTED = 130
 

@@ -153,9 +153,7 @@ def _list_names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:CLASSES_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
-def read_images(
-    paths: Sequence[Path], image_shape: tuple[int, ...] | None = None
-) -> FloatArray:
+def read_images(paths: Sequence[Path], image_shape: tuple[int, ...] | None = None) -> FloatArray:
     """Reads image files of one size.
 
     - Pixels keep their values: 0 to 255, or 0 to 65535 in grayscale images of 16 bits.

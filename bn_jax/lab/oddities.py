@@ -2,9 +2,10 @@
 
 import collections
 import hashlib
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bn_jax.lab.array_checks import FloatArray, describe_shape
 from bn_jax.lab.data import Dataset, Splits
@@ -145,7 +146,7 @@ def _digests(x: FloatArray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in x]
 
 
-def _list_labels(labels: Sequence[int], dataset: Dataset) -> str:
+def _list_labels(labels: npt.NDArray[np.integer[Any]], dataset: Dataset) -> str:
     listed = ", ".join(_name(int(label), dataset) for label in labels[:CLASSES_LISTED])
     more = len(labels) - CLASSES_LISTED
     return listed + (f" and {more} more" if more > 0 else "")

@@ -23,8 +23,8 @@ from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models, problem
-from bn_jax.lab.array_checks import check_shape
 from bn_jax.lab.advice import with_commands
+from bn_jax.lab.array_checks import check_shape
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED

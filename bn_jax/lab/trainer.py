@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import checkpoints, fitting, launch, problem, processes, progress, results, runs
-from bn_jax.lab.arguments import Launch, require
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.arguments import Launch, new_folder, require
+from bn_jax.lab.data import Dataset, save_npz
+from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
 from bn_jax.lab.records import Config, Started
@@ -22,21 +23,33 @@ from bn_jax.lab.results import Result
 
 __all__ = ["Request", "resume", "start"]
 
+ALONE = Launch(1)
 DEFAULT_BATCH_SIZE = 64
 # The name of no checkpoint.
 FROM_START = "start"
 
 
 class Request(NamedTuple):
-    """The options of a new run; the defaults of some depend on data and devices."""
+    """The options of a new run; the defaults of some depend on data and devices.
 
-    data_file: Path | None
+    Attributes:
+        data: an `.npz` file, a folder of images, or a dataset, which is saved with the run as
+            `data.npz`. None: scikit-learn's digits.
+        folder: new, for the run.
+    """
+
+    data: Path | Dataset | None
     folder: Path
-    devices: int | None
-    epochs: int
-    batch_size: int | None
-    learning_rate: float
-    seed: int
+    devices: int | None = None
+    epochs: int = 20
+    batch_size: int | None = None
+    learning_rate: float = 0.1
+    seed: int = 0
+
+    @property
+    def data_file(self) -> Path | None:
+        """The file of the data, from which a run is resumed."""
+        return self.folder / "data.npz" if isinstance(self.data, Dataset) else self.data
 
 
 class Run(NamedTuple):
@@ -64,15 +77,20 @@ class Run(NamedTuple):
         return self.folder / "checkpoints" / arm.replace(" ", "-")
 
 
-def start(request: Request, launched: Launch) -> None:
+def start(request: Request, launched: Launch = ALONE) -> None:
     """Trains all arms, and saves a run.
 
     Args:
         request: the options.
         launched: the processes that train together.
+
+    Raises:
+        CommandError: an option or the data cannot be used.
     """
-    _require_packages(request.data_file)
-    loaded = problem.load(request.data_file, request.seed)
+    # The command has checked it before it imported this module; other callers have not.
+    new_folder(request.folder)
+    _require_packages(request.data)
+    loaded = problem.load(request.data, request.seed)
     mesh = launch.make_mesh(request.devices, loaded.examples, launched)
     config = Config(
         data=None if request.data_file is None else str(request.data_file),
@@ -86,7 +104,11 @@ def start(request: Request, launched: Launch) -> None:
     )
     run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
     if jax.process_index() == 0:
+        for line in loaded.oddities:
+            print_warning(f"--data: {line}")
         _begin(run)
+        if isinstance(request.data, Dataset):
+            save_npz(run.folder / "data.npz", request.data)
     _train(run)
 
 
@@ -117,10 +139,12 @@ def resume(folder: Path, devices: int | None, launched: Launch) -> None:
     _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True))
 
 
-def _require_packages(data_file: Path | None) -> None:
+def _require_packages(source: Path | Dataset | None) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
-    if data_file is None:
+    if source is None:
         require("sklearn")
+    elif isinstance(source, Path) and source.is_dir():
+        require("PIL")
 
 
 def _agree(run: Run, *, is_resumed: bool) -> Run:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from support import bars
 
-from bn_jax.lab import data, oddities, problem, trainer
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab import data, oddities
 
 
 def numbered(examples):
@@ -167,24 +166,36 @@ BAD_ARRAYS = {
         dict(x=X, y=np.eye(3)[Y]),
         r"y has shape \(6, 3\), expected \(6,\), .*one-hot; .*numpy\.argmax\(y, axis=1\)",
     ),
-    "labels for each pixel": (dict(x=X, y=np.ones((6, 2, 2))), r"y has shape \(6, 2, 2\), expected"),
+    "labels for each pixel": (
+        dict(x=X, y=np.ones((6, 2, 2))),
+        r"y has shape \(6, 2, 2\), expected",
+    ),
     "whole floats": (dict(x=X, y=Y * 1.0), r"y has dtype float64, .*cast it, e\.g\. y\.astype"),
     "float labels": (dict(x=X, y=Y / 2), f"y has dtype float64, .*it holds 0\\.5, .*{RENUMBERED}"),
     "no label": (dict(x=X, y=np.where(Y, Y, np.nan)), "y has dtype float64, .*remove these exampl"),
     "booleans": (dict(x=X, y=Y > 0), r"y has dtype bool, .*cast it: y\.astype\('int32'\)"),
     "names": (dict(x=X, y=Y.astype(str)), f"y has dtype <U21, expected integers; {RENUMBERED}"),
     "bfloat16 labels": (dict(x=X, y=Y.astype(jnp.bfloat16)), r"y has dtype \|V2, .*before saving"),
-    "records of labels": (dict(x=X, y=RECORDS), "y has dtype records with the fields pixels, label"),
+    "records of labels": (
+        dict(x=X, y=RECORDS),
+        "y has dtype records with the fields pixels, label",
+    ),
     "negative labels": (dict(x=X, y=Y - 1), r"y holds labels from -1 to 1, expected 0 to 5"),
     "huge labels": (dict(x=X, y=Y + 2**40), r"labels from 1099511627776 to .*expected 0 to 5"),
-    "huger labels": (dict(x=X, y=Y.astype("u8") + 2**63), r"labels from 922.* to .*expected 0 to 5"),
+    "huger labels": (
+        dict(x=X, y=Y.astype("u8") + 2**63),
+        r"labels from 922.* to .*expected 0 to 5",
+    ),
     "names of too few classes": (
         dict(x=X, y=Y, class_names=np.array(["a", "b"])),
         r"class_names has shape \(2,\) and dtype <U1, expected 3 strings or more",
     ),
     "equal names": (dict(x=X, y=Y, class_names=np.array(["a", "b", "b"])), "equal or empty names"),
     "control characters": (dict(x=X, y=Y, class_names=np.array(["a", "b", "\x1b[2J"])), "control"),
-    "numbers for names": (dict(x=X, y=Y, class_names=np.arange(3)), "and dtype int64, expected 3 st"),
+    "numbers for names": (
+        dict(x=X, y=Y, class_names=np.arange(3)),
+        "and dtype int64, expected 3 st",
+    ),
 }
 
 
@@ -365,7 +376,7 @@ ODD = {
         np.arange(30) % 3,
         r"channel 3 of 4 is 255 in every pixel, .* numpy\.delete\(x, \[3\], axis=-1\)",
     ),
-    "large": (noise(20, 256, 257), np.arange(20) % 2, "images have 256x257 pixels, more than 256x2"),
+    "large": (noise(20, 256, 257), np.arange(20) % 2, "images have 256x257 pixels, more than 256x"),
     "one image of two classes": (
         np.concatenate([noise(99, 5, 5), noise(1, 5, 5)]),
         np.arange(100) % 2,
@@ -402,9 +413,7 @@ def test_test_images_that_are_in_the_training_part():
 def test_a_class_that_the_training_part_lacks():
     x, y = classes(30, 30, 1)
     # The single example is in the training part of most seeds.
-    lacking = [
-        seed for seed in range(20) if 2 not in data.split(data.Dataset(x, y), seed).train.y
-    ]
+    lacking = [seed for seed in range(20) if 2 not in data.split(data.Dataset(x, y), seed).train.y]
     dataset = data.check_dataset(data.Dataset(x, y, ("cat", "dog", "emu")))
     for seed in (lacking[0], min(set(range(20)) - set(lacking))):
         found = oddities.find_oddities(dataset, data.split(dataset, seed))
@@ -430,7 +439,7 @@ SOURCES = {
     "x and y": [{"x": x, "y": np.int64(y)} for x, y in PAIRS],
     "image and label": [{"image": x[..., None], "label": y, "id": b"1"} for x, y in PAIRS],
     "batches": [(X[:4], Y[:4]), (X[4:], Y[4:])],
-    "batches of dictionaries": [{"images": X[:1], "labels": Y[:1]}, {"images": X[1:], "labels": Y[1:]}],
+    "dictionaries": [{"images": X[:1], "labels": Y[:1]}, {"images": X[1:], "labels": Y[1:]}],
     "padded batches": list(data.batches(data.Dataset(X[..., None], Y), 4)),
     "masked dictionaries": [{"x": X[[0, 5, 1]], "y": Y[[0, 5, 1]], "mask": np.array([1, 0, 1])},
                             {"x": X[:2], "y": Y[:2], "mask": [False, False]},
@@ -477,18 +486,18 @@ BAD_SOURCES = {
     "no iterable": (7, TypeError, "source is of type int, expected an iterable"),
     "a path": ("data.npz", TypeError, "source is of type str, .* use load_npz"),
     "a dictionary of arrays": ({"x": X, "y": Y}, TypeError, r"is of type dict, .* zip\(x, y\)"),
-    "two arrays": ((X, Y), TypeError, r"element 0 of source is an array of shape \(6, 2, 2\), .*zip"),
+    "two arrays": ((X, Y), TypeError, r"element 0 of source is an array of shape \(6, 2, 2\), .*z"),
     "an array": (X, TypeError, r"element 0 of source is an array of shape \(2, 2\)"),
     "triples": ([(X[0], 1, 2)], TypeError, "element 0 of source is a tuple of 3, expected"),
     "other keys": ([{"pixels": 1}], TypeError, r"has the keys \['pixels'\], expected .*; rename"),
     "nothing": ([], ValueError, "source yielded no example; an iterator can be read only once"),
     "no label": ([(X, 1), (X, Y[:2])], ValueError, r"element 1 .* x of shape \(6, 2, 2\) and y of"),
-    "one-hot": ([(X[0], np.eye(3)[0])], ValueError, r"y of shape \(3,\), expected an image and one"),
+    "one-hot": ([(X[0], np.eye(3)[0])], ValueError, r"y of shape \(3,\), expected an image and on"),
     "a long mask": ([{"x": X, "y": Y, "mask": [1]}], ValueError, r"mask of shape \(1,\), expected"),
     "ragged": ([([[1], [1, 2]], 0)], ValueError, "x of element 0 of source is no array of numbers"),
     "flat": ([(X[0, 0], 0)], ValueError, r"array x has shape \(1, 2\), expected"),
     "text": ([("abc", 0)] * 2, ValueError, "array x has shape"),
-    "names": ([(x, f"class {y}") for x, y in PAIRS], ValueError, "y has dtype <U7, .* number the cl"),
+    "names": ([(x, f"class {y}") for x, y in PAIRS], ValueError, "y has dtype <U7, .* number the "),
     "NaN": ([(WITH_NAN, Y)], ValueError, "x holds NaN"),
     "sizes": (
         [*PAIRS, (np.zeros((3, 2)), 0), (np.zeros((4, 3, 2)), Y[:4]), (np.zeros((2, 9)), 0)],
@@ -496,11 +505,11 @@ BAD_SOURCES = {
         r"2x2 \(6 images, e\.g\. element 0\), 3x2 \(5 images, e\.g\. element 6\), 2x9 \(1 image, "
         r"element 8\), expected one; resize or crop",
     ),
-    "endless": (itertools.repeat((X[0], 1)), ValueError, "more than 2,000 examples and may be endl"),
+    "endless": (itertools.repeat((X[0], 1)), ValueError, "more than 2,000 examples and may be end"),
     "endlessly nothing": (masked(), ValueError, "more than 2,000 examples and may be endless"),
     "endless sizes": (itertools.cycle([(X[0], 0), (X[:, 0], 0)]), ValueError, "may be endless"),
     "a length": (Endless(), ValueError, "may be endless, expected .* take with max_examples"),
-    "large": (itertools.repeat(LARGE), ValueError, "images of 1000x1000 need .* GB of memory, expec"),
+    "large": (itertools.repeat(LARGE), ValueError, "images of 1000x1000 need .* GB of memory, exp"),
 }  # fmt: skip
 
 
