@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,13 @@ def predict_files(saved: runs.SavedRun, mesh: Mesh, files: Sequence[Path]) -> Pr
     """
     names, x = _read_files(saved, files)
     state = runs.restore(saved, mesh)
-    logits = _compute_logits(state, x, min(saved.batch_size, len(x)), mesh)
+    dataset = data.Dataset(x, np.zeros(len(x), np.int32))
+    logits = _compute_logits(
+        state,
+        data.standardize(dataset, saved.mean, saved.std),
+        min(saved.batch_size, len(x)),
+        mesh,
+    )
     if not np.isfinite(logits).all():
         raise CommandError(
             f"DIR: the model in {saved.folder} returns NaN or infinity, so its training diverged; "
@@ -87,7 +94,7 @@ def _read_files(saved: runs.SavedRun, files: Sequence[Path]) -> tuple[list[str],
 
 
 def _expand(file: Path) -> list[Path]:
-    return images.list_images(file) if file.is_dir() else [file]
+    return images.list_images(file) if os.path.isdir(file) else [file]
 
 
 def _is_npz(path: Path) -> bool:
@@ -95,10 +102,9 @@ def _is_npz(path: Path) -> bool:
 
 
 def _compute_logits(
-    state: TrainState, x: FloatArray, batch_size: int, mesh: Mesh
+    state: TrainState, dataset: data.Dataset, batch_size: int, mesh: Mesh
 ) -> npt.NDArray[np.float64]:
     forward = jax.jit(lambda state, x: apply_in_evaluation(state)(x, train=False))
-    dataset = data.Dataset(x, np.zeros(len(x), np.int32))
     logits = [
         np.asarray(forward(state, batch.x))[np.asarray(batch.mask)]
         for batch in shard_dataset(dataset, batch_size, mesh)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -110,7 +111,7 @@ def load_labelled(path: Path | None, model: Trained | None = None) -> data.Datas
     """
     if path is None:
         return data.load_digits()
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return data.load_npz(path, None if model is None else model.num_classes)
     if model is None:
         return images.load_folder(path)
@@ -119,7 +120,7 @@ def load_labelled(path: Path | None, model: Trained | None = None) -> data.Datas
 
 
 def _describe_ignored(source: Path | data.Dataset | None) -> list[str]:
-    if not isinstance(source, Path) or not source.is_dir():
+    if not isinstance(source, Path) or not os.path.isdir(source):
         return []
     ignored = images.describe_ignored(source)
     return [] if ignored is None else [ignored]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +144,7 @@ def _require_packages(source: Path | Dataset | None) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
     if source is None:
         require("sklearn")
-    elif isinstance(source, Path) and source.is_dir():
+    elif isinstance(source, Path) and os.path.isdir(source):
         require("PIL")
 
 
