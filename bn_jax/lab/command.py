@@ -253,8 +253,8 @@ def predict(
     saved = runs.read_run(run)
     file_out = None if out is None else new_file(out, out)
     predictions = prediction.predict_files(saved, launch.one_device(), files)
-    if predictions.warning is not None:
-        print_warning(f"FILES: {predictions.warning}")
+    for line in predictions.warnings:
+        print_warning(f"FILES: {line}")
     tables.print_predictions(predictions)
     if file_out is not None:
         prediction.write_csv(file_out, predictions)

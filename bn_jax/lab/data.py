@@ -25,10 +25,13 @@ __all__ = [
     "Dataset",
     "FloatArray",
     "IntArray",
+    "NamedDataset",
     "Splits",
     "batches",
+    "check_class_names",
     "check_dataset",
     "from_iterable",
+    "load_class_names",
     "load_digits",
     "load_images",
     "load_npz",
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 # What is to be written in the place of an array, in advice.
-MEANINGS = {"x": "images", "y": "labels"}
+MEANINGS = {"x": "images", "y": "labels", "class_names": "names"}
 # More examples than a dataset in memory has: a source that yields more may be endless.
 ENDLESS = 2_000_000
 # How NumPy's message about an array begins that would have to be unpickled.
@@ -52,12 +55,22 @@ class Dataset(NamedTuple):
     Attributes:
         x: images, float32 [N, H, W, C].
         y: labels, int32 [N].
-        class_names: the names of the classes in the order of the labels. None: they have none.
     """
 
     x: FloatArray
     y: IntArray
-    class_names: tuple[str, ...] | None = None
+
+
+class NamedDataset(NamedTuple):
+    """Labelled images with the names of their classes.
+
+    Attributes:
+        dataset: the images and labels.
+        class_names: in the order of the labels. None: the classes have no names.
+    """
+
+    dataset: Dataset
+    class_names: tuple[str, ...] | None
 
 
 class Splits(NamedTuple):
@@ -90,8 +103,7 @@ def load_npz(path: Path, num_classes: int | None = None) -> Dataset:
 
     Args:
         path: a file with the arrays `x`, real numbers [N, H, W] or [N, H, W, C], and `y`, integers
-            [N] from 0 to the number of classes minus one. It may hold `class_names`, strings in
-            the order of the labels.
+            [N] from 0 to the number of classes minus one. Others are ignored.
         num_classes: number of classes. None: at most the number of examples.
 
     Returns:
@@ -100,8 +112,31 @@ def load_npz(path: Path, num_classes: int | None = None) -> Dataset:
     Raises:
         ValueError: the file cannot be read, or an array is missing or not as described.
     """
-    arrays = _read_arrays(path, ("x", "y"), ("class_names",))
-    return _checked(arrays["x"], arrays["y"], arrays.get("class_names"), num_classes)
+    arrays = _read_arrays(path, ("x", "y"))
+    return _check(arrays["x"], arrays["y"], num_classes)
+
+
+def load_class_names(path: Path) -> tuple[str, ...] | None:
+    """Loads the names of the classes from an `.npz` file.
+
+    Args:
+        path: a file that may have the array `class_names`, strings in the order of the labels.
+
+    Returns:
+        The names; None if the file has no such array.
+
+    Raises:
+        ValueError: the file cannot be read, or the array is not as described.
+    """
+    names = _read_arrays(path, (), ("class_names",)).get("class_names")
+    if names is None:
+        return None
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(
+            f"array class_names has shape {names.shape} and dtype {names.dtype}, expected strings, "
+            "one for each class; write it as numpy.array(['first', ...])"
+        )
+    return tuple(map(str, names))
 
 
 def load_images(path: Path) -> FloatArray:
@@ -119,23 +154,22 @@ def load_images(path: Path) -> FloatArray:
     return check_images(_read_arrays(path, ("x",))["x"])
 
 
-def save_npz(path: Path, dataset: Dataset) -> None:
-    """Saves a dataset as `load_npz` reads it.
+def save_npz(path: Path, dataset: Dataset, class_names: Sequence[str] | None = None) -> None:
+    """Saves a dataset as `load_npz` and `load_class_names` read it.
 
     Args:
         path: of the file, which ends in `.npz`.
         dataset: any images and labels.
+        class_names: the names of the classes in the order of the labels.
     """
-    arrays: dict[str, Any] = {"x": dataset.x, "y": dataset.y}
-    if dataset.class_names is not None:
-        arrays["class_names"] = np.array(dataset.class_names)
-    np.savez_compressed(path, **arrays)
+    names = {} if class_names is None else {"class_names": np.array(class_names)}
+    np.savez_compressed(path, allow_pickle=False, x=dataset.x, y=dataset.y, **names)
 
 
 def _read_arrays(
     path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, Array]:
-    how = f"numpy.savez(file, {', '.join(f'{n}={MEANINGS[n]}' for n in required)})"
+    how = f"numpy.savez(file, {', '.join(f'{n}={MEANINGS[n]}' for n in required or optional)})"
     check_regular(path, "give the path of an .npz file")
     arrays = {}
     name = ""
@@ -182,45 +216,40 @@ def check_dataset(dataset: Dataset) -> Dataset:
     Raises:
         ValueError: an array is not as `load_npz` describes it.
     """
-    names = dataset.class_names
-    return _checked(
-        np.asarray(dataset.x), np.asarray(dataset.y), None if names is None else np.array(names)
-    )
+    return _check(np.asarray(dataset.x), np.asarray(dataset.y), None)
 
 
-def _checked(
-    x: Array, y: Array, class_names: Array | None, num_classes: int | None = None
-) -> Dataset:
+def _check(x: Array, y: Array, num_classes: int | None) -> Dataset:
     check_not_swapped(x, y)
     images = check_images(x)
-    labels = check_labels(y, images, num_classes)
-    return Dataset(images, labels, _check_class_names(class_names, labels))
+    return Dataset(images, check_labels(y, images, num_classes))
 
 
-def _check_class_names(names: Array | None, labels: IntArray) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if names.ndim != 1 or names.dtype.kind != "U" or len(names) <= labels.max():
+def check_class_names(class_names: Sequence[str], dataset: Dataset) -> None:
+    """Raises an error if names of classes do not fit a dataset, or cannot be printed.
+
+    Args:
+        class_names: in the order of the labels.
+        dataset: whose labels they name.
+
+    Raises:
+        ValueError: a class has no name, or two have the same; or a name has control characters.
+    """
+    classes = int(dataset.y.max()) + 1
+    if len(class_names) < classes:
         raise ValueError(
-            f"array class_names has shape {names.shape} and dtype {names.dtype}, expected "
-            f"{labels.max() + 1} strings or more, one for each class; write it as "
-            "numpy.array(['first', ...])"
+            f"class_names has {len(class_names)} names, expected {classes} or more, one for each "
+            "class; add names"
         )
-    listed = tuple(map(str, names))
-    if len(set(listed)) < len(listed) or not all(name and name.isprintable() for name in listed):
+    is_printable = all(name and name.isprintable() for name in class_names)
+    if len(set(class_names)) < len(class_names) or not is_printable:
         raise ValueError(
-            "array class_names has equal or empty names, or control characters, expected a name "
-            "for each class; rename them"
+            "class_names has equal or empty names, or control characters, expected a name for each "
+            "class; rename them"
         )
-    return listed
 
 
-def from_iterable(
-    source: Iterable[Any],
-    *,
-    max_examples: int | None = None,
-    class_names: Sequence[str] | None = None,
-) -> Dataset:
+def from_iterable(source: Iterable[Any], *, max_examples: int | None = None) -> Dataset:
     """Loads images and labels from any Python iterable: a Grain dataset, a generator, a loader.
 
     Args:
@@ -230,7 +259,6 @@ def from_iterable(
             converts to NumPy. Examples that the ``mask`` of a batch excludes are left out.
         max_examples: the number of examples to take from the start of `source`, which may be
             endless. None: all of them.
-        class_names: the names of the classes in the order of the labels.
 
     Returns:
         The dataset, in memory.
@@ -244,7 +272,7 @@ def from_iterable(
         >>> import numpy as np
         >>> from bn_jax.lab import data
         >>> examples = [{"image": np.full((8, 8), i), "label": i % 2} for i in range(6)]
-        >>> dataset = data.from_iterable(examples, class_names=["even", "odd"])
+        >>> dataset = data.from_iterable(examples)
         >>> dataset.x.shape, dataset.y.tolist()
         ((6, 8, 8, 1), [0, 1, 0, 1, 0, 1])
     """
@@ -274,8 +302,7 @@ def from_iterable(
         )
     sizes.check_all_are(None)
     x, y = (np.concatenate(parts)[:max_examples] for parts in (images, labels))
-    names = None if class_names is None else np.array(class_names)
-    return _checked(x, y, names)
+    return _check(x, y, None)
 
 
 def _iterate(source: Iterable[Any], max_examples: int | None) -> Iterator[Any]:
@@ -320,7 +347,7 @@ def split(dataset: Dataset, seed: int) -> Splits:
     order = np.random.default_rng(seed).permutation(examples)
     validation, test = max(1, examples // 10), max(1, examples // 5)
     parts = np.split(order, [examples - validation - test, examples - test])
-    return Splits(*(dataset._replace(x=dataset.x[part], y=dataset.y[part]) for part in parts))
+    return Splits(*(Dataset(dataset.x[part], dataset.y[part]) for part in parts))
 
 
 def mean_and_std(dataset: Dataset) -> tuple[float, float]:

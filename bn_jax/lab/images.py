@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bn_jax.lab.arguments import require
 from bn_jax.lab.array_checks import (
     Array,
     FloatArray,
@@ -16,7 +17,7 @@ from bn_jax.lab.array_checks import (
     check_memory,
     check_regular,
 )
-from bn_jax.lab.data import Dataset
+from bn_jax.lab.data import Dataset, NamedDataset
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +41,7 @@ def load_folder(
     folder: Path,
     class_names: Sequence[str] | None = None,
     image_shape: tuple[int, ...] | None = None,
-) -> Dataset:
+) -> NamedDataset:
     """Loads a folder that holds one subfolder of images for each class.
 
     Hidden files and folders are ignored, and so are files whose suffix is that of no image (see
@@ -53,7 +54,7 @@ def load_folder(
         image_shape: as for `read_images`.
 
     Returns:
-        The dataset with its `class_names`; files are sorted by class and name.
+        The dataset and the names of its classes; files are sorted by class and name.
 
     Raises:
         ValueError: there are no classes, another class than those in `class_names`, a class
@@ -69,7 +70,8 @@ def load_folder(
         )
     files = [(path, names.index(one.name)) for one in classes for path in list_images(one)]
     x = read_images([path for path, _ in files], image_shape)
-    return Dataset(x, np.array([label for _, label in files], np.int32), tuple(names))
+    dataset = Dataset(x, np.array([label for _, label in files], np.int32))
+    return NamedDataset(dataset, tuple(names))
 
 
 def _list_classes(folder: Path) -> list[Path]:
@@ -173,7 +175,9 @@ def read_images(paths: Sequence[Path], image_shape: tuple[int, ...] | None = Non
     Raises:
         ValueError: a file is no image or damaged; an image has several frames, transparent pixels,
             or colours where grayscale is expected; or images differ in size or depth.
+        CommandError: Pillow is not installed.
     """
+    require("PIL")
     size, channels = (None, None) if image_shape is None else (image_shape[:2], image_shape[2])
     if channels not in (None, 1, 3):
         raise ValueError(

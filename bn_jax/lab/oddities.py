@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bn_jax.lab.array_checks import FloatArray, describe_shape
-from bn_jax.lab.data import Dataset, Splits
+from bn_jax.lab.data import Dataset, NamedDataset, Splits
 
 __all__ = ["FEW_EXAMPLES", "LARGE_SIDE", "find_oddities"]
 
@@ -22,31 +22,31 @@ LEAST_SHARE = 0.01
 CLASSES_LISTED = 5
 
 
-def find_oddities(dataset: Dataset, splits: Splits) -> tuple[str, ...]:
+def find_oddities(named: NamedDataset, splits: Splits) -> tuple[str, ...]:
     """Describes what looks like a mistake in a dataset that can be learned.
 
     Args:
-        dataset: all examples.
+        named: all examples.
         splits: its parts, not standardized.
 
     Returns:
         Lines, each with what to do; empty if there is nothing.
     """
     found = [
-        _describe_numbering(dataset),
-        _describe_few(dataset),
-        _describe_untrained(dataset, splits.train),
-        _describe_axes(dataset.x),
-        _describe_constant_channel(dataset.x),
-        _describe_size(dataset.x),
+        _describe_numbering(named),
+        _describe_few(named),
+        _describe_untrained(named, splits.train),
+        _describe_axes(named.dataset.x),
+        _describe_constant_channel(named.dataset.x),
+        _describe_size(named.dataset.x),
         _describe_copies(splits),
-        _describe_contradictions(dataset),
+        _describe_contradictions(named),
     ]
     return tuple(line for line in found if line is not None)
 
 
-def _describe_numbering(dataset: Dataset) -> str | None:
-    counts = np.bincount(dataset.y)
+def _describe_numbering(named: NamedDataset) -> str | None:
+    counts = np.bincount(named.dataset.y)
     empty = np.flatnonzero(counts == 0)
     if not empty.size:
         return None
@@ -58,29 +58,29 @@ def _describe_numbering(dataset: Dataset) -> str | None:
     if first == empty.size:
         lower = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
         return f"labels start at {first}, so {lower} no example: {fix}"
-    return f"labels up to {len(counts) - 1} leave out {_list_labels(empty, dataset)}: {fix}"
+    return f"labels up to {len(counts) - 1} leave out {_list_labels(empty, named)}: {fix}"
 
 
-def _describe_few(dataset: Dataset) -> str | None:
-    counts = np.bincount(dataset.y)
+def _describe_few(named: NamedDataset) -> str | None:
+    counts = np.bincount(named.dataset.y)
     few = np.flatnonzero((counts > 0) & (counts < FEW_EXAMPLES))
     if not few.size:
         return None
     least = int(few[np.argmin(counts[few])])
     return (
         f"{few.size} of {np.count_nonzero(counts)} classes with fewer than {FEW_EXAMPLES} "
-        f"examples, of which the test part gets 2 on average: {_list_labels(few, dataset)}; the "
-        f"fewest, {counts[least]}, has {_name(least, dataset)}; add examples or join classes"
+        f"examples, of which the test part gets 2 on average: {_list_labels(few, named)}; the "
+        f"fewest, {counts[least]}, has {_name(least, named)}; add examples or join classes"
     )
 
 
-def _describe_untrained(dataset: Dataset, train: Dataset) -> str | None:
-    untrained = np.setdiff1d(dataset.y, train.y)
+def _describe_untrained(named: NamedDataset, train: Dataset) -> str | None:
+    untrained = np.setdiff1d(named.dataset.y, train.y)
     if not untrained.size:
         return None
     return (
         "the training part has no example of class "
-        f"{_list_labels(untrained, dataset)}, which cannot be learned; add examples or choose "
+        f"{_list_labels(untrained, named)}, which cannot be learned; add examples or choose "
         "another --seed"
     )
 
@@ -128,14 +128,14 @@ def _describe_copies(splits: Splits) -> str | None:
     )
 
 
-def _describe_contradictions(dataset: Dataset) -> str | None:
+def _describe_contradictions(named: NamedDataset) -> str | None:
     labels: dict[bytes, set[int]] = collections.defaultdict(set)
-    for digest, label in zip(_digests(dataset.x), dataset.y.tolist(), strict=True):
+    for digest, label in zip(_digests(named.dataset.x), named.dataset.y.tolist(), strict=True):
         labels[digest].add(label)
     several = [found for found in labels.values() if len(found) > 1]
     if not several:
         return None
-    example = " and ".join(_name(label, dataset) for label in sorted(several[0])[:2])
+    example = " and ".join(_name(label, named) for label in sorted(several[0])[:2])
     return (
         f"{len(several)} images occur with different labels, e.g. {example}; check how y was "
         "written"
@@ -146,12 +146,12 @@ def _digests(x: FloatArray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in x]
 
 
-def _list_labels(labels: npt.NDArray[np.integer[Any]], dataset: Dataset) -> str:
-    listed = ", ".join(_name(int(label), dataset) for label in labels[:CLASSES_LISTED])
+def _list_labels(labels: npt.NDArray[np.integer[Any]], named: NamedDataset) -> str:
+    listed = ", ".join(_name(int(label), named) for label in labels[:CLASSES_LISTED])
     more = len(labels) - CLASSES_LISTED
     return listed + (f" and {more} more" if more > 0 else "")
 
 
-def _name(label: int, dataset: Dataset) -> str:
-    names = dataset.class_names
+def _name(label: int, named: NamedDataset) -> str:
+    names = named.class_names
     return str(label) if names is None else f"{label} ({names[label]})"

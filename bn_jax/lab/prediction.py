@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from bn_jax.lab import data, images, runs
+from bn_jax.lab import data, images, problem, runs
 from bn_jax.lab.array_checks import FloatArray, check_shape
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
@@ -29,13 +29,13 @@ class Predictions(NamedTuple):
         names: of the images: a path, and behind it the number of an image in an .npz file.
         class_names: in the order of the labels; the labels themselves where classes have no names.
         probabilities: float64 [N, classes]; every row sums to 1.
-        warning: what looks like a mistake, or None.
+        warnings: what looks like a mistake, a line for each.
     """
 
     names: list[str]
     class_names: tuple[str, ...]
     probabilities: npt.NDArray[np.float64]
-    warning: str | None
+    warnings: list[str]
 
 
 def predict_files(saved: runs.SavedRun, mesh: Mesh, files: Sequence[Path]) -> Predictions:
@@ -64,12 +64,10 @@ def predict_files(saved: runs.SavedRun, mesh: Mesh, files: Sequence[Path]) -> Pr
             f"DIR: the model in {saved.folder} returns NaN or infinity, so its training diverged; "
             "train it again with a lower --learning-rate"
         )
-    return Predictions(
-        names,
-        saved.class_names or tuple(map(str, range(saved.num_classes))),
-        _softmax(logits),
-        warn_of_range(x, runs.load_raw(saved, None).x),
-    )
+    class_names = saved.class_names or tuple(map(str, range(saved.num_classes)))
+    warnings = [line for path in files for line in problem.describe_ignored(path)]
+    warnings += warn_of_range(x, runs.load_raw(saved, None).x)
+    return Predictions(names, class_names, _softmax(logits), warnings)
 
 
 def _read_files(saved: runs.SavedRun, files: Sequence[Path]) -> tuple[list[str], FloatArray]:
@@ -117,7 +115,7 @@ def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def warn_of_range(x: FloatArray, known: FloatArray) -> str | None:
+def warn_of_range(x: FloatArray, known: FloatArray) -> list[str]:
     """Describes pixels that lie far from those that a model knows.
 
     Args:
@@ -126,19 +124,19 @@ def warn_of_range(x: FloatArray, known: FloatArray) -> str | None:
 
     Returns:
         A line with what to do, if values lie outside the known range by more than half of its
-        width, or all in its lowest tenth. Else None.
+        width, or all in its lowest tenth. Else nothing.
     """
     low, high = float(known.min()), float(known.max())
     least, most = float(x.min()), float(x.max())
     width = high - low
     is_near = low - width / 2 <= least and low + width / 10 < most <= high + width / 2
     if is_near:
-        return None
-    return (
+        return []
+    return [
         f"pixels are from {least:g} to {most:g}, but from {low:g} to {high:g} in the test part of "
         "the run: what is predicted may be wrong; scale the images alike, and give them in an "
         ".npz file with the array x"
-    )
+    ]
 
 
 def write_csv(path: Path, predictions: Predictions) -> None:

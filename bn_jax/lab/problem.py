@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from bn_jax.lab import data, images, oddities
 from bn_jax.lab.errors import CommandError
 
-__all__ = ["Problem", "load", "load_labelled"]
+__all__ = ["Problem", "Source", "Trained", "describe_ignored", "load", "load_labelled"]
+
+
+Source: TypeAlias = Path | data.Dataset | data.NamedDataset | None
 
 
 class Problem(NamedTuple):
@@ -41,45 +44,55 @@ class Problem(NamedTuple):
         return sum(len(part.y) for part in self.splits)
 
 
-def load(source: Path | data.Dataset | None, seed: int) -> Problem:
+def load(source: Source, seed: int) -> Problem:
     """Loads and splits a dataset, and standardizes its parts.
 
     Args:
-        source: an `.npz` file, a folder with a subfolder of images for each class, or a dataset.
-            None: scikit-learn's digits.
+        source: an `.npz` file, a folder with a subfolder of images for each class, or a dataset,
+            perhaps with the names of its classes. None: scikit-learn's digits.
         seed: of the split.
 
     Raises:
         CommandError: the data are not as `bn-jax train --help` describes them.
     """
     try:
-        if isinstance(source, data.Dataset):
-            dataset = data.check_dataset(source)
-        else:
-            dataset = load_labelled(source)
+        named = _load_checked(source)
+        dataset, class_names = named
         splits = data.split(dataset, seed)
         mean, std = data.mean_and_std(splits.train)
-        ignored = _describe_ignored(source)
+        ignored = describe_ignored(source)
     except ValueError as error:
         raise CommandError(f"--data: {error}") from error
     num_classes = int(dataset.y.max()) + 1
-    if dataset.class_names is not None:
-        num_classes = len(dataset.class_names)
+    if class_names is not None:
+        num_classes = len(class_names)
     if num_classes == 1:
         raise CommandError(
             "--data: array y holds only label 0, expected at least 2 classes; check the labels"
         )
-    found = () if source is None else oddities.find_oddities(dataset, splits)
+    found = () if source is None else oddities.find_oddities(named, splits)
     return Problem(
         splits=data.Splits(*(data.standardize(part, mean, std) for part in splits)),
         test_images=splits.test.x,
         mean=mean,
         std=std,
         num_classes=num_classes,
-        class_names=dataset.class_names,
-        sha256=_sha256(dataset),
+        class_names=class_names,
+        sha256=_sha256(named),
         oddities=(*ignored, *found),
     )
+
+
+def _load_checked(source: Source) -> data.NamedDataset:
+    if isinstance(source, data.Dataset):
+        named = data.NamedDataset(data.check_dataset(source), None)
+    elif isinstance(source, data.NamedDataset):
+        named = source._replace(dataset=data.check_dataset(source.dataset))
+    else:
+        named = load_labelled(source)
+    if named.class_names is not None:
+        data.check_class_names(named.class_names, named.dataset)
+    return named
 
 
 class Trained(Protocol):
@@ -98,7 +111,7 @@ class Trained(Protocol):
         """[H, W, C] of an image."""
 
 
-def load_labelled(path: Path | None, model: Trained | None = None) -> data.Dataset:
+def load_labelled(path: Path | None, model: Trained | None = None) -> data.NamedDataset:
     """Loads what the option --data names.
 
     Args:
@@ -110,26 +123,43 @@ def load_labelled(path: Path | None, model: Trained | None = None) -> data.Datas
         ValueError: the data are not as described.
     """
     if path is None:
-        return data.load_digits()
+        return data.NamedDataset(data.load_digits(), None)
     if not os.path.isdir(path):
-        return data.load_npz(path, None if model is None else model.num_classes)
+        dataset = data.load_npz(path, None if model is None else model.num_classes)
+        names = data.load_class_names(path)
+        _check_same_names(names, None if model is None else model.class_names)
+        return data.NamedDataset(dataset, names)
     if model is None:
         return images.load_folder(path)
     names = model.class_names or [str(label) for label in range(model.num_classes)]
     return images.load_folder(path, names, model.image_shape)
 
 
-def _describe_ignored(source: Path | data.Dataset | None) -> list[str]:
+def _check_same_names(names: tuple[str, ...] | None, known: tuple[str, ...] | None) -> None:
+    if names is not None and known is not None and names != known:
+        raise ValueError(
+            f"array class_names is {list(names)}, expected {list(known)} as in training; number "
+            "the labels as the run does, or leave class_names out if they are so"
+        )
+
+
+def describe_ignored(source: Source) -> list[str]:
+    """Describes the files of a folder that were ignored, in a line, or in none.
+
+    Args:
+        source: as for `load`.
+    """
     if not isinstance(source, Path) or not os.path.isdir(source):
         return []
     ignored = images.describe_ignored(source)
     return [] if ignored is None else [ignored]
 
 
-def _sha256(dataset: data.Dataset) -> str:
+def _sha256(named: data.NamedDataset) -> str:
+    dataset, class_names = named
     digest = hashlib.sha256(f"{dataset.x.shape}".encode())
     digest.update(dataset.x.tobytes())
     digest.update(dataset.y.tobytes())
-    if dataset.class_names is not None:
-        digest.update(json.dumps(dataset.class_names).encode())
+    if class_names is not None:
+        digest.update(json.dumps(class_names).encode())
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from bn_jax._recalibrate import Recalibration, recalibrate
 from bn_jax.lab import checkpoints, data, models, problem
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.array_checks import check_shape
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.fitting import shard_dataset
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 
@@ -222,10 +222,13 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
     """
     argument = "DIR" if data_file is None else "--data"
     try:
-        dataset = problem.load_labelled(data_file or saved.folder / "test.npz", saved)
+        dataset, _ = problem.load_labelled(data_file or saved.folder / "test.npz", saved)
         check_shape(dataset.x, saved.image_shape)
+        ignored = problem.describe_ignored(data_file)
     except ValueError as error:
         raise CommandError(f"{argument}: {error}") from error
+    for line in ignored:
+        print_warning(f"{argument}: {line}")
     return dataset
 
 
@@ -457,7 +460,8 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
     """Loads the training part of a run again; its test part shows whether the data are the same."""
     fix = "give images to measure the statistics on with --data"
     try:
-        splits = data.split(problem.load_labelled(saved.data_file, saved), saved.seed)
+        dataset, _ = problem.load_labelled(saved.data_file, saved)
+        splits = data.split(dataset, saved.seed)
     except ValueError as error:
         raise CommandError(
             f"DIR: the training data of {saved.folder} cannot be loaded ({error}); {fix}"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from bn_jax import training
 from bn_jax.lab import checkpoints, fitting, launch, problem, processes, progress, results, runs
 from bn_jax.lab.arguments import Launch, new_folder, require
-from bn_jax.lab.data import Dataset, save_npz
+from bn_jax.lab.data import Dataset, NamedDataset, save_npz
 from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
@@ -35,11 +34,11 @@ class Request(NamedTuple):
 
     Attributes:
         data: an `.npz` file, a folder of images, or a dataset, which is saved with the run as
-            `data.npz`. None: scikit-learn's digits.
+            `data.npz`; see `problem.load`.
         folder: new, for the run.
     """
 
-    data: Path | Dataset | None
+    data: problem.Source
     folder: Path
     devices: int | None = None
     epochs: int = 20
@@ -50,7 +49,9 @@ class Request(NamedTuple):
     @property
     def data_file(self) -> Path | None:
         """The file of the data, from which a run is resumed."""
-        return self.folder / "data.npz" if isinstance(self.data, Dataset) else self.data
+        if self.data is None or isinstance(self.data, Path):
+            return self.data
+        return self.folder.absolute() / "data.npz"
 
 
 class Run(NamedTuple):
@@ -110,6 +111,8 @@ def start(request: Request, launched: Launch = ALONE) -> None:
         _begin(run)
         if isinstance(request.data, Dataset):
             save_npz(run.folder / "data.npz", request.data)
+        elif isinstance(request.data, NamedDataset):
+            save_npz(run.folder / "data.npz", *request.data)
     _train(run)
 
 
@@ -140,12 +143,10 @@ def resume(folder: Path, devices: int | None, launched: Launch) -> None:
     _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True))
 
 
-def _require_packages(source: Path | Dataset | None) -> None:
+def _require_packages(source: problem.Source) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
     if source is None:
         require("sklearn")
-    elif isinstance(source, Path) and os.path.isdir(source):
-        require("PIL")
 
 
 def _agree(run: Run, *, is_resumed: bool) -> Run:

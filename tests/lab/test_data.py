@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import bars
 
-from bn_jax.lab import data, oddities
+from bn_jax.lab import data, oddities, problem
+from bn_jax.lab.errors import CommandError
 
 
 def numbered(examples):
@@ -186,16 +187,6 @@ BAD_ARRAYS = {
         dict(x=X, y=Y.astype("u8") + 2**63),
         r"labels from 922.* to .*expected 0 to 5",
     ),
-    "names of too few classes": (
-        dict(x=X, y=Y, class_names=np.array(["a", "b"])),
-        r"class_names has shape \(2,\) and dtype <U1, expected 3 strings or more",
-    ),
-    "equal names": (dict(x=X, y=Y, class_names=np.array(["a", "b", "b"])), "equal or empty names"),
-    "control characters": (dict(x=X, y=Y, class_names=np.array(["a", "b", "\x1b[2J"])), "control"),
-    "numbers for names": (
-        dict(x=X, y=Y, class_names=np.arange(3)),
-        "and dtype int64, expected 3 st",
-    ),
 }
 
 
@@ -305,14 +296,34 @@ def test_the_advice_of_an_error_works(tmp_path, case):
 
 
 def test_class_names_of_an_npz(tmp_path):
-    saved = data.Dataset(X[..., None], Y.astype(np.int32), ("cat", "dög", "emu"))
-    data.save_npz(tmp_path / "d.npz", saved)
-    loaded = data.load_npz(tmp_path / "d.npz")
-    assert loaded.class_names == saved.class_names
-    for part, whole in zip(loaded[:2], saved[:2], strict=True):
+    saved, names = data.Dataset(X[..., None], Y.astype(np.int32)), ("cat", "dög", "emu", "fox")
+    data.save_npz(tmp_path / "d.npz", saved, names)
+    loaded, read = problem.load_labelled(tmp_path / "d.npz")
+    assert read == names and problem.load(tmp_path / "d.npz", 0).num_classes == 4
+    for part, whole in zip(loaded, saved, strict=True):
         assert part.dtype == whole.dtype
         np.testing.assert_array_equal(part, whole)
-    assert data.split(loaded, 0).train.class_names == saved.class_names
+    data.save_npz(tmp_path / "unnamed.npz", saved)
+    assert problem.load_labelled(tmp_path / "unnamed.npz").class_names is None
+
+
+BAD_NAMES = {
+    "too few": (["a", "b"], "class_names has 2 names, expected 3 or more, one for each class; add"),
+    "equal": (["a", "b", "b"], "class_names has equal or empty names, or control characters"),
+    "empty": (["a", "b", ""], "class_names has equal or empty names, or control characters"),
+    "of a terminal": (["a", "b", "\x1b[2J"], "equal or empty names, or control characters"),
+    "numbers": ([0, 1, 2], r"class_names has shape \(3,\) and dtype int64, expected strings, one"),
+    "objects": ([["a"], None, 2], "array class_names of .* holds Python objects, which are never"),
+    "a table": ([["a"], ["b"], ["c"]], r"class_names has shape \(3, 1\) and dtype <U1, expected"),
+}
+
+
+@pytest.mark.parametrize(("names", "message"), BAD_NAMES.values(), ids=BAD_NAMES)
+def test_class_names_that_are_none(tmp_path, names, message):
+    array = np.array(names, object if None in names else None)
+    np.savez(tmp_path / "d.npz", x=X, y=Y, class_names=array)
+    with pytest.raises(CommandError, match=f"--data: .*{message}"):
+        problem.load(tmp_path / "d.npz", 0)
 
 
 def test_load_images_needs_no_labels(tmp_path):
@@ -326,9 +337,10 @@ def test_load_images_needs_no_labels(tmp_path):
 # --- what looks like a mistake ------------------------------------------------------------------
 
 
-def odd(x, y, class_names=None):
-    dataset = data.check_dataset(data.Dataset(x, y, class_names))
-    return oddities.find_oddities(dataset, data.split(dataset, 0))
+def odd(x, y, class_names=None, seed=0):
+    dataset = data.check_dataset(data.Dataset(x, y))
+    splits = data.split(dataset, seed)
+    return oddities.find_oddities(data.NamedDataset(dataset, class_names), splits)
 
 
 def noise(*shape):
@@ -348,8 +360,7 @@ def test_ordinary_data_have_nothing_odd():
     assert odd(noise(30, 3, 3, 3), np.arange(30) % 3) == ()
     assert odd(noise(30, 4, 4, 4), np.arange(30) % 3) == ()
     assert odd(noise(20, 256, 256, 1)[:, :, :, 0], np.arange(20) % 2) == ()
-    digits = data.load_digits()
-    assert oddities.find_oddities(digits, data.split(digits, 0)) == ()
+    assert odd(*data.load_digits()) == ()
 
 
 ODD = {
@@ -414,9 +425,8 @@ def test_a_class_that_the_training_part_lacks():
     x, y = classes(30, 30, 1)
     # The single example is in the training part of most seeds.
     lacking = [seed for seed in range(20) if 2 not in data.split(data.Dataset(x, y), seed).train.y]
-    dataset = data.check_dataset(data.Dataset(x, y, ("cat", "dog", "emu")))
     for seed in (lacking[0], min(set(range(20)) - set(lacking))):
-        found = oddities.find_oddities(dataset, data.split(dataset, seed))
+        found = odd(x, y, ("cat", "dog", "emu"), seed)
         assert found[0].startswith("1 of 3 classes with fewer than 10 examples")
         lines = [line for line in found if "no example of class 2 (emu), which cannot be" in line]
         assert len(lines) == (seed in lacking)
@@ -452,10 +462,10 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_from_iterable(source):
-    dataset = data.from_iterable(source, class_names=["a", "b", "c"])
+    dataset = data.from_iterable(source)
     assert dataset.x.dtype == np.float32 and dataset.y.dtype == np.int32
     np.testing.assert_array_equal(dataset.x, X[..., None])
-    assert dataset.y.tolist() == Y.tolist() and dataset.class_names == ("a", "b", "c")
+    assert dataset.y.tolist() == Y.tolist()
 
 
 def test_from_an_endless_iterable():

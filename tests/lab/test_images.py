@@ -1,8 +1,10 @@
 """Image files and folders of them: real files that Pillow writes, and worse ones."""
 
 import os
+import pty
 import shutil
 import struct
+import sys
 import zlib
 from typing import NamedTuple
 
@@ -179,6 +181,25 @@ def test_the_advice_for_transparent_pixels_works(tmp_path):
     assert images.read_images([path]).shape == (1, 6, 5, 3)
 
 
+def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"{number}.png", GRAY) for number in range(3)]
+    terminal, ours = pty.openpty()
+    with os.fdopen(ours, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        assert len(images.read_images(paths)) == 3
+        shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert "reading images" in shown and "100%" in shown
+
+
+def test_without_pillow(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", GRAY)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(CommandError, match=r"PIL is not installed; install with pip install 'bn-j"):
+        images.read_images([path])
+
+
 def test_uneven_sizes_are_listed(tmp_path):
     small = [save(tmp_path / f"{number}.png", GRAY) for number in range(3)]
     wide = [
@@ -240,12 +261,13 @@ def test_a_folder_has_a_class_in_each_subfolder(tmp_path):
     (folder / "ant/Thumbs.db").touch()
     (folder / "README").touch()
     (folder / "far").symlink_to("ant")
-    dataset = images.load_folder(folder)
-    assert dataset.class_names == ("10", "Zebra", "ant", "far")
+    dataset, class_names = images.load_folder(folder)
+    assert class_names == ("10", "Zebra", "ant", "far")
     assert dataset.y.dtype == np.int32 and dataset.y.tolist() == [0, 1, 2, 2, 2, 3, 3, 3]
     expected = [GRAY, GRAY, GRAY[::-1], GRAY[:, ::-1], GRAY * 0]
     np.testing.assert_array_equal(dataset.x[:5, ..., 0], np.stack(expected))
     ignored = images.describe_ignored(folder)
+    assert ignored is not None
     assert ignored.startswith("3 files without the suffix of an image (.bmp, .gif, ")
     assert ignored.endswith(f" ignored, e.g. {folder / 'README'}")
 
@@ -260,8 +282,8 @@ class Unnamed(NamedTuple):
 
 def test_the_classes_of_a_run(tmp_path):
     folder = folder_of(tmp_path, emu=[GRAY], cat=[GRAY])
-    dataset = images.load_folder(folder, ("cat", "dog", "emu"))
-    assert dataset.y.tolist() == [0, 2] and dataset.class_names == ("cat", "dog", "emu")
+    dataset, class_names = images.load_folder(folder, ("cat", "dog", "emu"))
+    assert dataset.y.tolist() == [0, 2] and class_names == ("cat", "dog", "emu")
     message = (
         r"has the classes 'emu', which the run does not know, expected some of 'cat', 'dog'; r"
     )
@@ -275,7 +297,7 @@ def test_the_classes_of_a_run(tmp_path):
         problem.load_labelled(folder, Unnamed(3, None, (6, 5, 1)))
     (folder / "emu").rename(folder / "2")
     (folder / "cat").rename(folder / "0")
-    assert problem.load_labelled(folder, Unnamed(3, None, (6, 5, 1))).y.tolist() == [0, 2]
+    assert problem.load_labelled(folder, Unnamed(3, None, (6, 5, 1))).dataset.y.tolist() == [0, 2]
 
 
 def test_folders_that_are_no_data(tmp_path):
@@ -312,7 +334,7 @@ def test_folders_that_are_no_data(tmp_path):
             images.load_folder(tmp_path / name)
         assert "\n" not in str(caught.value)
     # A link to itself is no folder.
-    assert len(images.load_folder(tmp_path / "cycle").y) == 2
+    assert len(images.load_folder(tmp_path / "cycle").dataset.y) == 2
 
 
 def test_a_folder_is_learned_as_the_same_arrays(tmp_path):

@@ -112,9 +112,7 @@ def test_predictions_are_those_of_the_model(home, command, tmp_path):
     expected = np.asarray(define_probabilities(home / "run", x[order]), np.float64)
     np.testing.assert_allclose(probabilities, expected, atol=2e-5)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-12)
-    assert rows == [
-        [name, NAMES[row.argmax()]] for name, row in zip(names, expected, strict=True)
-    ]
+    assert rows == [[name, NAMES[row.argmax()]] for name, row in zip(names, expected, strict=True)]
     # It has learned what is easy, in the order of the names and not of the labels.
     right = [name == NAME_OF[label] for (_, name), label in zip(rows, y[order], strict=True)]
     assert sum(right) >= 8
@@ -213,7 +211,7 @@ def test_predict_refuses(home, command, tmp_path):
         "C] as the run was trained on; give images with as many channels",
         (run, "n" * 300): "FILES: nnn",
         (run, "000.png", "--out", "full.csv"): "--out: full.csv exists; choose another name or",
-        (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made in no; choose a fold",
+        (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made in no; choose a",
         ("damaged", "000.png"): "DIR: damaged/checkpoint is missing or damaged",
         ("no run", "000.png"): "DIR: no run is not a run (FileNotFoundError",
         (run,): "Missing argument 'FILES...'.",
@@ -243,12 +241,29 @@ def test_pixels_of_another_range(home, command, tmp_path):
         assert err.count("\n") == 1
 
 
+def test_files_that_are_ignored_are_told(home, command, tmp_path):
+    x, y = pixels(3)
+    write_folder(tmp_path / "new", x, y, [".", ".", "."])
+    (tmp_path / "new/photo.heic").touch()
+    write_folder(tmp_path / "classes", x, y)
+    (tmp_path / "classes/README").touch()
+    for arguments, start in {
+        ("predict", home / "run", "new"): "FILES: 1 file without the suffix of an image (.bmp, ",
+        ("eval", home / "run", "--data", "classes"): "--data: 1 file without the suffix of an ima",
+    }.items():
+        code, out, err = command(*arguments)
+        assert code == 0 and out
+        assert err.startswith(f"bn-jax: warning: {start}") and err.count("\n") == 1
+        assert "ignored, e.g. " in err
+
+
 def test_digits_as_bytes_are_noticed():
     """scikit-learn's digits are from 0 to 16; a user's picture is not."""
     known = data.load_digits().x
-    assert prediction.warn_of_range(known[:1], known) is None
-    assert "from 0 to 240, but from 0 to 16" in prediction.warn_of_range(known[:1] * 16, known)
-    scaled = prediction.warn_of_range(known[:1] / 16, known)
+    assert prediction.warn_of_range(known[:1], known) == []
+    (large,) = prediction.warn_of_range(known[:1] * 16, known)
+    assert "pixels are from 0 to 240, but from 0 to 16" in large
+    (scaled,) = prediction.warn_of_range(known[:1] / np.float32(16), known)
     assert "pixels are from 0 to 0.9375, but from 0 to 16" in scaled
 
 
@@ -292,6 +307,14 @@ def test_folders_for_saved_runs(home, command, tmp_path):
             assert said[0] == said[1]
     one, other = (state_of(tmp_path / f"recalibrate{number}").batch_stats for number in (0, 1))
     assert_close(one, other, tolerance=1e-12)
+    # What has other names has other labels.
+    np.savez(tmp_path / "named.npz", x=x, y=y, class_names=NAME_OF)
+    assert command("eval", home / "run", "--data", "named.npz")[2].startswith(
+        f"bn-jax: error: --data: array class_names is {list(NAME_OF)}, expected {list(NAMES)} as in"
+    )
+    np.savez(tmp_path / "named.npz", x=x[kept], y=labels, class_names=NAMES)
+    said = command("eval", home / "run", "--data", "named.npz")[1]
+    assert said.split(" accuracy")[1] in command("eval", home / "run", "--data", "new")[1]
     # Without --data it is the training part of the folder.
     assert command("recalibrate", home / "run", "--out", "again")[0] == 0
     (tmp_path / "new" / "zebra").mkdir()
@@ -312,7 +335,7 @@ def test_an_exported_run_knows_the_classes(home, command, tmp_path):
 def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
     """Interrupted by a real signal, resumed by the command, and recalibrated from the same file."""
     x, y = pixels(40)
-    dataset = data.from_iterable([(x, y)], class_names=NAME_OF)
+    dataset = data.from_iterable([(x, y)])
     fit = fitting.fit
 
     def interrupted_fit(*arguments, **options):
@@ -322,16 +345,19 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)
-    request = trainer.Request(dataset, tmp_path / "new", devices=1, epochs=3, batch_size=16)
+    request = trainer.Request(
+        data.NamedDataset(dataset, NAME_OF), tmp_path / "new", devices=1, epochs=3, batch_size=16
+    )
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "fit", interrupted_fit)
         with pytest.raises(CommandError, match="interrupted; continue with bn-jax train --resume"):
             trainer.start(request)
     assert command("train", "--resume", "new")[0] == 0
     saved = runs.read_run(tmp_path / "new")
-    assert saved.class_names == NAME_OF and saved.data_file == tmp_path / "new/data.npz"
+    assert saved.class_names == NAME_OF
+    assert saved.data_file is not None and saved.data_file == tmp_path / "new/data.npz"
     np.testing.assert_array_equal(data.load_npz(saved.data_file).x, dataset.x)
-    code, out, err = command("recalibrate", "new")
+    code, _, err = command("recalibrate", "new")
     assert (code, err) == (0, "")
     # A finished run is not overwritten.
     before = files(tmp_path)
@@ -343,14 +369,14 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "dataset",
     [
-        data.Dataset(np.zeros((9, 4, 4)), np.arange(9) % 3),
-        data.Dataset(bars()["x"], bars()["y"] / 2),
-        data.Dataset(bars()["x"], np.zeros(60, int)),
+        (np.zeros((9, 4, 4)), np.arange(9) % 3),
+        (bars()["x"], bars()["y"] / 2),
+        (bars()["x"], np.zeros(60, int)),
     ],
 )
 def test_a_dataset_that_cannot_be_learned_leaves_nothing(dataset, tmp_path):
     with pytest.raises(CommandError, match="--data: "):
-        trainer.start(trainer.Request(dataset, tmp_path / "new"))
+        trainer.start(trainer.Request(data.Dataset(*dataset), tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
 
 
