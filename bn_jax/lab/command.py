@@ -237,7 +237,7 @@ def predict(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILES...",
+            metavar="FILES",
             help="Image files, folders of images, or .npz files with an array x as for train.",
         ),
     ],

@@ -68,16 +68,19 @@ def load_folder(
             f"{folder} has the classes {_list_names(unknown)}, which the run does not know, "
             f"expected some of {_list_names(names)}; rename or remove these folders"
         )
-    files = [(path, names.index(one.name)) for one in classes for path in list_images(one)]
+    files = [
+        (path, names.index(one.name))
+        for one in classes
+        for path in list_images(one, f"give {one} itself if its folders are the classes")
+    ]
     x = read_images([path for path, _ in files], image_shape)
     dataset = Dataset(x, np.array([label for _, label in files], np.int32))
     return NamedDataset(dataset, tuple(names))
 
 
 def _list_classes(folder: Path) -> list[Path]:
-    entries = _entries(folder)
-    classes = [path for path in entries if path.is_dir()]
-    images = [path for path in entries if _is_image(path) and not path.is_dir()]
+    classes, others = _entries(folder)
+    images = [path for path in others if _is_image(path)]
     if images or not classes:
         found = f"images that have no class, e.g. {images[0].name}" if images else "no folder"
         raise ValueError(
@@ -93,11 +96,12 @@ def _list_classes(folder: Path) -> list[Path]:
     return classes
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, fix: str = "give its folders one by one") -> list[Path]:
     """Lists the images of a folder.
 
     Args:
         folder: of images alone; hidden files and files without the suffix of an image are ignored.
+        fix: what to do with a folder that holds others, for the message.
 
     Returns:
         The images, sorted by name.
@@ -105,13 +109,12 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: there is none, or there is a folder beside them.
     """
-    entries = _entries(folder)
-    folders = [path for path in entries if path.is_dir()]
-    images = [path for path in entries if _is_image(path)]
+    folders, others = _entries(folder)
+    images = [path for path in others if _is_image(path)]
     if folders:
         raise ValueError(
             f"{folder} holds the folder {folders[0].name}, expected images alone; move its images "
-            "up, or give the folder around those of the classes"
+            f"up, or {fix}"
         )
     if not images:
         raise ValueError(
@@ -126,9 +129,9 @@ def describe_ignored(folder: Path) -> str | None:
     Args:
         folder: as for `load_folder`.
     """
-    entries = _entries(folder)
-    inner = [path for one in entries if one.is_dir() for path in _entries(one)]
-    ignored = [path for path in entries + inner if not (path.is_dir() or _is_image(path))]
+    folders, others = _entries(folder)
+    others += [path for one in folders for path in _entries(one)[1]]
+    ignored = [path for path in others if not _is_image(path)]
     if not ignored:
         return None
     files = f"{len(ignored)} files" if len(ignored) > 1 else "1 file"
@@ -137,13 +140,16 @@ def describe_ignored(folder: Path) -> str | None:
     )
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the folders in a folder, and what else is there, but for what is hidden."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        folders = [path for path in entries if path.is_dir()]
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be read ({error.strerror}); give a folder of images that you may read"
         ) from error
+    return folders, sorted(set(entries) - set(folders))
 
 
 def _is_image(path: Path) -> bool:

@@ -214,7 +214,7 @@ def test_predict_refuses(home, command, tmp_path):
         (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made in no; choose a",
         ("damaged", "000.png"): "DIR: damaged/checkpoint is missing or damaged",
         ("no run", "000.png"): "DIR: no run is not a run (FileNotFoundError",
-        (run,): "Missing argument 'FILES...'.",
+        (run,): "Missing argument 'FILES'.",
     }  # fmt: skip
     before = files(tmp_path)
     for arguments, message in cases.items():
