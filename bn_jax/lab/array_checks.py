@@ -16,6 +16,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "Sizes",
+    "check_bytes",
     "check_images",
     "check_labels",
     "check_memory",
@@ -259,13 +260,25 @@ def check_memory(examples: int, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: it does not fit.
     """
-    present = _physical_memory()
     needed = BYTES_PER_PIXEL * examples * math.prod(shape)
+    check_bytes(needed, f"{examples:,} images of {describe_shape(shape)} need ")
+
+
+def check_bytes(needed: int, what: str = "its arrays need ") -> None:
+    """Raises an error if something cannot fit into the memory of this machine.
+
+    Args:
+        needed: number of bytes.
+        what: needs them, for the message.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    present = _physical_memory()
     if present is not None and needed > present:
         raise ValueError(
-            f"{examples:,} images of {describe_shape(shape)} need {needed / 1e9:,.1f} GB of "
-            f"memory, expected at most the {present / 1e9:,.1f} GB of this machine; give fewer or "
-            "smaller images"
+            f"{what}{needed / 1e9:,.1f} GB of memory, expected at most the {present / 1e9:,.1f} GB "
+            "of this machine; give fewer or smaller images"
         )
 
 

@@ -12,6 +12,7 @@ from bn_jax.lab.array_checks import (
     FloatArray,
     IntArray,
     Sizes,
+    check_bytes,
     check_images,
     check_labels,
     check_memory,
@@ -179,6 +180,8 @@ def _read_arrays(
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array without a name")
+            members = file.zip.infolist() if file.zip else []
+            check_bytes(sum(member.file_size for member in members))
             present = set(file.files)
             missing = sorted(set(required) - present)
             if not missing:

@@ -131,8 +131,8 @@ def load_labelled(path: Path | None, model: Trained | None = None) -> data.Named
         return data.NamedDataset(dataset, names)
     if model is None:
         return images.load_folder(path)
-    names = model.class_names or [str(label) for label in range(model.num_classes)]
-    return images.load_folder(path, names, model.image_shape)
+    classes = model.class_names or [str(label) for label in range(model.num_classes)]
+    return images.load_folder(path, classes, model.image_shape)
 
 
 def _check_same_names(names: tuple[str, ...] | None, known: tuple[str, ...] | None) -> None:

@@ -227,6 +227,16 @@ BAD_BYTES = {
 }
 
 
+def test_a_file_that_decompresses_to_more_than_the_memory(tmp_path):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, x=X, y=Y)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more.npy", b"")
+        archive.getinfo("x.npy").file_size = 2**45
+    with pytest.raises(ValueError, match=r"its arrays need 35,184\.4 GB of memory, expected at mo"):
+        data.load_npz(path)
+
+
 @pytest.mark.parametrize("content", BAD_BYTES.values(), ids=BAD_BYTES)
 def test_load_npz_refuses_files(tmp_path, content):
     path = tmp_path / "bad.npz"
