@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from support import bars
 
-from bn_jax.lab import data, images, problem
+from bn_jax.lab import array_checks, data, images, problem
 from bn_jax.lab.errors import CommandError
 
 RNG = np.random.default_rng(0)
@@ -229,13 +229,15 @@ def test_depths_are_not_mixed(tmp_path):
         images.read_images(paths)
 
 
-def test_more_images_than_the_memory_holds(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/0.png").write_bytes(png(9000, 9000, bytes(9000 * 1126)))
-    for number in range(1, 3000):
-        os.link(tmp_path / "a/0.png", tmp_path / f"a/{number}.png")
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
-    with pytest.raises(ValueError, match=r"6,000 images of 9000x9000x1 need 5,832\.0 GB of memory"):
+def test_more_images_than_the_memory_holds(tmp_path, monkeypatch):
+    folder_of(tmp_path, cat=[GRAY] * 3, dog=[GRAY] * 3)
+    monkeypatch.setattr(array_checks, "_physical_memory", lambda: 12 * 30 * 6)
+    assert len(images.load_folder(tmp_path).dataset.y) == 6
+    monkeypatch.setattr(array_checks, "_physical_memory", lambda: 12 * 30 * 6 - 1)
+    # Noticed after the first image.
+    (tmp_path / "dog/2.png").write_text("no image")
+    message = r"6 images of 6x5x1 need 0\.0 GB of memory, expected at most the 0\.0 GB of this ma"
+    with pytest.raises(ValueError, match=message):
         images.load_folder(tmp_path)
 
 
