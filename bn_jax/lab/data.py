@@ -1,7 +1,8 @@
 """Labelled images: loaded, split, standardized, and cut into padded batches."""
 
+import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,9 +315,10 @@ def _iterate(source: Iterable[Any], max_examples: int | None) -> Iterator[Any]:
             f"source is of type {type(source).__name__}, expected an iterable of examples or "
             "batches; for an .npz file use load_npz(path), for two arrays zip(x, y)"
         )
-    # Grain gives an endless dataset the length sys.maxsize.
-    if max_examples is None and isinstance(source, Sized):
-        _check_not_endless(len(source))
+    # Grain gives an endless dataset the length sys.maxsize; the length of other loaders may be
+    # unknown, which is a TypeError of `len`.
+    if max_examples is None:
+        _check_not_endless(operator.length_hint(source))
     return iter(source)
 
 

@@ -478,12 +478,26 @@ def test_from_iterable(source):
     assert dataset.y.tolist() == Y.tolist()
 
 
+def test_from_an_iterable_of_unknown_length():
+    assert data.from_iterable(Unsized()).y.tolist() == Y.tolist()
+
+
 def test_from_an_endless_iterable():
     dataset = data.from_iterable(itertools.cycle(PAIRS), max_examples=8)
     assert dataset.y.tolist() == [*Y.tolist(), 0, 1]
     batches = itertools.cycle([(X, Y)])
     assert data.from_iterable(batches, max_examples=8).y.tolist() == [*Y.tolist(), 0, 1]
     assert data.from_iterable(PAIRS, max_examples=8).y.tolist() == Y.tolist()
+
+
+class Unsized:
+    """As a loader of PyTorch over a data set without length."""
+
+    def __len__(self):
+        raise TypeError("it has no length")
+
+    def __iter__(self):
+        return iter(PAIRS)
 
 
 class Endless:
