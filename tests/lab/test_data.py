@@ -369,6 +369,7 @@ def test_ordinary_data_have_nothing_odd():
     assert odd(noise(30, 32, 32, 3), np.arange(30) % 3) == ()
     assert odd(noise(30, 3, 3, 3), np.arange(30) % 3) == ()
     assert odd(noise(30, 4, 4, 4), np.arange(30) % 3) == ()
+    assert odd(noise(30, 1, 1, 64), np.arange(30) % 3) == ()
     assert odd(noise(20, 256, 256, 1)[:, :, :, 0], np.arange(20) % 2) == ()
     assert odd(*data.load_digits()) == ()
 
@@ -427,8 +428,13 @@ def test_test_images_that_are_in_the_training_part():
     assert len(names["y"]) == 30 and odd(names["x"], names["y"]) == ()
     # A few among many are no mistake.
     x, y = noise(2000, 5, 5), np.arange(2000) % 3
-    x[999] = x[0]
+    train, _, test = (part.y.tolist() for part in data.split(numbered(2000), 0))
+    for copy, (image, label) in zip(test[:3], zip(train, y[train], strict=True), strict=False):
+        x[copy], y[copy] = x[image], label
     assert odd(x, y) == ()
+    for copy, (image, label) in zip(test[:4], zip(train, y[train], strict=True), strict=False):
+        x[copy], y[copy] = x[image], label
+    assert "4 of 400 test images" in odd(x, y)[0]
 
 
 def test_a_class_that_the_training_part_lacks():
