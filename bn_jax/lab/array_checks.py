@@ -3,8 +3,6 @@
 import collections
 import math
 import os
-import stat
-from pathlib import Path
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ __all__ = [
     "check_labels",
     "check_memory",
     "check_not_swapped",
-    "check_regular",
     "check_shape",
     "describe_shape",
 ]
@@ -35,28 +32,6 @@ BYTES_PER_PIXEL = 12
 SIZES_LISTED = 5
 # It numbers any labels, names too; so it is an advice that always works.
 RENUMBER = "numpy.unique(y, return_inverse=True)[1]"
-
-
-def check_regular(path: Path, fix: str) -> None:
-    """Raises an error for a path that is no file to read: opening a pipe would wait for a writer.
-
-    Args:
-        path: of anything.
-        fix: what to do, for the message.
-
-    Raises:
-        ValueError: there is no regular file.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; {fix}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path} cannot be read ({reason}); {fix}") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise ValueError(f"{path} cannot be read, for it is {kind}, expected a file; {fix}")
 
 
 def check_not_swapped(x: Array, y: Array) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bn_jax.lab.arguments import are_distinct_names
 from bn_jax.lab.array_checks import (
     Array,
     FloatArray,
@@ -18,9 +19,9 @@ from bn_jax.lab.array_checks import (
     check_labels,
     check_memory,
     check_not_swapped,
-    check_regular,
 )
 from bn_jax.lab.elements import read_element
+from bn_jax.lab.reading import open_regular
 from bn_jax.training import Batch, pad_batch
 
 __all__ = [
@@ -164,20 +165,21 @@ def save_npz(path: Path, dataset: Dataset, class_names: Sequence[str] | None = N
         dataset: any images and labels.
         class_names: the names of the classes in the order of the labels.
     """
-    names = {} if class_names is None else {"class_names": np.array(class_names)}
-    np.savez_compressed(path, allow_pickle=False, x=dataset.x, y=dataset.y, **names)
+    names: dict[str, Any] = {}
+    if class_names is not None:
+        names["class_names"] = np.array(class_names)
+    np.savez_compressed(path, x=dataset.x, y=dataset.y, **names)
 
 
 def _read_arrays(
     path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, Array]:
     how = f"numpy.savez(file, {', '.join(f'{n}={MEANINGS[n]}' for n in required or optional)})"
-    check_regular(path, "give the path of an .npz file")
     arrays = {}
     name = ""
     try:
         # Opened here, because NumPy does not close a file that is no zip archive.
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array without a name")
@@ -188,6 +190,8 @@ def _read_arrays(
             if not missing:
                 for name in sorted(present & {*required, *optional}):
                     arrays[name] = np.asarray(file[name])
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give the path of an .npz file") from None
     except Exception as error:
         # The file may hold anything: zip, zlib, NumPy's header parser and the file system raise
         # errors of different types.
@@ -245,8 +249,7 @@ def check_class_names(class_names: Sequence[str], dataset: Dataset) -> None:
             f"class_names has {len(class_names)} names, expected {classes} or more, one for each "
             "class; add names"
         )
-    is_printable = all(name and name.isprintable() for name in class_names)
-    if len(set(class_names)) < len(class_names) or not is_printable:
+    if not are_distinct_names(class_names):
         raise ValueError(
             "class_names has equal or empty names, or control characters, expected a name for each "
             "class; rename them"

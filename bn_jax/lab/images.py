@@ -15,9 +15,9 @@ from bn_jax.lab.array_checks import (
     Sizes,
     check_images,
     check_memory,
-    check_regular,
 )
 from bn_jax.lab.data import Dataset, NamedDataset
+from bn_jax.lab.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -225,13 +225,12 @@ def _with_progress(paths: Sequence[Path]) -> Iterable[Path]:
 def _read_image(path: Path) -> Array:
     from PIL import Image
 
-    check_regular(path, "give an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Of a small file that decompresses to more pixels than any photo has.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as image:
                 frames = getattr(image, "n_frames", 1)
                 # A camera's MPO file holds previews after the photo.
                 if frames > 1 and image.format != "MPO":
@@ -239,6 +238,8 @@ def _read_image(path: Path) -> Array:
                         f"has {frames} frames, expected one; save one of them by itself"
                     )
                 return pixels_of(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give an image file") from None
     except _UnsuitableError as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:

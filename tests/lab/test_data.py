@@ -252,9 +252,9 @@ def test_load_npz_refuses_folders_and_missing_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "loop.npz").symlink_to("loop.npz")
     for name, message in {
-        "": "cannot be read, for it is a folder, expected a file",
+        "": r"cannot be read as an \.npz file of numbers \(.* is a folder, expected a regular f",
         "no.npz": r"no\.npz does not exist; give the path",
-        "pipe.npz": "for it is a device, pipe or socket, expected a file",
+        "pipe.npz": "pipe.npz is a pipe, expected a regular file",
         "loop.npz": "Too many levels of symbolic links",
         "n" * 300: "File name too long",
     }.items():
@@ -452,11 +452,6 @@ def test_a_class_that_the_training_part_lacks():
 # --- iterables ----------------------------------------------------------------------------------
 
 
-def endless():
-    while True:
-        yield X[0], 1
-
-
 PAIRS = list(zip(X, Y.tolist(), strict=True))
 SOURCES = {
     "pairs": PAIRS,
@@ -513,7 +508,7 @@ class Endless:
         return sys.maxsize
 
     def __iter__(self):
-        return endless()
+        raise AssertionError("nobody has to wait until it is noticed")
 
 
 def masked():

@@ -127,9 +127,10 @@ def test_files_that_are_no_usable_images(tmp_path):
         "bomb.png": f"{cannot}Image size (144000000 pixels) exceeds limit of 89478485",
         "larger.png": f"{cannot}Image size (2500000000 pixels) exceeds limit",
         "script.eps": cannot,
-        "pipe.png": "cannot be read, for it is a device, pipe or socket, expected a file; give an",
-        "folder.png": "cannot be read, for it is a folder, expected a file; give an image file",
-        "loop.png": "cannot be read (Too many levels of symbolic links); give an image file",
+        "an old format.png": cannot,
+        "pipe.png": "pipe.png is a pipe, expected a regular file",
+        "folder.png": "folder.png is a folder, expected a regular file",
+        "loop.png": "Too many levels of symbolic links",
         "dangling.png": "does not exist; give an image file",
         "missing.png": "does not exist; give an image file",
         "moving.gif": "has 2 frames, expected one; save one of them by itself",
@@ -148,6 +149,7 @@ def test_files_that_are_no_usable_images(tmp_path):
     (tmp_path / "script.eps").write_text(
         f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({ghost}) print quit\n"
     )
+    save(tmp_path / "an old format.png", COLOUR, format="PCX")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to("loop.png")
@@ -329,7 +331,7 @@ def test_folders_that_are_no_data(tmp_path):
         "loop": "cat holds the folder again, expected images alone",
         "odd name": r"holds a folder of the name 'a\\nb', expected the name of a class in Unicode",
         "bytes": r"holds a folder of the name '\\udcff', expected the name of a class in Unicode",
-        "pipe": "p.png cannot be read, for it is a device, pipe or socket",
+        "pipe": "p.png is a pipe, expected a regular file",
     }
     for name, message in expected.items():
         with pytest.raises(ValueError, match=message) as caught:

@@ -1,25 +1,25 @@
 """`bn-jax predict`, and runs on folders of images and on datasets that are made in code."""
 
 import csv
-import functools
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, bars, copy_of, files
+from support import assert_close, bars, copy_of, files, make_small_resnet
 
 import bn_jax as bn
-from bn_jax import linen, training
+from bn_jax import training
 from bn_jax.lab import command as cli
-from bn_jax.lab import data, fitting, models, prediction, runs, trainer
+from bn_jax.lab import data, fitting, prediction, runs, trainer
 from bn_jax.lab.errors import CommandError
 
 NAMES = ("horizontal", "neither [red]", "vertical")
@@ -27,15 +27,10 @@ NAMES = ("horizontal", "neither [red]", "vertical")
 NAME_OF = ("horizontal", "vertical", "neither [red]")
 
 
-def make_small(arm, num_classes, per_device):
-    norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
-    return models.ResNet(num_classes, stage_sizes=(1,), widths=(4,), norm=norm)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small(compile_quickly):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_model", make_small)
+        patch.setattr(runs, "make_model", make_small_resnet)
         patch.setattr(runs, "ARMS", (runs.SYNCHRONIZED,))
         yield
 
@@ -59,7 +54,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("predict")
     # Before a training asks for the one that it needs.
     assert len(jax.devices()) == 4
-    options = {"devices": 1, "epochs": 6, "batch_size": 16}
+    options: dict[str, Any] = {"devices": 1, "epochs": 6, "batch_size": 16}
     x, y = pixels(120)
     write_folder(home / "photos", x, y)
     trainer.start(trainer.Request(home / "photos", home / "run", **options))
@@ -78,7 +73,7 @@ def define_probabilities(folder, x):
     facts = json.loads((folder / "metrics.json").read_text())["data"]
     standardized = (np.asarray(x, np.float64)[..., None] - facts["mean"]) / facts["std"]
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    model = make_small(runs.SYNCHRONIZED, 3, 16)
+    model = make_small_resnet(runs.SYNCHRONIZED, 3)
     return jax.nn.softmax(model.apply(variables, jnp.asarray(standardized, jnp.float32), False))
 
 
@@ -199,7 +194,7 @@ def test_predict_refuses(home, command, tmp_path):
         (run, "colour.png"): "FILES: colour.png is in colour, expected grayscale as the run",
         (run, "no.png"): "FILES: no.png does not exist; give an image file",
         (run, "no.npz"): "FILES: no.npz does not exist; give the path of an .npz file",
-        (run, "pipe"): "FILES: pipe cannot be read, for it is a device, pipe or socket, expected",
+        (run, "pipe"): "FILES: pipe cannot be read as an image (pipe is a pipe, expected a reg",
         (run, "empty"): "FILES: empty holds no image (.bmp, ",
         (run, home / "photos"): f"FILES: {home / 'photos'} holds the folder {NAMES[0]}, expected",
         (run, "y.npz"): "FILES: y.npz holds no array 'x', only ['y']; write it with numpy.savez(fi",
@@ -211,7 +206,7 @@ def test_predict_refuses(home, command, tmp_path):
         "C] as the run was trained on; give images with as many channels",
         (run, "n" * 300): "FILES: nnn",
         (run, "000.png", "--out", "full.csv"): "--out: full.csv exists; choose another name or",
-        (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made in no; choose a",
+        (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made (No such file",
         ("damaged", "000.png"): "DIR: damaged/checkpoint is missing or damaged",
         ("no run", "000.png"): "DIR: no run is not a run (FileNotFoundError",
         (run,): "Missing argument 'FILES'.",
