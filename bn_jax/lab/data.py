@@ -1,5 +1,6 @@
 """Labelled images: loaded, split, standardized, and cut into padded batches."""
 
+import io
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -168,7 +169,10 @@ def save_npz(path: Path, dataset: Dataset, class_names: Sequence[str] | None = N
     names: dict[str, Any] = {}
     if class_names is not None:
         names["class_names"] = np.array(class_names)
-    np.savez_compressed(path, x=dataset.x, y=dataset.y, **names)
+    # NumPy leaves half a file, and complains of it later, where the disk is full.
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, x=dataset.x, y=dataset.y, **names)
+    path.write_bytes(arrays.getvalue())
 
 
 def _read_arrays(

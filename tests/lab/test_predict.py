@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, bars, copy_of, files, make_small_resnet
+from support import assert_close, bars, copy_of, files, make_small_resnet, small_disk
 
 import bn_jax as bn
 from bn_jax import training
@@ -359,6 +359,37 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
     with pytest.raises(CommandError, match="new exists and is not empty; choose another name"):
         trainer.start(request)
     assert files(tmp_path) == before
+
+
+def test_full_disks(home, command, tmp_path):
+    np.savez(tmp_path / "many.npz", x=pixels(99)[0])
+    noise = data.Dataset(np.random.default_rng(0).normal(size=(99, 8, 8, 1)), np.arange(99) % 3)
+    with small_disk(tmp_path / "disk", "8k"):
+        with pytest.raises(CommandError, match=r"No space left on device.*; nothing was saved"):
+            trainer.start(trainer.Request(noise, tmp_path / "disk/run", devices=1))
+        assert list((tmp_path / "disk").iterdir()) == []
+        options = ("many.npz", "--out", tmp_path / "disk/p.csv")
+        code, _, err = command("predict", home / "run", *options)
+        assert code == 1 and err.startswith("bn-jax: error: [Errno 28] No space left on device")
+        assert err.count("\n") == 1 and list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "names", [["a"], ["a", "b", "b"], ["a", "b", "\x1b[2J"], [0, 1, 2], "abc", {"a": 1}]
+)
+def test_names_of_classes_that_a_run_cannot_have(home, tmp_path, names):
+    path = copy_of(home / "run", tmp_path / "run") / "metrics.json"
+    metrics = json.loads(path.read_text())
+    # As a run of version 0.2.0, which sealed nothing.
+    del metrics["sha256"]
+    del metrics["data"]["class_names"]
+    path.write_text(json.dumps(metrics))
+    assert runs.read_run(tmp_path / "run").class_names is None
+    metrics["data"]["class_names"] = names
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(CommandError, match=r"class_names.*expected|expected.*class_names") as caught:
+        runs.read_run(tmp_path / "run")
+    assert caught.value.code == 2 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
