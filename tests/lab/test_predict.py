@@ -387,7 +387,8 @@ def test_names_of_classes_that_a_run_cannot_have(home, tmp_path, names):
     assert runs.read_run(tmp_path / "run").class_names is None
     metrics["data"]["class_names"] = names
     path.write_text(json.dumps(metrics))
-    with pytest.raises(CommandError, match=r"class_names.*expected|expected.*class_names") as caught:
+    message = r"class_names.*expected|expected.*class_names"
+    with pytest.raises(CommandError, match=message) as caught:
         runs.read_run(tmp_path / "run")
     assert caught.value.code == 2 and "\n" not in str(caught.value)
 
