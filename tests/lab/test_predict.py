@@ -363,7 +363,8 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
 
 def test_full_disks(home, command, tmp_path):
     np.savez(tmp_path / "many.npz", x=pixels(99)[0])
-    noise = data.Dataset(np.random.default_rng(0).normal(size=(99, 8, 8, 1)), np.arange(99) % 3)
+    x, y = np.random.default_rng(0).normal(size=(99, 8, 8, 1)), np.arange(99) % 3
+    noise = data.from_iterable([(x, y)])
     with small_disk(tmp_path / "disk", "8k"):
         with pytest.raises(CommandError, match=r"No space left on device.*; nothing was saved"):
             trainer.start(trainer.Request(noise, tmp_path / "disk/run", devices=1))
