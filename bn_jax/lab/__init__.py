@@ -7,7 +7,18 @@ they are first used.
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["checkpoints", "data", "experiments", "fitting", "models", "processes", "runs"]
+__all__ = [
+    "checkpoints",
+    "data",
+    "experiments",
+    "fitting",
+    "images",
+    "models",
+    "prediction",
+    "processes",
+    "runs",
+    "trainer",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -13,6 +13,7 @@ __all__ = [
     "FOR_FILES_OF_RUNS",
     "FOR_SAVED_RUNS",
     "LARGEST",
+    "are_distinct_names",
     "check_choice",
     "check_counts",
     "check_learning_rate",
@@ -30,6 +31,11 @@ FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "flatbuffers", *FOR_FILES_OF_RUNS)
 LARGEST = 2**31 - 1
 # The normal numbers of float32, in which the optimizer computes.
 SMALLEST_RATE, LARGEST_RATE = 2.0**-126, 2.0**127
+
+
+def are_distinct_names(names: Sequence[str]) -> bool:
+    """Tells whether names can be printed and told apart: none is empty, equal, or a control."""
+    return len(set(names)) == len(names) and all(n and n.isprintable() for n in names)
 
 
 def require(*modules: str) -> None:

@@ -23,7 +23,14 @@ from bn_jax.lab.arguments import (
     require,
 )
 from bn_jax.lab.choices import ARM_NAMES, MODELS
-from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
+from bn_jax.lab.errors import (
+    INTERRUPTED,
+    CommandError,
+    is_distributed,
+    leave,
+    print_error,
+    print_warning,
+)
 from bn_jax.lab.launchers import check_launch
 from bn_jax.lab.supervision import supervise
 
@@ -118,9 +125,10 @@ def train(
         Path | None,
         typer.Option(
             "--data",
-            metavar="FILE.npz",
-            help="Arrays x, numbers [N, H, W] or [N, H, W, C], and y, integers [N] from 0. "
-            "Default: scikit-learn's digits.",
+            metavar="PATH",
+            help="An .npz file of arrays x, numbers [N, H, W] or [N, H, W, C], and y, integers [N] "
+            "from 0; or a folder with a subfolder of images of one size for each class. If some "
+            "are in colour, grayscale ones become colour. Default: scikit-learn's digits.",
         ),
     ] = None,
     out: Annotated[
@@ -229,8 +237,8 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            metavar="FILE.npz",
-            help="Arrays x and y as for train. Default: the test part of the run.",
+            metavar="PATH",
+            help="Images and labels as for train. Default: the test part of the run.",
         ),
     ] = None,
 ) -> None:
@@ -248,13 +256,43 @@ def _show(evaluation: "Evaluation") -> str:
 
 
 @app.command()
+def predict(
+    run: RunFolder,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILES",
+            help="Image files, folders of images, or .npz files with an array x as for train.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="New file for the probabilities of all classes."),
+    ] = None,
+) -> None:
+    """Predict the classes of images by the best arm of a saved run."""
+    require(*FOR_SAVED_RUNS)
+    from bn_jax.lab import launch, prediction, runs, tables
+
+    saved = runs.read_run(run)
+    file_out = None if out is None else new_file(out, out)
+    predictions = prediction.predict_files(saved, launch.one_device(), files)
+    for line in predictions.warnings:
+        print_warning(f"FILES: {line}")
+    tables.print_predictions(predictions)
+    if file_out is not None:
+        prediction.write_csv(file_out, predictions)
+        print(f"Saved in {file_out}")
+
+
+@app.command()
 def recalibrate(
     run: RunFolder,
     data_file: Annotated[
         Path | None,
         typer.Option(
             "--data",
-            metavar="FILE.npz",
+            metavar="PATH",
             help="Images of another domain, as for train, to measure the statistics on. "
             "Default: the training part of the run.",
         ),
@@ -322,7 +360,9 @@ def export(
     class_names: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.txt", help="Names of the classes in the order of the labels, one a line."
+            metavar="FILE.txt",
+            help="Names of the classes in the order of the labels, one a line. Default: those of "
+            "the folder that the run was trained on.",
         ),
     ] = None,
 ) -> None:
@@ -352,7 +392,7 @@ def audit(
         Path | None,
         typer.Option(
             "--data",
-            metavar="FILE.npz",
+            metavar="PATH",
             help="Images like the training images, as for train. "
             "Default: the test part of the run.",
         ),
@@ -430,7 +470,7 @@ def convert(
         file, file_out, library=library, like_file=like, names_file=names, transposed=transposed
     )
     for message in converted.warnings:
-        print("bn-jax: warning:", message, file=sys.stderr)
+        print_warning(message)
     print(f"{converted.model}: {converted.arrays} arrays, {converted.numbers:,} numbers")
     print(
         f"Saved in {file_out}; read it with flax.traverse_util.unflatten_dict("

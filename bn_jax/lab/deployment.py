@@ -47,7 +47,7 @@ def export_run(
         mesh: the devices to compute on.
         folder: a new folder for the model; see `bn_jax.export_model`.
         fold: whether to fold the batch norms first.
-        class_names: one for each class, or None.
+        class_names: one for each class. None: those of the run, if it has any.
 
     Raises:
         CommandError: the run is damaged, has no batch norm to fold, or has another number of
@@ -72,7 +72,7 @@ def export_run(
             x,
             mean=saved.mean,
             std=saved.std,
-            class_names=class_names,
+            class_names=class_names or saved.class_names,
         )
     except ValueError as error:
         # Not every folder would be refused: the disk is full.

@@ -13,6 +13,7 @@ __all__ = [
     "leave",
     "print_error",
     "print_interrupted",
+    "print_warning",
     "show_cursor",
     "tell_parent",
 ]
@@ -88,6 +89,11 @@ def _tell(kind: str, line: str) -> bool:
         return False
     os.write(_to_parent, f"{kind} {line}\n".encode(errors="backslashreplace"))
     return True
+
+
+def print_warning(message: str) -> None:
+    """Prints a warning as one line of the error stream."""
+    print("bn-jax: warning:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def is_distributed() -> bool:

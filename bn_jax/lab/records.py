@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field
 
+from bn_jax.lab.arguments import are_distinct_names
 from bn_jax.lab.choices import ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 from bn_jax.lab.reading import read_bytes, read_json
 
@@ -73,11 +74,18 @@ def _check_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return shape
 
 
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not are_distinct_names(names):
+        raise ValueError("expected different names without control characters")
+    return names
+
+
 # JSON has lists for tuples. Everything else must have the type that is written here.
 Arm = Annotated[str, AfterValidator(_check_arm)]
 Arms = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_arms)]
 Model = Annotated[str, AfterValidator(_check_model)]
 Shape = Annotated[tuple[int, int, int], Field(strict=False), AfterValidator(_check_shape)]
+ClassNames = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_names)]
 Sha256 = Annotated[str, AfterValidator(_check_sha256)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -205,6 +213,7 @@ class _Data(_Record):
     examples: _Examples
     image_shape: Shape
     num_classes: Annotated[int, Field(ge=2)]
+    class_names: ClassNames | None = None
     mean: float
     std: Annotated[float, Field(gt=0)]
 
@@ -215,6 +224,11 @@ class _Data(_Record):
             raise ValueError(
                 f"expected num_classes, {self.num_classes}, to be at most the number of examples, "
                 f"{present}"
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"expected as many class_names, {len(self.class_names)}, as num_classes, "
+                f"{self.num_classes}"
             )
         return self
 

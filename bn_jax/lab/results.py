@@ -143,6 +143,7 @@ def _metrics(problem: Problem, config: Config) -> dict[str, Any]:
             "examples": {name: len(part.y) for name, part in problem.splits._asdict().items()},
             "image_shape": problem.test_images.shape[1:],
             "num_classes": problem.num_classes,
+            "class_names": problem.class_names,
             "mean": problem.mean,
             "std": problem.std,
         },

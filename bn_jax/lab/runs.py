@@ -23,10 +23,11 @@ from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, records
+from bn_jax.lab import checkpoints, data, problem, records
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.arms import make_model
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.array_checks import check_shape
+from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.fitting import abstract_state, shard_dataset
 from bn_jax.lab.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
@@ -68,12 +69,13 @@ class SavedRun(NamedTuple):
         arm: the best arm, one of `ARMS`.
         image_shape: [H, W, C] of an image.
         num_classes: number of logits.
+        class_names: the names of the classes in the order of the labels. None: they have none.
         mean: mean of the training part's pixels, by which images are standardized.
         std: their standard deviation.
         batch_size: examples in a training step, over all devices.
         devices: number of devices in training.
         seed: of the split.
-        data_file: the user's file as given, None for scikit-learn's digits.
+        data_file: the user's file or folder as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
         test_sha256: of `test.npz`; None in runs of version 0.2.0.
         is_folded: whether `checkpoint` holds a folded program instead of variables.
@@ -84,6 +86,7 @@ class SavedRun(NamedTuple):
     arm: str
     image_shape: tuple[int, ...]
     num_classes: int
+    class_names: tuple[str, ...] | None
     mean: float
     std: float
     batch_size: int
@@ -170,6 +173,7 @@ def read_run(folder: Path) -> SavedRun:
         arm=metrics.best_arm,
         image_shape=facts.image_shape,
         num_classes=facts.num_classes,
+        class_names=facts.class_names,
         mean=facts.mean,
         std=facts.std,
         batch_size=config.batch_size,
@@ -188,7 +192,7 @@ def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
 
     Args:
         saved: the run.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Returns:
         The dataset, standardized as the training part was.
@@ -205,7 +209,7 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
 
     Args:
         saved: the run.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Raises:
         CommandError: see `load_like`.
@@ -214,14 +218,13 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
     if data_file is None:
         _check_test_part(saved)
     try:
-        dataset = data.load_npz(data_file or saved.folder / "test.npz", saved.num_classes)
+        dataset, _ = problem.load_labelled(data_file or saved.folder / "test.npz", saved)
+        check_shape(dataset.x, saved.image_shape)
+        ignored = problem.describe_ignored(data_file)
     except ValueError as error:
         raise CommandError(f"{argument}: {error}") from error
-    if dataset.x.shape[1:] != saved.image_shape:
-        raise CommandError(
-            f"{argument}: received images of shape {dataset.x.shape[1:]}, expected "
-            f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
-        )
+    for line in ignored:
+        print_warning(f"{argument}: {line}")
     return dataset
 
 
@@ -295,7 +298,7 @@ def evaluate_run(saved: SavedRun, mesh: Mesh, data_file: Path | None) -> trainin
     Args:
         saved: the run.
         mesh: the devices to compute on.
-        data_file: an .npz file; None for the test part of the run.
+        data_file: an .npz file or a folder of images; None for the test part of the run.
 
     Raises:
         CommandError: see `load_like` and `restore`.
@@ -493,10 +496,7 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
     """Loads the training part of a run again; its test part shows whether the data are the same."""
     fix = "give images to measure the statistics on with --data"
     try:
-        if saved.data_file is None:
-            dataset = data.load_digits()
-        else:
-            dataset = data.load_npz(saved.data_file, saved.num_classes)
+        dataset, _ = problem.load_labelled(saved.data_file, saved)
         splits = data.split(dataset, saved.seed)
     except ValueError as error:
         raise CommandError(

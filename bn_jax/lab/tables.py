@@ -1,17 +1,28 @@
 """Results as tables on the terminal, which Rich fits to its width."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from bn_jax.lab.experiments.verdicts import Experiment, Interval
     from bn_jax.lab.experiments.verdicts import Result as Verdicts
+    from bn_jax.lab.prediction import Predictions
     from bn_jax.lab.results import Result
     from bn_jax.lab.runs import Change, Figures
 
-__all__ = ["print_arms", "print_change", "print_claims", "print_verdicts"]
+__all__ = [
+    "print_arms",
+    "print_change",
+    "print_claims",
+    "print_predictions",
+    "print_verdicts",
+]
+
+PREDICTIONS_SHOWN = 50
 
 
 def print_arms(results: "Mapping[str, Result]") -> None:
@@ -67,6 +78,34 @@ def print_claims(experiments: "Iterable[Experiment]") -> None:
     for experiment in experiments:
         table.add_row(str(experiment.number), experiment.name, experiment.claim, experiment.source)
     _print(table)
+
+
+def print_predictions(predictions: "Predictions") -> None:
+    """Prints the two most probable classes of each image, of the first ones if there are many."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("image", overflow="fold")
+    for header in ("class", "probability", "next class", "probability"):
+        table.add_column(header, justify="right" if header == "probability" else "left")
+    rows = zip(predictions.names, predictions.probabilities, strict=True)
+    for name, row in itertools.islice(rows, PREDICTIONS_SHOWN):
+        first, second = row.argsort()[::-1][:2]
+        cells = [name]
+        for label in (first, second):
+            cells += [predictions.class_names[label], f"{row[label]:.1%}"]
+        table.add_row(*map(_literal, cells))
+    _print(table)
+    more = len(predictions.names) - PREDICTIONS_SHOWN
+    if more > 0:
+        print(f"and {more:,} more images; --out FILE.csv writes all")
+
+
+def _literal(text: str) -> "Text":
+    """Returns a name without markup, in which bytes that are no text are replaced."""
+    from rich.text import Text
+
+    return Text(text.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def print_verdicts(results: "Mapping[Experiment, Verdicts]") -> None:

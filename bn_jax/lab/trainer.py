@@ -25,9 +25,10 @@ from bn_jax.lab import (
     unfinished,
 )
 from bn_jax.lab.ahead import prepare_ahead
-from bn_jax.lab.arguments import LARGEST, require
-from bn_jax.lab.choices import ARM_NAMES, ARMS
-from bn_jax.lab.errors import CommandError, advise
+from bn_jax.lab.arguments import LARGEST, new_folder, require
+from bn_jax.lab.choices import ARM_NAMES, ARMS, MODELS
+from bn_jax.lab.data import Dataset, NamedDataset
+from bn_jax.lab.errors import CommandError, advise, print_warning
 from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
@@ -36,6 +37,7 @@ from bn_jax.lab.results import Result
 
 __all__ = ["Request", "resume", "start"]
 
+ALONE = Launch(1)
 DEFAULT_BATCH_SIZE = 64
 # The name of no checkpoint.
 FROM_START = "start"
@@ -43,17 +45,39 @@ SUCCESS = "done"
 
 
 class Request(NamedTuple):
-    """The options of a new run; the defaults of some depend on data and devices."""
+    """The options of a new run; the defaults of some depend on data and devices.
 
-    data_file: Path | None
+    Attributes:
+        data: an `.npz` file, a folder of images, or a dataset, which is saved with the run as
+            `data.npz`; see `problem.load`.
+        folder: new, for the run.
+        arms: names of `choices.ARM_NAMES`. None: all.
+        model: one of `choices.MODELS`.
+    """
+
+    data: problem.Source
     folder: Path
-    devices: int | None
-    epochs: int
-    batch_size: int | None
-    learning_rate: float
-    seed: int
-    arms: Sequence[str] | None
-    model: str
+    devices: int | None = None
+    epochs: int = 20
+    batch_size: int | None = None
+    learning_rate: float = 0.1
+    seed: int = 0
+    arms: Sequence[str] | None = None
+    model: str = MODELS[0]
+
+    @property
+    def data_file(self) -> Path | None:
+        """The file of the data, from which a run is resumed."""
+        if self.data is None or isinstance(self.data, Path):
+            return self.data
+        return self.folder.absolute() / "data.npz"
+
+    @property
+    def named_dataset(self) -> NamedDataset | None:
+        """The data, if they are not in a file yet."""
+        if isinstance(self.data, Dataset):
+            return NamedDataset(self.data, None)
+        return self.data if isinstance(self.data, NamedDataset) else None
 
 
 class Run(NamedTuple):
@@ -90,15 +114,20 @@ class Run(NamedTuple):
         return Origin(run=self.started, arm=arm)
 
 
-def start(request: Request, launched: Launch) -> None:
+def start(request: Request, launched: Launch = ALONE) -> None:
     """Trains all arms, and saves a run.
 
     Args:
         request: the options.
         launched: the processes that train together.
+
+    Raises:
+        CommandError: an option or the data cannot be used.
     """
-    _require_packages(request.data_file)
-    loaded = problem.load(request.data_file, request.seed)
+    # The command has checked it before it imported this module; other callers have not.
+    new_folder(request.folder)
+    _require_packages(request.data)
+    loaded = problem.load(request.data, request.seed)
     mesh = launch.make_mesh(request.devices, loaded.examples, launched)
     config = Config(
         data=None if request.data_file is None else str(request.data_file),
@@ -119,8 +148,14 @@ def start(request: Request, launched: Launch) -> None:
     _check_steps(run)
     run = _agree(run, is_resumed=False)
     with contextlib.ExitStack() as held:
-        _do_first(lambda: held.enter_context(unfinished.begin(run.folder, run.started)))
+        _do_first(lambda: held.enter_context(_begin(run, request.named_dataset)))
         _train(run)
+
+
+def _begin(run: Run, dataset: NamedDataset | None) -> contextlib.AbstractContextManager[None]:
+    for line in run.problem.oddities:
+        print_warning(f"--data: {line}")
+    return unfinished.begin(run.folder, run.started, dataset)
 
 
 def resume(folder: Path, devices: int | None, launched: Launch) -> None:
@@ -169,9 +204,9 @@ def _resumed(folder: Path, devices: int | None, launched: Launch) -> Run:
     return run
 
 
-def _require_packages(data_file: Path | None) -> None:
+def _require_packages(source: problem.Source) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
-    if data_file is None:
+    if source is None:
         require("sklearn")
 
 

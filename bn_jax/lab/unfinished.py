@@ -3,12 +3,12 @@
 import contextlib
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from bn_jax.lab import checkpoints, locking, records
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.data import NamedDataset, save_npz
+from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.records import ARMS, Origin, Started
 from bn_jax.lab.writing import made
 
@@ -26,12 +26,13 @@ def checkpoints_of(folder: Path, arm: str) -> Path:
 
 
 @contextlib.contextmanager
-def begin(folder: Path, started: Started) -> Iterator[None]:
+def begin(folder: Path, started: Started, dataset: NamedDataset | None = None) -> Iterator[None]:
     """Makes the folder of a run, and locks it. What cannot be begun leaves nothing.
 
     Args:
         folder: missing or empty.
         started: how the run was started.
+        dataset: what to save as `data.npz`, if the data are not in a file yet.
 
     Yields:
         Nothing; the run is trained inside.
@@ -48,8 +49,11 @@ def begin(folder: Path, started: Started) -> Iterator[None]:
         )
     with made(checkpoints_folder), locking.hold(checkpoints_folder, "--out"):
         try:
+            if dataset is not None:
+                save_npz(folder / "data.npz", *dataset)
             records.write_started(_config(folder), started)
         except OSError:
+            (folder / "data.npz").unlink(missing_ok=True)
             shutil.rmtree(checkpoints_folder, ignore_errors=True)
             raise
         yield
@@ -98,7 +102,7 @@ def read(folder: Path) -> Started:
             raise CommandError(f"--resume: {error}; {fix}") from error
         if started is None:
             raise _refusal(folder, error) from error
-    _warn(f"{_config(folder)} is missing; the run continues with the copy of it in {path}")
+    print_warning(f"{_config(folder)} is missing; the run continues with the copy of it in {path}")
     return started
 
 
@@ -115,7 +119,7 @@ def newest_usable(folder: Path, origin: Origin) -> Path | None:
     for path in checkpoints.positions(folder):
         if (reason := checkpoints.why_unusable(path, origin)) is None:
             return path
-        _warn(
+        print_warning(
             f"{path} {reason}; {origin.arm} continues from the previous checkpoint, or from the "
             "start if there is none"
         )
@@ -137,10 +141,6 @@ def kept(folder: Path) -> str:
         return "no checkpoint was kept; free space or mend the cause"
     saved = ", ".join(f"{arm} to epoch {epoch}" for arm, epoch in newest.items())
     return f"kept are the checkpoints of {saved}; free space or mend the cause"
-
-
-def _warn(message: str) -> None:
-    print("bn-jax: warning:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _config(folder: Path) -> Path:

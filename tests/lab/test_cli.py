@@ -241,7 +241,10 @@ BAD_OPTIONS = {
         "cannot be made (File name too long); choose another",
     ),
     "no data": (["--data", "no.npz"], "--data: no.npz does not exist; give the path of an .npz"),
-    "data is a folder": (["--data", "full"], "--data: full cannot be read as an .npz file"),
+    "data is a folder": (
+        ["--data", "full"],
+        "--data: full holds no folder, expected one folder for each class, with its images; move",
+    ),
     "data is text": (["--data", "text.npz"], "--data: text.npz cannot be read as an .npz file"),
     "data without y": (["--data", "x.npz"], "--data: x.npz holds no array 'y', only ['x']"),
     "one class": (["--data", "zeros.npz"], "--data: array y holds only label 0, expected at least"),
