@@ -1,9 +1,11 @@
 """Checks of the command line's arguments that need neither JAX nor data."""
 
 import datetime
+import difflib
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from bn_jax.lab.errors import CommandError
 __all__ = [
     "FOR_SAVED_RUNS",
     "Launch",
+    "check_choice",
     "check_launch",
     "check_positive",
     "check_range",
@@ -64,6 +67,16 @@ def check_range(option: str, value: int, least: int, most: int, reason: str) -> 
     """Raises an error if an integer is not from `least` to `most`."""
     if not least <= value <= most:
         raise CommandError(f"{option}: received {value}, expected {least} to {most}; {reason}")
+
+
+def check_choice(option: str, received: str, choices: Sequence[str]) -> None:
+    """Raises an error if a word is none of those to choose from."""
+    if received not in choices:
+        close = difflib.get_close_matches(received, choices, n=1)
+        raise CommandError(
+            f"{option}: received {received}, expected {' or '.join(choices)}; "
+            + (f"did you mean {close[0]}?" if close else "choose one of these")
+        )
 
 
 def check_launch(

@@ -10,8 +10,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+from bn_jax.lab import terminal
 from bn_jax.lab.arguments import (
     FOR_SAVED_RUNS,
+    check_choice,
     check_launch,
     check_positive,
     check_range,
@@ -20,7 +22,14 @@ from bn_jax.lab.arguments import (
     new_picture,
     require,
 )
-from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
+from bn_jax.lab.errors import (
+    INTERRUPTED,
+    CommandError,
+    is_distributed,
+    leave,
+    print_error,
+    print_warning,
+)
 
 try:
     import typer
@@ -33,9 +42,20 @@ if TYPE_CHECKING:
     from bn_jax import Audit, Recalibration
     from bn_jax.training import Evaluation
 
+# These records of a training are what --log names.
+LOGS = ("tensorboard",)
+
 __all__ = ["app", "main"]
 
-WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
+WITH_RESUME = (
+    "resume",
+    "devices",
+    "progress",
+    "log",
+    "coordinator",
+    "num_processes",
+    "process_id",
+)
 # Half of the time of small runs is compiling; at level 0 they run longer than that saves.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
@@ -43,7 +63,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a 
 Picture = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE", help="Also draw the result, into a new .png, .pdf or .svg file."
+        "--plot",
+        metavar="FILE",
+        help="Also write the picture of the result to a new .png, .pdf or .svg file.",
     ),
 ]
 
@@ -62,6 +84,7 @@ def main() -> NoReturn:
     Raises:
         SystemExit: always; the code is 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
     """
+    terminal.prepare()
     try:
         code = typer.main.get_command(app).main(prog_name="bn-jax", standalone_mode=False)
         if code == INTERRUPTED:
@@ -83,7 +106,7 @@ def main() -> NoReturn:
         launch.stop_if_lost(error, "nothing was saved")
         traceback.print_exc()
         code = 1
-    leave(code)
+    leave(terminal.check_written(code))
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -94,8 +117,9 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -103,7 +127,24 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("help", hidden=True)
+def show_help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]")] = None,
+) -> None:
+    """Print the help of a command, as its option --help does."""
+    parent = context.parent
+    assert parent is not None
+    if command is None:
+        print(parent.get_help())
+        return
+    # As if the command had been called: an unknown name gets the same answer.
+    app_of_commands = typer.main.get_command(app)
+    app_of_commands.main([command, "--help"], prog_name="bn-jax", standalone_mode=False)
 
 
 @app.command()
@@ -145,6 +186,21 @@ def train(
             "and the options about processes may differ.",
         ),
     ] = None,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            help="Show the progress: bars on a terminal, elsewhere a line for each epoch. Without "
+            "it, only results are printed.",
+        ),
+    ] = True,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorboard",
+            help="Also write scalars for TensorBoard, into DIR/tensorboard. A resumed run "
+            "continues them.",
+        ),
+    ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(
@@ -172,18 +228,21 @@ def train(
     )
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
     launched = check_launch(coordinator, num_processes, process_id)
+    if log is not None:
+        check_choice("--log", log, LOGS)
     if resume is not None:
         _check_allowed_with_resume(context)
-        from bn_jax.lab import trainer
+        from bn_jax.lab import trainer, watching
 
-        trainer.resume(resume, devices, launched)
+        trainer.resume(resume, devices, launched, watching.Wanted(progress, log is not None))
         return
     folder = new_folder(out)
-    from bn_jax.lab import trainer
+    from bn_jax.lab import trainer, watching
 
     trainer.start(
         trainer.Request(data_file, folder, devices, epochs, batch_size, learning_rate, seed),
         launched,
+        watching.Wanted(progress, log is not None),
     )
 
 
@@ -242,6 +301,13 @@ def recalibrate(
         Path | None, typer.Option(help="New folder for the result. Default: DIR-recalibrated.")
     ] = None,
     picture: Picture = None,
+    progress: Annotated[
+        bool | None,
+        typer.Option(
+            help="Show a bar for each pass, or a line where there is no terminal. "
+            "Default: on a terminal."
+        ),
+    ] = None,
 ) -> None:
     """Recompute the running statistics of a saved run.
 
@@ -249,14 +315,19 @@ def recalibrate(
     """
     if not 0 <= prior < 1:
         raise CommandError(f"--prior: received {prior}, expected 0 to below 1; choose one of these")
-    require(*FOR_SAVED_RUNS)
+    require(*FOR_SAVED_RUNS, "matplotlib")
     from bn_jax.lab import launch, runs, tables
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "recalibrated"))
     new_picture(picture)
     result = runs.recalibrate_run(
-        saved, launch.one_device(), data_file, folder, prior=prior, progress=sys.stderr.isatty()
+        saved,
+        launch.one_device(),
+        data_file,
+        folder,
+        prior=prior,
+        progress=sys.stderr.isatty() if progress is None else progress,
     )
     print(result.recalibration)
     _draw(result.recalibration, picture)
@@ -334,7 +405,7 @@ def audit(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New folder for audit.json. Default: DIR-audit.")
+        Path | None, typer.Option(help="New folder for the result. Default: DIR-audit.")
     ] = None,
     picture: Picture = None,
 ) -> None:
@@ -342,7 +413,7 @@ def audit(
 
     Each is reported with advice.
     """
-    require(*FOR_SAVED_RUNS)
+    require(*FOR_SAVED_RUNS, "matplotlib")
     from bn_jax.lab import launch, runs
 
     saved = runs.read_run(run)
@@ -404,7 +475,7 @@ def convert(
         file, file_out, library=library, like_file=like, names_file=names, transposed=transposed
     )
     for message in converted.warnings:
-        print("bn-jax: warning:", message, file=sys.stderr)
+        print_warning(message)
     print(f"{converted.model}: {converted.arrays} arrays, {converted.numbers:,} numbers")
     print(
         f"Saved in {file_out}; read it with flax.traverse_util.unflatten_dict("
@@ -453,6 +524,13 @@ def reproduce(
             "else 1."
         ),
     ] = None,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            help="Show the progress: bars on a terminal, elsewhere a line for each claim. Without "
+            "it, only results are printed.",
+        ),
+    ] = True,
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
@@ -476,7 +554,9 @@ def reproduce(
         os.environ["XLA_FLAGS"] = f"{COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
     if processes is None:
         processes = reproduction.default_processes()
-    tables.print_verdicts(reproduction.reproduce(chosen, setting, folder, processes))
+    tables.print_verdicts(
+        reproduction.reproduce(chosen, setting, folder, processes, shows_progress=progress)
+    )
     print(f"Saved in {folder}, with all other measurements and a figure of each claim")
 
 

@@ -5,7 +5,15 @@ import sys
 import threading
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "CommandError", "abort", "is_distributed", "leave", "print_error"]
+__all__ = [
+    "INTERRUPTED",
+    "CommandError",
+    "abort",
+    "is_distributed",
+    "leave",
+    "print_error",
+    "print_warning",
+]
 
 INTERRUPTED = 130
 
@@ -27,6 +35,11 @@ class CommandError(Exception):
 def print_error(message: str) -> None:
     """Prints a message as one line of the error stream."""
     print("bn-jax: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def print_warning(message: str) -> None:
+    """Prints a message as one line of the error stream; the command goes on."""
+    print("bn-jax: warning:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def is_distributed() -> bool:

@@ -6,15 +6,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from bn_jax.lab.tables import format_loss
+from bn_jax.lab.terminal import is_animated
+
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
     from bn_jax.lab.experiments.verdicts import Experiment, Result
     from bn_jax.lab.fitting import Report
 
-__all__ = ["ShowClaim", "ShowReport", "show_claims", "show_training"]
+__all__ = ["ShowClaim", "ShowReports", "show_claims", "show_training"]
 
-ShowReport: TypeAlias = "Callable[[str, Report], None]"
+# Called with an arm and all reports on it so far.
+ShowReports: TypeAlias = "Callable[[str, Sequence[Report]], None]"
 
 
 class ShowClaim(Protocol):
@@ -32,10 +36,6 @@ class ShowClaim(Protocol):
         """
 
 
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() or sys.stdout.isatty()
-
-
 def _bars(*columns: "ProgressColumn") -> "Progress":
     from rich import progress
     from rich.console import Console
@@ -45,7 +45,7 @@ def _bars(*columns: "ProgressColumn") -> "Progress":
 
 
 @contextlib.contextmanager
-def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReport]:
+def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReports]:
     """Shows the progress of each arm.
 
     Args:
@@ -54,9 +54,9 @@ def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Ite
         epochs: of each arm.
 
     Yields:
-        A function to call with an arm and its latest report.
+        A function to call with an arm and all reports on it so far.
     """
-    if not _is_terminal():
+    if not is_animated():
         yield functools.partial(_print_epoch, steps_per_epoch, epochs)
         return
     from rich import progress
@@ -70,7 +70,7 @@ def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Ite
     total = steps_per_epoch * epochs
     tasks = {arm: bars.add_task(arm, start=False, total=total, reached="") for arm in arms}
     with bars:
-        yield lambda arm, report: _move_bar(bars, tasks[arm], report)
+        yield lambda arm, reports: _move_bar(bars, tasks[arm], reports[-1])
 
 
 def _move_bar(bars: "Progress", task: "TaskID", report: "Report") -> None:
@@ -78,26 +78,31 @@ def _move_bar(bars: "Progress", task: "TaskID", report: "Report") -> None:
     bars.update(task, completed=report.step, reached=_reached(report))
 
 
-def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, report: "Report") -> None:
+def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, reports: "Sequence[Report]") -> None:
+    report = reports[-1]
     if report.step % steps_per_epoch == 0:
         print(f"{arm}: epoch {report.epoch} of {epochs}, {_reached(report)}", flush=True)
 
 
 def _reached(report: "Report") -> str:
-    return f"loss {report.training.loss:.4f}, validation accuracy {report.validation.accuracy:.2%}"
+    return f"loss {format_loss(report.training.loss)}, validation accuracy {report.validation.accuracy:.2%}"
 
 
 @contextlib.contextmanager
-def show_claims(experiments: "Sequence[Experiment]") -> Iterator[ShowClaim]:
+def show_claims(experiments: "Sequence[Experiment]", *, is_wanted: bool) -> Iterator[ShowClaim]:
     """Shows the progress of each experiment; without a terminal, prints a line for every result.
 
     Args:
         experiments: what is run.
+        is_wanted: whether to show anything.
 
     Yields:
         A function to call as `ShowClaim` says.
     """
-    if not _is_terminal():
+    if not is_wanted:
+        yield lambda experiment, share, result=None: None
+        return
+    if not is_animated():
         yield _print_verdict
         return
     from rich import progress

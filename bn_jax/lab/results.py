@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import checkpoints, runs, tables
+from bn_jax.lab.curves import draw_curves
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
 
@@ -126,7 +127,9 @@ def write(
         best: the arm whose checkpoint is saved.
     """
     checkpoints.save_variables(folder / "checkpoint", results[best].state)
-    plot(results, folder / "curves.png")
+    reports = {arm: result.reports for arm, result in results.items()}
+    picture = draw_curves(reports, title=_title(config), target=TARGET)
+    picture.savefig(folder / "curves.png", dpi=150)
     # In the format of the user's files, so that eval reads both alike and needs no other file.
     np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
     metrics = _metrics(problem, config)
@@ -175,22 +178,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plot(results: dict[str, Result], path: Path) -> None:
-    """Draws training loss and validation accuracy of all arms into an image file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for arm, result in results.items():
-        steps = [report.step for report in result.reports]
-        loss.plot(steps, [report.training.loss for report in result.reports], label=arm)
-        accuracy.plot(steps, [100 * r.validation.accuracy for r in result.reports], label=arm)
-    loss.set(yscale="log", ylabel=f"training loss, mean of {REPORT_EVERY} steps")
-    accuracy.set(ylim=(0, 101), ylabel="validation accuracy (%)")
-    accuracy.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":")
-    for axes in (loss, accuracy):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
+def _title(config: Config) -> str:
+    """Says what was trained, for the picture."""
+    data = "scikit-learn's digits" if config.data is None else Path(config.data).name
+    devices = f"{config.devices} device{'s' * (config.devices != 1)}"
+    return f"Small ResNet on {data}, batches of {config.batch_size} on {devices}"

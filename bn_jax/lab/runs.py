@@ -324,6 +324,7 @@ def recalibrate_run(
     }
     with _written(saved, folder, "recalibrated", facts, change) as checkpoint:
         checkpoints.save_variables(checkpoint, recalibrated)
+        recalibration.plot().savefig(checkpoint.with_name("recalibration.png"), dpi=150)
     return RecalibratedRun(recalibration, change)
 
 
@@ -370,7 +371,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
         saved: the run.
         mesh: the devices to compute on.
         data_file: images like those in training; None for the test part of the run.
-        folder: a new folder for `audit.json`.
+        folder: a new folder for `audit.json` and `audit.png`.
 
     Returns:
         The result of `bn_jax.audit`, whose advice is commands instead of lines of Python.
@@ -389,6 +390,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
         audit(forward, checkpoints.variables_of(state), batch.x), saved.folder, data_file
     )
     with staged(folder) as staging:
+        result.plot().savefig(staging / "audit.png", dpi=150)
         write_json(
             staging / "audit.json",
             {

@@ -1,6 +1,5 @@
 """The command `bn-jax train`: starts or resumes a run, and trains its arms."""
 
-import contextlib
 import json
 import math
 import sys
@@ -12,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import training
-from bn_jax.lab import checkpoints, fitting, launch, problem, processes, progress, results, runs
+from bn_jax.lab import checkpoints, fitting, launch, problem, processes, results, runs, watching
 from bn_jax.lab.arguments import Launch, require
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.problem import Problem
-from bn_jax.lab.progress import ShowReport
+from bn_jax.lab.progress import ShowReports
 from bn_jax.lab.results import Config, Result
+from bn_jax.lab.watching import Wanted
 
 __all__ = ["Request", "resume", "start"]
 
@@ -77,14 +77,15 @@ class Run(NamedTuple):
         return self.folder / "checkpoints" / arm.replace(" ", "-")
 
 
-def start(request: Request, launched: Launch) -> None:
+def start(request: Request, launched: Launch, wanted: Wanted) -> None:
     """Trains all arms, and saves a run.
 
     Args:
         request: the options.
         launched: the processes that train together.
+        wanted: what is shown and recorded meanwhile.
     """
-    _require_packages(request.data_file)
+    _require_packages(request.data_file, wanted)
     loaded = problem.load(request.data_file, request.seed)
     mesh = launch.make_mesh(request.devices, loaded.examples, launched)
     config = Config(
@@ -98,20 +99,22 @@ def start(request: Request, launched: Launch) -> None:
     run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
     if jax.process_index() == 0:
         _begin(run)
-    _train(run)
+    _train(run, wanted)
 
 
-def resume(folder: Path, devices: int | None, launched: Launch) -> None:
+def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) -> None:
     """Continues a run from its checkpoints, and finishes it.
 
     Args:
         folder: of the unfinished run.
         devices: to train on. None: as many as before.
         launched: the processes that train together.
+        wanted: what is shown and recorded meanwhile; the log of the run continues in any case.
     """
     saved = _read_unfinished(folder)
     config = saved.config
-    _require_packages(saved.data_file)
+    wanted = watching.continued(wanted, folder)
+    _require_packages(saved.data_file, wanted)
     loaded = problem.load(saved.data_file, config.seed)
     if loaded.sha256 != saved.data_sha256:
         raise CommandError(
@@ -124,13 +127,15 @@ def resume(folder: Path, devices: int | None, launched: Launch) -> None:
             f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
             f"{config.batch_size}; use --devices {config.devices} as before"
         )
-    _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True))
+    _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True), wanted)
 
 
-def _require_packages(data_file: Path | None) -> None:
+def _require_packages(data_file: Path | None, wanted: Wanted) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
     if data_file is None:
         require("sklearn")
+    if wanted.log:
+        require("tensorboardX")
 
 
 def _agree(run: Run, *, is_resumed: bool) -> Run:
@@ -214,9 +219,14 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
         ) from error
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, wanted: Wanted) -> None:
+    schedule = fitting.make_schedule(
+        run.config.learning_rate, run.config.epochs * run.steps_per_epoch
+    )
     with launch.explain_failures(run.folder):
-        with _progress(run) as show:
+        with watching.watch(
+            run.folder, runs.ARMS, run.steps_per_epoch, run.config.epochs, schedule, wanted
+        ) as show:
             trained = {arm: train_arm(arm, run, show) for arm in runs.ARMS}
         if jax.process_index() == 0:
             local = run.mesh.local_mesh
@@ -224,19 +234,13 @@ def _train(run: Run) -> None:
         jax.distributed.shutdown()
 
 
-def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
-    if jax.process_index() == 0:
-        return progress.show_training(runs.ARMS, run.steps_per_epoch, run.config.epochs)
-    return contextlib.nullcontext(lambda arm, report: None)
-
-
-def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
+def train_arm(arm: str, run: Run, show: ShowReports) -> Result:
     """Trains an arm from its newest checkpoint to the end.
 
     Args:
         arm: one of `runs.ARMS`.
         run: the run; a checkpoint is saved in its folder after every epoch.
-        show: called with the arm and each report.
+        show: called with the arm and all reports so far, after each of them.
 
     Returns:
         All reports, the last state and its test evaluation.
@@ -244,7 +248,7 @@ def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
     last = _last_position(arm, run)
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
-        show(arm, reports[-1])
+        show(arm, reports)
     for reached, report in fitting.fit(
         last.state,
         run.problem.splits.train,
@@ -261,7 +265,7 @@ def train_arm(arm: str, run: Run, show: ShowReport) -> Result:
         if report.step % run.steps_per_epoch == 0 and jax.process_index() == 0:
             position = checkpoints.Position(state, rng, reports)
             checkpoints.save_position(run.checkpoints(arm), position)
-        show(arm, report)
+        show(arm, reports)
     test = fitting.shard_dataset(run.problem.splits.test, run.config.batch_size, run.mesh)
     return Result(reports, state, training.evaluate(state, test))
 
