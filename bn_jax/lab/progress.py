@@ -10,12 +10,16 @@ from bn_jax.lab.tables import format_loss
 from bn_jax.lab.terminal import is_animated
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
     from bn_jax.lab.experiments.verdicts import Experiment, Result
     from bn_jax.lab.fitting import Report
 
 __all__ = ["ShowClaim", "ShowReports", "show_claims", "show_training"]
+
+# What a bar takes with the texts beside it.
+LEAST_COLUMNS = 76
 
 # Called with an arm and all reports on it so far.
 ShowReports: TypeAlias = "Callable[[str, Sequence[Report]], None]"
@@ -36,12 +40,32 @@ class ShowClaim(Protocol):
         """
 
 
-def _bars(*columns: "ProgressColumn") -> "Progress":
-    from rich import progress
+def _console() -> "Console | None":
+    """Returns the terminal for bars, or None without one or where they have no room."""
+    if not is_animated():
+        return None
     from rich.console import Console
 
     console = Console(stderr=sys.stderr.isatty())
-    return progress.Progress(*columns, progress.TimeElapsedColumn(), console=console)
+    return console if console.width >= LEAST_COLUMNS else None
+
+
+def _bars(console: "Console", description: str, result: str) -> "Progress":
+    """Makes bars with a description before them, and with their share, result and time behind."""
+    from rich import progress
+    from rich.table import Column
+
+    def text(template: str) -> "ProgressColumn":
+        return progress.TextColumn(template, table_column=Column(no_wrap=True))
+
+    return progress.Progress(
+        text(description),
+        progress.BarColumn(),
+        text("{task.percentage:>3.0f}%"),
+        text(result),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        console=console,
+    )
 
 
 @contextlib.contextmanager
@@ -56,17 +80,11 @@ def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Ite
     Yields:
         A function to call with an arm and all reports on it so far.
     """
-    if not is_animated():
+    console = _console()
+    if console is None:
         yield functools.partial(_print_epoch, steps_per_epoch, epochs)
         return
-    from rich import progress
-
-    bars = _bars(
-        progress.TextColumn("{task.description:23}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[reached]}"),
-    )
+    bars = _bars(console, "{task.description:23}", "{task.fields[reached]}")
     total = steps_per_epoch * epochs
     tasks = {arm: bars.add_task(arm, start=False, total=total, reached="") for arm in arms}
     with bars:
@@ -75,7 +93,9 @@ def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Ite
 
 def _move_bar(bars: "Progress", task: "TaskID", report: "Report") -> None:
     bars.start_task(task)
-    bars.update(task, completed=report.step, reached=_reached(report))
+    # Short enough for a terminal of 80 columns.
+    reached = _reached(report).replace("validation", "val.")
+    bars.update(task, completed=report.step, reached=reached)
 
 
 def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, reports: "Sequence[Report]") -> None:
@@ -85,7 +105,8 @@ def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, reports: "Sequence
 
 
 def _reached(report: "Report") -> str:
-    return f"loss {format_loss(report.training.loss)}, validation accuracy {report.validation.accuracy:.2%}"
+    loss, accuracy = format_loss(report.training.loss), report.validation.accuracy
+    return f"loss {loss}, validation accuracy {accuracy:.2%}"
 
 
 @contextlib.contextmanager
@@ -102,17 +123,11 @@ def show_claims(experiments: "Sequence[Experiment]", *, is_wanted: bool) -> Iter
     if not is_wanted:
         yield lambda experiment, share, result=None: None
         return
-    if not is_animated():
+    console = _console()
+    if console is None:
         yield _print_verdict
         return
-    from rich import progress
-
-    bars = _bars(
-        progress.TextColumn("{task.description:24}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[verdict]}"),
-    )
+    bars = _bars(console, "{task.description:24}", "{task.fields[verdict]}")
     tasks = {
         experiment: bars.add_task(experiment.name, start=False, total=1.0, verdict="")
         for experiment in experiments

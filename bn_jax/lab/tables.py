@@ -139,8 +139,8 @@ def _print(table: "Table") -> None:
 
     headers = [" ".join(str(column.header).split()) for column in table.columns]
     for row in zip(*(column.cells for column in table.columns), strict=True):
-        (_, first), *others = zip(headers, (Text.from_markup(str(cell)).plain for cell in row))
+        first, *others = (Text.from_markup(str(cell)).plain for cell in row)
         print(first)
-        for header, cell in others:
+        for header, cell in zip(headers[1:], others, strict=True):
             if cell:
                 print(f"  {header}: {cell}")

@@ -7,6 +7,7 @@ characters that the encoding lacks are spelled out, and what cannot be written i
 import contextlib
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -56,6 +57,8 @@ def prepare() -> None:
     for name in ("COLUMNS", "LINES"):
         if not _is_size(os.environ.get(name, "1")):
             del os.environ[name]
+    # Without a home, matplotlib says at length where it puts its cache instead.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         return
     _open_missing_descriptors()
