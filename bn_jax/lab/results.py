@@ -19,31 +19,12 @@ from bn_jax.lab import checkpoints, runs, tables
 from bn_jax.lab.curves import draw_curves
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
+from bn_jax.lab.records import Config
 
-__all__ = ["TARGET", "Config", "Result", "finish", "rank", "replace_checkpoints", "write"]
+__all__ = ["TARGET", "Result", "finish", "rank", "replace_checkpoints", "write"]
 
 TARGET = 0.9
 REPORT_EVERY = 5
-
-
-class Config(NamedTuple):
-    """The options of a run, with their defaults filled in.
-
-    Attributes:
-        data: the user's file as given; None for scikit-learn's digits.
-        devices: in all processes.
-        epochs: passes over the training part.
-        batch_size: examples in a step, over all devices.
-        learning_rate: the highest rate of SGD.
-        seed: of the split, the parameters and the order of the examples.
-    """
-
-    data: str | None
-    devices: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
 
 
 class Result(NamedTuple):
@@ -142,7 +123,7 @@ def write(
 def _metrics(problem: Problem, config: Config) -> dict[str, Any]:
     packages = ("bn-jax", "jax", "flax", "optax", "numpy")
     return {
-        "config": config._asdict(),
+        "config": config.as_json(),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "platform": jax.default_backend(),
@@ -178,8 +159,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+# How a picture names the models of `--model`.
+MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
+
+
 def _title(config: Config) -> str:
     """Says what was trained, for the picture."""
     data = "scikit-learn's digits" if config.data is None else Path(config.data).name
     devices = f"{config.devices} device{'s' * (config.devices != 1)}"
-    return f"Small ResNet on {data}, batches of {config.batch_size} on {devices}"
+    return f"{MODEL_NAMES[config.model]} on {data}, batches of {config.batch_size} on {devices}"

@@ -26,6 +26,7 @@ from bn_jax.lab import checkpoints, data, models
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
+from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
 
 __all__ = [
     "ARMS",
@@ -52,10 +53,6 @@ __all__ = [
     "write_json",
 ]
 
-NO_NORM = "no normalization"
-PER_DEVICE = "per-device batch norm"
-SYNCHRONIZED = "synchronized batch norm"
-ARMS = (NO_NORM, PER_DEVICE, SYNCHRONIZED)
 TIMED_ROUNDS = 20
 
 
@@ -75,6 +72,7 @@ class SavedRun(NamedTuple):
         data_file: the user's file as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
         is_folded: whether `checkpoint` holds a folded program instead of variables.
+        model: one of `records.MODELS`.
     """
 
     folder: Path
@@ -89,6 +87,7 @@ class SavedRun(NamedTuple):
     data_file: Path | None
     checkpoint_sha256: str
     is_folded: bool
+    model: str
 
 
 class Figures(NamedTuple):
@@ -181,6 +180,7 @@ def read_run(folder: Path) -> SavedRun:
             data_file=None if config["data"] is None else Path(config["data"]),
             checkpoint_sha256=str(metrics["checkpoint_sha256"]),
             is_folded="folded" in metrics,
+            model=str(config.get("model", "small")),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CommandError(

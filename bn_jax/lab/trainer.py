@@ -16,7 +16,8 @@ from bn_jax.lab.arguments import Launch, require
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReports
-from bn_jax.lab.results import Config, Result
+from bn_jax.lab.records import Config, Started
+from bn_jax.lab.results import Result
 from bn_jax.lab.watching import Wanted
 
 __all__ = ["Request", "resume", "start"]
@@ -36,20 +37,6 @@ class Request(NamedTuple):
     batch_size: int | None
     learning_rate: float
     seed: int
-
-
-class UnfinishedRun(NamedTuple):
-    """The contents of `checkpoints/config.json`.
-
-    Attributes:
-        config: how the run was started.
-        data_file: the absolute path of its data; None for scikit-learn's digits.
-        data_sha256: of its data.
-    """
-
-    config: Config
-    data_file: Path | None
-    data_sha256: str
 
 
 class Run(NamedTuple):
@@ -95,6 +82,8 @@ def start(request: Request, launched: Launch, wanted: Wanted) -> None:
         batch_size=choose_batch_size(request.batch_size, mesh.size, len(loaded.splits.train.y)),
         learning_rate=request.learning_rate,
         seed=request.seed,
+        arms=runs.ARMS,
+        model="small",
     )
     run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
     if jax.process_index() == 0:
@@ -114,11 +103,12 @@ def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) 
     saved = _read_unfinished(folder)
     config = saved.config
     wanted = watching.continued(wanted, folder)
-    _require_packages(saved.data_file, wanted)
-    loaded = problem.load(saved.data_file, config.seed)
+    data_file = None if saved.data_file is None else Path(saved.data_file)
+    _require_packages(data_file, wanted)
+    loaded = problem.load(data_file, config.seed)
     if loaded.sha256 != saved.data_sha256:
         raise CommandError(
-            f"--resume: {saved.data_file or 'scikit-learn'} no longer holds the data of "
+            f"--resume: {data_file or 'scikit-learn'} no longer holds the data of "
             f"{folder} (its SHA-256 differs); restore the data or start a new run"
         )
     mesh = launch.make_mesh(devices or config.devices, loaded.examples, launched)
@@ -150,6 +140,8 @@ def _agree(run: Run, *, is_resumed: bool) -> Run:
             "--batch-size": run.config.batch_size,
             "--learning-rate": run.config.learning_rate,
             "--seed": run.config.seed,
+            "--arm": list(run.config.arms),
+            "--model": run.config.model,
         },
     )
     return run._replace(folder=folder)
@@ -182,16 +174,16 @@ def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
 
 def _begin(run: Run) -> None:
     data_file = run.config.data
-    started = {
-        "config": run.config._asdict(),
-        "data_file": None if data_file is None else str(Path(data_file).absolute()),
-        "data_sha256": run.problem.sha256,
-    }
+    started = Started(
+        config=run.config,
+        data_file=None if data_file is None else str(Path(data_file).absolute()),
+        data_sha256=run.problem.sha256,
+    )
     (run.folder / "checkpoints").mkdir(parents=True)
-    (run.folder / "checkpoints/config.json").write_text(json.dumps(started, indent=2) + "\n")
+    (run.folder / "checkpoints/config.json").write_text(started.model_dump_json(indent=2) + "\n")
 
 
-def _read_unfinished(folder: Path) -> UnfinishedRun:
+def _read_unfinished(folder: Path) -> Started:
     if (folder / "metrics.json").exists():
         raise CommandError(
             f"--resume: {folder} is a finished run; evaluate it with bn-jax eval, or start a new "
@@ -199,20 +191,8 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
         )
     try:
         started = json.loads((folder / "checkpoints/config.json").read_text())
-        config = started["config"]
-        return UnfinishedRun(
-            config=Config(
-                data=None if config["data"] is None else str(config["data"]),
-                devices=int(config["devices"]),
-                epochs=int(config["epochs"]),
-                batch_size=int(config["batch_size"]),
-                learning_rate=float(config["learning_rate"]),
-                seed=int(config["seed"]),
-            ),
-            data_file=None if started["data_file"] is None else Path(started["data_file"]),
-            data_sha256=str(started["data_sha256"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return Started.model_validate(started)
+    except (OSError, ValueError, RecursionError) as error:
         raise CommandError(
             f"--resume: {folder} is not an unfinished run ({type(error).__name__}: {error}), "
             "expected a folder with the checkpoints of bn-jax train; start a new run"
@@ -220,14 +200,9 @@ def _read_unfinished(folder: Path) -> UnfinishedRun:
 
 
 def _train(run: Run, wanted: Wanted) -> None:
-    schedule = fitting.make_schedule(
-        run.config.learning_rate, run.config.epochs * run.steps_per_epoch
-    )
     with launch.explain_failures(run.folder):
-        with watching.watch(
-            run.folder, runs.ARMS, run.steps_per_epoch, run.config.epochs, schedule, wanted
-        ) as show:
-            trained = {arm: train_arm(arm, run, show) for arm in runs.ARMS}
+        with watching.watch(run.folder, run.config, run.steps_per_epoch, wanted) as show:
+            trained = {arm: train_arm(arm, run, show) for arm in run.config.arms}
         if jax.process_index() == 0:
             local = run.mesh.local_mesh
             results.finish(run.folder, run.problem, run.config, trained, local)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import optax
 
-from bn_jax.lab import logs, progress
+from bn_jax.lab import fitting, logs, progress
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.progress import ShowReports
+from bn_jax.lab.records import Config
 
 __all__ = ["EPOCHS", "LOG", "Wanted", "continued", "watch"]
 
@@ -37,21 +37,14 @@ def continued(wanted: Wanted, folder: Path) -> Wanted:
 
 @contextlib.contextmanager
 def watch(
-    folder: Path,
-    arms: Sequence[str],
-    steps_per_epoch: int,
-    epochs: int,
-    schedule: optax.Schedule,
-    wanted: Wanted,
+    folder: Path, config: Config, steps_per_epoch: int, wanted: Wanted
 ) -> Iterator[ShowReports]:
     """Shows the progress of each arm, and writes `epochs.csv` and what else is wanted.
 
     Args:
         folder: of the run.
-        arms: what is trained.
+        config: of the run.
         steps_per_epoch: of each arm.
-        epochs: of each arm.
-        schedule: the learning rate by the number of steps taken.
         wanted: by the user.
 
     Yields:
@@ -60,6 +53,7 @@ def watch(
     if jax.process_index() != 0:
         yield lambda arm, reports: None
         return
+    schedule = fitting.make_schedule(config.learning_rate, config.epochs * steps_per_epoch)
     compiled = jax.jit(schedule)
 
     def rate(step: int) -> float:
@@ -72,7 +66,7 @@ def watch(
             stack.callback(log.close)
             watchers.append(log)
         if wanted.progress:
-            shown = progress.show_training(arms, steps_per_epoch, epochs)
+            shown = progress.show_training(config.arms, steps_per_epoch, config.epochs)
             watchers.append(stack.enter_context(shown))
 
         def show(arm: str, reports: Sequence[Report]) -> None:

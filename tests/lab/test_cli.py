@@ -99,6 +99,8 @@ def test_metrics(trained):
         "batch_size": 8,
         "learning_rate": 0.05,
         "seed": 0,
+        "arms": list(runs.ARMS),
+        "model": "small",
     }
     assert metrics["versions"]["jax"] == jax.__version__
     assert metrics["data"]["examples"] == {"train": 42, "validation": 6, "test": 12}
@@ -561,8 +563,8 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
         ("none",): "--resume: none is not an unfinished run (FileNotFoundError: ",
         ("good.npz",): "--resume: good.npz is not an unfinished run (NotADirectoryError: ",
         ("json",): "--resume: json is not an unfinished run (JSONDecodeError: ",
-        ("keys",): "--resume: keys is not an unfinished run (KeyError: 'data'), expected a folder ",
-        ("types",): "--resume: types is not an unfinished run (ValueError: invalid literal for int",
+        ("keys",): "--resume: keys is not an unfinished run (ValidationError: ",
+        ("types",): "--resume: types is not an unfinished run (ValidationError: ",
         (
             "run",
             "--epochs",

@@ -14,7 +14,7 @@ from support import assert_close, bars, copy_of, files
 
 import bn_jax as bn
 from bn_jax import linen, training
-from bn_jax.lab import advice, data, models, problem, results, runs
+from bn_jax.lab import advice, data, models, problem, records, results, runs
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
 
@@ -36,7 +36,9 @@ def small(compile_quickly):
 def save_run(folder, data_file):
     """Trains one arm in this process and saves it as the best of a run."""
     loaded = problem.load(data_file, seed=0)
-    config = results.Config(str(data_file), 2, 8, 16, 0.1, 0)
+    config = records.Config(
+        data=str(data_file), devices=2, epochs=8, batch_size=16, learning_rate=0.1, seed=0
+    )
     mesh = training.make_mesh(jax.devices()[:1])
     optimizer = make_optimizer(0.1, 72)
     state = training.create_state(runs.make_model(ARM, 3, 8), optimizer, (4, 4, 1), 0, mesh)
