@@ -129,18 +129,25 @@ def _print(table: "Table") -> None:
     """Prints a table, or where it is too wide for the terminal, its rows as paragraphs."""
     from rich.console import Console
     from rich.measure import Measurement
+    from rich.text import Text
 
+    headers = [str(column.header) for column in table.columns]
+    rows = [
+        [Text.from_markup(str(cell)).plain for cell in row]
+        for row in zip(*(column.cells for column in table.columns), strict=True)
+    ]
+    for number, column in enumerate(table.columns):
+        if column.no_wrap:
+            texts = [headers[number], *(row[number] for row in rows)]
+            lines = "\n".join(texts).split("\n")
+            column.min_width = max(Text(line).cell_len for line in lines)
     console = Console()
     unlimited = console.options.update(width=1_000_000)
     if Measurement.get(console, unlimited, table).minimum <= console.width:
         console.print(table)
         return
-    from rich.text import Text
-
-    headers = [" ".join(str(column.header).split()) for column in table.columns]
-    for row in zip(*(column.cells for column in table.columns), strict=True):
-        first, *others = (Text.from_markup(str(cell)).plain for cell in row)
+    for first, *others in rows:
         print(first)
         for header, cell in zip(headers[1:], others, strict=True):
             if cell:
-                print(f"  {header}: {cell}")
+                print(f"  {' '.join(header.split())}: {cell}")
