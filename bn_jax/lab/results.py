@@ -21,7 +21,16 @@ from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.records import Config
 
-__all__ = ["TARGET", "Result", "finish", "rank", "replace_checkpoints", "write"]
+__all__ = [
+    "MODEL_NAMES",
+    "TARGET",
+    "Result",
+    "finish",
+    "name_training",
+    "rank",
+    "replace_checkpoints",
+    "write",
+]
 
 TARGET = 0.9
 REPORT_EVERY = 5
@@ -109,7 +118,7 @@ def write(
     """
     checkpoints.save_variables(folder / "checkpoint", results[best].state)
     reports = {arm: result.reports for arm, result in results.items()}
-    picture = draw_curves(reports, title=_title(config), target=TARGET)
+    picture = draw_curves(reports, title=name_training(config), target=TARGET)
     picture.savefig(folder / "curves.png", dpi=150)
     # In the format of the user's files, so that eval reads both alike and needs no other file.
     np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
@@ -163,7 +172,7 @@ def _finite(value: float) -> float | None:
 MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
 
 
-def _title(config: Config) -> str:
+def name_training(config: Config) -> str:
     """Says what was trained, for the picture."""
     data = "scikit-learn's digits" if config.data is None else Path(config.data).name
     devices = f"{config.devices} device{'s' * (config.devices != 1)}"

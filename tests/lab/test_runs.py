@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from safetensors.numpy import load_file
 from support import assert_close, bars, copy_of, files
 
@@ -92,6 +93,7 @@ def test_recalibrate(home, variables, command, tmp_path, domain):
     )
     assert (code, err) == (0, "")
     assert files(home) == before and "<svg" in picture.read_text()
+    assert imread(tmp_path / "new/recalibration.png").std() > 0
     saved = runs.read_run(tmp_path / "new")
     if domain:
         images = data.load_npz(home / domain)
@@ -261,6 +263,8 @@ def test_audit(home, command, tmp_path):
     assert saturated["stem/norm"] is not None and saturated["stage1_block0/shortcut/norm"] is None
     assert not {finding["kind"] for finding in found["findings"]} & {"never updated", "not finite"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "a-audit"}
+    assert {path.name for path in (tmp_path / "a-audit").iterdir()} == {"audit.json", "audit.png"}
+    assert imread(tmp_path / "a-audit/audit.png").std() > 0
     assert files(run) == before
     code, out, err = command("audit", "a/../a/")
     assert code == 2 and "a-audit exists and is not empty" in err
