@@ -20,15 +20,15 @@ def describe(folder: Path) -> str | None:
     Returns:
         What follows the folder's name in a message, or None if the folder holds nothing known.
     """
-    if not os.path.lexists(folder):
+    if not os.path.exists(folder):
         return f"does not exist, expected the folder of a run{_similar(folder)}"
-    if not os.path.isdir(folder):
-        return "is not a folder, expected the folder of a run; give the folder"
     if is_unfinished(folder):
         again = f"bn-jax train --resume {shlex.quote(str(folder))}"
         return f"is an unfinished run, expected a finished one; finish it with {again}"
     if (run := _run_around(folder)) is not None:
         return f"is a part of a run, expected its whole folder; give {shlex.quote(str(run))}"
+    if not os.path.isdir(folder):
+        return "is a file, expected the folder of a run"
     if os.path.exists(folder / "model.json"):
         return (
             "is an exported model, expected a run; load it as its README.md shows, or give the run "
@@ -47,7 +47,7 @@ def describe(folder: Path) -> str | None:
 
 def is_unfinished(folder: Path) -> bool:
     """Tells whether a folder is a run with checkpoints and without results."""
-    return os.path.isdir(folder / "checkpoints") and not is_finished(folder)
+    return os.path.exists(folder / "checkpoints/config.json") and not is_finished(folder)
 
 
 def is_finished(folder: Path) -> bool:
@@ -56,8 +56,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def _run_around(folder: Path) -> Path | None:
-    around = list(folder.absolute().parents)[:3]
-    return next((path for path in around if is_finished(path) or is_unfinished(path)), None)
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return next((path for path in list(named.parents)[:3] if _is_run(path)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    return is_finished(folder) or is_unfinished(folder)
 
 
 def _claims(folder: Path) -> list[str]:
@@ -67,25 +71,23 @@ def _claims(folder: Path) -> list[str]:
 
 
 def _runs_in(folder: Path) -> list[str]:
-    """Lists the runs in a folder; runs that are named by their date come with the newest first."""
-    try:
-        paths = sorted(folder.iterdir(), reverse=True)
-    except OSError:
-        return []
-    finished = [shlex.quote(str(path)) for path in paths if is_finished(path)]
-    unfinished = [f"{shlex.quote(str(p))} (unfinished)" for p in paths if is_unfinished(p)]
-    return finished + unfinished
+    """Lists the runs in a folder, finished ones first."""
+    paths = sorted(filter(_is_run, _present(folder)), key=is_finished, reverse=True)
+    return [
+        shlex.quote(str(path)) + ("" if is_finished(path) else " (unfinished)") for path in paths
+    ]
 
 
 def _similar(folder: Path) -> str:
-    present = [Path(name).name for name in _names(folder.parent)]
+    present = [path.name for path in _present(folder.parent) if _is_run(path)]
     close = difflib.get_close_matches(folder.name, present, n=1)
     return f"; did you mean {shlex.quote(str(folder.with_name(close[0])))}?" if close else ""
 
 
-def _names(folder: Path) -> list[str]:
+def _present(folder: Path) -> list[Path]:
+    """Lists a folder in reverse order, so that the newest comes first of names that are dates."""
     try:
-        return [path.name for path in folder.iterdir() if is_finished(path) or is_unfinished(path)]
+        return sorted(folder.iterdir(), reverse=True)
     except OSError:
         return []
 

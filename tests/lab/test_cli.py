@@ -1,3 +1,4 @@
+import csv
 import errno
 import functools
 import importlib.metadata
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from support import COMMAND, TRAIN, bars, copy_of, environment, files, run_process
+from test_logs import scalars_of
 
 from bn_jax import linen, training
 from bn_jax.lab import checkpoints, fitting, models, processes, progress, results, runs, trainer
@@ -424,7 +426,7 @@ def small(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run")
+LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run", "--log", "tensorboard")
 
 
 def interrupt(monkeypatch, step):
@@ -450,10 +452,24 @@ def numbers(run):
     return metrics
 
 
+def recorded(run):
+    """What epochs.csv and the files for TensorBoard record, but for the clock and the losses."""
+    with (run / "epochs.csv").open(newline="") as file:
+        rows = [
+            [row[name] for name in ("arm", "epoch", "step", "examples", "learning_rate")]
+            for row in csv.DictReader(file)
+        ]
+    folders = sorted((run / "tensorboard").iterdir())
+    return rows, {
+        folder.name: [(tag, step) for tag, step, _ in scalars_of(folder)[0]] for folder in folders
+    }
+
+
 @pytest.fixture
 def uninterrupted(good, small, command, tmp_path):
-    code, _, err = command(*LONG)
+    code, out, err = command(*LONG, "--no-progress")
     assert (code, err) == (0, "")
+    assert "epoch" not in out and out.endswith("Saved in run\n")
     return numbers((tmp_path / "run").rename(tmp_path / "uninterrupted"))
 
 
@@ -483,7 +499,8 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         code, _, err = command(*LONG)
     assert code == 130
     assert err == "bn-jax: error: interrupted; continue with bn-jax train --resume run\n"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", "epochs.csv", "tensorboard"}
     for name, (damage, skipped, epoch) in DAMAGES.items():
         run = copy_of(tmp_path / "run", tmp_path / name)
         damage(run / "checkpoints/synchronized-batch-norm")
@@ -499,7 +516,8 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         shown = [line for line in out.splitlines() if line.startswith("synchronized batch norm: ")]
         assert len(shown) == 4 - max(epoch - 1, 0)
         assert numbers(run) == uninterrupted
-        assert {path.name for path in run.iterdir()} == RESULTS
+        assert {path.name for path in run.iterdir()} == RESULTS | {"tensorboard"}
+        assert recorded(run) == recorded(tmp_path / "uninterrupted")
 
 
 def test_a_run_resumes_on_other_devices(uninterrupted, command, monkeypatch, tmp_path):
@@ -510,6 +528,13 @@ def test_a_run_resumes_on_other_devices(uninterrupted, command, monkeypatch, tmp
     assert (code, err) == (0, "")
     resumed = numbers(tmp_path / "run")
     assert resumed["config"] == uninterrupted["config"]
+    rows, scalars = recorded(tmp_path / "run")
+    assert (rows, scalars) == recorded(tmp_path / "uninterrupted")
+    assert [row[:3] for row in rows] == [
+        [arm, str(epoch), str(6 * epoch)] for arm in runs.ARMS for epoch in (1, 2, 3, 4)
+    ]
+    # Five scalars of each of two reports in each epoch.
+    assert [len(steps) for steps in scalars.values()] == [5 * 2 * 4] * len(runs.ARMS)
     for name, arm in uninterrupted["arms"].items():
         for curve, values in arm["curves"].items():
             np.testing.assert_allclose(resumed["arms"][name]["curves"][curve], values, rtol=1e-3)
@@ -576,7 +601,12 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "options"),
-    [("rich", ["--data", "good.npz"]), ("matplotlib", ["--data", "good.npz"]), ("sklearn", [])],
+    [
+        ("rich", ["--data", "good.npz"]),
+        ("matplotlib", ["--data", "good.npz"]),
+        ("sklearn", []),
+        ("tensorboardX", ["--data", "good.npz", "--log", "tensorboard"]),
+    ],
 )
 def test_missing_extra(good, command, monkeypatch, module, options):
     monkeypatch.setitem(sys.modules, module, None)
@@ -587,8 +617,18 @@ def test_missing_extra(good, command, monkeypatch, module, options):
     )
 
 
-@pytest.mark.parametrize("name", ["eval", "recalibrate", "fold", "export", "audit"])
-@pytest.mark.parametrize("module", ["orbax.checkpoint", "safetensors", "flatbuffers"])
+DRAWING = [("recalibrate", "matplotlib"), ("audit", "matplotlib")]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    DRAWING
+    + [
+        (name, module)
+        for name in ("eval", "recalibrate", "fold", "export", "audit")
+        for module in ("orbax.checkpoint", "safetensors", "flatbuffers")
+    ],
+)
 def test_missing_extra_for_saved_runs(command, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     code, out, err = command(name, "run")

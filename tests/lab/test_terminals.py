@@ -254,12 +254,15 @@ LOSSES = {
 def test_losses_of_any_size_are_short(monkeypatch, capsys):
     for loss, text in LOSSES.items():
         assert tables.format_loss(loss) == text
+    experiment = next(iter(reproduction.EXPERIMENTS.values()))
     report = SimpleNamespace(
         step=2, epoch=1, training=evaluation(4e18), validation=evaluation(4e18)
     )
     monkeypatch.setenv("TERM", "dumb")
     with progress.show_training(("arm",), 2, 1) as show:
         show("arm", [report])
+    with progress.show_claims([experiment], is_wanted=False) as show_nothing:
+        show_nothing(experiment, 1.0, SimpleNamespace(verdict="undecided"))
     assert capsys.readouterr().out == (
         "arm: epoch 1 of 1, loss 4e+18, validation accuracy 98.77%\n"
     )
