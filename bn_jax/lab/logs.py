@@ -165,10 +165,11 @@ def _new_events(folder: Path) -> "RecordWriter":
 
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{EVENTS}.*"):
-        old.unlink()
+        # Not removed: a TensorBoard that has read it would wait for it forever.
+        os.truncate(old, 0)
     writer = RecordWriter(str(folder / f"{EVENTS}.{time.time():010.0f}.{socket.gethostname()}"))
     _write(writer, {"file_version": "brain.Event:2"}, time.time())
-    # A TensorBoard that is running drops what it has read of the files deleted.
+    # It drops what it has read before.
     _write(writer, {"step": 0, "session_log": {"status": "START"}}, time.time())
     return writer
 

@@ -3,8 +3,13 @@
 import csv
 import math
 import struct
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
+from support import TRAIN, bars, environment
 
 from bn_jax import training
 from bn_jax.lab import fitting, logs
@@ -212,6 +217,19 @@ def test_scalars_of_each_report(tmp_path):
     assert sorted(times) == [report.step for report in made]
 
 
+def test_what_a_resumed_run_writes_again_lies_as_far_back_as_it_took(tmp_path):
+    made = reports(4)
+    log = logs.TensorBoard(tmp_path, rate)
+    before = time.time()
+    log("a", made)
+    log.close()
+    _, times = scalars_of(tmp_path / "a")
+    assert 0 <= times[made[-1].step] - before < 60
+    for report in made:
+        past = times[made[-1].step] - times[report.step]
+        assert past == pytest.approx(made[-1].seconds - report.seconds, abs=1e-5)
+
+
 def test_losses_that_are_not_finite_are_written(tmp_path):
     values = {5: 4e18, 6: math.inf, 11: math.nan, 12: 1e300}
     log = logs.TensorBoard(tmp_path, rate)
@@ -244,3 +262,49 @@ def test_a_log_that_cannot_be_written_ends_with_one_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"bn-jax: warning: --log: {tmp_path / 'tensorboard'} cannot be written (")
+
+
+# --- a run that is killed -----------------------------------------------------------------------
+
+# The command with a small network.
+SMALL = """
+from bn_jax.lab import command, runs
+
+make_model = runs.make_model
+runs.make_model = lambda *given: make_model(*given).clone(stage_sizes=(1,), widths=(4,))
+command.main()
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_is_killed_again_and_again_records_each_epoch_once(tmp_path):
+    np.savez(tmp_path / "bars.npz", **bars())
+    small = [sys.executable, "-W", "error", "-c", SMALL]
+    start = [*TRAIN, "--epochs", "4", "--data", "bars.npz", "--out", "run", "--log", "tensorboard"]
+    arguments = start
+    # The log is continued without being asked for.
+    for lines in (2, 1, 4, None):
+        process = subprocess.Popen(
+            [*small, *arguments],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if lines is not None:
+            for _ in range(lines):
+                assert "epoch" in process.stdout.readline()
+            process.kill()
+        _, stderr = process.communicate(timeout=300)
+        assert stderr == "" and process.returncode == (0 if lines is None else -9)
+        arguments = ["train", "--resume", "run"]
+    rows = rows_of(tmp_path / "run/epochs.csv")
+    arms = ("no normalization", "per-device batch norm", "synchronized batch norm")
+    assert [(row["arm"], int(row["epoch"])) for row in rows] == [
+        (arm, epoch) for arm in arms for epoch in (1, 2, 3, 4)
+    ]
+    for arm in arms:
+        found, _ = scalars_of(tmp_path / "run/tensorboard" / arm.replace(" ", "-"))
+        steps = [step for tag, step, _ in found if tag == "loss/training"]
+        assert steps == [5, 6, 11, 12, 17, 18, 23, 24]

@@ -69,6 +69,27 @@ def test_any_terminal_gets_help_and_errors(tmp_path, variables):
     assert b"expected tensorboard" in finished.stderr
 
 
+SPELLING = """
+import sys
+from bn_jax.lab import terminal
+terminal.prepare()
+print(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_text_is_spelled_out_where_an_encoding_lacks_it(encoding):
+    odd = "a\u03b1\u2026" + b"\xff".decode("utf-8", "surrogateescape")
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SPELLING, odd],
+        env=environment(PYTHONIOENCODING=encoding),
+        capture_output=True,
+        check=True,
+    )
+    spelled = odd.encode(encoding, "backslashreplace") + b"\n"
+    assert (finished.stdout, finished.stderr) == (spelled, b"")
+
+
 # How a stream fails, the status of a command that has something to print, and the lines of errors
 # that arrive; then the same of a command that has an error to print.
 STREAMS = {
@@ -382,7 +403,11 @@ def commands(trained, out):
         "eval": (["eval", run], None),
         "fold": (["fold", run, "--out", out / "fold"], "metrics.json"),
         "recalibrate": (
-            ["recalibrate", run, "--out", out / "recalibrate", "--progress"],
+            [
+                *("recalibrate", run, "--data", trained[0] / "bars.npz", "--progress"),
+                "--out",
+                out / "recalibrate",
+            ],
             "recalibration.png",
         ),
         "audit": (["audit", run, "--out", out / "audit"], "audit.png"),
@@ -401,9 +426,20 @@ ODD = [
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["eval", "fold", "recalibrate", "audit", "export", "convert"])
-def test_every_command_on_every_terminal(trained, tmp_path, read_only, name):
-    for number, (redirections, variables) in enumerate(ODD):
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("eval", (0, 2, 3)),
+        ("fold", (1, 3)),
+        ("recalibrate", (0, 1)),
+        ("audit", (1, 2)),
+        ("export", (0, 3)),
+        ("convert", (1, 2)),
+    ],
+)
+def test_every_command_on_an_odd_terminal(trained, tmp_path, read_only, name, chosen):
+    for number in chosen:
+        redirections, variables = ODD[number]
         out = tmp_path / str(number)
         arguments, result = commands(trained, out)[name]
         finished = run_in_shell(arguments, redirections, read_only, **variables)
@@ -413,9 +449,6 @@ def test_every_command_on_every_terminal(trained, tmp_path, read_only, name):
         assert_clean(b"\n".join(shown), is_full)
         assert bool(finished.stdout) == (redirections == "")
         assert result is None or (out / name / result).exists()
-    arguments, result = commands(trained, tmp_path / "piped")[name]
-    assert run_without_reader(arguments, read_only)[0] == 0
-    assert result is None or (tmp_path / "piped" / name / result).exists()
 
 
 @pytest.mark.exhaustive
