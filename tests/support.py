@@ -1,9 +1,14 @@
 """What the tests share: the definition in double precision, tolerances, and readings of HLO."""
 
+import contextlib
+import functools
 import importlib
+import io
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -263,7 +268,7 @@ def copy_of(run, folder):
 
 # --- the command --------------------------------------------------------------------------------
 
-COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.lab.command")
+COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.lab")
 TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
 
 
@@ -287,6 +292,72 @@ def run_process(arguments, folder, **variables):
         text=True,
         timeout=300,
     )
+
+
+def run_command(*arguments):
+    """The command `bn-jax` in this process, which must end within two minutes: code and streams."""
+    from bn_jax.lab.command import main
+
+    out, err = io.StringIO(), io.StringIO()
+    signal.alarm(120)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as caught,
+    ):
+        patch.setattr(sys, "argv", ["bn-jax", *map(str, arguments)])
+        main()
+    signal.alarm(0)
+    return caught.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def make_small_resnet(arm, num_classes, *_, width=4):
+    """Stands in for `runs.make_model` where training takes the time."""
+    from bn_jax import linen
+    from bn_jax.lab import models, runs
+
+    norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
+    return models.ResNet(num_classes, stage_sizes=(1,), widths=(width,), norm=norm)
+
+
+def numbers_of(run):
+    """The metrics of a run but for what depends on the clock, which Orbax also writes."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    for arm in metrics["arms"].values():
+        assert arm.pop("examples_per_second") > 0
+    del metrics["checkpoint_sha256"], metrics["sha256"]
+    return metrics
+
+
+def flip(path, bit):
+    """Flips a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A real disk of a few bytes, which is a tmpfs; skips where none can be mounted.
+
+    Yields a function that gives it another size, or other options of `mount`.
+    """
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+
+    folder.mkdir()
+    if (
+        shutil.which("mount") is None
+        or (failed := mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")).returncode
+    ):
+        reason = "mount is missing" if shutil.which("mount") is None else failed.stderr.strip()
+        pytest.skip(f"NOT TESTED, for no small disk can be mounted here: {reason}")
+    try:
+        yield lambda options: mount("-o", f"remount,{options}").check_returncode()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 # --- the package itself -------------------------------------------------------------------------

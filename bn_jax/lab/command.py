@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab import terminal
 from bn_jax.lab.arguments import (
+    FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
     check_choice,
-    check_launch,
-    check_positive,
+    check_counts,
+    check_learning_rate,
     check_range,
     new_file,
     new_folder,
     new_picture,
     require,
 )
+from bn_jax.lab.choices import ARM_NAMES, MODELS
 from bn_jax.lab.errors import (
     INTERRUPTED,
     CommandError,
@@ -30,6 +32,8 @@ from bn_jax.lab.errors import (
     print_error,
     print_warning,
 )
+from bn_jax.lab.launchers import check_launch
+from bn_jax.lab.supervision import supervise
 
 try:
     import typer
@@ -84,7 +88,6 @@ def main() -> NoReturn:
     Raises:
         SystemExit: always; the code is 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
     """
-    terminal.prepare()
     try:
         code = typer.main.get_command(app).main(prog_name="bn-jax", standalone_mode=False)
         if code == INTERRUPTED:
@@ -178,6 +181,21 @@ def train(
     seed: Annotated[
         int, typer.Option(help="Seed of the split, the parameters and the order of examples.")
     ] = 0,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"What to train: {', '.join(ARM_NAMES)}; give it once for each. Default: all.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="small, a ResNet of 3 stages; resnet18, for images of less than 64 pixels with a "
+            "3x3 stem; or mlp, 2 dense layers of 256.",
+        ),
+    ] = MODELS[0],
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -217,32 +235,37 @@ def train(
 ) -> None:
     """Train with and without batch norm, and compare.
 
-    The same network is trained without norm, with per-device and with synchronized batch norm.
+    The same network is trained without norm, with per-device and with synchronized batch norm, or
+    as --arm says.
     """
-    check_positive(
-        devices=devices,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_processes=num_processes,
-    )
+    check_counts(devices=devices, epochs=epochs, batch_size=batch_size)
+    check_learning_rate(learning_rate)
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
+    for name in arm or ():
+        check_choice("--arm", name, list(ARM_NAMES))
+    check_choice("--model", model, MODELS)
     launched = check_launch(coordinator, num_processes, process_id)
     if log is not None:
         check_choice("--log", log, LOGS)
     if resume is not None:
         _check_allowed_with_resume(context)
-        from bn_jax.lab import trainer, watching
-
-        trainer.resume(resume, devices, launched, watching.Wanted(progress, log is not None))
-        return
-    folder = new_folder(out)
+    folder = resume or new_folder(out)
+    if launched.is_distributed:
+        supervise()
+    require(*FOR_FILES_OF_RUNS, "jax")
     from bn_jax.lab import trainer, watching
 
+    wanted = watching.Wanted(progress, log is not None)
+    if resume is not None:
+        trainer.resume(resume, devices, launched, wanted)
+        return
+
     trainer.start(
-        trainer.Request(data_file, folder, devices, epochs, batch_size, learning_rate, seed),
+        trainer.Request(
+            data_file, folder, devices, epochs, batch_size, learning_rate, seed, arm, model
+        ),
         launched,
-        watching.Wanted(progress, log is not None),
+        wanted,
     )
 
 
@@ -467,7 +490,9 @@ def convert(
     Reads a safetensors file of a library's weights, and writes the variables of a Flax model to
     another one, in which parts of a path are joined by slashes: params/Dense_0/kernel.
     """
-    require("safetensors")
+    require("jax", "safetensors")
+    if not file.name:
+        raise CommandError(f"FILE: received {file}, expected a safetensors file; give its path")
     file_out = new_file(out, file.with_name(f"{file.stem}-flax.safetensors"))
     from bn_jax.lab import converting
 
@@ -534,7 +559,7 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
-    require("rich", "matplotlib", "sklearn")
+    require("jax", "rich", "matplotlib", "sklearn", "filelock")
     from bn_jax.lab import reproduction, tables
     from bn_jax.lab.experiments import parallel
 
@@ -561,4 +586,6 @@ def reproduce(
 
 
 if __name__ == "__main__":
-    main()
+    from bn_jax.lab.__main__ import run
+
+    run()

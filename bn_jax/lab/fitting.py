@@ -1,10 +1,12 @@
 """The training loop of `bn-jax train`: epochs over a dataset, with reports on the way."""
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -13,9 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bn_jax import training
 from bn_jax.lab.data import Dataset, batches
 from bn_jax.training import Batch, Evaluation, TrainState
-from bn_jax.training.classification import summarize
+from bn_jax.training.classification import compile_evaluation, summarize
 
-__all__ = ["Report", "fit", "make_optimizer", "make_schedule", "shard_dataset"]
+__all__ = [
+    "Report",
+    "abstract_state",
+    "compile_programs",
+    "fit",
+    "make_optimizer",
+    "make_schedule",
+    "shard_dataset",
+]
 
 
 class Report(NamedTuple):
@@ -88,6 +98,48 @@ def shard_dataset(dataset: Dataset, batch_size: int, mesh: Mesh) -> list[Batch]:
     return [training.shard_batch(batch, mesh) for batch in batches(dataset, batch_size, rows=rows)]
 
 
+def abstract_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: Sequence[int],
+    mesh: Mesh,
+) -> TrainState:
+    """Returns what `bn_jax.training.create_state` returns, without values, so it compiles nothing.
+
+    Args:
+        model: as there.
+        optimizer: as there.
+        image_shape: as there.
+        mesh: as there.
+
+    Returns:
+        The state, whose leaves are `jax.ShapeDtypeStruct` with their shardings.
+    """
+    shapes = jax.eval_shape(lambda: training.create_state(model, optimizer, image_shape, 0, mesh))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes
+    )
+
+
+def compile_programs(
+    state: TrainState, train: Dataset, validation: Dataset, mesh: Mesh, batch_size: int
+) -> None:
+    """Compiles what `fit` runs, so that `fit` with these arguments starts at once.
+
+    It may run in another thread, for the next model while one trains.
+
+    Args:
+        state: the state before training; its leaves may be `jax.ShapeDtypeStruct`.
+        train: as for `fit`.
+        validation: as for `fit`.
+        mesh: as for `fit`.
+        batch_size: as for `fit`.
+    """
+    _compile_train_step(state, train, mesh, batch_size)
+    compile_evaluation(state, _first_batch(validation, mesh, batch_size))
+
+
 def fit(
     state: TrainState,
     train: Dataset,
@@ -118,14 +170,16 @@ def fit(
     Yields:
         The state so far, and a report on it.
     """
-    step = _compile_train_step(state, train, mesh, batch_size)
-    validation_batches = shard_dataset(validation, batch_size, mesh)
-    rng = np.random.default_rng(seed)
-    rows = training.process_rows(batch_size, mesh)
     steps, past_epochs, examples, seconds = 0, 0, 0, 0.0
     if after is not None:
         steps, past_epochs = after.step, after.epoch
         examples, seconds = after.examples, after.seconds
+    if past_epochs >= epochs:
+        return
+    step = _compile_train_step(state, train, mesh, batch_size)
+    validation_batches = shard_dataset(validation, batch_size, mesh)
+    rng = np.random.default_rng(seed)
+    rows = training.process_rows(batch_size, mesh)
     for epoch in range(past_epochs + 1, epochs + 1):
         epoch_batches = batches(train, batch_size, rng, rows)
         while group := list(itertools.islice(epoch_batches, report_every)):
@@ -141,10 +195,18 @@ def fit(
 def _compile_train_step(
     state: TrainState, train: Dataset, mesh: Mesh, batch_size: int
 ) -> jax.stages.Compiled:
+    # JAX keeps the programs of a jitted function: compiled ahead, this one is there.
+    return _train_step(mesh).lower(state, _first_batch(train, mesh, batch_size)).compile()
+
+
+@functools.cache
+def _train_step(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(training.train_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _first_batch(dataset: Dataset, mesh: Mesh, batch_size: int) -> Batch:
     rows = training.process_rows(batch_size, mesh)
-    batch = training.shard_batch(next(batches(train, batch_size, rows=rows)), mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(training.train_step, out_shardings=replicated).lower(state, batch).compile()
+    return training.shard_batch(next(batches(dataset, batch_size, rows=rows)), mesh)
 
 
 def _take_steps(

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["describe"]
+from bn_jax.lab.choices import ARMS
+
+__all__ = ["describe", "is_finished", "is_unfinished"]
 
 LISTED = 5
 
@@ -47,7 +49,9 @@ def describe(folder: Path) -> str | None:
 
 def is_unfinished(folder: Path) -> bool:
     """Tells whether a folder is a run with checkpoints and without results."""
-    return os.path.exists(folder / "checkpoints/config.json") and not is_finished(folder)
+    begun = ("config.json", *(arm.replace(" ", "-") for arm in ARMS))
+    found = any(os.path.exists(folder / "checkpoints" / name) for name in begun)
+    return found and not is_finished(folder)
 
 
 def is_finished(folder: Path) -> bool:

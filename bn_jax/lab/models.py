@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from bn_jax.linen import BatchNorm
 
 __all__ = [
+    "MLP",
     "BasicBlock",
     "Block",
     "Bottleneck",
@@ -575,6 +576,56 @@ ResNet34 = partial(_ImageNet, stage_sizes=(3, 4, 6, 3))
 ResNet50 = partial(_ImageNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 ResNet101 = partial(_ImageNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
 ResNet152 = partial(_ImageNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+
+
+class MLP(nn.Module):
+    """A fully connected network: dense layers, each followed by a norm and ReLU, and a classifier.
+
+    Attributes:
+        num_classes: number of logits.
+        widths: features of the layers.
+        norm: constructor of the norms as in `ResNet`, or None: layers with biases.
+        dtype: see `ResNet`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bn_jax.lab import models
+        >>> model, images = models.MLP(10, widths=(20,)), jnp.zeros((2, 8, 8, 1))
+        >>> variables = model.init(jax.random.key(0), images, train=False)
+        >>> model.apply(variables, images, train=False).shape
+        (2, 10)
+    """
+
+    num_classes: int
+    widths: Sequence[int] = (256, 256)
+    norm: Norm | None = None
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Computes the logits.
+
+        Args:
+            x: [N, ...]; an example is read as one vector.
+            train: whether to normalize by the batch's statistics and update the running ones.
+            mask: booleans or weights [N]: which examples enter the statistics. None: all.
+
+        Returns:
+            Logits [N, num_classes].
+        """
+        mask = None if mask is None else jnp.asarray(mask)[:, None]
+        x = x.reshape(x.shape[0], -1)
+        for number, width in enumerate(self.widths):
+            dense = nn.Dense(
+                width,
+                use_bias=self.norm is None,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.he_normal(),
+                name=f"dense_{number}",
+            )
+            x = nn.relu(apply_norm(self.norm, dense(x), train, mask, self.dtype, f"norm_{number}"))
+        features = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return _classify("plain", features, self.num_classes)
 
 
 class DenseBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import platform
@@ -15,11 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import training
-from bn_jax.lab import checkpoints, runs, tables
+from bn_jax.lab import checkpoints, records, runs, tables
 from bn_jax.lab.curves import draw_curves
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
+from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import Config
+from bn_jax.lab.writing import save_picture, staged
 
 __all__ = [
     "MODEL_NAMES",
@@ -57,8 +60,15 @@ class Result(NamedTuple):
 
     @property
     def examples_per_second(self) -> float:
-        """Examples per second of training, without compilation and evaluation."""
-        return self.reports[-1].examples / self.reports[-1].seconds
+        """Examples per second in the second half of the training, without evaluation.
+
+        In the first half, the next arm may be compiled on the same processor.
+        """
+        *_, last = self.reports
+        middle = self.reports[(len(self.reports) - 1) // 2]
+        if middle is last:
+            return last.examples / last.seconds
+        return (last.examples - middle.examples) / (last.seconds - middle.seconds)
 
 
 def rank(evaluation: training.Evaluation) -> tuple[float, float]:
@@ -81,7 +91,8 @@ def finish(
                 f"expected {results[best].test.correct}"
             )
     tables.print_arms(results)
-    print(f"Best by validation accuracy: {best}")
+    how = "Best by validation accuracy" if len(results) > 1 else "The only arm"
+    print(f"{how}: {best}")
     print(
         f"Checkpoint reloaded: {reloaded.correct} of {reloaded.examples} test answers correct, "
         f"the same as before saving ({reloaded.accuracy:.2%})"
@@ -99,7 +110,7 @@ def replace_checkpoints(folder: Path) -> Iterator[Path]:
     Yields:
         A folder for the results.
     """
-    with runs.staged(folder) as staging:
+    with staged(folder) as staging:
         yield staging
     shutil.rmtree(folder / "checkpoints")
 
@@ -119,14 +130,18 @@ def write(
     checkpoints.save_variables(folder / "checkpoint", results[best].state)
     reports = {arm: result.reports for arm, result in results.items()}
     picture = draw_curves(reports, title=name_training(config), target=TARGET)
-    picture.savefig(folder / "curves.png", dpi=150)
+    save_picture(picture, folder / "curves.png")
     # In the format of the user's files, so that eval reads both alike and needs no other file.
-    np.savez_compressed(folder / "test.npz", x=problem.test_images, y=problem.splits.test.y)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, x=problem.test_images, y=problem.splits.test.y)
+    (folder / "test.npz").write_bytes(arrays.getvalue())
     metrics = _metrics(problem, config)
     metrics["arms"] = {arm: arm_metrics(result) for arm, result in results.items()}
     metrics["best_arm"] = best
-    metrics["checkpoint_sha256"] = checkpoints.sha256(folder / "checkpoint")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    metrics["checkpoint_sha256"] = sha256_of_folder(folder / "checkpoint")
+    metrics["test_sha256"] = sha256_of_file(folder / "test.npz")
+    sealed = records.seal_metrics(metrics)
+    (folder / "metrics.json").write_text(json.dumps(sealed, indent=2, allow_nan=False) + "\n")
 
 
 def _metrics(problem: Problem, config: Config) -> dict[str, Any]:

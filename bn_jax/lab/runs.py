@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import math
 import shutil
 import statistics
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +17,19 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax import convert, linen, training
+from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, models
+from bn_jax.lab import checkpoints, data, records
 from bn_jax.lab.advice import with_commands
+from bn_jax.lab.arms import make_model
 from bn_jax.lab.errors import CommandError
-from bn_jax.lab.fitting import shard_dataset
+from bn_jax.lab.fitting import abstract_state, shard_dataset
+from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.writing import save_picture, staged, write_json
+from bn_jax.training.classification import jitted_eval_step
 
 __all__ = [
     "ARMS",
@@ -49,11 +52,10 @@ __all__ = [
     "recalibrate_run",
     "restore",
     "restore_with_norms",
-    "staged",
-    "write_json",
 ]
 
 TIMED_ROUNDS = 20
+RESTORE = "copy the run again as bn-jax train saved it, or start a new one"
 
 
 class SavedRun(NamedTuple):
@@ -71,6 +73,7 @@ class SavedRun(NamedTuple):
         seed: of the split.
         data_file: the user's file as given, None for scikit-learn's digits.
         checkpoint_sha256: of the folder `checkpoint`.
+        test_sha256: of `test.npz`; None in runs of version 0.2.0.
         is_folded: whether `checkpoint` holds a folded program instead of variables.
         model: one of `records.MODELS`.
     """
@@ -86,6 +89,7 @@ class SavedRun(NamedTuple):
     seed: int
     data_file: Path | None
     checkpoint_sha256: str
+    test_sha256: str | None
     is_folded: bool
     model: str
 
@@ -135,26 +139,6 @@ class FoldedRun(NamedTuple):
     change: Change
 
 
-def make_model(arm: str, num_classes: int, per_device: int) -> models.ResNet:
-    """Makes the model of an arm.
-
-    Args:
-        arm: one of `ARMS`.
-        num_classes: number of logits.
-        per_device: examples on each device, which per-device batch norm normalizes together.
-
-    Returns:
-        A small residual network.
-    """
-    norms: dict[str, models.Norm | None] = {
-        NO_NORM: None,
-        # Under sharded jit, consecutive examples lie on one device.
-        PER_DEVICE: functools.partial(linen.BatchNorm, momentum=0.9, virtual_batch_size=per_device),
-        SYNCHRONIZED: functools.partial(linen.BatchNorm, momentum=0.9),
-    }
-    return models.ResNet(num_classes, stage_sizes=(2, 2, 2), norm=norms[arm])
-
-
 def read_run(folder: Path) -> SavedRun:
     """Reads the facts about a saved run.
 
@@ -165,28 +149,33 @@ def read_run(folder: Path) -> SavedRun:
         CommandError: the folder holds no such run.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        facts, config = metrics["data"], metrics["config"]
-        return SavedRun(
-            folder=folder,
-            arm=ARMS[ARMS.index(metrics["best_arm"])],
-            image_shape=tuple(map(int, facts["image_shape"])),
-            num_classes=int(facts["num_classes"]),
-            mean=float(facts["mean"]),
-            std=float(facts["std"]),
-            batch_size=int(config["batch_size"]),
-            devices=int(config["devices"]),
-            seed=int(config["seed"]),
-            data_file=None if config["data"] is None else Path(config["data"]),
-            checkpoint_sha256=str(metrics["checkpoint_sha256"]),
-            is_folded="folded" in metrics,
-            model=str(config.get("model", "small")),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        metrics, _ = records.read_metrics(folder)
+    except OSError as error:
+        if not folders.is_finished(folder) and (found := folders.describe(folder)):
+            raise CommandError(f"DIR: {folder} {found}") from error
         raise CommandError(
             f"DIR: {folder} is not a run ({type(error).__name__}: {error}), expected a folder "
             "saved by bn-jax train, with metrics.json"
         ) from error
+    except ValueError as error:
+        raise CommandError(f"DIR: {error}; {RESTORE}") from error
+    config, facts = metrics.config, metrics.data
+    return SavedRun(
+        folder=folder,
+        arm=metrics.best_arm,
+        image_shape=facts.image_shape,
+        num_classes=facts.num_classes,
+        mean=facts.mean,
+        std=facts.std,
+        batch_size=config.batch_size,
+        devices=config.devices,
+        seed=config.seed,
+        data_file=None if config.data is None else Path(config.data),
+        checkpoint_sha256=metrics.checkpoint_sha256,
+        test_sha256=metrics.test_sha256,
+        is_folded=metrics.folded is not None,
+        model=config.model,
+    )
 
 
 def load_like(saved: SavedRun, data_file: Path | None) -> data.Dataset:
@@ -217,6 +206,8 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
         CommandError: see `load_like`.
     """
     argument = "DIR" if data_file is None else "--data"
+    if data_file is None:
+        _check_test_part(saved)
     try:
         dataset = data.load_npz(data_file or saved.folder / "test.npz", saved.num_classes)
     except ValueError as error:
@@ -227,6 +218,20 @@ def load_raw(saved: SavedRun, data_file: Path | None) -> data.Dataset:
             f"{saved.image_shape} [H, W, C] as the run was trained on; resize them"
         )
     return dataset
+
+
+def _check_test_part(saved: SavedRun) -> None:
+    path = saved.folder / "test.npz"
+    try:
+        sha256 = sha256_of_file(path)
+    except FileNotFoundError as error:
+        raise CommandError(f"DIR: {path} does not exist; {RESTORE}") from error
+    except (OSError, ValueError) as error:
+        raise CommandError(f"DIR: {error}; {RESTORE}") from error
+    if saved.test_sha256 not in (sha256, None):
+        raise CommandError(
+            f"DIR: {path} is damaged (its SHA-256 is not the one in metrics.json); {RESTORE}"
+        )
 
 
 def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
@@ -243,19 +248,31 @@ def restore(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         CommandError: the checkpoint is missing or damaged.
     """
     checkpoint = saved.folder / "checkpoint"
-    # Checked first: Orbax's threads print tracebacks if a file is damaged.
-    if checkpoints.sha256(checkpoint) != saved.checkpoint_sha256:
+    # Checked first: what reads the files is not made for damaged ones.
+    try:
+        is_intact = sha256_of_folder(checkpoint) == saved.checkpoint_sha256
+    except (OSError, ValueError) as error:
+        raise CommandError(f"DIR: {error}; {RESTORE}") from error
+    if not is_intact:
         raise CommandError(
             f"DIR: {checkpoint} is missing or damaged (its SHA-256 is not the one in "
             "metrics.json), expected the files saved by bn-jax train; copy the run again or start "
             "a new one"
         )
-    if saved.is_folded:
-        return _restore_folded(checkpoint, mesh)
-    state = training.create_state(
-        _model_of(saved), optax.identity(), saved.image_shape, seed=0, mesh=mesh
-    )
-    return checkpoints.restore_variables(checkpoint, state)
+    try:
+        if saved.is_folded:
+            return _restore_folded(checkpoint, mesh)
+        # Only its shapes: arrays of what metrics.json says may not fit into memory.
+        state = abstract_state(_model_of(saved), optax.identity(), saved.image_shape, mesh)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        return checkpoints.restore_variables(checkpoint, state, replicated).replace(step=0)
+    except Exception as error:
+        # Files that were sealed like this may hold anything, for which libraries raise anything.
+        raise CommandError(
+            f"DIR: {checkpoint} does not hold the model that metrics.json describes "
+            f"({type(error).__name__}: {error}), {saved.model} of the arm {saved.arm!r} with "
+            f"{saved.num_classes} classes and images {saved.image_shape}; {RESTORE}"
+        ) from error
 
 
 def evaluate_run(saved: SavedRun, mesh: Mesh, data_file: Path | None) -> training.Evaluation:
@@ -324,7 +341,7 @@ def recalibrate_run(
     }
     with _written(saved, folder, "recalibrated", facts, change) as checkpoint:
         checkpoints.save_variables(checkpoint, recalibrated)
-        recalibration.plot().savefig(checkpoint.with_name("recalibration.png"), dpi=150)
+        save_picture(recalibration.plot(), checkpoint.with_name("recalibration.png"))
     return RecalibratedRun(recalibration, change)
 
 
@@ -350,7 +367,10 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> FoldedRun:
         checkpoint.mkdir()
         (checkpoint / "model.stablehlo").write_bytes(_export(folded, saved.image_shape))
         flat = traverse_util.flatten_dict(jax.device_get(folded.params), sep="/")
-        convert.save_safetensors(checkpoint / "params.safetensors", flat)
+        try:
+            convert.save_safetensors(checkpoint / "params.safetensors", flat)
+        except ValueError as error:
+            raise OSError(str(error)) from error
     return FoldedRun(folded, change)
 
 
@@ -389,8 +409,8 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
     result = with_commands(
         audit(forward, checkpoints.variables_of(state), batch.x), saved.folder, data_file
     )
-    with staged(folder) as staging:
-        result.plot().savefig(staging / "audit.png", dpi=150)
+    with staged(folder, new=True) as staging:
+        save_picture(result.plot(), staging / "audit.png")
         write_json(
             staging / "audit.json",
             {
@@ -415,8 +435,9 @@ def _audited_examples(saved: SavedRun, present: int, argument: str) -> int:
     return examples
 
 
-def _model_of(saved: SavedRun) -> models.ResNet:
-    return make_model(saved.arm, saved.num_classes, saved.batch_size // saved.devices)
+def _model_of(saved: SavedRun) -> nn.Module:
+    per_device = saved.batch_size // saved.devices
+    return make_model(saved.arm, saved.num_classes, per_device, saved.model, saved.image_shape)
 
 
 def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
@@ -425,7 +446,8 @@ def restore_with_norms(saved: SavedRun, mesh: Mesh) -> training.TrainState:
         reason = "was folded" if saved.is_folded else f"is of the arm {saved.arm!r}"
         raise CommandError(
             f"DIR: the model in {saved.folder} {reason} and has no batch norm, expected a model "
-            "with batch norm; give a run whose best arm has batch norm, e.g. of more epochs"
+            "with batch norm; give a run whose best arm has batch norm, e.g. one of bn-jax train "
+            "--arm synchronized"
         )
     return restore(saved, mesh)
 
@@ -479,11 +501,9 @@ def _training_part(saved: SavedRun, test: data.Dataset) -> data.Dataset:
 def _compare(
     before: training.TrainState, after: training.TrainState, batches: list[training.Batch]
 ) -> Change:
-    step = jax.jit(training.eval_step)
-
     def seconds(state: training.TrainState) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(step(state, batches[0]))
+        jax.block_until_ready(jitted_eval_step(state, batches[0]))
         return time.perf_counter() - start
 
     # Interleaved, so that other work of the machine slows both alike.
@@ -514,7 +534,7 @@ def _written(
     saved: SavedRun, folder: Path, how: str, facts: dict[str, Any], change: Change
 ) -> Iterator[Path]:
     """Yields the path of a checkpoint to write, and then makes `folder` a run like `saved`."""
-    metrics = json.loads((saved.folder / "metrics.json").read_text())
+    _, metrics = records.read_metrics(saved.folder)
     figures = {
         when: {
             "accuracy": measured.evaluation.accuracy,
@@ -523,55 +543,10 @@ def _written(
         }
         for when, measured in change._asdict().items()
     }
-    with staged(folder) as staging:
+    with staged(folder, new=True) as staging:
         yield staging / "checkpoint"
         shutil.copyfile(saved.folder / "test.npz", staging / "test.npz")
-        metrics["checkpoint_sha256"] = checkpoints.sha256(staging / "checkpoint")
+        metrics["checkpoint_sha256"] = sha256_of_folder(staging / "checkpoint")
+        metrics["test_sha256"] = sha256_of_file(staging / "test.npz")
         metrics[how] = {"run": str(saved.folder), **facts, **figures}
-        write_json(staging / "metrics.json", metrics)
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Stages results: they are moved to their folder once they are complete.
-
-    Args:
-        folder: where the results belong. It is made if it is missing, and removed again if an
-            exception leaves it empty.
-
-    Yields:
-        An empty folder to write to.
-    """
-    staging = folder / ".results"
-    existed = folder.exists()
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        # metrics.json is the last, for it marks a run as finished.
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "metrics.json"):
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a tree of numbers, strings and arrays as JSON.
-
-    Args:
-        path: of the file.
-        value: the tree; numbers that are not finite become null.
-    """
-    path.write_text(json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n")
-
-
-def _plain(leaf: Any) -> Any:
-    """Returns a leaf as JSON can hold it, with None for numbers that are not finite."""
-    plain = np.asarray(leaf).tolist() if hasattr(leaf, "dtype") else leaf
-    if isinstance(plain, list):
-        return [_plain(item) for item in plain]
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+        write_json(staging / "metrics.json", records.seal_metrics(metrics))

@@ -1,8 +1,10 @@
 """The command `bn-jax train`: starts or resumes a run, and trains its arms."""
 
+import contextlib
+import functools
 import json
 import math
-import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import training
-from bn_jax.lab import checkpoints, fitting, launch, problem, processes, results, runs, watching
-from bn_jax.lab.arguments import Launch, require
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab import (
+    checkpoints,
+    fitting,
+    launch,
+    problem,
+    processes,
+    results,
+    runs,
+    unfinished,
+    watching,
+)
+from bn_jax.lab.ahead import prepare_ahead
+from bn_jax.lab.arguments import LARGEST, require
+from bn_jax.lab.choices import ARM_NAMES, ARMS
+from bn_jax.lab.errors import CommandError, advise
+from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReports
-from bn_jax.lab.records import Config, Started
+from bn_jax.lab.records import Config, Origin, Started, batch_sizes
 from bn_jax.lab.results import Result
 from bn_jax.lab.watching import Wanted
 
@@ -25,6 +40,7 @@ __all__ = ["Request", "resume", "start"]
 DEFAULT_BATCH_SIZE = 64
 # The name of no checkpoint.
 FROM_START = "start"
+SUCCESS = "done"
 
 
 class Request(NamedTuple):
@@ -37,6 +53,8 @@ class Request(NamedTuple):
     batch_size: int | None
     learning_rate: float
     seed: int
+    arms: Sequence[str] | None
+    model: str
 
 
 class Run(NamedTuple):
@@ -45,14 +63,19 @@ class Run(NamedTuple):
     Attributes:
         folder: for checkpoints and results.
         problem: the data.
-        config: the options.
+        started: how it was started.
         mesh: the devices.
     """
 
     folder: Path
     problem: Problem
-    config: Config
+    started: Started
     mesh: Mesh
+
+    @property
+    def config(self) -> Config:
+        """The options."""
+        return self.started.config
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,7 +84,11 @@ class Run(NamedTuple):
 
     def checkpoints(self, arm: str) -> Path:
         """Returns the folder for the checkpoints of an arm."""
-        return self.folder / "checkpoints" / arm.replace(" ", "-")
+        return unfinished.checkpoints_of(self.folder, arm)
+
+    def origin(self, arm: str) -> Origin:
+        """Returns where the checkpoints of an arm come from."""
+        return Origin(run=self.started, arm=arm)
 
 
 def start(request: Request, launched: Launch, wanted: Wanted) -> None:
@@ -82,13 +109,20 @@ def start(request: Request, launched: Launch, wanted: Wanted) -> None:
         batch_size=choose_batch_size(request.batch_size, mesh.size, len(loaded.splits.train.y)),
         learning_rate=request.learning_rate,
         seed=request.seed,
-        arms=runs.ARMS,
-        model="small",
+        arms=choose_arms(request.arms),
+        model=request.model,
     )
-    run = _agree(Run(request.folder, loaded, config, mesh), is_resumed=False)
-    if jax.process_index() == 0:
-        _begin(run)
-    _train(run, wanted)
+    started = Started(
+        config=config,
+        data_file=None if config.data is None else str(Path(config.data).absolute()),
+        data_sha256=loaded.sha256,
+    )
+    run = Run(request.folder, loaded, started, mesh)
+    _check_steps(run)
+    run = _agree(run, is_resumed=False)
+    with contextlib.ExitStack() as held:
+        _do_first(lambda: held.enter_context(unfinished.begin(run.folder, run.started)))
+        _train(run, wanted)
 
 
 def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) -> None:
@@ -100,13 +134,24 @@ def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) 
         launched: the processes that train together.
         wanted: what is shown and recorded meanwhile; the log of the run continues in any case.
     """
-    saved = _read_unfinished(folder)
-    config = saved.config
     wanted = watching.continued(wanted, folder)
-    data_file = None if saved.data_file is None else Path(saved.data_file)
+    with contextlib.ExitStack() as held:
+        # Where several processes meet, the first one locks the folder after that.
+        if launched.processes == 1:
+            held.enter_context(unfinished.hold(folder))
+        run = _agree(_resumed(folder, devices, launched, wanted), is_resumed=True)
+        if launched.processes > 1:
+            _do_first(lambda: held.enter_context(unfinished.hold(run.folder)))
+        _train(run, wanted)
+
+
+def _resumed(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) -> Run:
+    started = unfinished.read(folder)
+    config = started.config
+    data_file = None if started.data_file is None else Path(started.data_file)
     _require_packages(data_file, wanted)
     loaded = problem.load(data_file, config.seed)
-    if loaded.sha256 != saved.data_sha256:
+    if loaded.sha256 != started.data_sha256:
         raise CommandError(
             f"--resume: {data_file or 'scikit-learn'} no longer holds the data of "
             f"{folder} (its SHA-256 differs); restore the data or start a new run"
@@ -117,7 +162,7 @@ def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) 
             f"--devices: received {mesh.size}, expected a divisor of the run's batch size, "
             f"{config.batch_size}; use --devices {config.devices} as before"
         )
-    _train(_agree(Run(folder, loaded, config, mesh), is_resumed=True), wanted)
+    return Run(folder, loaded, started, mesh)
 
 
 def _require_packages(data_file: Path | None, wanted: Wanted) -> None:
@@ -147,6 +192,24 @@ def _agree(run: Run, *, is_resumed: bool) -> Run:
     return run._replace(folder=folder)
 
 
+def choose_arms(received: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the arms that the option --arm names, in the order of all arms; all without it."""
+    if not received:
+        return runs.ARMS
+    named = {ARM_NAMES[name] for name in received}
+    return tuple(arm for arm in ARMS if arm in named)
+
+
+def _check_steps(run: Run) -> None:
+    """Raises an error if the counters of the steps, int32 as in Optax, would overflow."""
+    most = LARGEST // run.steps_per_epoch
+    if run.config.epochs > most:
+        raise CommandError(
+            f"--epochs: received {run.config.epochs}, expected at most {most}, since "
+            f"{run.steps_per_epoch} steps in each make more than {LARGEST} otherwise; lower it"
+        )
+
+
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
     """Returns the option --batch-size, or its default.
 
@@ -158,9 +221,7 @@ def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
     Raises:
         CommandError: `received` does not fit devices and data.
     """
-    # A device with one example of 1x1 positions would have no variance to normalize by.
-    least = 2 * devices
-    most = max(least, math.ceil(examples / devices) * devices)
+    least, most = batch_sizes(devices, examples)
     wanted = DEFAULT_BATCH_SIZE if received is None else received
     nearest = min(max(least, wanted // devices * devices), most)
     if received is not None and received != nearest:
@@ -172,55 +233,68 @@ def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
     return nearest
 
 
-def _begin(run: Run) -> None:
-    data_file = run.config.data
-    started = Started(
-        config=run.config,
-        data_file=None if data_file is None else str(Path(data_file).absolute()),
-        data_sha256=run.problem.sha256,
-    )
-    (run.folder / "checkpoints").mkdir(parents=True)
-    (run.folder / "checkpoints/config.json").write_text(started.model_dump_json(indent=2) + "\n")
-
-
-def _read_unfinished(folder: Path) -> Started:
-    if (folder / "metrics.json").exists():
-        raise CommandError(
-            f"--resume: {folder} is a finished run; evaluate it with bn-jax eval, or start a new "
-            "run"
-        )
-    try:
-        started = json.loads((folder / "checkpoints/config.json").read_text())
-        return Started.model_validate(started)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CommandError(
-            f"--resume: {folder} is not an unfinished run ({type(error).__name__}: {error}), "
-            "expected a folder with the checkpoints of bn-jax train; start a new run"
-        ) from error
+def _do_first(action: Callable[[], object]) -> None:
+    """Acts in process 0. If that fails, all processes raise its error."""
+    failure = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except CommandError as error:
+            failure = json.dumps([str(error), error.code])
+        except OSError as error:
+            failure = json.dumps([f"{error}; nothing was saved", 1])
+    outcome = processes.from_first(failure or SUCCESS)
+    if outcome != SUCCESS:
+        message, code = json.loads(outcome)
+        processes.disconnect()
+        raise CommandError(message, code)
 
 
 def _train(run: Run, wanted: Wanted) -> None:
     with launch.explain_failures(run.folder):
-        with watching.watch(run.folder, run.config, run.steps_per_epoch, wanted) as show:
-            trained = {arm: train_arm(arm, run, show) for arm in run.config.arms}
-        if jax.process_index() == 0:
-            local = run.mesh.local_mesh
-            results.finish(run.folder, run.problem, run.config, trained, local)
-        jax.distributed.shutdown()
+        try:
+            with watching.watch(run.folder, run.config, run.steps_per_epoch, wanted) as show:
+                trained = {arm: train_arm(arm, run, last, show) for arm, last in _prepared(run)}
+            if jax.process_index() == 0:
+                local = run.mesh.local_mesh
+                results.finish(run.folder, run.problem, run.config, trained, local)
+        except OSError as error:
+            raise OSError(f"{error}; {unfinished.kept(run.folder)}") from error
+        advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
+        processes.disconnect()
 
 
-def train_arm(arm: str, run: Run, show: ShowReports) -> Result:
-    """Trains an arm from its newest checkpoint to the end.
+def _prepared(run: Run) -> Iterator[tuple[str, checkpoints.Position]]:
+    """Yields each arm and where it continues, with what it runs compiled."""
+    prepare = functools.partial(_prepare_arm, run)
+    if jax.process_count() == 1:
+        return prepare_ahead(prepare, run.config.arms)
+    # Processes must communicate in the same order, which threads do not keep.
+    return ((arm, prepare(arm)) for arm in run.config.arms)
+
+
+def _prepare_arm(run: Run, arm: str) -> checkpoints.Position:
+    last = _last_position(arm, run)
+    if not last.reports or last.reports[-1].epoch < run.config.epochs:
+        parts = run.problem.splits
+        fitting.compile_programs(
+            last.state, parts.train, parts.validation, run.mesh, run.config.batch_size
+        )
+    return last
+
+
+def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReports) -> Result:
+    """Trains an arm to the end.
 
     Args:
         arm: one of `runs.ARMS`.
         run: the run; a checkpoint is saved in its folder after every epoch.
+        last: where to continue.
         show: called with the arm and all reports so far, after each of them.
 
     Returns:
         All reports, the last state and its test evaluation.
     """
-    last = _last_position(arm, run)
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
         show(arm, reports)
@@ -239,7 +313,7 @@ def train_arm(arm: str, run: Run, show: ShowReports) -> Result:
         reports.append(report)
         if report.step % run.steps_per_epoch == 0 and jax.process_index() == 0:
             position = checkpoints.Position(state, rng, reports)
-            checkpoints.save_position(run.checkpoints(arm), position)
+            checkpoints.save_position(run.checkpoints(arm), position, run.origin(arm))
         show(arm, reports)
     test = fitting.shard_dataset(run.problem.splits.test, run.config.batch_size, run.mesh)
     return Result(reports, state, training.evaluate(state, test))
@@ -247,31 +321,24 @@ def train_arm(arm: str, run: Run, show: ShowReports) -> Result:
 
 def _last_position(arm: str, run: Run) -> checkpoints.Position:
     """Returns the newest intact checkpoint that process 0 finds, else the start."""
-    config = run.config
-    state = training.create_state(
-        runs.make_model(arm, run.problem.num_classes, config.batch_size // config.devices),
-        fitting.make_optimizer(config.learning_rate, config.epochs * run.steps_per_epoch),
-        run.problem.test_images.shape[1:],
-        config.seed,
-        run.mesh,
-    )
-    folder = run.checkpoints(arm)
-    newest = _newest_intact(folder, arm) if jax.process_index() == 0 else FROM_START
-    newest = processes.from_first(newest)
-    if newest == FROM_START:
+    config, image_shape = run.config, run.problem.test_images.shape[1:]
+    per_device = config.batch_size // config.devices
+    model = runs.make_model(arm, run.problem.num_classes, per_device, config.model, image_shape)
+    steps = config.epochs * run.steps_per_epoch
+    optimizer = fitting.make_optimizer(config.learning_rate, steps)
+    newest = None
+    if jax.process_index() == 0:
+        newest = unfinished.newest_usable(run.checkpoints(arm), run.origin(arm))
+    name = processes.from_first(FROM_START if newest is None else newest.name)
+    if name == FROM_START:
+        state = training.create_state(model, optimizer, image_shape, config.seed, run.mesh)
         return checkpoints.Position(state, np.random.default_rng(config.seed), [])
-    return checkpoints.restore_position(folder / newest, state)
-
-
-def _newest_intact(folder: Path, arm: str) -> str:
-    for path in checkpoints.positions(folder):
-        if checkpoints.is_intact(path):
-            return path.name
-        print(
-            f"bn-jax: warning: {path} is incomplete or damaged (its SHA-256 differs from the one "
-            f"saved with it); {arm} continues from the previous checkpoint, or from the start if "
-            "there is none",
-            file=sys.stderr,
-            flush=True,
-        )
-    return FROM_START
+    state = fitting.abstract_state(model, optimizer, image_shape, run.mesh)
+    path = run.checkpoints(arm) / name
+    try:
+        return checkpoints.restore_position(path, state)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"--resume: {path} cannot be restored ({error}); remove it to continue from the "
+            "previous checkpoint"
+        ) from error

@@ -1,7 +1,7 @@
 """Training and evaluation of a classifier: cross-entropy over the valid examples of a batch."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bn_jax.training.sharding import Batch
 from bn_jax.training.state import TrainState
 from bn_jax.training.statistics import is_readable, warn_of_initial
-from bn_jax.training.steps import Apply, apply_in_evaluation, make_train_step
+from bn_jax.training.steps import Apply, make_train_step
 
 __all__ = ["Evaluation", "Metrics", "create_state", "eval_step", "evaluate", "train_step"]
 
@@ -88,7 +88,22 @@ def create_state(
             tx=optimizer,
         )
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+    return _run_once(init, mesh)
+
+
+def _run_once(function: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+    """Calls a function under `jit`, and replicates its result over a mesh.
+
+    XLA's CPU compiler optimizes random numbers for three times as long at its default level, to the
+    same values. An enclosing program is compiled by its own options.
+    """
+    options = None
+    is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    is_optimized = not (is_traced or jax.config.read("jax_disable_most_optimizations"))
+    if is_optimized and all(device.platform == "cpu" for device in mesh.devices.flat):
+        options = {"xla_backend_optimization_level": 1}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(function, out_shardings=replicated, compiler_options=options)()
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -161,10 +176,24 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
         >>> int(bn.training.eval_step(state, batch).examples)
         2
     """
-    return measure(apply_in_evaluation(state)(batch.x, train=False), batch)
+    return _measure_model(state.apply_fn, _variables_of(state), batch)
 
 
-_jitted_eval_step = jax.jit(eval_step)
+def _measure_model(apply_fn: Callable[..., Any], variables: Any, batch: Batch) -> Metrics:
+    return measure(apply_fn(variables, batch.x, train=False), batch)
+
+
+def _variables_of(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+# Of the model alone: a state with another optimizer needs no other program.
+_jitted_measure_model = jax.jit(_measure_model, static_argnums=0)
+
+
+def jitted_eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """Computes what `eval_step` does, in the program that `evaluate` runs."""
+    return _jitted_measure_model(state.apply_fn, _variables_of(state), batch)
 
 
 def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
@@ -195,7 +224,17 @@ def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
     """
     if is_readable(state.batch_stats):
         warn_of_initial(state.batch_stats, stacklevel=3)
-    return summarize([_jitted_eval_step(state, batch) for batch in sharded_batches])
+    return summarize([jitted_eval_step(state, batch) for batch in sharded_batches])
+
+
+def compile_evaluation(state: TrainState, batch: Batch) -> None:
+    """Compiles the program of `evaluate` for states and batches of these shapes and shardings.
+
+    Args:
+        state: the model's state; leaves may be `jax.ShapeDtypeStruct`.
+        batch: like the batches to evaluate; leaves as above.
+    """
+    _jitted_measure_model.lower(state.apply_fn, _variables_of(state), batch).compile()
 
 
 def summarize(metrics: Sequence[Metrics]) -> Evaluation:

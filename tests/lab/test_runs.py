@@ -15,14 +15,14 @@ from support import assert_close, bars, copy_of, files
 
 import bn_jax as bn
 from bn_jax import linen, training
-from bn_jax.lab import advice, data, models, problem, records, results, runs
+from bn_jax.lab import advice, data, models, problem, records, results, runs, writing
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
 
 ARM = runs.SYNCHRONIZED
 
 
-def make_small(arm, num_classes, per_device):
+def make_small(arm, num_classes, *_):
     norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
     return models.ResNet(num_classes, stage_sizes=(1, 1), widths=(4, 6), norm=norm)
 
@@ -216,7 +216,8 @@ def test_export_refuses(home, command, monkeypatch, tmp_path):
     (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
     (copy_of(home / "run", tmp_path / "no test") / "test.npz").unlink()
     plain = copy_of(home / "run", tmp_path / "plain") / "metrics.json"
-    plain.write_text(json.dumps(json.loads(plain.read_text()) | {"best_arm": runs.NO_NORM}))
+    metrics = json.loads(plain.read_text()) | {"best_arm": runs.NO_NORM}
+    plain.write_text(json.dumps(records.seal_metrics(metrics)))
     run = home / "run"
     cases = {
         ("no run",): "DIR: no run is not a run (FileNotFoundError",
@@ -315,7 +316,7 @@ def test_refusals(home, command, tmp_path):
     }
     for name, facts in others.items():
         run = copy_of(home / "run", tmp_path / name)
-        (run / "metrics.json").write_text(json.dumps(metrics | facts))
+        (run / "metrics.json").write_text(json.dumps(records.seal_metrics(metrics | facts)))
     (copy_of(home / "run", tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
@@ -356,7 +357,7 @@ def test_refusals(home, command, tmp_path):
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):
     value = {"a": [np.array([1.0, np.nan])], "b": np.float32(np.inf), "c": None, "d": "text"}
-    runs.write_json(tmp_path / "a.json", value)
+    writing.write_json(tmp_path / "a.json", value)
     expected = {"a": [[1.0, None]], "b": None, "c": None, "d": "text"}
     assert json.loads((tmp_path / "a.json").read_text()) == expected
 
@@ -364,18 +365,18 @@ def test_what_is_not_finite_is_null_in_json(tmp_path):
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("old", "new"):
-        with pytest.raises(OSError), runs.staged(tmp_path / name) as folder:
+        with pytest.raises(OSError), writing.staged(tmp_path / name) as folder:
             (folder / "file").touch()
             raise OSError(errno.ENOSPC, "disk full")
     assert [path.name for path in tmp_path.rglob("*")] == ["old"]
-    with runs.staged(tmp_path / "old") as folder:
+    with writing.staged(tmp_path / "old") as folder:
         (folder / "file").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "old"]
 
 
 def test_results_in_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with runs.staged(Path()) as folder:
+    with writing.staged(Path()) as folder:
         (folder / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

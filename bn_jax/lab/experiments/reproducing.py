@@ -18,7 +18,7 @@ import jax
 
 from bn_jax.lab.experiments import EXPERIMENTS, figures
 from bn_jax.lab.experiments.verdicts import Experiment, Result, Setting, ignore_progress
-from bn_jax.lab.runs import staged, write_json
+from bn_jax.lab.writing import staged, write_json
 
 PACKAGES = "bn-jax", "jax", "flax", "optax", "numpy"
 POLL_SECONDS = 0.1

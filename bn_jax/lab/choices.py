@@ -1,0 +1,11 @@
+"""What a training can be told to train, by name."""
+
+__all__ = ["ARMS", "ARM_NAMES", "MODELS", "NO_NORM", "PER_DEVICE", "SYNCHRONIZED"]
+
+NO_NORM = "no normalization"
+PER_DEVICE = "per-device batch norm"
+SYNCHRONIZED = "synchronized batch norm"
+# By the names that the command line takes.
+ARM_NAMES = {"none": NO_NORM, "per-device": PER_DEVICE, "synchronized": SYNCHRONIZED}
+ARMS = tuple(ARM_NAMES.values())
+MODELS = ("small", "resnet18", "mlp")
