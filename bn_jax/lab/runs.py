@@ -21,7 +21,7 @@ from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, records
+from bn_jax.lab import checkpoints, data, folders, records
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.arms import make_model
 from bn_jax.lab.errors import CommandError
