@@ -81,8 +81,12 @@ class EpochTable:
         # Written aside, so that whoever follows it never reads half of it.
         part = self._path.with_name(f".{self._path.name}")
         lines = itertools.chain([_as_line(COLUMNS)], *self._rows.values())
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, self._path)
+        try:
+            part.write_text("".join(lines), encoding="utf-8")
+            part.replace(self._path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     def _row(self, arm: str, epoch: Sequence[Report]) -> tuple[object, ...]:
         last = epoch[-1]

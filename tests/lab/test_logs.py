@@ -118,6 +118,7 @@ def test_a_table_that_cannot_be_replaced_is_an_error_of_the_system(tmp_path):
     table = logs.EpochTable(tmp_path / "epochs.csv", STEPS, rate)
     with pytest.raises(OSError, match=r"epochs\.csv"):
         show_all(table, "a", reports(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["epochs.csv"]
 
 
 # --- TensorBoard --------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_export_refuses(home, command, monkeypatch, tmp_path):
     plain.write_text(json.dumps(records.seal_metrics(metrics)))
     run = home / "run"
     cases = {
-        ("no run",): "DIR: no run is not a run (FileNotFoundError",
+        ("no run",): "DIR: no run does not exist, expected the folder of a run",
         ("damaged",): "DIR: damaged/checkpoint is missing or damaged",
         ("no test",): "DIR: no test/test.npz does not exist",
         ("plain", "--fold"): f"DIR: the model in plain is of the arm {runs.NO_NORM!r} and has no",
@@ -335,7 +335,7 @@ def test_refusals(home, command, tmp_path):
         ("recalibrate", "changed"): "DIR: other.npz no longer holds the training data of changed "
         "(its test part differs); restore it, or give images",
         ("recalibrate", "damaged"): "DIR: damaged/checkpoint is missing or damaged",
-        ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
+        ("recalibrate", "no run"): "DIR: no run does not exist, expected the folder of a run",
         ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
         ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
         ("audit", "plain", "--plot", "a.txt"): "--plot: received a.txt, expected a file name that "
