@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -263,6 +264,34 @@ def files(folder):
 def copy_of(run, folder):
     shutil.copytree(run, folder)
     return folder
+
+
+# --- the command --------------------------------------------------------------------------------
+
+COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.lab")
+TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
+
+
+def environment(**variables):
+    """Variables for a process of the command; those that are None are unset."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Compiling is most of the time that these small runs take.
+    quickly = {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    merged = os.environ | quickly | variables
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def run_process(arguments, folder, **variables):
+    """Runs the command in a process of its own, in a folder."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def run_command(*arguments):

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from bn_jax.lab import interrupts
+from bn_jax.lab import interrupts, terminal
 
 __all__ = ["run"]
 
@@ -15,6 +15,7 @@ def run() -> NoReturn:
     Raises:
         SystemExit: after success.
     """
+    terminal.prepare()
     interrupts.end_at_once()
     from bn_jax.lab.command import main
 

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+from bn_jax.lab import terminal
 from bn_jax.lab.arguments import (
     FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
@@ -45,9 +46,20 @@ if TYPE_CHECKING:
     from bn_jax import Audit, Recalibration
     from bn_jax.training import Evaluation
 
+# These records of a training are what --log names.
+LOGS = ("tensorboard",)
+
 __all__ = ["app", "main"]
 
-WITH_RESUME = ("resume", "devices", "coordinator", "num_processes", "process_id")
+WITH_RESUME = (
+    "resume",
+    "devices",
+    "progress",
+    "log",
+    "coordinator",
+    "num_processes",
+    "process_id",
+)
 # Half of the time of small runs is compiling; at level 0 they run longer than that saves.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
@@ -55,7 +67,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a 
 Picture = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE", help="Also draw the result, into a new .png, .pdf or .svg file."
+        "--plot",
+        metavar="FILE",
+        help="Also write the picture of the result to a new .png, .pdf or .svg file.",
     ),
 ]
 
@@ -95,7 +109,7 @@ def main() -> NoReturn:
         launch.stop_if_lost(error, "nothing was saved")
         traceback.print_exc()
         code = 1
-    leave(code)
+    leave(terminal.check_written(code))
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -106,8 +120,9 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -115,7 +130,24 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("help", hidden=True)
+def show_help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]")] = None,
+) -> None:
+    """Print the help of a command, as its option --help does."""
+    parent = context.parent
+    assert parent is not None
+    if command is None:
+        print(parent.get_help())
+        return
+    # As if the command had been called: an unknown name gets the same answer.
+    app_of_commands = typer.main.get_command(app)
+    app_of_commands.main([command, "--help"], prog_name="bn-jax", standalone_mode=False)
 
 
 @app.command()
@@ -173,6 +205,21 @@ def train(
             "and the options about processes may differ.",
         ),
     ] = None,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            help="Show the progress: bars on a terminal, elsewhere a line for each epoch. Without "
+            "it, only results are printed.",
+        ),
+    ] = True,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorboard",
+            help="Also write scalars for TensorBoard, into DIR/tensorboard. A resumed run "
+            "continues them.",
+        ),
+    ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(
@@ -199,16 +246,19 @@ def train(
         check_choice("--arm", name, list(ARM_NAMES))
     check_choice("--model", model, MODELS)
     launched = check_launch(coordinator, num_processes, process_id)
+    if log is not None:
+        check_choice("--log", log, LOGS)
     if resume is not None:
         _check_allowed_with_resume(context)
     folder = resume or new_folder(out)
     if launched.is_distributed:
         supervise()
     require(*FOR_FILES_OF_RUNS, "jax")
-    from bn_jax.lab import trainer
+    from bn_jax.lab import trainer, watching
 
+    wanted = watching.Wanted(progress, log is not None)
     if resume is not None:
-        trainer.resume(resume, devices, launched)
+        trainer.resume(resume, devices, launched, wanted)
         return
 
     trainer.start(
@@ -216,6 +266,7 @@ def train(
             data_file, folder, devices, epochs, batch_size, learning_rate, seed, arm, model
         ),
         launched,
+        wanted,
     )
 
 
@@ -304,6 +355,13 @@ def recalibrate(
         Path | None, typer.Option(help="New folder for the result. Default: DIR-recalibrated.")
     ] = None,
     picture: Picture = None,
+    progress: Annotated[
+        bool | None,
+        typer.Option(
+            help="Show a bar for each pass, or a line where there is no terminal. "
+            "Default: on a terminal."
+        ),
+    ] = None,
 ) -> None:
     """Recompute the running statistics of a saved run.
 
@@ -311,14 +369,19 @@ def recalibrate(
     """
     if not 0 <= prior < 1:
         raise CommandError(f"--prior: received {prior}, expected 0 to below 1; choose one of these")
-    require(*FOR_SAVED_RUNS)
+    require(*FOR_SAVED_RUNS, "matplotlib")
     from bn_jax.lab import launch, runs, tables
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "recalibrated"))
     new_picture(picture)
     result = runs.recalibrate_run(
-        saved, launch.one_device(), data_file, folder, prior=prior, progress=sys.stderr.isatty()
+        saved,
+        launch.one_device(),
+        data_file,
+        folder,
+        prior=prior,
+        progress=sys.stderr.isatty() if progress is None else progress,
     )
     print(result.recalibration)
     _draw(result.recalibration, picture)
@@ -398,7 +461,7 @@ def audit(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New folder for audit.json. Default: DIR-audit.")
+        Path | None, typer.Option(help="New folder for the result. Default: DIR-audit.")
     ] = None,
     picture: Picture = None,
 ) -> None:
@@ -406,7 +469,7 @@ def audit(
 
     Each is reported with advice.
     """
-    require(*FOR_SAVED_RUNS)
+    require(*FOR_SAVED_RUNS, "matplotlib")
     from bn_jax.lab import launch, runs
 
     saved = runs.read_run(run)
@@ -519,6 +582,13 @@ def reproduce(
             "else 1."
         ),
     ] = None,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            help="Show the progress: bars on a terminal, elsewhere a line for each claim. Without "
+            "it, only results are printed.",
+        ),
+    ] = True,
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
@@ -542,7 +612,9 @@ def reproduce(
         os.environ["XLA_FLAGS"] = f"{COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
     if processes is None:
         processes = reproduction.default_processes()
-    tables.print_verdicts(reproduction.reproduce(chosen, setting, folder, processes))
+    tables.print_verdicts(
+        reproduction.reproduce(chosen, setting, folder, processes, shows_progress=progress)
+    )
     print(f"Saved in {folder}, with all other measurements and a figure of each claim")
 
 

@@ -92,7 +92,7 @@ def _tell(kind: str, line: str) -> bool:
 
 
 def print_warning(message: str) -> None:
-    """Prints a warning as one line of the error stream."""
+    """Prints a message as one line of the error stream; the command goes on."""
     print("bn-jax: warning:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 

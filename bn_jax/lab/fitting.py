@@ -23,6 +23,7 @@ __all__ = [
     "compile_programs",
     "fit",
     "make_optimizer",
+    "make_schedule",
     "shard_dataset",
 ]
 
@@ -47,8 +48,26 @@ class Report(NamedTuple):
     seconds: float
 
 
+def make_schedule(learning_rate: float, total_steps: int) -> optax.Schedule:
+    """Makes a schedule of a linear warm-up over a tenth of the steps, and a cosine after it.
+
+    Args:
+        learning_rate: the highest rate.
+        total_steps: number of steps of the whole training, at least 1.
+
+    Returns:
+        A function from the number of steps taken to the rate of the next one.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=total_steps // 10,
+        decay_steps=total_steps,
+    )
+
+
 def make_optimizer(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
-    """Makes SGD with Nesterov momentum 0.9, a linear warm-up over a tenth of the steps, and cosine.
+    """Makes SGD with Nesterov momentum 0.9, at the rates of `make_schedule`.
 
     Args:
         learning_rate: the highest rate.
@@ -57,12 +76,7 @@ def make_optimizer(learning_rate: float, total_steps: int) -> optax.GradientTran
     Returns:
         An Optax optimizer.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=total_steps // 10,
-        decay_steps=total_steps,
-    )
+    schedule = make_schedule(learning_rate, total_steps)
     return optax.sgd(schedule, momentum=0.9, nesterov=True)
 
 

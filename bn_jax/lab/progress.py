@@ -6,15 +6,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from bn_jax.lab.tables import format_loss
+from bn_jax.lab.terminal import is_animated
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
     from bn_jax.lab.experiments.verdicts import Experiment, Result
     from bn_jax.lab.fitting import Report
 
-__all__ = ["ShowClaim", "ShowReport", "show_claims", "show_training"]
+__all__ = ["ShowClaim", "ShowReports", "show_claims", "show_training"]
 
-ShowReport: TypeAlias = "Callable[[str, Report], None]"
+# What a bar takes with the texts beside it.
+LEAST_COLUMNS = 76
+
+# Called with an arm and all reports on it so far.
+ShowReports: TypeAlias = "Callable[[str, Sequence[Report]], None]"
 
 
 class ShowClaim(Protocol):
@@ -32,20 +40,36 @@ class ShowClaim(Protocol):
         """
 
 
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() or sys.stdout.isatty()
-
-
-def _bars(*columns: "ProgressColumn") -> "Progress":
-    from rich import progress
+def _console() -> "Console | None":
+    """Returns the terminal for bars, or None without one or where they have no room."""
+    if not is_animated():
+        return None
     from rich.console import Console
 
     console = Console(stderr=sys.stderr.isatty())
-    return progress.Progress(*columns, progress.TimeElapsedColumn(), console=console)
+    return console if console.width >= LEAST_COLUMNS else None
+
+
+def _bars(console: "Console", description: str, result: str) -> "Progress":
+    """Makes bars with a description before them, and with their share, result and time behind."""
+    from rich import progress
+    from rich.table import Column
+
+    def text(template: str) -> "ProgressColumn":
+        return progress.TextColumn(template, table_column=Column(no_wrap=True))
+
+    return progress.Progress(
+        text(description),
+        progress.BarColumn(),
+        text("{task.percentage:>3.0f}%"),
+        text(result),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        console=console,
+    )
 
 
 @contextlib.contextmanager
-def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReport]:
+def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Iterator[ShowReports]:
     """Shows the progress of each arm.
 
     Args:
@@ -54,60 +78,56 @@ def show_training(arms: Sequence[str], steps_per_epoch: int, epochs: int) -> Ite
         epochs: of each arm.
 
     Yields:
-        A function to call with an arm and its latest report.
+        A function to call with an arm and all reports on it so far.
     """
-    if not _is_terminal():
+    console = _console()
+    if console is None:
         yield functools.partial(_print_epoch, steps_per_epoch, epochs)
         return
-    from rich import progress
-
-    bars = _bars(
-        progress.TextColumn("{task.description:23}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[reached]}"),
-    )
+    bars = _bars(console, "{task.description:23}", "{task.fields[reached]}")
     total = steps_per_epoch * epochs
     tasks = {arm: bars.add_task(arm, start=False, total=total, reached="") for arm in arms}
     with bars:
-        yield lambda arm, report: _move_bar(bars, tasks[arm], report)
+        yield lambda arm, reports: _move_bar(bars, tasks[arm], reports[-1])
 
 
 def _move_bar(bars: "Progress", task: "TaskID", report: "Report") -> None:
     bars.start_task(task)
-    bars.update(task, completed=report.step, reached=_reached(report))
+    # Short enough for a terminal of 80 columns.
+    reached = _reached(report).replace("validation", "val.")
+    bars.update(task, completed=report.step, reached=reached)
 
 
-def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, report: "Report") -> None:
+def _print_epoch(steps_per_epoch: int, epochs: int, arm: str, reports: "Sequence[Report]") -> None:
+    report = reports[-1]
     if report.step % steps_per_epoch == 0:
         print(f"{arm}: epoch {report.epoch} of {epochs}, {_reached(report)}", flush=True)
 
 
 def _reached(report: "Report") -> str:
-    return f"loss {report.training.loss:.4f}, validation accuracy {report.validation.accuracy:.2%}"
+    loss, accuracy = format_loss(report.training.loss), report.validation.accuracy
+    return f"loss {loss}, validation accuracy {accuracy:.2%}"
 
 
 @contextlib.contextmanager
-def show_claims(experiments: "Sequence[Experiment]") -> Iterator[ShowClaim]:
+def show_claims(experiments: "Sequence[Experiment]", *, is_wanted: bool) -> Iterator[ShowClaim]:
     """Shows the progress of each experiment; without a terminal, prints a line for every result.
 
     Args:
         experiments: what is run.
+        is_wanted: whether to show anything.
 
     Yields:
         A function to call as `ShowClaim` says.
     """
-    if not _is_terminal():
+    if not is_wanted:
+        yield lambda experiment, share, result=None: None
+        return
+    console = _console()
+    if console is None:
         yield _print_verdict
         return
-    from rich import progress
-
-    bars = _bars(
-        progress.TextColumn("{task.description:24}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[verdict]}"),
-    )
+    bars = _bars(console, "{task.description:24}", "{task.fields[verdict]}")
     tasks = {
         experiment: bars.add_task(experiment.name, start=False, total=1.0, verdict="")
         for experiment in experiments

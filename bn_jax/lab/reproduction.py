@@ -45,7 +45,12 @@ def default_processes() -> int:
 
 
 def reproduce(
-    chosen: Sequence[Experiment], setting: Setting, folder: Path, processes: int
+    chosen: Sequence[Experiment],
+    setting: Setting,
+    folder: Path,
+    processes: int,
+    *,
+    shows_progress: bool = True,
 ) -> dict[Experiment, Result]:
     """Runs experiments, and shows their progress.
 
@@ -54,6 +59,7 @@ def reproduce(
         setting: how much is run.
         folder: for a JSON file and a figure of each.
         processes: how many experiments are run at the same time.
+        shows_progress: whether bars or lines show how far they are.
 
     Returns:
         The results in the order of `chosen`.
@@ -68,7 +74,7 @@ def reproduce(
         with (
             # Its processes have to be ended.
             interrupts.as_exceptions(),
-            progress.show_claims(chosen) as show,
+            progress.show_claims(chosen, is_wanted=shows_progress) as show,
             contextlib.closing(
                 reproduce_each(chosen, setting, folder, min(processes, len(chosen)), show)
             ) as finished,

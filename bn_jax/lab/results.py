@@ -17,13 +17,23 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import checkpoints, records, runs, tables
+from bn_jax.lab.curves import draw_curves
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import Config
-from bn_jax.lab.writing import staged
+from bn_jax.lab.writing import save_picture, staged
 
-__all__ = ["TARGET", "Result", "finish", "rank", "replace_checkpoints", "write"]
+__all__ = [
+    "MODEL_NAMES",
+    "TARGET",
+    "Result",
+    "finish",
+    "name_training",
+    "rank",
+    "replace_checkpoints",
+    "write",
+]
 
 TARGET = 0.9
 REPORT_EVERY = 5
@@ -118,7 +128,9 @@ def write(
         best: the arm whose checkpoint is saved.
     """
     checkpoints.save_variables(folder / "checkpoint", results[best].state)
-    plot(results, folder / "curves.png")
+    reports = {arm: result.reports for arm, result in results.items()}
+    picture = draw_curves(reports, title=name_training(config), target=TARGET)
+    save_picture(picture, folder / "curves.png")
     # In the format of the user's files, so that eval reads both alike and needs no other file.
     arrays = io.BytesIO()
     np.savez_compressed(arrays, x=problem.test_images, y=problem.splits.test.y)
@@ -172,25 +184,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plot(results: dict[str, Result], path: Path) -> None:
-    """Draws training loss and validation accuracy of all arms into an image file."""
-    from matplotlib.figure import Figure
+# How a picture names the models of `--model`.
+MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for arm, result in results.items():
-        steps = [report.step for report in result.reports]
-        loss.plot(steps, [report.training.loss for report in result.reports], label=arm)
-        accuracy.plot(steps, [100 * r.validation.accuracy for r in result.reports], label=arm)
-    loss.set(yscale="log", ylabel=f"training loss, mean of {REPORT_EVERY} steps")
-    accuracy.set(ylim=(0, 101), ylabel="validation accuracy (%)")
-    accuracy.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":")
-    for axes in (loss, accuracy):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False, loc="lower right")
-    # Matplotlib leaves half a picture where the disk is full.
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    path.write_bytes(picture.getvalue())
+
+def name_training(config: Config) -> str:
+    """Says what was trained, for the picture."""
+    data = "scikit-learn's digits" if config.data is None else Path(config.data).name
+    devices = f"{config.devices} device{'s' * (config.devices != 1)}"
+    return f"{MODEL_NAMES[config.model]} on {data}, batches of {config.batch_size} on {devices}"

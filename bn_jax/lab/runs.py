@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shlex
 import shutil
 import statistics
 import time
@@ -23,7 +22,7 @@ from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, problem, records
+from bn_jax.lab import checkpoints, data, folders, problem, records
 from bn_jax.lab.advice import with_commands
 from bn_jax.lab.arms import make_model
 from bn_jax.lab.array_checks import check_shape
@@ -31,7 +30,7 @@ from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.fitting import abstract_state, shard_dataset
 from bn_jax.lab.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
 from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
-from bn_jax.lab.writing import staged, write_json
+from bn_jax.lab.writing import save_picture, staged, write_json
 from bn_jax.training.classification import jitted_eval_step
 
 __all__ = [
@@ -156,11 +155,8 @@ def read_run(folder: Path) -> SavedRun:
     try:
         metrics, _ = records.read_metrics(folder)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and (folder / "checkpoints").is_dir():
-            raise CommandError(
-                f"DIR: {folder} is an unfinished run, expected a finished one; finish it with "
-                f"bn-jax train --resume {shlex.quote(str(folder))}"
-            ) from error
+        if not folders.is_finished(folder) and (found := folders.describe(folder)):
+            raise CommandError(f"DIR: {folder} {found}") from error
         raise CommandError(
             f"DIR: {folder} is not a run ({type(error).__name__}: {error}), expected a folder "
             "saved by bn-jax train, with metrics.json"
@@ -358,6 +354,7 @@ def recalibrate_run(
     }
     with _written(saved, folder, "recalibrated", facts, change) as checkpoint:
         checkpoints.save_variables(checkpoint, recalibrated)
+        save_picture(recalibration.plot(), checkpoint.with_name("recalibration.png"))
     return RecalibratedRun(recalibration, change)
 
 
@@ -407,7 +404,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
         saved: the run.
         mesh: the devices to compute on.
         data_file: images like those in training; None for the test part of the run.
-        folder: a new folder for `audit.json`.
+        folder: a new folder for `audit.json` and `audit.png`.
 
     Returns:
         The result of `bn_jax.audit`, whose advice is commands instead of lines of Python.
@@ -426,6 +423,7 @@ def audit_run(saved: SavedRun, mesh: Mesh, data_file: Path | None, folder: Path)
         audit(forward, checkpoints.variables_of(state), batch.x), saved.folder, data_file
     )
     with staged(folder, new=True) as staging:
+        save_picture(result.plot(), staging / "audit.png")
         write_json(
             staging / "audit.json",
             {

@@ -1,7 +1,7 @@
 """Results as tables on the terminal, which Rich fits to its width."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bn_jax.lab.runs import Change, Figures
 
 __all__ = [
+    "format_loss",
     "print_arms",
     "print_change",
     "print_claims",
@@ -23,13 +24,21 @@ __all__ = [
 ]
 
 PREDICTIONS_SHOWN = 50
+# A column of text that is narrower reads badly.
+NARROWEST = 16
+
+
+def format_loss(loss: float) -> str:
+    """Returns a loss as text: with four decimals, or with four digits where these say nothing."""
+    is_plain = loss == 0 or 1e-3 <= abs(loss) < 1e6
+    return f"{loss:.4f}" if is_plain else f"{loss:.4g}"
 
 
 def print_arms(results: "Mapping[str, Result]") -> None:
     """Prints the results of a training, an arm in each row."""
     from bn_jax.lab.results import REPORT_EVERY, TARGET
 
-    table = _table(
+    table = _numbers(
         "arm",
         "test accuracy",
         f"steps to {TARGET:.0%}\nvalidation accuracy\n(checked every {REPORT_EVERY})",
@@ -47,10 +56,10 @@ def print_arms(results: "Mapping[str, Result]") -> None:
 
 def print_change(change: "Change") -> None:
     """Prints a model before and after, in two columns."""
-    table = _table("", *change._fields)
+    table = _numbers("", *change._fields)
     rows: dict[str, Callable[[Figures], str]] = {
         "accuracy": lambda figures: f"{figures.evaluation.accuracy:.2%}",
-        "loss": lambda figures: f"{figures.evaluation.loss:.4f}",
+        "loss": lambda figures: format_loss(figures.evaluation.loss),
         "milliseconds per batch": lambda figures: f"{figures.milliseconds:.2f}",
         "parameters": lambda figures: f"{figures.parameters:,}",
     }
@@ -59,22 +68,9 @@ def print_change(change: "Change") -> None:
     _print(table)
 
 
-def _table(first: str, *others: str) -> "Table":
-    """Makes a table with a column of names and columns of numbers."""
-    from rich.table import Table
-
-    table = Table()
-    table.add_column(first, no_wrap=True)
-    for header in others:
-        table.add_column(header, justify="right")
-    return table
-
-
 def print_claims(experiments: "Iterable[Experiment]") -> None:
     """Prints the claims that can be tested."""
-    from rich.table import Table
-
-    table = Table("", "name", "claim", "source")
+    table = _texts("", "name", "claim", "source", wrapped=("claim", "source"))
     for experiment in experiments:
         table.add_row(str(experiment.number), experiment.name, experiment.claim, experiment.source)
     _print(table)
@@ -110,9 +106,15 @@ def _literal(text: str) -> "Text":
 
 def print_verdicts(results: "Mapping[Experiment, Verdicts]") -> None:
     """Prints what was measured for each claim, and the verdicts."""
-    from rich.table import Table
-
-    table = Table("claim", "source", "published", "measured", "verdict", show_lines=True)
+    table = _texts(
+        "claim",
+        "source",
+        "published",
+        "measured",
+        "verdict",
+        wrapped=("claim", "source", "published", "measured"),
+    )
+    table.show_lines = True
     for experiment, result in results.items():
         table.add_row(
             f"{experiment.number} {experiment.name}: {experiment.claim}",
@@ -138,7 +140,53 @@ def _format_interval(measured: "Interval") -> str:
     return f"{measured.estimate:.3g} ({measured.low:.3g} to {measured.high:.3g})"
 
 
-def _print(table: "Table") -> None:
-    from rich.console import Console
+def _numbers(first: str, *others: str) -> "Table":
+    """Makes a table with a column of names and columns of numbers."""
+    from rich.table import Table
 
-    Console().print(table)
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for header in others:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _texts(*headers: str, wrapped: Sequence[str]) -> "Table":
+    """Makes a table with columns of text, some of which wrap."""
+    from rich.table import Table
+
+    table = Table()
+    for header in headers:
+        if header in wrapped:
+            table.add_column(header, min_width=NARROWEST, overflow="fold")
+        else:
+            table.add_column(header, no_wrap=True)
+    return table
+
+
+def _print(table: "Table") -> None:
+    """Prints a table, or where it is too wide for the terminal, its rows as paragraphs."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    headers = [str(column.header) for column in table.columns]
+    rows = [
+        [Text.from_markup(str(cell)).plain for cell in row]
+        for row in zip(*(column.cells for column in table.columns), strict=True)
+    ]
+    for number, column in enumerate(table.columns):
+        if column.no_wrap:
+            texts = [headers[number], *(row[number] for row in rows)]
+            lines = "\n".join(texts).split("\n")
+            column.min_width = max(Text(line).cell_len for line in lines)
+    console = Console()
+    unlimited = console.options.update(width=1_000_000)
+    if Measurement.get(console, unlimited, table).minimum <= console.width:
+        console.print(table)
+        return
+    for first, *others in rows:
+        print(first)
+        for header, cell in zip(headers[1:], others, strict=True):
+            if cell:
+                print(f"  {' '.join(header.split())}: {cell}")

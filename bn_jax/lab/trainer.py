@@ -19,10 +19,10 @@ from bn_jax.lab import (
     launch,
     problem,
     processes,
-    progress,
     results,
     runs,
     unfinished,
+    watching,
 )
 from bn_jax.lab.ahead import prepare_ahead
 from bn_jax.lab.arguments import LARGEST, new_folder, require
@@ -31,9 +31,10 @@ from bn_jax.lab.data import Dataset, NamedDataset
 from bn_jax.lab.errors import CommandError, advise, print_warning
 from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
-from bn_jax.lab.progress import ShowReport
+from bn_jax.lab.progress import ShowReports
 from bn_jax.lab.records import Config, Origin, Started, batch_sizes
 from bn_jax.lab.results import Result
+from bn_jax.lab.watching import Wanted
 
 __all__ = ["Request", "resume", "start"]
 
@@ -114,19 +115,20 @@ class Run(NamedTuple):
         return Origin(run=self.started, arm=arm)
 
 
-def start(request: Request, launched: Launch = ALONE) -> None:
+def start(request: Request, launched: Launch = ALONE, wanted: Wanted = watching.DEFAULT) -> None:
     """Trains all arms, and saves a run.
 
     Args:
         request: the options.
         launched: the processes that train together.
+        wanted: what is shown and recorded meanwhile.
 
     Raises:
         CommandError: an option or the data cannot be used.
     """
     # The command has checked it before it imported this module; other callers have not.
     new_folder(request.folder)
-    _require_packages(request.data)
+    _require_packages(request.data, wanted)
     loaded = problem.load(request.data, request.seed)
     mesh = launch.make_mesh(request.devices, loaded.examples, launched)
     config = Config(
@@ -149,7 +151,7 @@ def start(request: Request, launched: Launch = ALONE) -> None:
     run = _agree(run, is_resumed=False)
     with contextlib.ExitStack() as held:
         _do_first(lambda: held.enter_context(_begin(run, request.named_dataset)))
-        _train(run)
+        _train(run, wanted)
 
 
 def _begin(run: Run, dataset: NamedDataset | None) -> contextlib.AbstractContextManager[None]:
@@ -158,29 +160,31 @@ def _begin(run: Run, dataset: NamedDataset | None) -> contextlib.AbstractContext
     return unfinished.begin(run.folder, run.started, dataset)
 
 
-def resume(folder: Path, devices: int | None, launched: Launch) -> None:
+def resume(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) -> None:
     """Continues a run from its checkpoints, and finishes it.
 
     Args:
         folder: of the unfinished run.
         devices: to train on. None: as many as before.
         launched: the processes that train together.
+        wanted: what is shown and recorded meanwhile; the log of the run continues in any case.
     """
+    wanted = watching.continued(wanted, folder)
     with contextlib.ExitStack() as held:
         # Where several processes meet, the first one locks the folder after that.
         if launched.processes == 1:
             held.enter_context(unfinished.hold(folder))
-        run = _agree(_resumed(folder, devices, launched), is_resumed=True)
+        run = _agree(_resumed(folder, devices, launched, wanted), is_resumed=True)
         if launched.processes > 1:
             _do_first(lambda: held.enter_context(unfinished.hold(run.folder)))
-        _train(run)
+        _train(run, wanted)
 
 
-def _resumed(folder: Path, devices: int | None, launched: Launch) -> Run:
+def _resumed(folder: Path, devices: int | None, launched: Launch, wanted: Wanted) -> Run:
     started = unfinished.read(folder)
     config = started.config
     data_file = None if started.data_file is None else Path(started.data_file)
-    _require_packages(data_file)
+    _require_packages(data_file, wanted)
     loaded = problem.load(data_file, config.seed)
     if loaded.sha256 != started.data_sha256:
         raise CommandError(
@@ -204,10 +208,12 @@ def _resumed(folder: Path, devices: int | None, launched: Launch) -> Run:
     return run
 
 
-def _require_packages(source: problem.Source) -> None:
+def _require_packages(source: problem.Source, wanted: Wanted) -> None:
     require("rich", "matplotlib", "orbax.checkpoint")
     if source is None:
         require("sklearn")
+    if wanted.log:
+        require("tensorboardX")
 
 
 def _agree(run: Run, *, is_resumed: bool) -> Run:
@@ -287,10 +293,10 @@ def _do_first(action: Callable[[], object]) -> None:
         raise CommandError(message, code)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, wanted: Wanted) -> None:
     with launch.explain_failures(run.folder):
         try:
-            with _progress(run) as show:
+            with watching.watch(run.folder, run.config, run.steps_per_epoch, wanted) as show:
                 trained = {arm: train_arm(arm, run, last, show) for arm, last in _prepared(run)}
             if jax.process_index() == 0:
                 local = run.mesh.local_mesh
@@ -299,12 +305,6 @@ def _train(run: Run) -> None:
         except OSError as error:
             raise OSError(f"{error}; {unfinished.kept(run.folder)}") from error
         processes.disconnect()
-
-
-def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:
-    if jax.process_index() == 0:
-        return progress.show_training(run.config.arms, run.steps_per_epoch, run.config.epochs)
-    return contextlib.nullcontext(lambda arm, report: None)
 
 
 def _prepared(run: Run) -> Iterator[tuple[str, checkpoints.Position]]:
@@ -326,21 +326,21 @@ def _prepare_arm(run: Run, arm: str) -> checkpoints.Position:
     return last
 
 
-def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReport) -> Result:
+def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReports) -> Result:
     """Trains an arm to the end.
 
     Args:
         arm: one of `runs.ARMS`.
         run: the run; a checkpoint is saved in its folder after every epoch.
         last: where to continue.
-        show: called with the arm and each report.
+        show: called with the arm and all reports so far, after each of them.
 
     Returns:
         All reports, the last state and its test evaluation.
     """
     state, rng, reports = last.state, last.rng, last.reports
     if reports:
-        show(arm, reports[-1])
+        show(arm, reports)
     for reached, report in fitting.fit(
         last.state,
         run.problem.splits.train,
@@ -357,7 +357,7 @@ def train_arm(arm: str, run: Run, last: checkpoints.Position, show: ShowReport) 
         if report.step % run.steps_per_epoch == 0 and jax.process_index() == 0:
             position = checkpoints.Position(state, rng, reports)
             checkpoints.save_position(run.checkpoints(arm), position, run.origin(arm))
-        show(arm, report)
+        show(arm, reports)
     test = fitting.shard_dataset(run.problem.splits.test, run.config.batch_size, run.mesh)
     return Result(reports, state, training.evaluate(state, test))
 

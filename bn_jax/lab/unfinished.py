@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from bn_jax.lab import checkpoints, locking, records
+from bn_jax.lab import checkpoints, folders, locking, records
 from bn_jax.lab.data import NamedDataset, save_npz
 from bn_jax.lab.errors import CommandError, print_warning
 from bn_jax.lab.records import ARMS, Origin, Started
@@ -162,6 +162,8 @@ def _check(folder: Path) -> None:
 
 
 def _refusal(folder: Path, error: BaseException) -> CommandError:
+    if not folders.is_unfinished(folder) and (found := folders.describe(folder)):
+        return CommandError(f"--resume: {folder} {found}")
     return CommandError(
         f"--resume: {folder} is not an unfinished run ({type(error).__name__}: {error}), expected "
         "a folder with the checkpoints of bn-jax train; start a new run"

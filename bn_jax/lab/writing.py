@@ -1,12 +1,13 @@
 """Results of commands, written whole or not at all."""
 
 import contextlib
+import io
 import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,7 +15,10 @@ import numpy as np
 from bn_jax.lab import interrupts, locking
 from bn_jax.lab.errors import CommandError
 
-__all__ = ["made", "remove", "staged", "write_json"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["made", "remove", "save_picture", "staged", "write_json"]
 
 
 @contextlib.contextmanager
@@ -85,6 +89,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Writes a picture as PNG, or an error of the system says why it could not.
+
+    Args:
+        figure: what is drawn.
+        path: of the file.
+    """
+    # Matplotlib leaves half a picture where the disk is full.
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    path.write_bytes(picture.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

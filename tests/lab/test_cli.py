@@ -1,10 +1,10 @@
+import csv
 import errno
 import functools
 import importlib.metadata
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -13,33 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support import bars, copy_of, files
+from support import COMMAND, TRAIN, bars, copy_of, environment, files, run_process
+from test_logs import scalars_of
 
 from bn_jax import linen, training
 from bn_jax.lab import checkpoints, fitting, models, processes, progress, results, runs, trainer
-from bn_jax.lab import command as cli
 
-TRAIN = ("train", "--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
-RESULTS = {"checkpoint", "curves.png", "metrics.json", "test.npz"}
-COMMAND = (sys.executable, "-W", "error", "-m", "bn_jax.lab.command")
-
-
-def environment(**variables):
-    root = Path(cli.__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Compiling is most of the time that these small runs take.
-    return os.environ | {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
-
-
-def run_process(arguments, folder, **variables):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=folder,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+RESULTS = {"checkpoint", "curves.png", "epochs.csv", "metrics.json", "test.npz"}
 
 
 @pytest.fixture
@@ -47,27 +27,16 @@ def good(tmp_path):
     np.savez(tmp_path / "good.npz", **bars())
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A real run on the user's own data, in a process of its own."""
-    folder = tmp_path_factory.mktemp("trained")
-    np.savez(folder / "bars.npz", **bars())
-    finished = run_process([*TRAIN, "--data", "bars.npz", "--out", "a/run"], folder)
-    assert finished.returncode == 0, finished.stderr
-    return folder, finished
-
-
 def test_train_prints_epochs_table_and_reloaded_checkpoint(trained):
-    folder, finished = trained
-    assert finished.stderr == ""
-    lines = finished.stdout.splitlines()
+    folder, printed = trained
+    lines = printed.splitlines()
     for arm in runs.ARMS:
         for epoch in (1, 2):
             start = f"{arm}: epoch {epoch} of 2, loss "
             assert sum(line.startswith(start) for line in lines) == 1
         assert any(arm in line and "│" in line for line in lines)
     for header in ("test accuracy", "steps to 90%", "(checked every 5)", "per second"):
-        assert header in finished.stdout
+        assert header in printed
     metrics = json.loads((folder / "a/run/metrics.json").read_text())
     best = metrics["arms"][metrics["best_arm"]]
     assert lines[-3:] == [
@@ -83,7 +52,7 @@ def test_train_writes_the_run_and_nothing_else(trained):
     assert {path.name for path in folder.iterdir()} == {"a", "bars.npz"}
     assert {path.name for path in (folder / "a").iterdir()} == {"run"}
     run = folder / "a/run"
-    assert {path.name for path in run.iterdir()} == RESULTS
+    assert {path.name for path in run.iterdir()} == RESULTS | {"tensorboard"}
     picture = (run / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.rstrip().endswith(b"IEND\xaeB`\x82")
 
@@ -169,7 +138,12 @@ BAD_OPTIONS = {
     "learning rate": (["--learning-rate", "0"], "--learning-rate: received 0.0, expected a"),
     "learning rate NaN": (["--learning-rate", "nan"], "--learning-rate: received nan, expected a"),
     "learning rate infinite": (["--learning-rate", "inf"], "--learning-rate: received inf, exp"),
-    "unknown": (["--epoch", "3"], "No such option: --epoch"),
+    "unknown": (["--epoch", "3"], "No such option: --epoch (Possible options: --epochs)"),
+    "log": (
+        ["--log", "tensorbord"],
+        "--log: received tensorbord, expected tensorboard; did you mean tensorboard?",
+    ),
+    "log of nothing": (["--log", "x"], "--log: received x, expected tensorboard; choose one of"),
     "indivisible": (
         ["--batch-size", "15"],
         "--batch-size: received 15, expected a multiple of the number of devices, 2, from 4 to ",
@@ -197,8 +171,8 @@ BAD_OPTIONS = {
     ),
     "coordinator alone": (
         ["--coordinator", "127.0.0.1:1234"],
-        "--num-processes and --process-id: missing; give --coordinator, --num-processes, "
-        "--process-id together or none of them",
+        "--num-processes and --process-id: missing; give --coordinator, --num-processes "
+        "and --process-id together or none of them",
     ),
     "coordinator missing": (
         ["--num-processes", "2", "--process-id", "0"],
@@ -295,14 +269,21 @@ def test_eval_refuses(trained, command, tmp_path):
     run = trained[0] / "a/run"
     np.savez(tmp_path / "large.npz", x=np.zeros((3, 9, 9)), y=[0, 1, 2])
     np.savez(tmp_path / "label.npz", x=np.zeros((3, 4, 4)), y=[0, 1, 3])
+    unfinished(tmp_path / "begun")
+    (tmp_path / "empty").mkdir()
     (copy_of(run, tmp_path / "json") / "metrics.json").write_text("{")
     (copy_of(run, tmp_path / "keys") / "metrics.json").write_text('{"best_arm": "none"}')
     (copy_of(run, tmp_path / "no test") / "test.npz").unlink()
     (copy_of(run, tmp_path / "no checkpoint") / "checkpoint").rename(tmp_path / "checkpoint")
     (copy_of(run, tmp_path / "damaged") / "checkpoint/manifest.ocdbt").write_bytes(b"0")
     cases = {
-        ("no run",): "DIR: no run is not a run (FileNotFoundError",
-        ("large.npz",): "DIR: large.npz is not a run (NotADirectoryError",
+        ("no run",): "DIR: no run does not exist, expected the folder of a run",
+        ("large.npz",): "DIR: large.npz is a file, expected the folder of a run",
+        ("begun",): "DIR: begun is an unfinished run, expected a finished one; finish it with "
+        "bn-jax train --resume begun",
+        (run.parent,): f"DIR: {run.parent} holds runs, expected one run; give one of {run}",
+        (run / "checkpoint",): f"DIR: {run / 'checkpoint'} is a part of a run, expected its whole",
+        ("empty",): "DIR: empty is not a run (FileNotFoundError",
         ("json",): "DIR: json/metrics.json cannot be read as JSON (Expecting property name",
         ("keys",): "DIR: keys/metrics.json: config is missing; copy the run again as bn-jax",
         ("no test",): "DIR: no test/test.npz does not exist",
@@ -360,15 +341,13 @@ def report(step, loss):
     )
 
 
-def test_a_diverged_arm_is_reported(tmp_path):
+def test_a_diverged_arm_is_reported():
     reports = [report(1, math.nan), report(2, math.inf)]
     result = results.Result(reports, None, reports[-1].validation)
     metrics = json.loads(json.dumps(results.arm_metrics(result), allow_nan=False))
     assert metrics["curves"]["loss"] == metrics["curves"]["validation_loss"] == [None, None]
     assert metrics["steps_to_90_percent_validation_accuracy"] is None
     assert results.rank(report(1, math.nan).validation) < results.rank(report(1, 2.0).validation)
-    results.plot({"diverged": result}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
@@ -376,11 +355,11 @@ def test_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     with progress.show_training(runs.ARMS, 2, 5) as show:
-        show(runs.PER_DEVICE, report(10, 0.25))
+        show(runs.PER_DEVICE, [report(5, 0.5), report(10, 0.25)])
     out, err = capsys.readouterr()
     assert out == ""
-    assert runs.PER_DEVICE in err and "10/10" in err and "\x1b[" in err
-    assert "loss 0.2500, validation accuracy 50.00%" in err
+    assert runs.PER_DEVICE in err and "100%" in err and "\x1b[" in err
+    assert "loss 0.2500, val. accuracy 50.00%" in err
 
 
 # What a background shell starts inherits that SIGINT is ignored.
@@ -406,7 +385,7 @@ def test_ctrl_c(good, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "bn-jax: error: interrupted; continue with bn-jax train --resume run\n"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "epochs.csv"}
     positions = checkpoints.positions(tmp_path / "run/checkpoints/no-normalization")
     assert any(map(checkpoints.is_intact, positions))
 
@@ -426,7 +405,7 @@ def small(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run")
+LONG = (*TRAIN, "--epochs", "4", "--data", "good.npz", "--out", "run", "--log", "tensorboard")
 
 
 def interrupt(monkeypatch, step):
@@ -453,10 +432,24 @@ def numbers(run):
     return metrics
 
 
+def recorded(run):
+    """What epochs.csv and the files for TensorBoard record, but for the clock and the losses."""
+    with (run / "epochs.csv").open(newline="") as file:
+        rows = [
+            [row[name] for name in ("arm", "epoch", "step", "examples", "learning_rate")]
+            for row in csv.DictReader(file)
+        ]
+    folders = sorted((run / "tensorboard").iterdir())
+    return rows, {
+        folder.name: [(tag, step) for tag, step, _ in scalars_of(folder)[0]] for folder in folders
+    }
+
+
 @pytest.fixture
 def uninterrupted(good, small, command, tmp_path):
-    code, _, err = command(*LONG)
+    code, out, err = command(*LONG, "--no-progress")
     assert (code, err) == (0, "")
+    assert "epoch" not in out and out.endswith("Saved in run\n")
     return numbers((tmp_path / "run").rename(tmp_path / "uninterrupted"))
 
 
@@ -486,7 +479,8 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         code, _, err = command(*LONG)
     assert code == 130
     assert err == "bn-jax: error: interrupted; continue with bn-jax train --resume run\n"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", "epochs.csv", "tensorboard"}
     for name, (damage, skipped, epoch) in DAMAGES.items():
         run = copy_of(tmp_path / "run", tmp_path / name)
         damage(run / "checkpoints/synchronized-batch-norm")
@@ -502,7 +496,8 @@ def test_resumed_runs_end_as_uninterrupted_ones(uninterrupted, command, monkeypa
         shown = [line for line in out.splitlines() if line.startswith("synchronized batch norm: ")]
         assert len(shown) == 4 - max(epoch - 1, 0)
         assert numbers(run) == uninterrupted
-        assert {path.name for path in run.iterdir()} == RESULTS
+        assert {path.name for path in run.iterdir()} == RESULTS | {"tensorboard"}
+        assert recorded(run) == recorded(tmp_path / "uninterrupted")
 
 
 def test_a_run_resumes_on_other_devices(uninterrupted, command, monkeypatch, tmp_path):
@@ -513,6 +508,13 @@ def test_a_run_resumes_on_other_devices(uninterrupted, command, monkeypatch, tmp
     assert (code, err) == (0, "")
     resumed = numbers(tmp_path / "run")
     assert resumed["config"] == uninterrupted["config"]
+    rows, scalars = recorded(tmp_path / "run")
+    assert (rows, scalars) == recorded(tmp_path / "uninterrupted")
+    assert [row[:3] for row in rows] == [
+        [arm, str(epoch), str(6 * epoch)] for arm in runs.ARMS for epoch in (1, 2, 3, 4)
+    ]
+    # Five scalars of each of two reports in each epoch.
+    assert [len(steps) for steps in scalars.values()] == [5 * 2 * 4] * len(runs.ARMS)
     for name, arm in uninterrupted["arms"].items():
         for curve, values in arm["curves"].items():
             np.testing.assert_allclose(resumed["arms"][name]["curves"][curve], values, rtol=1e-3)
@@ -534,8 +536,11 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
         ("finished",): "--resume: finished is a finished run; evaluate it with bn-jax eval "
         "finished, or start a new run",
         ("empty",): "--resume: empty is not an unfinished run (FileNotFoundError: ",
-        ("none",): "--resume: none is not an unfinished run (FileNotFoundError: ",
-        ("good.npz",): "--resume: good.npz is not an unfinished run (NotADirectoryError: ",
+        ("none",): "--resume: none does not exist, expected the folder of a run",
+        ("good.npz",): "--resume: good.npz is a file, expected the folder of a run",
+        (
+            ".",
+        ): "--resume: . holds runs, expected one run; give one of finished, types (unfinished)",
         ("json",): "--resume: json/checkpoints/config.json cannot be read as JSON (",
         (
             "keys",
@@ -586,6 +591,7 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
     [
         *((name, ["--data", "good.npz"]) for name in ("rich", "matplotlib", "filelock")),
         ("sklearn", []),
+        ("tensorboardX", ["--data", "good.npz", "--log", "tensorboard"]),
     ],
 )
 def test_missing_extra(good, command, monkeypatch, module, options):
@@ -597,8 +603,18 @@ def test_missing_extra(good, command, monkeypatch, module, options):
     )
 
 
-@pytest.mark.parametrize("name", ["eval", "recalibrate", "fold", "export", "audit"])
-@pytest.mark.parametrize("module", ["orbax.checkpoint", "safetensors", "flatbuffers"])
+DRAWING = [("recalibrate", "matplotlib"), ("audit", "matplotlib")]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    DRAWING
+    + [
+        (name, module)
+        for name in ("eval", "recalibrate", "fold", "export", "audit")
+        for module in ("orbax.checkpoint", "safetensors", "flatbuffers")
+    ],
+)
 def test_missing_extra_for_saved_runs(command, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     code, out, err = command(name, "run")
@@ -656,12 +672,15 @@ def test_help_and_usage(command):
     assert (code, err) == (0, "")
     for option in ("--data", "--out", "--devices", "--epochs", "--batch-size", "--learning-rate"):
         assert option in out
-    assert command() == (2, "", "bn-jax: error: Missing command.\n")
-    assert command("trian") == (
-        2,
-        "",
-        "bn-jax: error: No such command 'trian'. Did you mean 'train'?\n",
-    )
+    _, overview, _ = command("--help")
+    assert command() == command("help") == (0, overview, "")
+    assert command("help", "train") == (0, out, "")
+    for names in (("trian",), ("help", "trian")):
+        assert command(*names) == (
+            2,
+            "",
+            "bn-jax: error: No such command 'trian'. Did you mean 'train'?\n",
+        )
 
 
 def test_a_coordinator_without_launcher_is_refused(command, monkeypatch):

@@ -202,7 +202,7 @@ def test_two_processes_train_as_one(folder, two, one):
 
 def test_process_0_alone_writes(folder, two):
     results = {path.name for path in (folder / "two").iterdir()}
-    assert {"checkpoint", "metrics.json", "test.npz"} <= results
+    assert {"checkpoint", "epochs.csv", "metrics.json", "test.npz"} <= results
     assert "checkpoints" not in results
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from safetensors.numpy import load_file
 from support import assert_close, bars, copy_of, files
 
@@ -92,6 +93,7 @@ def test_recalibrate(home, variables, command, tmp_path, domain):
     )
     assert (code, err) == (0, "")
     assert files(home) == before and "<svg" in picture.read_text()
+    assert imread(tmp_path / "new/recalibration.png").std() > 0
     saved = runs.read_run(tmp_path / "new")
     if domain:
         images = data.load_npz(home / domain)
@@ -218,7 +220,7 @@ def test_export_refuses(home, command, monkeypatch, tmp_path):
     plain.write_text(json.dumps(records.seal_metrics(metrics)))
     run = home / "run"
     cases = {
-        ("no run",): "DIR: no run is not a run (FileNotFoundError",
+        ("no run",): "DIR: no run does not exist, expected the folder of a run",
         ("damaged",): "DIR: damaged/checkpoint is missing or damaged",
         ("no test",): "DIR: no test/test.npz does not exist",
         ("plain", "--fold"): f"DIR: the model in plain is of the arm {runs.NO_NORM!r} and has no",
@@ -262,6 +264,8 @@ def test_audit(home, command, tmp_path):
     assert saturated["stem/norm"] is not None and saturated["stage1_block0/shortcut/norm"] is None
     assert not {finding["kind"] for finding in found["findings"]} & {"never updated", "not finite"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "a-audit"}
+    assert {path.name for path in (tmp_path / "a-audit").iterdir()} == {"audit.json", "audit.png"}
+    assert imread(tmp_path / "a-audit/audit.png").std() > 0
     assert files(run) == before
     code, out, err = command("audit", "a/../a/")
     assert code == 2 and "a-audit exists and is not empty" in err
@@ -331,7 +335,7 @@ def test_refusals(home, command, tmp_path):
         ("recalibrate", "changed"): "DIR: other.npz no longer holds the training data of changed "
         "(its test part differs); restore it, or give images",
         ("recalibrate", "damaged"): "DIR: damaged/checkpoint is missing or damaged",
-        ("recalibrate", "no run"): "DIR: no run is not a run (FileNotFoundError",
+        ("recalibrate", "no run"): "DIR: no run does not exist, expected the folder of a run",
         ("audit", "lost", "--data", "no.npz"): "--data: no.npz does not exist",
         ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
         ("audit", "plain", "--plot", "a.txt"): "--plot: received a.txt, expected a file name that "

@@ -1,5 +1,6 @@
 """Running experiments, and writing the JSON and the figure of each."""
 
+import difflib
 import importlib.metadata
 import json
 import multiprocessing
@@ -49,9 +50,12 @@ def choose(names: Sequence[str]) -> list[Experiment]:
     unknown = [name for name in names if name != "all" and name not in known]
     if unknown or not names:
         received = f"received {', '.join(unknown)}" if unknown else "received no name"
+        close = [difflib.get_close_matches(name, [*EXPERIMENTS, "all"], n=1) for name in unknown]
+        meant = ", ".join(name for names in close for name in names)
         raise ValueError(
             f"{received}, expected all, a number from 1 to {len(EXPERIMENTS)}, or names among "
-            f"{', '.join(EXPERIMENTS)}; see them with --list"
+            f"{', '.join(EXPERIMENTS)}; {f'did you mean {meant}? ' if meant else ''}see them with "
+            "--list"
         )
     chosen = set(EXPERIMENTS if "all" in names else (known[name].name for name in names))
     return [experiment for experiment in EXPERIMENTS.values() if experiment.name in chosen]
