@@ -10,6 +10,8 @@ from tiers import EVERY
 
 FOLDER = Path(__file__).parent
 
+pytest_plugins = ["saved_runs"]
+
 # Its packages are in an environment of their own: `make zoo`.
 collect_ignore = [] if os.environ.get("BN_JAX_ZOO") else ["zoo"]
 

@@ -1,3 +1,5 @@
+"""Saved runs that several files of tests share."""
+
 import time
 
 import numpy as np
