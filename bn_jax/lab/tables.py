@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_jax.lab.experiments.verdicts import Experiment, Interval
-    from bn_jax.lab.experiments.verdicts import Result as Verdicts
+    from bn_jax.lab.experiments.verdicts import Experiment
     from bn_jax.lab.results import Result
     from bn_jax.lab.runs import Change, Figures
 
-__all__ = ["print_arms", "print_change", "print_claims", "print_verdicts"]
+__all__ = ["print_arms", "print_change", "print_claims"]
 
 
 def print_arms(results: "Mapping[str, Result]") -> None:
@@ -67,36 +66,6 @@ def print_claims(experiments: "Iterable[Experiment]") -> None:
     for experiment in experiments:
         table.add_row(str(experiment.number), experiment.name, experiment.claim, experiment.source)
     _print(table)
-
-
-def print_verdicts(results: "Mapping[Experiment, Verdicts]") -> None:
-    """Prints what was measured for each claim, and the verdicts."""
-    from rich.table import Table
-
-    table = Table("claim", "source", "published", "measured", "verdict", show_lines=True)
-    for experiment, result in results.items():
-        table.add_row(
-            f"{experiment.number} {experiment.name}: {experiment.claim}",
-            experiment.source,
-            experiment.published,
-            "",
-            f"[bold]{result.verdict}[/bold]",
-        )
-        for criterion in result.criteria:
-            table.add_row(
-                criterion.name,
-                "",
-                criterion.published,
-                _format_interval(criterion.measured),
-                criterion.verdict,
-            )
-    _print(table)
-
-
-def _format_interval(measured: "Interval") -> str:
-    if measured.low == measured.estimate == measured.high:
-        return f"{measured.estimate:.3g}"
-    return f"{measured.estimate:.3g} ({measured.low:.3g} to {measured.high:.3g})"
 
 
 def _print(table: "Table") -> None:

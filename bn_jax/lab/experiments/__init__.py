@@ -1,25 +1,6 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
-from bn_jax.lab.experiments import (
-    batch_leakage,
-    batch_noise,
-    corruptions,
-    decoupling,
-    ghost_batches,
-    gradient_explosion,
-    hessian,
-    large_rates,
-    precise_statistics,
-    residual_identity,
-    scale_and_bias_alone,
-    scale_invariance,
-    sigmoid_training,
-    small_batches,
-    smoothness,
-    step_two,
-    unbiased_variance,
-    whitening,
-)
+from bn_jax.lab.experiments import scale_invariance, unbiased_variance
 from bn_jax.lab.experiments.verdicts import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment"]
@@ -28,22 +9,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         scale_invariance,
-        gradient_explosion,
-        small_batches,
-        corruptions,
-        precise_statistics,
         unbiased_variance,
-        sigmoid_training,
-        large_rates,
-        residual_identity,
-        smoothness,
-        whitening,
-        batch_noise,
-        ghost_batches,
-        batch_leakage,
-        scale_and_bias_alone,
-        hessian,
-        decoupling,
-        step_two,
     )
 }
