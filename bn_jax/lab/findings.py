@@ -22,7 +22,7 @@ def print_findings(records: Sequence[Mapping[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("", "sub-claim", "bound", "verdict"):
         table.add_column(column, no_wrap=True)
-    table.add_column("measured, 95 % (* 90 %)")
+    table.add_column("measured")
     for record in records:
         for one in record["sub_claims"]:
             table.add_row(
@@ -49,6 +49,8 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         verdict: [one["key"] for one in ones if one["verdict"] == verdict] for verdict in Verdict
     }
     counted = (f"{len(keys)} {verdict}" for verdict, keys in reversed(counts.items()) if keys)
+    seeds = max(len(record["seeds"]) for record in records)
+    yield f"Intervals are of 95 % over {seeds} seeds; * equivalences are of 90 %."
     yield f"{len(ones)} sub-claims: {', '.join(counted)}"
     if counts[Verdict.NOT_REPRODUCED]:
         yield f"Contradict their source here: {', '.join(counts[Verdict.NOT_REPRODUCED])}"

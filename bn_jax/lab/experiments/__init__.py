@@ -1,6 +1,13 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
-from bn_jax.lab.experiments import scale_invariance, unbiased_variance
+from bn_jax.lab.experiments import (
+    decoupling,
+    hessian,
+    scale_invariance,
+    smoothness,
+    unbiased_variance,
+    whitening,
+)
 from bn_jax.lab.experiments.verdicts import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment"]
@@ -10,5 +17,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     for module in (
         scale_invariance,
         unbiased_variance,
+        smoothness,
+        whitening,
+        hessian,
+        decoupling,
     )
 }
