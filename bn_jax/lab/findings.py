@@ -49,7 +49,7 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         verdict: [one["key"] for one in ones if one["verdict"] == verdict] for verdict in Verdict
     }
     counted = (f"{len(keys)} {verdict}" for verdict, keys in reversed(counts.items()) if keys)
-    seeds = max(len(record["seeds"]) for record in records)
+    seeds = max((len(record["seeds"]) for record in records), default=0)
     yield f"Intervals are of 95 % over {seeds} seeds; * equivalences are of 90 %."
     yield f"{len(ones)} sub-claims: {', '.join(counted)}"
     if counts[Verdict.NOT_REPRODUCED]:

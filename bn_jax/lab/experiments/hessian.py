@@ -329,7 +329,7 @@ EXPERIMENT = Experiment(
         ),
         SubClaim(
             "16d",
-            "back with one large batch",
+            "back with a large batch",
             "the outliers come back where all examples share their statistics",
             f"eigenvalue 1 over eigenvalue {OUTLIERS + 1}, one batch of all over small batches",
             Above(1.0),

@@ -7,6 +7,7 @@ the values are paired: differences or ratios, seed by seed.
 scipy computes the distributions.
 """
 
+import bisect
 import math
 from typing import Any, NamedTuple
 
@@ -138,9 +139,13 @@ def seeds_needed(values: Any, distance: float, confidence: float = CONFIDENCE) -
         return None
     if deviation == 0:
         return 2
-    seeds = np.arange(2, MOST_SEEDS + 1)
-    critical = stats.t.ppf((1 + confidence) / 2, seeds - 1)
-    # The noncentral distribution of large shifts underflows, where the power is 1.
-    shift = np.minimum(np.abs(distance) / deviation * np.sqrt(seeds), 30)
-    enough = stats.nct.sf(critical, seeds - 1, shift) >= POWER
-    return int(seeds[enough][0]) if enough.any() else None
+
+    def decides(seeds: int) -> bool:
+        critical = stats.t.ppf((1 + confidence) / 2, seeds - 1)
+        # The noncentral distribution of a large shift underflows; its power is 1.
+        shift = min(abs(distance) / deviation * math.sqrt(seeds), 30.0)
+        return bool(stats.nct.sf(critical, seeds - 1, shift) >= POWER)
+
+    # The power grows with the number of seeds.
+    found = bisect.bisect_left(range(2, MOST_SEEDS + 1), True, key=decides)
+    return found + 2 if found + 2 <= MOST_SEEDS else None

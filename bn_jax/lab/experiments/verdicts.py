@@ -187,7 +187,8 @@ def judge(bound: Bound, values: Any, scale: Scale = "difference") -> Judged:
         scale: see `SubClaim`.
 
     Returns:
-        The verdict. Values that are not finite are no measurement.
+        The verdict. Values that are not finite, and ratios that are not positive, are no
+        measurement.
 
     Example:
         >>> from bn_jax.lab.experiments.verdicts import Above, Within, judge
@@ -197,12 +198,12 @@ def judge(bound: Bound, values: Any, scale: Scale = "difference") -> Judged:
         'direction only'
         >>> undecided = judge(Within(-1.0, 1.0), [0.5, 1.5, 0.1])
         >>> undecided.verdict.value, undecided.seeds_needed
-        ('inconclusive', 57)
+        ('inconclusive', 38)
     """
     values = np.asarray(values, np.float64)
     if isinstance(bound, NotTestable):
         return Judged(Verdict.NOT_TESTABLE, exact(math.nan))
-    if not np.isfinite(values).all():
+    if not np.isfinite(values).all() or (scale == "ratio" and not (values > 0).all()):
         return Judged(Verdict.NO_MEASUREMENT, exact(math.nan))
     if isinstance(bound, Identity):
         worst = np.abs(values).max()
@@ -236,10 +237,10 @@ def _judge_side(bound: Above | Below, values: Any, scale: Scale) -> Judged:
     low, high = sorted((sign * measured.low, sign * measured.high))
     size = bound.bound if bound.size is None else bound.size
     matters = bound.bound if bound.matters is None else bound.matters
-    if low > sign * size or low == sign * size != sign * bound.bound:
-        return Judged(Verdict.REPRODUCED, measured)
     if high < sign * matters or high <= sign * bound.bound:
         return Judged(Verdict.NOT_REPRODUCED, measured)
+    if low > sign * bound.bound and low >= sign * size:
+        return Judged(Verdict.REPRODUCED, measured)
     needed = _seeds_needed(
         values, measured.estimate, (bound.bound, size, matters), scale, CONFIDENCE
     )
@@ -351,10 +352,10 @@ def find(sub_claim: SubClaim, values: Any) -> Finding:
 
     Args:
         sub_claim: the sub-claim.
-        values: as in `Result.values`; None for a sub-claim that is not testable.
+        values: as in `Result.values`; None for what was not measured.
     """
     if values is None:
-        values = np.empty(0)
+        values = np.array([math.nan])
     if not isinstance(values, Mapping):
         values = {"": values}
     by_setting = {setting: np.asarray(of_one, np.float64) for setting, of_one in values.items()}

@@ -62,7 +62,7 @@ def write(
         write_json(path, _as_json(experiment, setting, finished, findings))
         record: dict[str, Any] = json.loads(path.read_text())
         figures.save(experiment.draw, record, staging / f"{experiment.name}.png")
-        rows = _rows(experiment, setting, findings, result.series)
+        rows = _rows(experiment, setting, findings, result)
         (staging / VALUES).write_text(_with_rows(folder, rows))
     return record
 
@@ -80,15 +80,16 @@ def _with_rows(folder: Path, rows: Iterator[tuple[Any, ...]]) -> str:
 
 
 def _rows(
-    experiment: Experiment, setting: Setting, findings: Sequence[Finding], series: Sequence[Series]
+    experiment: Experiment, setting: Setting, findings: Sequence[Finding], result: Result
 ) -> Iterator[tuple[Any, ...]]:
     """Yields a row for every value: of the sub-claims' quantities, and of single arms."""
     quantities = (
         Series(finding.sub_claim.key, "", name, values)
         for finding in findings
+        if finding.sub_claim.key in result.values
         for name, values in finding.values.items()
     )
-    for key, arm, name, values in (*quantities, *series):
+    for key, arm, name, values in (*quantities, *result.series):
         for seed, value in zip(setting.chosen.tolist(), values, strict=False):
             yield experiment.name, key, arm, name, seed, float(value)
 
