@@ -196,8 +196,8 @@ def test_show_prints_all_about_a_claim_before_and_after_it_ran(tiny, tmp_path, m
     printed = capsys.readouterr().out
     for text in (
         "1b not reproduced: It is 5",
-        "whole: -1 (",
-        "; for other data 1 (",
+        "whole: -12 (",
+        "; for other data 12 (",
         "bound: ours",
     ):
         assert text in printed
