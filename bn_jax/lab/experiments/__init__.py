@@ -1,6 +1,11 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
-from bn_jax.lab.experiments import scale_invariance, unbiased_variance
+from bn_jax.lab.experiments import (
+    scale_invariance,
+    sigmoid_training,
+    step_two,
+    unbiased_variance,
+)
 from bn_jax.lab.experiments.verdicts import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment"]
@@ -10,5 +15,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for module in (
         scale_invariance,
         unbiased_variance,
+        sigmoid_training,
+        step_two,
     )
 }
