@@ -1,6 +1,8 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
 from bn_jax.lab.experiments import (
+    absorption_with_padding,
+    scale_and_bias_alone,
     scale_invariance,
     sigmoid_training,
     step_two,
@@ -16,6 +18,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         scale_invariance,
         unbiased_variance,
         sigmoid_training,
+        scale_and_bias_alone,
         step_two,
+        absorption_with_padding,
     )
 }

@@ -1,6 +1,6 @@
 """Claim 7: batch norm trains in fewer steps, and makes sigmoid units usable."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +13,18 @@ import optax
 from bn_jax.lab.experiments.figures import PERCENT, band, points
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, WITH_AND_WITHOUT
 from bn_jax.lab.experiments.parallel import map_runs
-from bn_jax.lab.experiments.selection import Chosen, choose, sweep_accuracies
+from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, choose, sweep_rates
+from bn_jax.lab.experiments.step_two import norms_if
 from bn_jax.lab.experiments.sweeps import (
     Part,
     Trial,
     draw_trials,
+    init_model,
     share_correct,
     sweep,
+    take,
     train,
+    train_trial,
 )
 from bn_jax.lab.experiments.verdicts import (
     Above,
@@ -33,105 +37,127 @@ from bn_jax.lab.experiments.verdicts import (
     SubClaim,
 )
 from bn_jax.lab.models import Norm
-from bn_jax.linen import BatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTHS, BATCH_SIZE = (100, 100, 100), 60
-# Glorot's initializer, and small random values with which every layer shrinks its input.
-INITIALIZERS = {
-    "good initialization": nn.initializers.glorot_normal(),
-    "poor initialization": nn.initializers.normal(0.01),
+WIDTHS, BATCH_SIZE = (64, 64, 64), 60
+# Glorot's deviation, and a small one with which every layer shrinks its input.
+INITIALIZERS = "good initialization", "poor initialization"
+SMALL = 0.01
+RATES = 0.3, 1.0, 3.0, 10.0
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": nn.sigmoid,
+    "ReLU": nn.relu,
 }
-GOOD = {"good initialization": INITIALIZERS["good initialization"]}
-RATES = 0.3, 1.0, 3.0, 10.0, 30.0
-# The networks whose steps are counted: the activation, and the rates.
-STEPPED: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "sigmoid": (nn.sigmoid, RATES),
-    "ReLU": (nn.relu, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+# The rates of the networks whose steps are counted.
+STEPPED: Mapping[str, tuple[float, ...]] = {
+    "sigmoid": (0.3, 1.0, 3.0, 10.0),
+    "ReLU": (0.03, 0.1, 0.3, 1.0, 3.0),
 }
 GOAL = 0.95
 EVERY = 5
 QUANTILES = 0.15, 0.5, 0.85
-# The networks of sigmoids that are hard to train: the widths of the layers, and the initializer.
-HARD: dict[str, tuple[tuple[int, ...], Any]] = {
-    "8 layers": ((32,) * 8, INITIALIZERS["good initialization"]),
-    "3 layers, small weights": ((64,) * 3, INITIALIZERS["poor initialization"]),
-}
-HARD_RATES = 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
-ARMS: dict[str, Norm | None] = {
-    "no norm": None,
-    "normalized only": partial(BatchNorm, momentum=0.9, use_scale=False, use_bias=False),
-    "with scale and bias": BATCH_NORM,
+# Networks of sigmoids that are hard to train.
+DEEP = (32,) * 6
+HARD = {"6 layers": "good initialization", "6 layers, small weights": "poor initialization"}
+HARD_RATES = 0.1, 0.3, 1.0, 3.0, 10.0
+# The arms of these, by their norm and whether its scale and bias are trained.
+ARMS: Mapping[str, tuple[Norm | None, bool]] = {
+    "no norm": (None, True),
+    "normalized only": (BATCH_NORM, False),
+    "with scale and bias": (BATCH_NORM, True),
 }
 # The smallest gain of scale and bias that would matter, in points.
 POINT = 1.0
 
 
-def train_arm(
-    setting: Setting,
-    norm: Norm | None,
-    steps: int,
-    activation: Any = nn.sigmoid,
-    rates: tuple[float, ...] = RATES,
-    initializers: Mapping[str, Any] = INITIALIZERS,
-) -> dict[str, dict[str, Any]]:
-    """Trains from every initialization with every rate.
+def train_arm(setting: Setting, norm: Norm | None, steps: int) -> dict[str, dict[str, Any]]:
+    """Trains sigmoids from every initialization with every rate.
 
     Args:
         setting: the seeds, and the size of the run.
         norm: the norm of the network.
         steps: the number of steps of each training, a multiple of `EVERY`.
-        activation: between the layers.
-        rates: the learning rates.
-        initializers: of the hidden layers' kernels, by name.
 
     Returns:
-        For each of `initializers`, at the start and after every `EVERY` steps: "accuracy" on the
-        validation part, [rates, seeds, points], "units", the `QUANTILES` over that part of the
-        inputs of all units in the last hidden layer, [rates, seeds, points, 3, units], and
-        "inputs", those of the first unit.
+        For each of `INITIALIZERS` what `train_networks` returns, [rates, seeds, points, ...].
     """
-    models = [
-        MLP(WIDTHS, norm=norm, activation=activation, kernel_init=initializer)
-        for initializer in initializers.values()
-    ]
+    runs = [(0, place, rate) for place in range(len(INITIALIZERS)) for rate in RATES]
+    observed = train_networks(setting, norm, steps, runs)
+    return {
+        name: {key: np.split(values, len(INITIALIZERS))[place] for key, values in observed.items()}
+        for place, name in enumerate(INITIALIZERS)
+    }
 
-    def observe(part: Part, variables: Any) -> dict[str, jax.Array]:
-        logits, sown = models[0].apply(variables, part.x, train=False, mutable=["intermediates"])
+
+def train_networks(
+    setting: Setting, norm: Norm | None, steps: int, runs: Sequence[tuple[int, int, float]]
+) -> dict[str, Any]:
+    """Trains networks in one compiled program.
+
+    Args:
+        setting: the seeds, and the size of the run.
+        norm: the norm of the networks.
+        steps: the number of steps of each training, a multiple of `EVERY`.
+        runs: of each, its places in `ACTIVATIONS` and in `INITIALIZERS`, and its rate.
+
+    Returns:
+        At the start and after every `EVERY` steps: "accuracy" on the validation part,
+        [runs, seeds, points], "units", the `QUANTILES` over that part of the inputs of all units in
+        the last hidden layer, [runs, seeds, points, 3, units], and "inputs", those of the first.
+    """
+
+    def observe(model: MLP, part: Part, variables: Any) -> dict[str, jax.Array]:
+        logits, sown = model.apply(variables, part.x, train=False, mutable=["intermediates"])
         inputs = sown["intermediates"]["preactivation"][-1]
         return {
             "accuracy": share_correct(logits, part.y),
             "units": jnp.quantile(inputs, jnp.array(QUANTILES), axis=0),
         }
 
-    def run(rate: jax.Array, trial: Trial) -> Any:
+    def run(place: jax.Array, trial: Trial) -> Any:
+        activation, initial, rate = place
+        model = make_model(WIDTHS, norm, activation, initial)
         digits = trial.digits
-        key, example = jax.random.key(trial.seed), digits.train.x[:1]
-        initial = [model.init(key, example, train=False) for model in models]
-
-        def train_from(variables: Any) -> Any:
-            return train(
-                models[0],
-                optax.sgd(rate),
-                variables,
-                digits.train,
-                trial.batches,
-                observe=partial(observe, digits.validation),
-                every=EVERY,
-            ).observed
-
-        return map_runs(train_from, jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial))
+        return train(
+            model,
+            optax.sgd(rate),
+            init_model(model, trial),
+            digits.train,
+            trial.batches,
+            observe=partial(observe, model, digits.validation),
+            every=EVERY,
+        ).observed
 
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
-    observed = jax.tree.map(np.asarray, sweep(run, rates, trials))
-    observed["inputs"] = observed["units"][..., 0]
-    return {
-        name: {key: values[:, :, place] for key, values in observed.items()}
-        for place, name in enumerate(initializers)
-    }
+    observed = jax.tree.map(np.asarray, sweep(run, np.array(runs), trials))
+    return {**observed, "inputs": observed["units"][..., 0]}
+
+
+def make_model(
+    widths: tuple[int, ...], norm: Norm | None, activation: jax.Array, initial: jax.Array
+) -> MLP:
+    """Returns a network whose activation and initializer are data, so that all are one program.
+
+    Args:
+        widths: of the hidden layers.
+        norm: its norm.
+        activation: the place in `ACTIVATIONS`.
+        initial: the place in `INITIALIZERS`.
+    """
+
+    def activate(x: jax.Array) -> jax.Array:
+        sigmoid, relu = (of_one(x) for of_one in ACTIVATIONS.values())
+        return jnp.where(activation == 0, sigmoid, relu)
+
+    def initialize(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        # Both initializers draw normal values.
+        deviation = jnp.where(initial == 0, (2 / sum(shape)) ** 0.5, SMALL)
+        return deviation * jax.random.normal(key, shape, dtype)
+
+    return MLP(widths, norm=norm, activation=activate, kernel_init=initialize)
 
 
 def steps_to_goal(accuracies: Any) -> Any:
@@ -210,52 +236,89 @@ class Stepped(NamedTuple):
     steps: dict[str, Any]
 
 
-def count_steps(setting: Setting, network: str, horizon: int) -> Stepped:
-    """Trains a network from a good initialization, with and without norm, and counts the steps.
+def count_steps(setting: Setting, horizon: int) -> dict[str, Stepped]:
+    """Trains from a good initialization, with and without norm, and counts the steps.
 
     Args:
         setting: the seeds, and the size of the run.
-        network: a name in `STEPPED`.
         horizon: the steps of each training.
+
+    Returns:
+        By the names of `STEPPED`.
     """
-    activation, rates = STEPPED[network]
-    arms = {
-        arm: train_arm(setting, norm, horizon, activation, rates, GOOD)["good initialization"]
-        for arm, norm in WITH_AND_WITHOUT.items()
-    }
-    comparison = compare({arm: values["accuracy"] for arm, values in arms.items()}, horizon)
-    return Stepped(
-        comparison,
-        {arm: choose(rates, comparison.best[arm], values) for arm, values in arms.items()},
-        choose(rates, comparison.best["no norm"], arms["batch norm"]),
-        {
-            arm: np.minimum(steps_to_goal(values["accuracy"]), horizon)
-            for arm, values in arms.items()
-        },
-    )
+    activations = list(ACTIVATIONS)
+    runs = [(activations.index(name), 0, rate) for name in STEPPED for rate in STEPPED[name]]
+    ends = np.cumsum([len(rates) for rates in STEPPED.values()])[:-1]
+    arms = {}
+    for arm, norm in WITH_AND_WITHOUT.items():
+        observed = train_networks(setting, norm, horizon, runs)
+        arms[arm] = {key: np.split(values, ends) for key, values in observed.items()}
+        setting.advance(0.3)
+
+    def of_network(place: int) -> Stepped:
+        rates = list(STEPPED.values())[place]
+        of_arms = {
+            arm: {key: values[place] for key, values in of_arm.items()}
+            for arm, of_arm in arms.items()
+        }
+        steps = {arm: steps_to_goal(values["accuracy"]) for arm, values in of_arms.items()}
+        comparison = compare({arm: v["accuracy"] for arm, v in of_arms.items()}, horizon)
+        return Stepped(
+            comparison,
+            {arm: choose(rates, comparison.best[arm], values) for arm, values in of_arms.items()},
+            choose(rates, comparison.best["no norm"], of_arms["batch norm"]),
+            {arm: np.minimum(values, horizon) for arm, values in steps.items()},
+        )
+
+    return {name: of_network(place) for place, name in enumerate(STEPPED)}
 
 
 def train_hard(setting: Setting) -> dict[str, dict[str, Chosen[Any]]]:
     """Trains the networks of `HARD`; returns their test accuracies in percent, by arm."""
     trials = draw_trials(setting.chosen, 60 if setting.quick else 300, BATCH_SIZE)
-    trained: dict[str, dict[str, Chosen[Any]]] = {}
-    for name, (widths, initializer) in HARD.items():
-        trained[name] = {}
-        for arm, norm in ARMS.items():
-            model = MLP(widths, norm=norm, activation=nn.sigmoid, kernel_init=initializer)
-            swept = sweep_accuracies(model, optax.sgd, HARD_RATES, trials).best_for_each_seed()
-            trained[name][arm] = Chosen(swept.rate, 100 * swept.measured)
-            setting.advance(0.5 / len(HARD) / len(ARMS))
+    trained: dict[str, dict[str, Chosen[Any]]] = {name: {} for name in HARD}
+    for norm in WITH_AND_WITHOUT.values():
+        arms = {arm: step_two for arm, (of_arm, step_two) in ARMS.items() if of_arm is norm}
+        chosen = _train_deep(norm, list(arms.values()), trials)
+        for row, name in enumerate(HARD):
+            for column, arm in enumerate(arms):
+                rate, accuracy = take(chosen, slice(None), row, column)
+                trained[name][arm] = Chosen(rate, 100 * accuracy)
+        setting.advance(0.2)
     return trained
+
+
+def _train_deep(norm: Norm | None, step_two: Sequence[bool], trials: Trial) -> Chosen[Any]:
+    """Trains deep networks of sigmoids.
+
+    Args:
+        norm: their norm.
+        step_two: for each arm whether scale and bias are trained.
+        trials: of all seeds.
+
+    Returns:
+        The test accuracies at the best rate of each seed, [seeds, networks of `HARD`, arms].
+    """
+    initials = [INITIALIZERS.index(initial) for initial in HARD.values()]
+    places = np.array([(initial, trained) for initial in initials for trained in step_two], int)
+
+    def run(rate: jax.Array, trial: Trial) -> Outcome[Any]:
+        def of_one(place: jax.Array) -> Outcome[Any]:
+            initial, is_trained = place
+            model = make_model(DEEP, norm, jnp.zeros(()), initial)
+            optimizer = optax.chain(optax.sgd(rate), norms_if(is_trained))
+            return accuracies(model, train_trial(model, optimizer, trial), trial.digits)
+
+        outcomes = map_runs(of_one, places.astype(np.int32))
+        return jax.tree.map(lambda leaf: leaf.reshape(len(initials), -1), outcomes)
+
+    return sweep_rates(run, HARD_RATES, trials).best_for_each_seed()
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    horizon = 150 if setting.quick else 600
-    stepped = {}
-    for network in STEPPED:
-        stepped[network] = count_steps(setting, network, horizon)
-        setting.advance(0.5 / len(STEPPED))
+    horizon = 100 if setting.quick else 500
+    stepped = count_steps(setting, horizon)
     sigmoid = stepped["sigmoid"]
     moved = {
         "each at its best rate": steadiness(sigmoid.chosen["batch norm"], sigmoid.chosen),
@@ -271,7 +334,7 @@ def run(setting: Setting) -> Result:
             "7e": _gains(trained, "normalized only"),
         },
         curves={
-            "rates": {name: rates for name, (_, rates) in STEPPED.items()},
+            "rates": STEPPED,
             "steps": {name: of_one.steps for name, of_one in stepped.items()},
             "inputs": {arm: chosen.measured["inputs"][0] for arm, chosen in sigmoid.chosen.items()},
             "hard": {
@@ -285,7 +348,7 @@ def run(setting: Setting) -> Result:
                 Series("7a", arm, f"{name}, rate {rate:g}", steps)
                 for name, of_one in stepped.items()
                 for arm, by_rate in of_one.steps.items()
-                for rate, steps in zip(STEPPED[name][1], by_rate, strict=True)
+                for rate, steps in zip(STEPPED[name], by_rate, strict=True)
             ),
             *(
                 Series("7b", arm, name, chosen.measured)
@@ -433,9 +496,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     protocol=(
-        "MLP 64-100-100-100-10 of sigmoid or ReLU units on digits, batches of 60, SGD at 5 or 6 "
-        "rates, Glorot's initialization, at most 600 steps; sigmoids of 8 layers of 32, and of 3 "
-        "layers of 64 with weights of deviation 0.01, after 300 steps at the best of 6 rates"
+        "MLP 64-64-64-64-10 of sigmoid or ReLU units on digits, batches of 60, SGD at 4 or 5 "
+        "rates, Glorot's deviation, at most 500 steps; sigmoids of 6 layers of 32, with Glorot's "
+        "deviation or 0.01, after 300 steps at the best of 5 rates"
     ),
     limits=(
         "A training without norm that does not arrive counts with all of its steps, so that its "

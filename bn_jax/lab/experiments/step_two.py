@@ -9,23 +9,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from bn_jax._core.batch_norm import batch_norm, identity_params
 from bn_jax._core.running import init_batch_stats
 from bn_jax._core.types import Params
 from bn_jax._fold import absorb_scale, fold
+from bn_jax.lab.experiments.expressive_power import (
+    FITS,
+    draw_inputs,
+    fit,
+    least_unexplained,
+    target,
+)
 from bn_jax.lab.experiments.figures import PERCENT, points
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON, Position
 from bn_jax.lab.experiments.parallel import map_runs
-from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, choose, sweep_rates
+from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import relative_error
-from bn_jax.lab.experiments.sweeps import Trial, draw_trials, sweep, take, train_trial
+from bn_jax.lab.experiments.sweeps import Trial, draw_trials, take, train_trial
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
-    ChosenRate,
     Experiment,
     Identity,
     Published,
@@ -58,14 +63,6 @@ TRAINED = "scale and bias trained"
 WIDTHS = 64, 64, 64
 RATES = 0.03, 0.1, 0.3, 1.0, 3.0
 BATCH_SIZE = 64
-# The function of one input that a hidden layer fits, and the arms.
-POINTS, WIDTH = 256, 64
-FIT_RATES = 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
-FITS: Mapping[str, Norm | None] = {
-    "no norm": None,
-    "normalized only": partial(BatchNorm, use_scale=False, use_bias=False),
-    "with scale and bias": partial(BatchNorm),
-}
 
 
 def normalize(params: Any, x: jax.Array, *, use_running_average: bool = False) -> jax.Array:
@@ -92,22 +89,44 @@ def worked_example() -> tuple[jax.Array, jax.Array]:
     return x, normalize(params, x, use_running_average=True)
 
 
-def algebra(seed: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """Measures how much both sides of each identity differ for random values.
+class Drawn(NamedTuple):
+    """Random values in float64: a norm between two linear layers.
+
+    Attributes:
+        inputs: of the layer below, [examples, features].
+        below: its kernel, [features, features].
+        params: scale and bias, [features].
+        above: the kernel of the layer above, [features, outputs].
+    """
+
+    inputs: Any
+    below: Any
+    params: Params
+    above: Any
+
+
+def draw_values(seed: int) -> Drawn:
+    """Draws the values of the identities."""
+    normal = np.random.default_rng([2, seed]).normal
+    return Drawn(
+        normal(1, 1, (EXAMPLES, FEATURES)),
+        normal(size=(FEATURES, FEATURES)),
+        {"scale": normal(size=FEATURES), "bias": normal(size=FEATURES)},
+        normal(size=(FEATURES, OUTPUTS)),
+    )
+
+
+def algebra(drawn: Drawn) -> dict[str, dict[str, jax.Array]]:
+    """Measures how much both sides of each identity differ.
 
     Args:
-        seed: the seed of the values.
+        drawn: the values.
 
     Returns:
         By the key of a sub-claim and by setting, the largest difference over the largest value; of
         the gradient, the largest size.
     """
-    normal = partial(jax.random.normal, dtype=float)
-    keys = jax.random.split(jax.random.key(seed), 5)
-    inputs = 1 + normal(keys[0], (EXAMPLES, FEATURES))
-    below = normal(keys[1], (FEATURES, FEATURES))
-    above = normal(keys[2], (FEATURES, OUTPUTS))
-    params: Params = {"scale": normal(keys[3], (FEATURES,)), "bias": normal(keys[4], (FEATURES,))}
+    inputs, below, params, above = drawn
     weights = jnp.arange(1.0, FEATURES + 1)
     of_mean = jax.grad(lambda kernel: normalize(params, inputs @ kernel).mean(0) @ weights)(below)
     x, y = inputs @ below, normalize(params, inputs @ below)
@@ -154,28 +173,30 @@ def flip_signs(params: Params, kernel: jax.Array) -> tuple[Params, jax.Array]:
     return {"scale": sign * params["scale"], "bias": sign * params["bias"]}, sign[:, None] * kernel
 
 
-def folding_error(seed: int) -> float:
+def folding_errors(setting: Setting) -> Any:
     """Folds a norm with random parameters and statistics into the dense layer after it.
 
     Args:
-        seed: the seed of all values.
+        setting: the seeds: of the inputs, and the first also of the variables.
 
     Returns:
-        The largest difference of the outputs, over the largest output.
+        The largest difference of the outputs over the largest output, [seeds]; not-a-number if the
+        norm is left.
     """
-    generator = np.random.default_rng([2, seed])
     norm = BatchNorm(use_running_average=True, dtype=jnp.float64, param_dtype=jnp.float64)
     dense = nn.Dense(OUTPUTS, dtype=jnp.float64, param_dtype=jnp.float64)
     model = nn.Sequential([norm, dense])
-    x = jnp.asarray(generator.normal(size=(EXAMPLES, FEATURES)))
+    generator = np.random.default_rng([6, setting.first_seed])
+    inputs = [draw_values(int(seed)).inputs for seed in setting.chosen]
     variables = jax.tree.map(
         lambda leaf: jnp.asarray(generator.uniform(0.5, 2, leaf.shape)),
-        jax.eval_shape(model.init, jax.random.key(0), x),
+        jax.eval_shape(model.init, jax.random.key(0), inputs[0]),
     )
-    folded = fold(model.apply, variables, x)
+    folded = fold(model.apply, variables, inputs[0])
     if any(norm.into is None for norm in folded.report):
-        return float("nan")
-    return float(relative_error(folded.apply(folded.params, x), model.apply(variables, x)))
+        return np.full(setting.seeds, np.nan)
+    outputs = [(folded.apply(folded.params, x), model.apply(variables, x)) for x in inputs]
+    return np.array([relative_error(*map(np.asarray, of_both)) for of_both in outputs])
 
 
 def example_error() -> float:
@@ -200,11 +221,13 @@ def identities(setting: Setting) -> dict[str, Any]:
         By the key of a sub-claim and by setting, the errors, [seeds].
     """
     with jax.enable_x64(True):
-        errors = jax.tree.map(np.asarray, jax.jit(jax.vmap(algebra))(setting.chosen))
+        drawn = [draw_values(int(seed)) for seed in setting.chosen]
+        drawn = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+        errors = jax.tree.map(np.asarray, jax.jit(jax.vmap(algebra))(drawn))
         return {
             **errors,
             "18a": np.full(setting.seeds, example_error()),
-            "18g": np.array([folding_error(int(seed)) for seed in setting.chosen]),
+            "18g": folding_errors(setting),
         }
 
 
@@ -233,7 +256,7 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
             )
             optimizer = optax.sgd(rate)
             if norm is not None:
-                optimizer = optax.chain(optimizer, _norms_if(step_two))
+                optimizer = optax.chain(optimizer, norms_if(step_two))
             trained = train_trial(model, optimizer, trial)
             outcome = accuracies(model, trained, trial.digits)
             # Normalized by the statistics of these examples, the bounds of theory are exact.
@@ -261,7 +284,7 @@ def _activate(which: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(which == 0, tanh, relu)
 
 
-def _norms_if(step_two: jax.Array) -> optax.GradientTransformation:
+def norms_if(step_two: jax.Array) -> optax.GradientTransformation:
     """Sets the updates of scale and bias to zero unless `step_two` is true."""
 
     def update(updates: Any, _: Any) -> Any:
@@ -287,89 +310,6 @@ def useless_share(activation: str, inputs: jax.Array) -> jax.Array:
     if activation == "tanh":
         return jnp.mean(jnp.abs(jnp.tanh(inputs)) > SATURATED)
     return jnp.mean((inputs <= 0).all(1))
-
-
-class Fit(NamedTuple):
-    """How well a hidden layer fits a function of one input.
-
-    Attributes:
-        unexplained: the share of the function's variance that is left, [seeds].
-        rate: the rates.
-        predicted: what the first seed's network predicts, [points].
-    """
-
-    unexplained: Any
-    rate: ChosenRate
-    predicted: Any
-
-
-def target(x: Any) -> Any:
-    """The function that is fitted: it turns at other places than the mean of its input."""
-    return np.sin(2 * x)
-
-
-def draw_inputs(setting: Setting) -> npt.NDArray[np.float32]:
-    """Draws the inputs of `target`, uniform from -2 to 2 and sorted, [seeds, points, 1]."""
-    generators = [np.random.default_rng([3, int(seed)]) for seed in setting.chosen]
-    drawn = [np.sort(generator.uniform(-2, 2, (POINTS, 1)), 0) for generator in generators]
-    return np.stack(drawn).astype(np.float32)
-
-
-def least_unexplained(x: Any) -> float:
-    """Returns what no layer of normalized ReLU units without scale and bias can explain.
-
-    Whatever its weight, a normalized unit of one input `x` is `z` or `-z`, with `z` the normalized
-    input. A layer of any width is then `a relu(z) + b relu(-z) + c`, which least squares fits.
-
-    Args:
-        x: [points].
-
-    Returns:
-        The share of the variance of `target`.
-    """
-    x = np.asarray(x, np.float64)
-    z = (x - x.mean()) / x.std()
-    basis = np.stack([np.maximum(z, 0), np.maximum(-z, 0), np.ones_like(z)], 1)
-    y = target(x)
-    left = y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]
-    return float(np.mean(left**2) / y.var())
-
-
-def fit(setting: Setting, arm: str) -> Fit:
-    """Fits `target` by one hidden layer, at the rate of each seed that fits best.
-
-    Args:
-        setting: the seeds, and the size of the run.
-        arm: a name in `FITS`.
-    """
-    model = MLP((WIDTH,), num_classes=1, norm=FITS[arm])
-    inputs = draw_inputs(setting)
-    steps = 300 if setting.quick else 2000
-
-    def run(rate: jax.Array, seed: jax.Array, x: jax.Array, y: jax.Array) -> Any:
-        variables = model.init(jax.random.key(seed), x, train=False)
-        fixed = {name: value for name, value in variables.items() if name != "params"}
-        optimizer = optax.adam(optax.cosine_decay_schedule(1.0, steps))
-
-        def predict(params: Any) -> jax.Array:
-            return model.apply({**fixed, "params": params}, x, True, mutable=["batch_stats"])[0]
-
-        def step(state: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
-            params, moments = state
-            gradients = jax.grad(lambda params: jnp.mean((predict(params) - y) ** 2))(params)
-            updates, moments = optimizer.update(gradients, moments)
-            updates = jax.tree.map(lambda update: rate * update, updates)
-            return (optax.apply_updates(params, updates), moments), None
-
-        params = variables["params"]
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
-        predicted = predict(params)
-        return {"unexplained": jnp.mean((predicted - y) ** 2) / y.var(), "predicted": predicted}
-
-    fitted = sweep(run, FIT_RATES, setting.chosen, inputs, target(inputs))
-    fitted = jax.tree.map(np.asarray, fitted)
-    best = choose(FIT_RATES, fitted["unexplained"].argmin(0), fitted)
-    return Fit(best.measured["unexplained"], best.rate, best.measured["predicted"][0, :, 0])
 
 
 def run(setting: Setting) -> Result:
@@ -441,7 +381,7 @@ def _compare_shares(shares: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the shares of saturated and dead units, accuracies, and the fitted function."""
     arms = sorted(curves["share"]["ReLU"], reverse=True)
-    labels = {"tanh": f"values with |tanh| > {SATURATED} (%)", "ReLU": "dead ReLUs (%)"}
+    labels = {"tanh": f"|tanh| > {SATURATED} (%)", "ReLU": "dead ReLUs (%)"}
     saturated, dead, accurate, fitted = figure.subplots(1, 4, width_ratios=(3, 3, 3, 4))
     for axes, activation in ((saturated, "tanh"), (dead, "ReLU")):
         _draw_arms(axes, arms, curves["share"][activation], activation)
