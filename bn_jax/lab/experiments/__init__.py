@@ -2,11 +2,14 @@
 
 from bn_jax.lab.experiments import (
     absorption_with_padding,
+    not_gaussian,
     scale_and_bias_alone,
     scale_invariance,
     sigmoid_training,
     step_two,
     unbiased_variance,
+    undoing_the_norm,
+    unlike_scales,
 )
 from bn_jax.lab.experiments.verdicts import Experiment
 
@@ -20,6 +23,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         sigmoid_training,
         scale_and_bias_alone,
         step_two,
+        undoing_the_norm,
+        not_gaussian,
+        unlike_scales,
         absorption_with_padding,
     )
 }

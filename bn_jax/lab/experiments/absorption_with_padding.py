@@ -328,7 +328,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     arms = curves["accuracy"]
     points(by_arm, range(len(arms)), np.asarray(list(arms.values()), float))
     by_arm.set_xticks(range(len(arms)), arms)
-    by_arm.set(ylabel="test accuracy (%)", ylim=PERCENT, xlim=(-0.5, len(arms) - 0.5))
+    by_arm.set(ylabel="test accuracy (%)", ylim=(None, PERCENT[1]), xlim=(-0.5, len(arms) - 0.5))
     labels = {one.key: one.label for one in EXPERIMENT.sub_claims}
     names, values = [], []
     for key, of_key in sorted(curves["identities"].items()):

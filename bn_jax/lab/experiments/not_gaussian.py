@@ -144,11 +144,15 @@ def whiten(x: jax.Array) -> jax.Array:
     )[0]
 
 
-def choose_pixels(x: Any) -> Any:
-    """Returns the pixels of [..., n, 64] that vary most in the first split, [..., n, 32]."""
-    deviations = np.abs(x).max(tuple(range(x.ndim - 2)))
-    used = (deviations > 0).mean(0)
-    return np.sort(np.argsort(used)[-PIXELS:])
+def used_pixels(x: Any, number: int) -> Any:
+    """Returns the places of the pixels that are most often not empty, [number].
+
+    Args:
+        x: standardized images [..., n, 64], where an empty pixel has its smallest value.
+        number: how many.
+    """
+    used = (x > x.min(-2, keepdims=True)).mean(tuple(range(x.ndim - 1)))
+    return np.sort(np.argsort(used)[-number:])
 
 
 def train_net(setting: Setting) -> tuple[Chosen[dict[str, Any]], Any]:
@@ -163,7 +167,7 @@ def train_net(setting: Setting) -> tuple[Chosen[dict[str, Any]], Any]:
         and the numbers of the pixels.
     """
     trials = draw_trials(setting.chosen, 60 if setting.quick else 300, BATCH_SIZE)
-    pixels = choose_pixels(trials.digits.train.x)
+    pixels = used_pixels(trials.digits.train.x, PIXELS)
     model = MLP(WIDTHS, norm=BATCH_NORM)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[dict[str, Any]]:
