@@ -10,6 +10,7 @@ from bn_jax.lab.experiments import (
     unbiased_variance,
     undoing_the_norm,
     unlike_scales,
+    which_part,
 )
 from bn_jax.lab.experiments.verdicts import Experiment
 
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         undoing_the_norm,
         not_gaussian,
         unlike_scales,
+        which_part,
         absorption_with_padding,
     )
 }
