@@ -73,7 +73,17 @@ class Absorbed(NamedTuple):
 
 def absorb(a: jax.Array, b: jax.Array, kernel: jax.Array) -> Absorbed:
     """Puts ``a x + b`` into a convolution's kernel [height, width, features, outputs]."""
-    return Absorbed(kernel * a[:, None], jnp.einsum("hwio,i->o", kernel, b))
+    scaled = kernel * a[None, None, :, None]
+    return Absorbed(scaled, jnp.einsum("hwio,i->o", kernel, b))
+
+
+def apply_affine(a: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns ``a x + b`` of [n, height, width, features]."""
+    return _of_images(a) * x + _of_images(b)
+
+
+def _of_images(values: jax.Array) -> jax.Array:
+    return values[None, None, None]
 
 
 class Drawn(NamedTuple):
@@ -115,13 +125,14 @@ def algebra(drawn: Drawn) -> dict[str, Any]:
     """
     params, stats, kernel, x = drawn
     a, b = as_affine(params, stats)
-    expected = convolve(a * x + b, kernel, "SAME")
+    expected = convolve(apply_affine(a, x, b), kernel, "SAME")
     absorbed = absorb(a, b, kernel)
-    naive = convolve(x, absorbed.kernel, "SAME") + absorbed.bias
+    bias = _of_images(absorbed.bias)
+    naive = convolve(x, absorbed.kernel, "SAME") + bias
     # What the padding has too much: the bias of the taps that are outside of the image.
-    ones = jnp.broadcast_to(b, x.shape)
-    of_position = convolve(ones, kernel, "SAME")
-    filled = jnp.pad(x + b / a, [(0, 0), (1, 1), (1, 1), (0, 0)]) - b / a
+    of_position = convolve(jnp.broadcast_to(_of_images(b), x.shape), kernel, "SAME")
+    zero = _of_images(-b / a)
+    filled = jnp.pad(x - zero, [(0, 0), (1, 1), (1, 1), (0, 0)]) + zero
     inside = slice(None), slice(1, -1), slice(1, -1)
 
     def absorbed_scale(activation: Any) -> jax.Array:
@@ -129,16 +140,16 @@ def algebra(drawn: Drawn) -> dict[str, Any]:
         moved, scaled = absorb_scale(params, kernel, activation=activation)
         new_a, new_b = as_affine(moved, stats)
         return relative_error(
-            convolve(after(new_a * x + new_b), scaled, "SAME"),
-            convolve(after(a * x + b), kernel, "SAME"),
+            convolve(after(apply_affine(new_a, x, new_b)), scaled, "SAME"),
+            convolve(after(apply_affine(a, x, b)), kernel, "SAME"),
         )
 
     return {
         "26b": relative_error(naive[inside], expected[inside]),
-        "26c": relative_error(naive - expected, absorbed.bias - of_position),
+        "26c": relative_error(naive - expected, bias - of_position),
         "26d": {
             "padding with -b / a": relative_error(
-                convolve(filled, absorbed.kernel, "VALID") + absorbed.bias, expected
+                convolve(filled, absorbed.kernel, "VALID") + bias, expected
             ),
             "a bias for each position": relative_error(
                 convolve(x, absorbed.kernel, "SAME") + of_position, expected
@@ -265,16 +276,18 @@ def evaluate(variables: Any, part: Part) -> Evaluated:
         part: the examples.
     """
     params = variables["params"]
-    kernel, bias = params["above"]["kernel"], params["above"]["bias"]
-    x = convolve(part.x, params["below"]["kernel"], "SAME") + params["below"]["bias"]
+    kernel, bias = params["above"]["kernel"], _of_images(params["above"]["bias"])
+    below = params["below"]
+    x = nn.relu(convolve(part.x, below["kernel"], "SAME") + _of_images(below["bias"]))
     a, b = as_affine(params["norm"], variables["batch_stats"]["norm"])
-    expected = convolve(a * nn.relu(x) + b, kernel, "SAME") + bias
+    expected = convolve(apply_affine(a, x, b), kernel, "SAME") + bias
     absorbed = absorb(a, b, kernel)
-    naive = convolve(nn.relu(x), absorbed.kernel, "SAME") + absorbed.bias + bias
+    naive = convolve(x, absorbed.kernel, "SAME") + _of_images(absorbed.bias) + bias
 
     def correct(outputs: jax.Array) -> jax.Array:
         features = nn.relu(outputs).reshape(len(outputs), -1)
-        logits = features @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+        classifier = params["classifier"]
+        logits = features @ classifier["kernel"] + classifier["bias"][None]
         return 100 * share_correct(logits, part.y)
 
     error = jnp.sqrt(jnp.mean((naive - expected) ** 2, (0, 3))) / expected.std()

@@ -49,7 +49,7 @@ def excess_kurtosis(x: Any) -> Any:
     Args:
         x: [n, features]. A constant feature gives not-a-number.
     """
-    centred = x - x.mean(0)
+    centred = x - x.mean(0, keepdims=True)
     return (centred**4).mean(0) / (centred**2).mean(0) ** 2 - 3
 
 
@@ -59,11 +59,11 @@ def correlations(x: Any) -> Any:
     Args:
         x: [n, features]. A constant feature gives not-a-number.
     """
-    centred = x - x.mean(0)
+    centred = x - x.mean(0, keepdims=True)
     covariance = centred.T @ centred / len(x)
     deviation = jnp.sqrt(jnp.diagonal(covariance))
     first, second = np.triu_indices(x.shape[-1], 1)
-    return jnp.abs(covariance / (deviation[:, None] * deviation))[first, second]
+    return jnp.abs(covariance / jnp.outer(deviation, deviation))[first, second]
 
 
 def invariances(x: jax.Array, scale: jax.Array, bias: jax.Array) -> dict[str, jax.Array]:

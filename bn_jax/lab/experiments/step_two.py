@@ -148,7 +148,7 @@ def algebra(drawn: Drawn) -> dict[str, dict[str, jax.Array]]:
         "18d": {"nothing after it": flipping(lambda z: z), "tanh after it": flipping(jnp.tanh)},
         "18e": {
             "": relative_error(
-                normalize({}, x) @ absorbed_above + bare["bias"] @ absorbed_above, y @ above
+                normalize({}, x) @ absorbed_above + bare["bias"][None] @ absorbed_above, y @ above
             )
         },
         "18f": {

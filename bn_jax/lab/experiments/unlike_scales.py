@@ -82,7 +82,7 @@ def draw_exponents(seeds: Any) -> npt.NDArray[np.float32]:
 
 def rescale(x: Any, exponents: Any, power: Any) -> Any:
     """Multiplies each feature of [n, features] by 10 to the power times its exponent."""
-    return x * 10 ** (power * exponents)
+    return x * (10 ** (power * exponents))[None]
 
 
 def train_arm(setting: Setting, arm: str, powers: tuple[int, ...]) -> dict[int, Chosen[Any]]:
@@ -343,8 +343,8 @@ EXPERIMENT = Experiment(
     ),
     protocol=(
         "the 32 pixels of digits that are most often not empty, standardized, times scales whose "
-        "range is 1 to 10^3; MLP 32-32-10 of ReLU with a norm of the inputs, of the hidden layer or "
-        "none, 200 steps, each at its best of 9 rates; Gram matrices of the inputs and of the "
+        "range is 1 to 10^3; MLP 32-32-10 of ReLU with a norm of the inputs, of the hidden layer "
+        "or none, 200 steps, each at its best of 9 rates; Gram matrices of the inputs and of the "
         "hidden layer of a random network, each with a constant feature, in float64"
     ),
     limits=(
