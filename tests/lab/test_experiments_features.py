@@ -1,5 +1,7 @@
 """Units and features: steps and steadiness, shapes of distributions, scales, parts of a norm."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +72,9 @@ def test_activations_and_initializers_are_data(name):
         model = sigmoid_training.make_model((64,), None, jnp.array(place), jnp.array(initial))
         variables = model.init(jax.random.key(0), x, train=False)
         assert np.std(variables["params"]["dense0"]["kernel"]) == pytest.approx(deviation, rel=0.1)
-        expected = MLP((64,), activation=activation).apply(variables, x, train=False)
-        np.testing.assert_allclose(model.apply(variables, x, train=False), expected, rtol=1e-5)
+        expected: Any = MLP((64,), activation=activation).apply(variables, x, train=False)
+        found: Any = model.apply(variables, x, train=False)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_kurtosis_and_correlations():
@@ -142,7 +145,8 @@ def test_scales_have_their_range_and_normalizing_removes_them():
     scales = np.stack([unlike_scales.rescale(np.ones((1, 32)), one, 2)[0] for one in exponents])
     np.testing.assert_allclose(scales.max(1) / scales.min(1), 100, rtol=1e-5)
     numbers = unlike_scales.conditioning(Setting(seeds=2), (0, 3))
-    np.testing.assert_allclose(*numbers["inputs, norm"].values(), rtol=1e-6)
+    like, unlike = numbers["inputs, norm"].values()
+    np.testing.assert_allclose(unlike, like, rtol=1e-6)
     raw = numbers["inputs, no norm"]
     assert (raw[3] > 100 * raw[0]).all()
     assert (unlike_scales.invariance(Setting(seeds=2)) <= unlike_scales.TOLERANCE).all()

@@ -1,6 +1,7 @@
 """Scale and bias: what they can do, what they learn, and where they can be absorbed."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def test_as_many_weights_are_drawn_as_norms_have():
 
 
 def test_the_first_seeds_choose_the_rate_of_each_arm(monkeypatch):
-    net = SimpleNamespace(arms=2, rates=(0.1, 0.2, 0.4), side_by_side=False)
+    net: Any = SimpleNamespace(arms=2, rates=(0.1, 0.2, 0.4), side_by_side=False)
     best = np.array([2, 1])
 
     def train_each(net, trials, grid):
@@ -116,12 +117,12 @@ def test_the_first_seeds_choose_the_rate_of_each_arm(monkeypatch):
         return Outcome(1.0 * (rate == best[arm]), {"place": 100 * arm + 10 * rate + seed})
 
     monkeypatch.setattr(scale_and_bias_alone, "_train_each", train_each)
-    trials = SimpleNamespace(seed=np.arange(4))
-    swept = scale_and_bias_alone.train_grid(net, trials, range(3), 2)
+    trials: Any = SimpleNamespace(seed=np.arange(4))
+    swept: Any = scale_and_bias_alone.train_grid(net, trials, range(3), 2)
     assert swept.measured["place"][1, 0].tolist() == [10, 110]
     assert swept.measured["place"][2, 1].tolist() == [21, 121]
     assert swept.validation.mean(1).argmax(0).tolist() == [2, 1]
-    chosen = scale_and_bias_alone.at_rates(net, trials, best)
+    chosen: Any = scale_and_bias_alone.at_rates(net, trials, best)
     assert chosen.measured["place"].tolist() == [[20 + s, 110 + s] for s in range(4)]
     assert chosen.rate.value.tolist() == [[0.4, 0.2]] * 4
     assert chosen.rate.at_edge.tolist() == [[True, False]] * 4
@@ -147,7 +148,8 @@ def test_a_norm_that_is_trained_to_be_the_identity_becomes_it():
 def test_convolutions_pad_with_zeros():
     generator = np.random.default_rng(2)
     x, kernel = generator.normal(size=(1, 5, 6, 2)), generator.normal(size=(3, 3, 2, 1))
-    for padding, mode in (("SAME", "same"), ("VALID", "valid")):
+    modes: dict[absorption_with_padding.Padding, Any] = {"SAME": "same", "VALID": "valid"}
+    for padding, mode in modes.items():
         expected = sum(
             signal.correlate2d(x[0, :, :, i], kernel[:, :, i, 0], mode=mode) for i in range(2)
         )
@@ -170,8 +172,8 @@ def test_an_absorbed_norm_is_wrong_at_the_border_alone():
         lambda leaf: jnp.asarray(generator.uniform(0.2, 1, leaf.shape), jnp.float32),
         jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False)),
     )
-    labels = model.apply(variables, x, train=False).argmax(-1)
-    found = absorption_with_padding.evaluate(variables, Part(x, labels))
+    logits: Any = model.apply(variables, x, train=False)
+    found = absorption_with_padding.evaluate(variables, Part(x, logits.argmax(-1)))
     assert found.accuracy == 100
     np.testing.assert_allclose(found.error[1:-1, 1:-1], 0, atol=1e-5)
     assert (np.delete(found.error.ravel(), np.arange(64).reshape(8, 8)[1:-1, 1:-1]) > 1e-3).all()

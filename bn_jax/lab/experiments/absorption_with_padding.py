@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax._core.types import BatchStats, Params
 from bn_jax._fold import absorb_scale, as_affine, fold
 from bn_jax.lab.experiments.figures import PERCENT, points
 from bn_jax.lab.experiments.nets import BATCH_NORM
@@ -96,8 +95,8 @@ class Drawn(NamedTuple):
         x: [n, height, width, features].
     """
 
-    params: Params
-    stats: BatchStats
+    params: Any
+    stats: Any
     kernel: Any
     x: Any
 

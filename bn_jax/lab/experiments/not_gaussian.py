@@ -32,7 +32,7 @@ EXAMPLES, FEATURES = 256, 8
 TOLERANCE = 1e-9
 PIXELS = 32
 WIDTHS = 32, 32, 32
-RATES = 0.03, 0.1, 0.3, 1.0, 3.0
+RATES = 0.1, 0.3, 1.0, 3.0, 10.0
 BATCH_SIZE = 64
 ITERATIONS, EPSILON = 24, 1e-6
 # Half the excess kurtosis of a uniform distribution, or of a logistic one.

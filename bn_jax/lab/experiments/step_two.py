@@ -101,7 +101,7 @@ class Drawn(NamedTuple):
 
     inputs: Any
     below: Any
-    params: Params
+    params: Any
     above: Any
 
 

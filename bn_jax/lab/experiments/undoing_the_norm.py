@@ -40,7 +40,7 @@ WIDTHS, BATCH_SIZE = (64, 64, 64), 64
 EVERY = 20
 # The optimizers, and their rates.
 OPTIMIZERS: Mapping[str, tuple[MakeOptimizer, tuple[float, ...]]] = {
-    "SGD": (optax.sgd, (0.03, 0.1, 0.3, 1.0, 3.0)),
+    "SGD": (optax.sgd, (0.1, 0.3, 1.0, 3.0, 10.0)),
     "Adam": (optax.adam, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
 # A norm whose scale and bias are trained to give the input back.
@@ -228,7 +228,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
             ("scales", "-", "scale and deviation"),
             ("biases", "--", "bias and mean"),
         ):
-            options = {"color": f"C{place}", "linestyle": style}
+            options: dict[str, Any] = {"color": f"C{place}", "linestyle": style}
             label = f"{name}: {which}"
             band(alike, steps[1:], of_one[key], label, within=(-1, 1), **options)
     apart.axhline(UNDONE, color="gray", linestyle=":", zorder=5)

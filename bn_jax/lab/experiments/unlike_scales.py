@@ -186,8 +186,7 @@ def invariance(setting: Setting) -> Any:
 
         def normalize(x: jax.Array) -> jax.Array:
             batch_stats = init_batch_stats(FEATURES, dtype=x.dtype)
-            options = {"use_running_average": False, "epsilon": NO_EPSILON}
-            return batch_norm({}, batch_stats, x, **options)[0]
+            return batch_norm({}, batch_stats, x, use_running_average=False, epsilon=NO_EPSILON)[0]
 
         def error(x: jax.Array, exponents: jax.Array) -> jax.Array:
             scaled = rescale(x, exponents, POWERS[-1])
@@ -264,7 +263,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     for name, values in curves["number"].items():
         place, which = name.split(", ")
         color = "C0" if which == "norm" else "C1"
-        options = {"linestyle": styles[place], "color": color, "marker": "o"}
+        options: dict[str, Any] = {"linestyle": styles[place], "color": color, "marker": "o"}
         band(numbers, powers, np.log10(np.asarray(values, float)), name, **options)
     numbers.set(ylabel="log10 of the condition number of the Gram matrix")
     by_power.set(ylabel="test accuracy (%)")
