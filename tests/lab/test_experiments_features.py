@@ -94,7 +94,7 @@ def test_the_bound_on_correlations_is_an_ellipse_whose_axes_differ_by_a_tenth():
 def test_a_norm_keeps_kurtosis_and_correlations():
     changes = not_gaussian.identities(Setting(seeds=2))
     assert sorted(changes) == ["22a", "22b", "22c"]
-    assert max(values.max() for values in changes.values()) <= not_gaussian.TOLERANCE
+    assert np.max(list(changes.values())) <= not_gaussian.TOLERANCE
 
 
 def test_whitened_values_are_uncorrelated():
@@ -106,10 +106,11 @@ def test_whitened_values_are_uncorrelated():
 
 def test_pixels_are_chosen_by_how_often_they_are_not_empty():
     x = np.full((2, 4, 5), -1.0)
-    x[:, :, 1] = [[-1, 2, 3, 4], [-1, 2, 3, 4]]
-    x[:, 0, 3] = 7
+    x[:, :, 1] = [-1, 2, 2, 20]
+    x[:, :2, 3] = 7
     x[0, :2, 4] = 1
-    assert not_gaussian.used_pixels(x, 2).tolist() in ([1, 3], [1, 4])
+    assert not_gaussian.used_pixels(x, 1).tolist() == [1]
+    assert not_gaussian.used_pixels(x, 2).tolist() == [1, 3]
     assert not_gaussian.used_pixels(x, 3).tolist() == [1, 3, 4]
 
 
@@ -155,11 +156,11 @@ def test_scales_have_their_range_and_normalizing_removes_them():
 @pytest.mark.parametrize("name", which_part.PARTS)
 def test_a_part_of_a_norm(name):
     part = which_part.PARTS[name]
-    x = np.random.default_rng(7).normal(2, 3, (40, 2))
+    x = np.random.default_rng(7).normal(0.1, 0.01, (40, 2))
     expected = x - (x.mean(0) if part.mean else 0)
     expected = expected / (np.sqrt(x.var(0) + which_part.EPSILON) if part.variance else 1)
     found = which_part.normalize(jnp.asarray(x), part, x.mean(0), x.var(0))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_gradients_pass_the_statistics_unless_they_are_detached():
@@ -193,7 +194,7 @@ def test_the_whole_norm_is_batch_norm():
 
 def test_a_bias_below_a_detached_mean_grows_for_ever():
     errors = which_part.bias_below(Setting(seeds=2))
-    assert max(leaf.max() for leaf in jax.tree.leaves(errors)) <= which_part.TOLERANCE
+    assert np.max(np.stack(jax.tree.leaves(errors))) <= which_part.TOLERANCE
 
 
 def test_only_the_scale_can_be_left_untrained():

@@ -420,9 +420,9 @@ EXPERIMENT = Experiment(
         "from 0.03 to 10; a rate is stable if it ends with a validation accuracy of a half"
     ),
     limits=(
-        "One depth, and rates a quarter of a decade apart: ratios are powers of 1.8. A part that does "
-        "not arrive counts with all of its steps, and where no rate is stable, the smallest one "
-        "stands for it in 25f and 25g: both can only hide a difference."
+        "One depth, and rates a quarter of a decade apart: ratios are powers of 1.8. A part that "
+        "does not arrive counts with all of its steps, and where no rate is stable, the smallest "
+        "one stands for it in 25f and 25g: both can only hide a difference."
     ),
     run=run,
     draw=draw,
