@@ -265,7 +265,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         color = "C0" if which == "norm" else "C1"
         options: dict[str, Any] = {"linestyle": styles[place], "color": color, "marker": "o"}
         band(numbers, powers, np.log10(np.asarray(values, float)), name, **options)
-    numbers.set(ylabel="log10 of the condition number of the Gram matrix")
+    numbers.set(ylabel="Gram matrix: log10 of the condition number")
     by_power.set(ylabel="test accuracy (%)")
     for axes in (by_power, numbers):
         axes.set(xscale="log", xlabel="largest scale of a feature over the smallest")
