@@ -412,7 +412,10 @@ EXPERIMENT = Experiment(
     number=18,
     name="step_two",
     claim="Scale and bias give back every function, and set mean and deviation by themselves",
-    source="Goodfellow, Bengio & Courville 2016, section 8.7.1; Ioffe & Szegedy 2015",
+    source=(
+        "Goodfellow, Bengio & Courville 2016, section 8.7.1; Ioffe & Szegedy 2015; Batch "
+        "Normalization and Bounded Activation Functions, 2023"
+    ),
     sub_claims=(
         SubClaim(
             "18a",
@@ -437,7 +440,7 @@ EXPERIMENT = Experiment(
             "the mean of the output is the bias, whatever the layers below do",
             "relative error of the mean, and its gradient by the weights below",
             Identity(TOLERANCE),
-            Published("the mean is beta alone", "V"),
+            Published("the mean is beta alone", "R"),
         ),
         SubClaim(
             "18d",
@@ -495,6 +498,7 @@ EXPERIMENT = Experiment(
             "after the activation, a norm does not do so: more values are saturated",
             f"share of values beyond {SATURATED}, norm after minus before (points)",
             Above(0.0),
+            Published("extreme saturation before a norm", "V"),
             is_resplit=True,
         ),
         SubClaim(

@@ -298,5 +298,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     easy="That they can: it is a least squares problem in two numbers for each feature.",
-    hard="Why they should: the loss of a classifier has no part that asks for it.",
+    hard="To see them try: in a classifier, the distance from the identity hardly shrinks.",
 )

@@ -427,5 +427,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     easy="What gradients do below a mean that is a constant to them: it is algebra.",
-    hard="To separate the parts: each changes what the others have to do.",
+    hard="What scale and bias alone do: their equivalence needs a fine grid of rates.",
 )
