@@ -1,6 +1,15 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
-from bn_jax.lab.experiments import scale_invariance, unbiased_variance
+from bn_jax.lab.experiments import (
+    adversarial_examples,
+    batch_leakage,
+    batch_noise,
+    ghost_batches,
+    precise_statistics,
+    scale_invariance,
+    small_batches,
+    unbiased_variance,
+)
 from bn_jax.lab.experiments.verdicts import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment"]
@@ -9,6 +18,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         scale_invariance,
+        small_batches,
+        precise_statistics,
         unbiased_variance,
+        batch_noise,
+        ghost_batches,
+        batch_leakage,
+        adversarial_examples,
     )
 }
