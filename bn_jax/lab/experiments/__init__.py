@@ -4,6 +4,7 @@ from bn_jax.lab.experiments import (
     adversarial_examples,
     batch_leakage,
     batch_noise,
+    corruptions,
     ghost_batches,
     precise_statistics,
     scale_invariance,
@@ -19,6 +20,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for module in (
         scale_invariance,
         small_batches,
+        corruptions,
         precise_statistics,
         unbiased_variance,
         batch_noise,

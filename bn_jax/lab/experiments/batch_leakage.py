@@ -42,7 +42,7 @@ GROUP = 2 * PAIRS
 # So many blanks of each label that a network cannot know them by heart.
 BLANKS = 500
 WIDTHS = 64, 64
-RATES = 0.03, 0.1, 0.3, 1.0
+RATES = 0.01, 0.03, 0.1, 0.3, 1.0
 MOMENTUM = 0.9
 SORTED, SHUFFLED, SYNCHRONIZED = ARMS = (
     "per group, sorted",
@@ -147,7 +147,7 @@ def train_arm(setting: Setting, arm: str, steps: int) -> RateSweep[dict[str, Any
 
     trials = Trial(setting.chosen, Digits(**parts), draw_rows("train", 10, steps))
     tests = {name: draw_rows(name, 11 + index, TESTS) for index, name in enumerate(PARTS)}
-    rates = RATES[1:3] if setting.quick else RATES
+    rates = RATES[2:4] if setting.quick else RATES
     return sweep_rates(partial(_train_once, make_model(arm)), rates, trials, tests)
 
 

@@ -402,7 +402,6 @@ EXPERIMENT = Experiment(
             Below(1.0, matters=1 - RATIO),
             reason=f"ours: {RATIO:.0%} would matter",
             scale="ratio",
-            is_resplit=True,
         ),
         SubClaim(
             "12e",
@@ -412,15 +411,14 @@ EXPERIMENT = Experiment(
             Below(1.0, matters=1 - RATIO),
             reason=f"ours: {RATIO:.0%} would matter",
             scale="ratio",
-            is_resplit=True,
         ),
     ),
     protocol=(
         "MLP 64-64-64-10, as initialized and after 200 steps on digits, then frozen; batches of "
         "M = 4 to 128 drawn with replacement; ratios are means over the inputs of 128 units; for "
         f"12d and 12e trained on {FEW} digits in 400 steps with batches of {BATCH_SIZE}, whose "
-        "ghost batches of M share statistics, all at one rate, the best on the validation part, and "
-        "tested with the statistics of all examples"
+        "ghost batches of M share statistics, all at one rate, the best on the validation part, "
+        "and tested with the statistics of all examples"
     ),
     limits=(
         "The formula for s_B is of first order in 1 / M and is held to its bound from "

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -12,10 +13,13 @@ from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
+    Digits,
+    Part,
     Trial,
     accuracy,
     cross_entropy,
-    draw_trials,
+    draw_batches,
+    load_digits,
     train_trial,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -32,10 +36,12 @@ from bn_jax.linen import BatchNorm
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LARGE, SMALL = 512, 32
+# So few examples are trained on that networks err on what they have not seen, which is all others.
+FEW = 512
+LARGE, SMALL = 256, 32
 GHOSTS = 2, 4, 8, 32, 128, LARGE
 WIDTHS = 64, 64
-RATES = 0.03, 0.1, 0.3, 1.0, 3.0
+RATES = 0.1, 0.3, 1.0, 3.0, 10.0
 MOMENTUM = 0.9
 
 
@@ -55,8 +61,8 @@ class Measured(NamedTuple):
 
     Attributes:
         validation: accuracies on the validation part, in percent.
-        test: accuracies on the test part, in percent.
-        loss: the loss on the test part, in nats.
+        test: accuracies on unseen digits, in percent.
+        loss: the loss on unseen digits, in nats.
     """
 
     validation: Any
@@ -80,14 +86,25 @@ def train_arm(setting: Setting, arm: Arm, examples: int) -> Chosen[Measured]:
     def run(rate: jax.Array, trial: Trial) -> Outcome[Measured]:
         digits = trial.digits
         variables = train_trial(model, optax.sgd(rate), trial)
-        logits: Any = model.apply(variables, digits.test.x, train=False)
+        unseen = unseen_digits(digits)
+        logits: Any = model.apply(variables, unseen.x, train=False)
         validation = accuracy(model, variables, digits.validation)
-        test = accuracy(model, variables, digits.test)
-        loss = cross_entropy(logits, digits.test.y)
+        test = accuracy(model, variables, unseen)
+        loss = cross_entropy(logits, unseen.y)
         return Outcome(validation, Measured(100 * validation, 100 * test, loss))
 
-    trials = draw_trials(setting.chosen, examples // arm.batch, arm.batch)
+    batches = draw_batches(setting.chosen, FEW, examples // arm.batch, arm.batch)
+    trials = Trial(setting.chosen, load_digits(setting.chosen), batches)
     return sweep_rates(run, RATES, trials).best_for_all_seeds()
+
+
+def unseen_digits(digits: Digits) -> Part:
+    """Returns the test part and all training examples but the first `FEW`, of one seed."""
+    x, y = (
+        jnp.concatenate([test, train[FEW:]])
+        for test, train in zip(digits.test, digits.train, strict=True)
+    )
+    return Part(x, y)
 
 
 def compare(measured: Mapping[Arm, Measured]) -> dict[str, Any]:
@@ -128,8 +145,8 @@ def run(setting: Setting) -> Result:
             for arm, of_arm in measured.items()
             for what, values in (
                 ("validation accuracy (%)", of_arm.validation),
-                ("test accuracy (%)", of_arm.test),
-                ("test loss (nats)", of_arm.loss),
+                ("accuracy on unseen digits (%)", of_arm.test),
+                ("loss on unseen digits (nats)", of_arm.loss),
             )
         ],
         rates={str(arm): of_arm.rate for arm, of_arm in chosen.items()},
@@ -150,9 +167,12 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         axes.axhline(0, color="gray", linestyle=":", zorder=3)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("examples that share statistics")
-    panels[0].set_ylabel(f"test accuracy minus that of {LARGE} (points)")
-    panels[1].set_ylabel(f"test loss minus that of {LARGE} (nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    panels[0].set_ylabel(f"accuracy on unseen digits minus that of {LARGE} (points)")
+    panels[1].set_ylabel(f"loss on unseen digits minus that of {LARGE} (nats)")
+    panels[0].set_yscale("symlog", linthresh=1)
+    panels[1].set_yscale("symlog", linthresh=0.02)
+    panels[0].legend(loc="lower right")
+    panels[1].legend(loc="upper right")
 
 
 EXPERIMENT = Experiment(
@@ -165,30 +185,30 @@ EXPERIMENT = Experiment(
             "13a",
             "ghosts beat the whole",
             "with the statistics of ghost batches, a large batch generalizes better",
-            f"test accuracy with batches of {LARGE}, ghosts of the size that is best on the "
-            "validation part minus none (points)",
+            f"accuracy on unseen digits with batches of {LARGE}, ghosts of the size that is best "
+            "on the validation part minus none (points)",
             Above(0.0),
             Published("89.30 -> 90.50 (CIFAR-10), 97.55 -> 97.60 (MNIST)", "R"),
-            is_resplit=True,
         ),
         SubClaim(
             "13b",
             "the gap that they close",
             "without ghosts, large batches generalize worse than small ones in as many epochs",
-            f"test accuracy with batches of {SMALL} minus {LARGE}, each at its best rate (points)",
+            f"accuracy on unseen digits with batches of {SMALL} minus {LARGE}, each at its best "
+            "rate (points)",
             Above(0.0),
             Published("89.30 against 92.83 (CIFAR-10), 97.55 against 98.27 (MNIST)", "R"),
-            is_resplit=True,
         ),
     ),
     protocol=(
-        f"MLP 64-64-64-10 on digits, batches of {LARGE} with ghost batches of 2 to 128 or none, "
-        f"and batches of {SMALL}, 61,440 examples each; constant rates 0.03 to 3, chosen for each "
-        "arm on the validation part, as is the size of the ghosts for 13a"
+        f"MLP 64-64-64-10 on {FEW} digits, 60 epochs with batches of {LARGE}, ghost batches of 2 "
+        f"to 128 or none, and with batches of {SMALL}; tested on 1,106 unseen digits; constant "
+        "rates 0.1 to 10, chosen for each arm on the validation part, as is the size of the ghosts "
+        "for 13a"
     ),
     limits=(
-        "Two batches are an epoch, and the network soon knows them by heart. 359 test digits "
-        "resolve 0.3 points a seed."
+        "Two batches are an epoch, and the network soon knows them by heart. The intervals are "
+        "about splits of these digits alone."
     ),
     run=run,
     draw=draw,
