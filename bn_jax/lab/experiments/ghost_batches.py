@@ -41,8 +41,10 @@ FEW = 512
 LARGE, SMALL = 256, 32
 GHOSTS = 2, 4, 8, 32, 128, LARGE
 WIDTHS = 64, 64
-RATES = 0.1, 0.3, 1.0, 3.0, 10.0
+RATES = 0.03, 0.1, 0.3, 1.0, 3.0, 10.0
 MOMENTUM = 0.9
+# The smallest difference that matters, in points.
+MATTERS = 0.5
 
 
 class Arm(NamedTuple):
@@ -187,8 +189,9 @@ EXPERIMENT = Experiment(
             "with the statistics of ghost batches, a large batch generalizes better",
             f"accuracy on unseen digits with batches of {LARGE}, ghosts of the size that is best "
             "on the validation part minus none (points)",
-            Above(0.0),
+            Above(0.0, matters=MATTERS),
             Published("89.30 -> 90.50 (CIFAR-10), 97.55 -> 97.60 (MNIST)", "R"),
+            "ours: half a point would matter; MNIST's 0.05 could not be told from none",
         ),
         SubClaim(
             "13b",
@@ -203,8 +206,8 @@ EXPERIMENT = Experiment(
     protocol=(
         f"MLP 64-64-64-10 on {FEW} digits, 60 epochs with batches of {LARGE}, ghost batches of 2 "
         f"to 128 or none, and with batches of {SMALL}; tested on 1,106 unseen digits; constant "
-        "rates 0.1 to 10, chosen for each arm on the validation part, as is the size of the ghosts "
-        "for 13a"
+        "rates 0.03 to 10, chosen for each arm on the validation part, as is the size of the "
+        "ghosts for 13a"
     ),
     limits=(
         "Two batches are an epoch, and the network soon knows them by heart. The intervals are "

@@ -183,7 +183,7 @@ def compare(wrong: Mapping[str, Any]) -> dict[Average, Stretches]:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    steps = 100 if setting.quick else 400
+    steps = 300 if setting.quick else 400
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     rate = choose_rate(trials)
     setting.advance(0.2)
