@@ -117,8 +117,10 @@ def test_entropy_is_lowered_from_where_adaptation_ends(mlp):
     x = generator.normal(size=(2, 3, 40, 64)).astype(np.float32)
     y = generator.integers(0, 10, (2, 3, 40))
     adapted = corruptions.adapted_errors("MLP", mlp, x, y, prior=0.0)
-    still, moved = corruptions.entropy_errors(corruptions.MODELS["MLP"], mlp, x, y, [0.0, 3.0])
+    rates = [[0.0] * 3, [3.0, 0.0, 3.0]]
+    still, moved = corruptions.entropy_errors(corruptions.MODELS["MLP"], mlp, x, y, rates)
     assert_close(still, adapted, tolerance=1e-6)
+    assert_close(moved[:, 1], adapted[:, 1], tolerance=1e-6)
     assert (moved != adapted).any()
 
 

@@ -69,7 +69,7 @@ def test_one_rate_is_the_best_for_all_sizes_together():
     found = batch_noise.choose_together(swept)
     assert found.rate == (1.0, False)
     for losses in found.losses.values():
-        np.testing.assert_allclose(losses, [[0.8, 0.8], [8, 8]])
+        np.testing.assert_allclose(losses, np.array([[0.8, 0.8], [8.0, 8.0]]))
 
 
 def test_precise_statistics():

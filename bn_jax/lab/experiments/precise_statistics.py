@@ -229,7 +229,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
         label = f"momentum {average.momentum}" + (
             ", started from precise statistics" if average.warm else ""
         )
-        options = {
+        options: dict[str, Any] = {
             "color": f"C{MOMENTA.index(average.momentum)}",
             "linestyle": ":" if average.warm else "-",
         }
