@@ -293,5 +293,9 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     easy="The factor itself.",
-    hard="That it matters can be seen only where batches are too small to be used.",
+    hard=(
+        "That it matters: networks that were trained with batches of 2 to 8 are no more accurate "
+        "with it, for the scale of all activations hardly changes an answer, and those of 2 and 4 "
+        "have a higher test loss."
+    ),
 )
