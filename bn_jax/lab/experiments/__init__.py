@@ -2,12 +2,19 @@
 
 from bn_jax.lab.experiments import (
     absorption_with_padding,
+    adversarial_examples,
+    batch_leakage,
+    batch_noise,
+    corruptions,
     decoupling,
+    ghost_batches,
     hessian,
     not_gaussian,
+    precise_statistics,
     scale_and_bias_alone,
     scale_invariance,
     sigmoid_training,
+    small_batches,
     smoothness,
     step_two,
     unbiased_variance,
@@ -24,10 +31,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         scale_invariance,
+        small_batches,
+        corruptions,
+        precise_statistics,
         unbiased_variance,
         sigmoid_training,
         smoothness,
         whitening,
+        batch_noise,
+        ghost_batches,
+        batch_leakage,
         scale_and_bias_alone,
         hessian,
         decoupling,
@@ -37,5 +50,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         unlike_scales,
         which_part,
         absorption_with_padding,
+        adversarial_examples,
     )
 }
