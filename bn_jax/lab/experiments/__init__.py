@@ -1,6 +1,11 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
-from bn_jax.lab.experiments import scale_invariance, unbiased_variance
+from bn_jax.lab.experiments import (
+    gradient_explosion,
+    high_order_effects,
+    scale_invariance,
+    unbiased_variance,
+)
 from bn_jax.lab.experiments.verdicts import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment"]
@@ -9,6 +14,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         scale_invariance,
+        gradient_explosion,
         unbiased_variance,
+        high_order_effects,
     )
 }
