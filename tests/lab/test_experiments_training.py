@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from bn_jax.lab.experiments import (
-    large_rates,
     scale_and_bias_alone,
     sigmoid_training,
     smoothness,
     step_two,
 )
-from bn_jax.lab.experiments.selection import RateSweep
 from bn_jax.lab.experiments.verdicts import Setting
 
 
@@ -33,29 +31,6 @@ def test_saturated_values_and_dead_units():
     inputs = jnp.array([[[3.0, -1.0], [-3.0, -2.0]], [[0.0, 1.0], [0.5, 0.0]]])
     assert step_two.useless_share("tanh", inputs) == pytest.approx(3 / 8)
     assert step_two.useless_share("ReLU", inputs) == pytest.approx(1 / 4)
-
-
-def test_the_largest_stable_rate_is_the_last_within_reach():
-    accuracies = np.array([[0.9, 0.1, 0.1], [0.4, 0.5, 0.2], [0.7, 0.1, 0.1], [0.1, 0.1, 0.1]])
-    np.testing.assert_array_equal(large_rates.largest_stable(accuracies), [2, 1, -1])
-
-
-def test_arms_are_compared_at_a_tenth_of_the_rate_that_is_stable_without():
-    places = np.arange(len(large_rates.RATES))
-    validation = {arm: np.where(places <= last, 0.9, 0.1) for arm, last in ARMS_LAST.items()}
-    swept = {
-        arm: RateSweep(large_rates.RATES, values[:, None], (values - factor * places)[:, None])
-        for (arm, values), factor in zip(validation.items(), (0.01, 0.02), strict=True)
-    }
-    comparison = large_rates.compare(swept)
-    np.testing.assert_array_equal(comparison.ratios, [10])
-    np.testing.assert_allclose(comparison.gaps, [0.02 - 0.01])
-    swept["no norm"].validation[:] = 0.1
-    comparison = large_rates.compare(swept)
-    assert np.isnan(comparison.ratios).all() and np.isnan(comparison.gaps).all()
-
-
-ARMS_LAST = {"batch norm": 7, "no norm": 4}
 
 
 def test_steps_until_the_goal_is_first_reached():

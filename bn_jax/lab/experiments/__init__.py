@@ -3,6 +3,8 @@
 from bn_jax.lab.experiments import (
     gradient_explosion,
     high_order_effects,
+    large_rates,
+    residual_identity,
     scale_invariance,
     unbiased_variance,
 )
@@ -16,6 +18,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         scale_invariance,
         gradient_explosion,
         unbiased_variance,
+        large_rates,
+        residual_identity,
         high_order_effects,
     )
 }

@@ -1,6 +1,6 @@
 """Claim 19: batch norm removes what an update does beyond its first order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,22 +81,25 @@ def change(function: Callable[[Any], jax.Array], params: Any, update: Any) -> Ch
     return Change(function(jax.tree.map(jnp.add, params, update)) - before, first)
 
 
-def chain(weights: jax.Array, x: jax.Array, *, normalize: bool) -> jax.Array:
+def chain(weights: jax.Array, x: jax.Array, depth: Any, *, normalize: bool) -> jax.Array:
     """Computes ``y = x w1 ... wl``, a network of one unit per layer.
 
     Args:
         weights: [layers].
         x: [n].
-        normalize: whether to normalize the input of every weight but the first.
+        depth: the number l of weights that are used, an integer.
+        normalize: whether to normalize the input of every weight.
 
     Returns:
         [n].
     """
-    for index, weight in enumerate(weights):
-        if normalize and index > 0:
-            x = _normalize(x[:, None], NO_EPSILON)[:, 0]
-        x = x * weight
-    return x
+
+    def apply(x: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        index, weight = given
+        normalized = _normalize(x[:, None], NO_EPSILON)[:, 0] if normalize else x
+        return jnp.where(index < depth, normalized * weight, x), None
+
+    return jax.lax.scan(apply, x, (jnp.arange(len(weights)), weights))[0]
 
 
 def _normalize(x: jax.Array, epsilon: float) -> jax.Array:
@@ -118,30 +121,35 @@ class ChainErrors(NamedTuple):
     with_norm: Any
 
 
-def measure_chain(seed: jax.Array, depth: int) -> ChainErrors:
+def measure_chain(seed: jax.Array, depth: jax.Array) -> ChainErrors:
     """Measures a chain whose outputs are to shrink: the loss is the mean of ``y^2 / 2``.
 
     Args:
         seed: the seed of weights, near 1, and of the white input.
-        depth: the number of weights.
+        depth: the number of weights, an integer of at most `DEEP`.
     """
     for_weights, for_input = jax.random.split(jax.random.key(seed))
-    weights = 1 + SPREAD * jax.random.normal(for_weights, (depth,), jnp.float64)
+    weights = 1 + SPREAD * jax.random.normal(for_weights, (DEEP,), jnp.float64)
     x = jax.random.normal(for_input, (EXAMPLES,), jnp.float64)
+
+    def beyond(function: Callable[[jax.Array], jax.Array], gradient: jax.Array) -> jax.Array:
+        return jax.vmap(lambda step: change(function, weights, -step * gradient).beyond)(
+            jnp.asarray(STEPS)
+        )
 
     def gradient_of(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return jax.grad(lambda weights: jnp.mean(function(weights) ** 2) / 2)(weights)
 
-    def beyond(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        gradient = gradient_of(function)
-        return jnp.stack([change(function, weights, -step * gradient).beyond for step in STEPS])
-
-    plain = partial(chain, x=x, normalize=False)
+    plain = partial(chain, x=x, depth=depth, normalize=False)
+    normalized = partial(chain, x=x, depth=depth, normalize=True)
     gradient = gradient_of(plain)
-    second = _second_order(plain, weights, gradient) / 2
-    error = relative_error(second, second_order_formula(weights, gradient) * x)
-    normalized = partial(chain, x=x, normalize=True)
-    return ChainErrors(error, beyond(plain), beyond(normalized))
+    used = jnp.arange(DEEP) < depth
+    formula = second_order_formula(jnp.where(used, weights, 1), gradient) * x
+    return ChainErrors(
+        relative_error(_second_order(plain, weights, gradient) / 2, formula),
+        beyond(plain, gradient),
+        beyond(normalized, gradient_of(normalized)),
+    )
 
 
 def _second_order(
@@ -300,38 +308,34 @@ def failing_rate(decrease: Any) -> Any:
     return np.where(fails.any(-1), rate, np.nan)
 
 
-def measure_networks(setting: Setting) -> dict[str, Step]:
-    """Measures a step of every arm and depth, each array [depths, seeds, ...]."""
+def measure_networks(setting: Setting, arms: Iterable[str] = tuple(ARMS)) -> dict[str, Step]:
+    """Measures a step of some arms at every depth, each array [depths, seeds, ...]."""
     train = load_digits(setting.chosen).train
     x, y = train.x[:, :BATCH_SIZE], train.y[:, :BATCH_SIZE]
     depths = np.repeat(np.asarray(DEPTHS, np.int32), setting.seeds)
-    repeat = partial(np.tile, A=len(DEPTHS))
-    places = repeat(np.arange(setting.seeds))
+    places = np.tile(np.arange(setting.seeds), len(DEPTHS))
     steps = {}
-    for arm, layer in ARMS.items():
-        run = partial(measure_step, layer=layer)
-        found = map_runs(run, repeat(setting.chosen), depths, x[places], y[places])
+    for arm in arms:
+        run = partial(measure_step, layer=ARMS[arm])
+        found = map_runs(run, setting.chosen[places], depths, x[places], y[places])
         steps[arm] = Step(
             *(
                 np.asarray(leaf, np.float64).reshape(len(DEPTHS), setting.seeds, *leaf.shape[1:])
                 for leaf in found
             )
         )
-        setting.advance(0.3)
+        setting.advance(0.1)
     return steps
 
 
 def measure_chains(setting: Setting) -> dict[int, ChainErrors]:
     """Measures the chain of every depth, each array [seeds, ...]."""
     with jax.enable_x64(True):
+        of_seeds = jax.vmap(measure_chain, (0, None))
+        found = jax.jit(jax.vmap(of_seeds, (None, 0)))(setting.chosen, np.asarray(DEPTHS))
         return {
-            depth: ChainErrors(
-                *map(
-                    np.asarray,
-                    jax.jit(jax.vmap(partial(measure_chain, depth=depth)))(setting.chosen),
-                )
-            )
-            for depth in DEPTHS
+            depth: ChainErrors(*(np.asarray(leaf[index]) for leaf in found))
+            for index, depth in enumerate(DEPTHS)
         }
 
 
