@@ -1,12 +1,14 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
 from bn_jax.lab.experiments import (
+    affine_only,
     gradient_explosion,
     high_order_effects,
     large_rates,
     residual_identity,
     scale_invariance,
     unbiased_variance,
+    vanishing_gradients,
 )
 from bn_jax.lab.experiments.verdicts import Experiment
 
@@ -21,5 +23,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         large_rates,
         residual_identity,
         high_order_effects,
+        affine_only,
+        vanishing_gradients,
     )
 }

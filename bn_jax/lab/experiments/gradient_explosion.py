@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_jax as bn
-from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.figures import band, points
 from bn_jax.lab.experiments.nets import NO_EPSILON_FLOAT32
 from bn_jax.lab.experiments.verdicts import (
     Experiment,
@@ -448,11 +448,11 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_layer.legend(fontsize="x-small")
     sizes = np.geomspace(min(BATCHES), max(BATCHES), 100)
     for name, growth in curves["growth"].items():
-        band(by_size, list(BATCHES), growth, name, marker="o", linestyle="none")
+        points(by_size, list(BATCHES), growth, name, markersize=4)
         by_size.plot(sizes, GROWTH[name](sizes), color="gray", linestyle=":", zorder=3)
     limit = np.pi / (np.pi - 1)
     by_size.axhline(limit, color="gray", linewidth=0.5)
-    by_size.annotate(r"$\pi / (\pi - 1)$", (min(BATCHES), limit), va="top")
+    by_size.annotate(r"$\pi / (\pi - 1)$", (max(BATCHES), limit), va="top", ha="right")
     by_size.set(xscale="log", xlabel="batch size", ylabel="growth per layer (dotted: theory)")
     by_size.set_xticks(list(BATCHES), list(map(str, BATCHES)), minor=False)
     by_size.set_xticks([], minor=True)

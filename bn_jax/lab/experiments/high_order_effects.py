@@ -1,5 +1,6 @@
 """Claim 19: batch norm removes what an update does beyond its first order."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -397,31 +398,39 @@ def run(setting: Setting) -> Result:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the chain by depth, the loss along the gradient, and where its prediction fails."""
     by_depth, by_rate, failing = figure.subplots(1, 3)
+    colors = {arm: f"C{index}" for index, arm in enumerate(ARMS)}
     for arm, values in curves["chain"].items():
-        band(by_depth, DEPTHS, values, arm, marker="o")
-    by_depth.plot(DEPTHS, beyond_at_unit_weights(DEPTHS), color="gray", linestyle=":", zorder=3)
-    by_depth.plot([], [], color="gray", linestyle=":", label="all weights 1")
+        band(by_depth, DEPTHS, values, arm, marker="o", color=colors[arm])
+    by_depth.plot(
+        DEPTHS,
+        beyond_at_unit_weights(DEPTHS),
+        color="gray",
+        linestyle=":",
+        zorder=3,
+        label="all weights 1",
+    )
     by_depth.set(
         xlabel="weights in y = x w1 ... wl",
         ylabel=f"change beyond first order, step {STEPS[-1]:g}",
     )
     by_depth.legend(fontsize="small")
-    for name, values in curves["decrease"].items():
-        arm, depth = name.rsplit(", depth ", 1)
-        color = f"C{list(ARMS).index(arm)}"
-        line = "-" if int(depth) == DEEP else "--"
-        medians = np.nanmedian(np.asarray(values, np.float64), 1)
-        by_rate.plot(GRID, medians, color=color, linestyle=line, label=name)
+    for arm, depth in itertools.product(ARMS, (SHALLOW, DEEP)):
+        values = np.asarray(curves["decrease"][f"{arm}, depth {depth}"], np.float64)
+        line = "-" if depth == DEEP else "--"
+        name = f"{arm}, {depth} layers"
+        by_rate.plot(GRID, np.nanmedian(values, 1), line, color=colors[arm], label=name)
     by_rate.axhline(FAILS, color="gray", linewidth=0.8)
     by_rate.set(
         xscale="log",
-        ylim=(-0.5, 1.5),
+        ylim=(-0.25, 1.9),
         xlabel="learning rate of a step",
         ylabel="decrease of the loss over its prediction\n(median)",
     )
-    by_rate.legend(fontsize="x-small", loc="lower left")
-    for arm, values in curves["rate"].items():
-        band(failing, DEPTHS, np.log10(np.asarray(values, np.float64)), arm, marker="o")
+    by_rate.set_yticks([0, 0.5, 1])
+    by_rate.legend(fontsize="x-small", loc="upper right")
+    for arm in ARMS:
+        values = np.log10(np.asarray(curves["rate"][arm], np.float64))
+        band(failing, DEPTHS, values, arm, marker="o", color=colors[arm])
     failing.set(xlabel="hidden layers", ylabel=r"$\log_{10}$ of the rate where it fails by half")
     failing.legend(fontsize="small")
     for axes in (by_depth, failing):
