@@ -183,8 +183,8 @@ def train_each(setting: Setting, steps: int) -> dict[str, Chosen[dict[str, Any]]
         steps: the number of steps of each training.
 
     Returns:
-        For each norm, at the rate that is best for all seeds: the training "loss", and the "accuracy" on the
-        test part, [seeds].
+        For each norm, at the rate that is best for all seeds: the training "loss", and the
+        "accuracy" on the test part, [seeds].
     """
     trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
     chosen = {}
