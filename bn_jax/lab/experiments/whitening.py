@@ -66,7 +66,7 @@ def distance(covariance: jax.Array) -> jax.Array:
 
 
 def _covariance(x: jax.Array) -> jax.Array:
-    centred = x - x.mean(0)
+    centred = x - x.mean(0, keepdims=True)
     return jnp.matmul(centred.T, centred, precision="highest") / len(x)
 
 
@@ -169,7 +169,7 @@ def uncoupled(x: jax.Array) -> jax.Array:
     def step(root: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         cube = multiply(multiply(root, root), root)
         root = (3 * root - multiply(cube, covariance / trace)) / 2
-        white = multiply(x - x.mean(0), root) / jnp.sqrt(trace)
+        white = multiply(x - x.mean(0, keepdims=True), root) / jnp.sqrt(trace)
         return root, distance(_covariance(white))
 
     return jax.lax.scan(step, jnp.eye(FEATURES), None, length=ITERATIONS)[1]
