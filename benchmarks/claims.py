@@ -1,15 +1,15 @@
-"""The verdicts of the experiments about the claims, repeated with other seeds.
+"""What the experiments find about each sub-claim.
 
-``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` with the seeds from 0 and from 100 on,
-prints the verdicts, and writes ``claims.json``. Each run takes a quarter of an hour. Given two
-folders that ``bn-jax reproduce all`` has written, it reads them instead.
+``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` with 16 seeds, which takes about 25
+minutes on 2 cores, prints the verdicts, and writes ``claims.json``. Given a folder that
+``bn-jax reproduce all`` has written, it reads that instead.
 """
 
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,99 +18,92 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks import report
-from bn_jax.lab.experiments.verdicts import Interval
+from bn_jax.lab.experiments.statistics import Interval
+from bn_jax.lab.experiments.verdicts import Verdict
 
-FIRST_SEEDS = 0, 100
-KEPT = ("number", "claim", "source", "published", "limits", "verdict", "criteria", "reported")
-
-
-def reproduce(folder: Path) -> list[Path]:
-    """Runs all experiments with each of `FIRST_SEEDS`, into subfolders of a folder."""
-    folders = [folder / f"from {first}" for first in FIRST_SEEDS]
-    for first, out in zip(FIRST_SEEDS, folders, strict=True):
-        command = [sys.executable, "-m", "bn_jax.lab.command", "reproduce", "all", "--first-seed"]
-        subprocess.run([*command, str(first), "--out", str(out)], check=True)
-    return folders
+# What is not kept: the curves, which only the figures need.
+LEFT_OUT = "curves", "name", "versions", "platform"
 
 
-def collect(folders: Sequence[Path]) -> dict[str, Any]:
+def reproduce(folder: Path) -> Path:
+    """Runs all experiments into a subfolder of a folder."""
+    out = folder / "claims"
+    command = [sys.executable, "-m", "bn_jax.lab.command", "reproduce", "all", "--out", str(out)]
+    subprocess.run(command, check=True)
+    return out
+
+
+def collect(folder: Path) -> dict[str, Any]:
     """Reads the results of the experiments.
 
     Args:
-        folders: written by ``bn-jax reproduce all``, one for each of `FIRST_SEEDS`.
+        folder: written by ``bn-jax reproduce all``.
 
     Returns:
-        For each claim, by number, the result with the first seeds, without curves, and under
-        `others` the verdicts and measured figures with the other seeds.
+        For each claim, by number, the result without curves.
 
     Raises:
-        ValueError: a folder has other seeds than expected.
+        ValueError: the claims have been run with different seeds.
     """
-    runs = [
-        {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        for folder in folders
-    ]
-    for first, run in zip(FIRST_SEEDS, runs, strict=True):
-        if {result["seeds"][0] for result in run.values()} != {first}:
-            raise ValueError(f"a claim has other seeds than those from {first} on")
-    results, repeated = runs
-    by_number = sorted(results, key=lambda name: results[name]["number"])
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    seeds = {tuple(record["seeds"]) for record in records.values()}
+    if len(seeds) != 1:
+        raise ValueError(f"{folder} has claims with different seeds: {sorted(seeds)}")
     return {
-        "first_seeds": FIRST_SEEDS,
-        "seeds": len(results[by_number[0]]["seeds"]),
-        "claims": {name: _beside(results[name], repeated[name]) for name in by_number},
-    }
-
-
-def _beside(result: Mapping[str, Any], repeated: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a result, and the verdicts and figures of its repetition."""
-    return {key: result[key] for key in KEPT} | {
-        "seconds": [result["seconds"], repeated["seconds"]],
-        "others": {
-            "verdict": repeated["verdict"],
-            "criteria": [
-                {key: criterion[key] for key in ("measured", "verdict")}
-                for criterion in repeated["criteria"]
-            ],
+        "seeds": list(seeds.pop()),
+        "claims": {
+            name: {key: value for key, value in record.items() if key not in (*LEFT_OUT, "seeds")}
+            for name, record in sorted(records.items(), key=lambda item: item[1]["number"])
         },
     }
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Returns two tables: the verdict of each claim, and the figures of each criterion."""
-    first, second = (f"seeds from {seed}" for seed in figures["first_seeds"])
-    verdicts = Table(title=f"Verdicts with two sets of {figures['seeds']} seeds", box=SIMPLE_HEAD)
-    for column in ("claim", "source", first, second):
-        verdicts.add_column(column)
-    measured = Table(
-        title="Measured figures: estimate and 95 % interval, with both sets of seeds",
+    """Returns two tables: how many sub-claims of each claim have each verdict, and all of them."""
+    counts = Table(title="Verdicts on the sub-claims of each claim", box=SIMPLE_HEAD)
+    for column in ("claim", "source"):
+        counts.add_column(column)
+    for verdict in reversed(Verdict):
+        counts.add_column(verdict.value, justify="right")
+    parts = Table(
+        title=f"Every sub-claim, with {len(figures['seeds'])} seeds: the setting that decided",
         box=SIMPLE_HEAD,
     )
-    for column in ("claim", "measured", "published", first, "verdict", second, "verdict"):
-        measured.add_column(column)
+    columns = ("", "statement", "quantity", "published", "bound", "measured", "verdict", "blocks")
+    for column in columns:
+        parts.add_column(column)
     for claim in figures["claims"].values():
-        verdicts.add_row(
+        verdicts = [one["verdict"] for one in claim["sub_claims"]]
+        counts.add_row(
             f"{claim['number']}. {claim['claim']}",
             claim["source"],
-            claim["verdict"],
-            claim["others"]["verdict"],
+            *(str(verdicts.count(verdict) or "") for verdict in reversed(Verdict)),
         )
-        for row in _measured_rows(claim):
-            measured.add_row(*row)
-    return [verdicts, measured]
+        for one in claim["sub_claims"]:
+            parts.add_row(*map(_plain, _cells(one)))
+    return [counts, parts]
 
 
-def _measured_rows(claim: Mapping[str, Any]) -> Iterator[list[str]]:
-    for criterion, other in zip(claim["criteria"], claim["others"]["criteria"], strict=True):
-        yield [
-            str(claim["number"]),
-            _plain(criterion["name"]),
-            _plain(criterion["published"]),
-            _interval(criterion["measured"]),
-            criterion["verdict"],
-            _interval(other["measured"]),
-            other["verdict"],
-        ]
+def _cells(sub_claim: Mapping[str, Any]) -> list[str]:
+    published = f"{sub_claim['published']} ({sub_claim['grade']})"
+    return [
+        sub_claim["key"],
+        sub_claim["statement"],
+        sub_claim["quantity"],
+        published if sub_claim["published"] else "",
+        sub_claim["bound"]["text"],
+        _measured(sub_claim),
+        sub_claim["verdict"],
+        ", ".join(sub_claim["blocks"]),
+    ]
+
+
+def _measured(sub_claim: Mapping[str, Any]) -> str:
+    """Returns what decided, as read from JSON, where null stands for not-a-number."""
+    name = sub_claim["decisive"]
+    measured = sub_claim["settings"][name]["measured"]
+    ends = {end: math.nan if value is None else value for end, value in measured.items()}
+    return f"{name}: {Interval(**ends)}" if name else str(Interval(**ends))
 
 
 def _plain(text: str) -> str:
@@ -118,19 +111,13 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _interval(measured: Mapping[str, float | None]) -> str:
-    """Returns an interval as text, as read from JSON, where null stands for not-a-number."""
-    ends = {name: math.nan if value is None else value for name, value in measured.items()}
-    return str(Interval(**ends))
-
-
 def main() -> None:
     """Runs or reads the experiments, writes the JSON and prints the tables."""
     parser = report.parser("claims", __doc__)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("results", nargs="?", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        figures = collect(arguments.folders or reproduce(Path(folder)))
+        figures = collect(arguments.results or reproduce(Path(folder)))
     report.finish(
         "claims",
         arguments.folder,

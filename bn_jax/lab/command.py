@@ -560,10 +560,13 @@ def _print_saved(folder: Path) -> None:
 def reproduce(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME ... | all]", help="Names or numbers of claims, see --list."),
+        typer.Argument(
+            metavar="[NAME ... | all]",
+            help="Names or numbers of claims, see --list, or Python files that define one.",
+        ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Runs of each kind. Default: 8; with --quick 3.")
+        int | None, typer.Option(help="Runs of each kind. Default: 16; with --quick 3.")
     ] = None,
     first_seed: Annotated[
         int, typer.Option(help="Seed of the first run; other seeds repeat all independently.")
@@ -573,7 +576,7 @@ def reproduce(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Fewer and smaller runs: many claims stay undecided."),
+        typer.Option("--quick", help="Fewer and smaller runs: many stay inconclusive."),
     ] = False,
     processes: Annotated[
         int | None,
@@ -590,15 +593,27 @@ def reproduce(
         ),
     ] = True,
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
+    show: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Print all about one claim and exit.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --show, the results in the folder of a past run."),
+    ] = None,
 ) -> None:
     """Test published claims about batch normalization."""
     require("jax", "rich", "matplotlib", "sklearn", "filelock")
-    from bn_jax.lab import reproduction, tables
+    from bn_jax.lab import findings, reproduction, tables
     from bn_jax.lab.experiments import parallel
 
     if show_list:
-        tables.print_claims(reproduction.EXPERIMENTS.values())
+        tables.print_claims(reproduction.known())
         return
+    if show is not None:
+        findings.print_claim(reproduction.read(show, results))
+        return
+    if results is not None:
+        raise CommandError("--results: needs --show NAME, the claim to print; give it")
     chosen = reproduction.check_names(names or [])
     setting = reproduction.check_setting(seeds, first_seed, quick)
     if processes is not None and processes < 1:
@@ -612,10 +627,10 @@ def reproduce(
         os.environ["XLA_FLAGS"] = f"{COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
     if processes is None:
         processes = reproduction.default_processes()
-    tables.print_verdicts(
+    findings.print_findings(
         reproduction.reproduce(chosen, setting, folder, processes, shows_progress=progress)
     )
-    print(f"Saved in {folder}, with all other measurements and a figure of each claim")
+    print(f"Saved in {folder}: all measurements and a figure of each claim, and forest.png of all")
 
 
 if __name__ == "__main__":

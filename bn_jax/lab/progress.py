@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bn_jax.lab.tables import format_loss
 from bn_jax.lab.terminal import is_animated
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from bn_jax.lab.experiments.verdicts import Experiment, Result
+    from bn_jax.lab.experiments.verdicts import Experiment
     from bn_jax.lab.fitting import Report
 
 __all__ = ["ShowClaim", "ShowReports", "show_claims", "show_training"]
@@ -29,14 +29,14 @@ class ShowClaim(Protocol):
     """Shows the progress of an experiment."""
 
     def __call__(
-        self, experiment: "Experiment", share: float, result: "Result | None" = None, /
+        self, experiment: "Experiment", share: float, record: Mapping[str, Any] | None = None, /
     ) -> None:
         """Shows that a share of an experiment was finished since the last call.
 
         Args:
             experiment: which.
             share: from 0 to 1.
-            result: None until the experiment has ended.
+            record: the contents of its JSON file; None until the experiment has ended.
         """
 
 
@@ -133,18 +133,29 @@ def show_claims(experiments: "Sequence[Experiment]", *, is_wanted: bool) -> Iter
         for experiment in experiments
     }
 
-    def show(experiment: "Experiment", share: float, result: "Result | None" = None) -> None:
+    def show(
+        experiment: "Experiment", share: float, record: Mapping[str, Any] | None = None
+    ) -> None:
         task = tasks[experiment]
         bars.start_task(task)
         bars.advance(task, share)
-        if result is not None:
-            bars.update(task, completed=1.0, verdict=result.verdict)
+        if record is not None:
+            bars.update(task, completed=1.0, verdict=_count(record))
             bars.stop_task(task)
 
     with bars:
         yield show
 
 
-def _print_verdict(experiment: "Experiment", share: float, result: "Result | None" = None) -> None:
-    if result is not None:
-        print(f"{experiment.number} {experiment.name}: {result.verdict}", flush=True)
+def _print_verdict(
+    experiment: "Experiment", share: float, record: Mapping[str, Any] | None = None
+) -> None:
+    if record is not None:
+        print(f"{experiment.number} {experiment.name}: {_count(record)}", flush=True)
+
+
+def _count(record: Mapping[str, Any]) -> str:
+    """Returns how many of the sub-claims of a JSON file were reproduced."""
+    verdicts = [one["verdict"] for one in record["sub_claims"]]
+    reproduced = sum(verdict in ("exact", "reproduced") for verdict in verdicts)
+    return f"{reproduced} of {len(verdicts)} reproduced"

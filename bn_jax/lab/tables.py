@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from bn_jax.lab.experiments.verdicts import Experiment, Interval
-    from bn_jax.lab.experiments.verdicts import Result as Verdicts
+    from bn_jax.lab.experiments.verdicts import Experiment
     from bn_jax.lab.prediction import Predictions
     from bn_jax.lab.results import Result
     from bn_jax.lab.runs import Change, Figures
@@ -20,7 +19,7 @@ __all__ = [
     "print_change",
     "print_claims",
     "print_predictions",
-    "print_verdicts",
+    "print_table",
 ]
 
 PREDICTIONS_SHOWN = 50
@@ -51,7 +50,7 @@ def print_arms(results: "Mapping[str, Result]") -> None:
             str(result.steps_to_target or "never"),
             f"{result.examples_per_second:,.0f}",
         )
-    _print(table)
+    print_table(table)
 
 
 def print_change(change: "Change") -> None:
@@ -65,7 +64,7 @@ def print_change(change: "Change") -> None:
     }
     for name, show in rows.items():
         table.add_row(name, show(change.before), show(change.after))
-    _print(table)
+    print_table(table)
 
 
 def print_claims(experiments: "Iterable[Experiment]") -> None:
@@ -73,7 +72,7 @@ def print_claims(experiments: "Iterable[Experiment]") -> None:
     table = _texts("", "name", "claim", "source", wrapped=("claim", "source"))
     for experiment in experiments:
         table.add_row(str(experiment.number), experiment.name, experiment.claim, experiment.source)
-    _print(table)
+    print_table(table)
 
 
 def print_predictions(predictions: "Predictions") -> None:
@@ -91,7 +90,7 @@ def print_predictions(predictions: "Predictions") -> None:
         for label in (first, second):
             cells += [predictions.class_names[label], f"{row[label]:.1%}"]
         table.add_row(*map(_literal, cells))
-    _print(table)
+    print_table(table)
     more = len(predictions.names) - PREDICTIONS_SHOWN
     if more > 0:
         print(f"and {more:,} more images; --out FILE.csv writes all")
@@ -102,42 +101,6 @@ def _literal(text: str) -> "Text":
     from rich.text import Text
 
     return Text(text.encode(errors="surrogateescape").decode(errors="replace"))
-
-
-def print_verdicts(results: "Mapping[Experiment, Verdicts]") -> None:
-    """Prints what was measured for each claim, and the verdicts."""
-    table = _texts(
-        "claim",
-        "source",
-        "published",
-        "measured",
-        "verdict",
-        wrapped=("claim", "source", "published", "measured"),
-    )
-    table.show_lines = True
-    for experiment, result in results.items():
-        table.add_row(
-            f"{experiment.number} {experiment.name}: {experiment.claim}",
-            experiment.source,
-            experiment.published,
-            "",
-            f"[bold]{result.verdict}[/bold]",
-        )
-        for criterion in result.criteria:
-            table.add_row(
-                criterion.name,
-                "",
-                criterion.published,
-                _format_interval(criterion.measured),
-                criterion.verdict,
-            )
-    _print(table)
-
-
-def _format_interval(measured: "Interval") -> str:
-    if measured.low == measured.estimate == measured.high:
-        return f"{measured.estimate:.3g}"
-    return f"{measured.estimate:.3g} ({measured.low:.3g} to {measured.high:.3g})"
 
 
 def _numbers(first: str, *others: str) -> "Table":
@@ -164,7 +127,7 @@ def _texts(*headers: str, wrapped: Sequence[str]) -> "Table":
     return table
 
 
-def _print(table: "Table") -> None:
+def print_table(table: "Table") -> None:
     """Prints a table, or where it is too wide for the terminal, its rows as paragraphs."""
     from rich.console import Console
     from rich.measure import Measurement

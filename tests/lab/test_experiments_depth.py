@@ -3,49 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-import bn_jax as bn
-from bn_jax.lab.experiments import decoupling, gradient_explosion, hessian
+from bn_jax.lab.experiments import decoupling, hessian
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.linen import BatchNorm
-
-
-@pytest.mark.parametrize("name", ["linear", "ReLU"])
-def test_gradients_grow_through_a_layer_as_theory_says(name):
-    batch_size, features = 8, 100_000
-    generator = np.random.default_rng(0)
-    function = gradient_explosion.ACTIVATIONS[name].function
-
-    def layer(x):
-        statistics = bn.init_batch_stats(features)
-        x, _ = bn.batch_norm({}, statistics, x, use_running_average=False, epsilon=1e-30)
-        return function(x)
-
-    white = generator.standard_normal((2, batch_size, features)).astype(np.float32)
-    # What the layer before gives, as the features of one layer that weights have mixed.
-    covariance = np.cov(layer(white[0]), bias=True)
-    centred = np.eye(batch_size) - 1 / batch_size
-    spread = np.trace(centred @ covariance @ centred) / (batch_size - 1)
-    gradient = white[1] - white[1].mean(0)
-    _, pull = jax.vjp(layer, np.sqrt(spread) * white[0])
-    found = np.sum(np.square(pull(gradient)[0])) / np.sum(gradient**2)
-    assert found == pytest.approx(gradient_explosion.GROWTH[name](batch_size), rel=0.02)
-
-
-def test_gradients_at_every_layer_of_a_network_are_those_at_its_activations(monkeypatch):
-    monkeypatch.setattr(gradient_explosion, "WIDTH", 3)
-    monkeypatch.setattr(gradient_explosion, "BATCHES", {})
-    monkeypatch.setattr(gradient_explosion, "EXAMPLES", 2)
-    found = gradient_explosion.squared_gradients(jnp.int32(5), depth=2)
-    keys = jax.random.split(jax.random.key(5), 3)
-    (shape,) = {(1, 2, 2, 3)}
-    output = jax.random.normal(jax.random.fold_in(keys[2], gradient_explosion.NO_NORM), shape)
-    weights = jax.random.normal(jax.random.split(keys[1], 2)[1], (3, 3)) / np.sqrt(3)
-    at_output = np.sum(np.square(output), (0, 3))
-    linear = np.sum(np.square(np.asarray(output)[0, 0] @ np.asarray(weights).T), -1)
-    np.testing.assert_allclose(found[gradient_explosion.NO_NORM][0], at_output, rtol=1e-5)
-    np.testing.assert_allclose(found[gradient_explosion.NO_NORM][1, 0], linear, rtol=1e-5)
 
 
 def test_the_gradient_behind_a_norm_has_no_part_along_the_weights():

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from support import COMMAND, TRAIN, environment, run_process
 
 from bn_jax import training
-from bn_jax.lab import progress, reproduction, results, runs, tables
-from bn_jax.lab.experiments.verdicts import Interval
+from bn_jax.lab import findings, progress, results, runs, tables
+from bn_jax.lab.experiments import EXPERIMENTS
 
 if sys.platform == "win32":
     pytest.skip("descriptors and terminals are those of POSIX", allow_module_level=True)
@@ -215,7 +215,7 @@ def print_change():
 
 
 def print_claims():
-    tables.print_claims(reproduction.EXPERIMENTS.values())
+    tables.print_claims(EXPERIMENTS.values())
 
 
 TABLES = {
@@ -224,7 +224,7 @@ TABLES = {
         print_change,
         ["milliseconds per batch", "12345.68", "987,654,321", "4e+18", "before", "after"],
     ),
-    "claims": (print_claims, [name for name in reproduction.EXPERIMENTS]),
+    "claims": (print_claims, [name for name in EXPERIMENTS]),
 }
 
 
@@ -245,18 +245,24 @@ def test_a_table_shows_its_values_at_any_width(monkeypatch, capsys, name):
 
 
 def test_a_verdict_shows_its_values_at_any_width(monkeypatch, capsys):
-    experiment, other = list(reproduction.EXPERIMENTS.values())[:2]
-    measured = Interval(0.0123456, -0.0234567, 0.987654)
-    criterion = SimpleNamespace(
-        name="a criterion", published="more", measured=measured, verdict="undecided"
-    )
-    verdicts = SimpleNamespace(verdict="not reproduced", criteria=[criterion])
+    measured = {"estimate": 0.0123456, "low": -0.0234567, "high": 0.987654}
+    part = {
+        "key": "8a",
+        "label": "largest stable rate",
+        "bound": {"kind": "above", "text": "> 0, size 10"},
+        "verdict": "inconclusive",
+        "agree": True,
+        "decisive": "",
+        "settings": {"": {"measured": measured, "seeds_needed": "about 30"}},
+    }
+    record = {"number": 8, "sub_claims": [part], "seeds": [0, 1], "rates": {}}
     for width in (1, 20, 40, 80, 120, 200):
         monkeypatch.setenv("COLUMNS", str(width))
-        tables.print_verdicts({experiment: verdicts, other: verdicts})
+        findings.print_findings([record])
         out, _ = capsys.readouterr()
-        for value in ("0.0123", "-0.0235", "0.988", "undecided", experiment.name, other.name):
+        for value in ("8a", "> 0, size 10", "0.0123", "-0.0235", "0.988", "inconclusive"):
             assert value in out, (width, out)
+        assert "8a about 30" in out
 
 
 LOSSES = {
@@ -275,7 +281,7 @@ LOSSES = {
 def test_losses_of_any_size_are_short(monkeypatch, capsys):
     for loss, text in LOSSES.items():
         assert tables.format_loss(loss) == text
-    experiment = next(iter(reproduction.EXPERIMENTS.values()))
+    experiment = next(iter(EXPERIMENTS.values()))
     report = SimpleNamespace(
         step=2, epoch=1, training=evaluation(4e18), validation=evaluation(4e18)
     )
@@ -283,7 +289,7 @@ def test_losses_of_any_size_are_short(monkeypatch, capsys):
     with progress.show_training(("arm",), 2, 1) as show:
         show("arm", [report])
     with progress.show_claims([experiment], is_wanted=False) as show_nothing:
-        show_nothing(experiment, 1.0, SimpleNamespace(verdict="undecided"))
+        show_nothing(experiment, 1.0, {"sub_claims": [{"verdict": "exact"}]})
     assert capsys.readouterr().out == (
         "arm: epoch 1 of 1, loss 4e+18, validation accuracy 98.77%\n"
     )
@@ -310,7 +316,7 @@ with progress.show_training(arms, 1, 100) as show:
     show(arms[2], [report(100, 4e18)])
 claims = [Record(name="scale_and_bias_alone", number=15), Record(name="hessian", number=16)]
 with progress.show_claims(claims, is_wanted=True) as show:
-    show(claims[0], 0.5, Record(verdict="undecided"))
+    show(claims[0], 0.5, {"sub_claims": [{"verdict": "inconclusive"}]})
 print("done")
 """
 

@@ -1,6 +1,9 @@
 """Published claims about batch normalization, each with a program that tests it."""
 
 from bn_jax.lab.experiments import (
+    absorption_with_padding,
+    adversarial_examples,
+    affine_only,
     batch_leakage,
     batch_noise,
     corruptions,
@@ -8,7 +11,9 @@ from bn_jax.lab.experiments import (
     ghost_batches,
     gradient_explosion,
     hessian,
+    high_order_effects,
     large_rates,
+    not_gaussian,
     precise_statistics,
     residual_identity,
     scale_and_bias_alone,
@@ -18,6 +23,10 @@ from bn_jax.lab.experiments import (
     smoothness,
     step_two,
     unbiased_variance,
+    undoing_the_norm,
+    unlike_scales,
+    vanishing_gradients,
+    which_part,
     whitening,
 )
 from bn_jax.lab.experiments.verdicts import Experiment
@@ -45,5 +54,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         hessian,
         decoupling,
         step_two,
+        high_order_effects,
+        affine_only,
+        undoing_the_norm,
+        not_gaussian,
+        unlike_scales,
+        vanishing_gradients,
+        which_part,
+        absorption_with_padding,
+        adversarial_examples,
     )
 }

@@ -11,14 +11,14 @@ import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.nets import NO_EPSILON
 from bn_jax.lab.experiments.parallel import map_runs
+from bn_jax.lab.experiments.statistics import Interval, mean_interval
 from bn_jax.lab.experiments.verdicts import (
-    Criterion,
     Experiment,
-    Interval,
+    Identity,
+    Published,
     Result,
     Setting,
-    exact,
-    mean_interval,
+    SubClaim,
 )
 
 if TYPE_CHECKING:
@@ -202,8 +202,13 @@ def run(setting: Setting) -> Result:
     distances, gradient_errors = descend_all(setting, steps)
     setting.advance(1)
     by_step = {arm: contractions(of_arm) for arm, of_arm in distances.items()}
+    names = [f"condition {condition}" for condition in CONDITIONS]
     return Result(
-        criteria=_criteria(by_step["batch norm"], gradient_errors),
+        values={
+            "17a": dict(zip(names, above_bound(by_step["batch norm"]), strict=True)),
+            "17b": dict(zip(names, gradient_errors.closed_form, strict=True)),
+            "17c": dict(zip(names, gradient_errors.cosine, strict=True)),
+        },
         curves={
             "distance": {
                 str(condition): {
@@ -218,38 +223,17 @@ def run(setting: Setting) -> Result:
     )
 
 
-def _criteria(by_step: Any, gradient_errors: Errors) -> tuple[Criterion, ...]:
-    """Returns the criteria.
+def above_bound(by_step: Any) -> Any:
+    """Returns how far the slowest step is above the theorem's bound, relative to it.
 
     Args:
         by_step: contractions with batch norm, [conditions, seeds, steps].
-        gradient_errors: [conditions, seeds] each.
+
+    Returns:
+        0 where every step is below the bound, [conditions, seeds].
     """
     bounds = (1 - 1 / np.array(CONDITIONS)) ** 2
-    worst = np.nanmax(by_step, (1, 2)) / bounds
-    return (
-        *(
-            Criterion(
-                f"largest contraction of a step over the bound, condition {condition}",
-                f"{bound:.6g}",
-                exact(ratio),
-                at_most=1.0,
-            )
-            for condition, bound, ratio in zip(CONDITIONS, bounds, worst, strict=True)
-        ),
-        Criterion(
-            "gradient against its closed form",
-            "equal",
-            exact(gradient_errors.closed_form.max()),
-            at_most=IDENTITY,
-        ),
-        Criterion(
-            "cosine of gradient and weights",
-            "0",
-            exact(gradient_errors.cosine.max()),
-            at_most=IDENTITY,
-        ),
-    )
+    return np.maximum(np.nanmax(by_step, -1) / bounds[:, None] - 1, 0)
 
 
 def _reported(by_step: Mapping[str, Any]) -> dict[str, Interval]:
@@ -282,7 +266,31 @@ EXPERIMENT = Experiment(
     name="decoupling",
     claim="Length and direction decouple, and least squares converge at a linear rate",
     source="Kohler et al. 2018",
-    published="loss less minimum shrinks by (1 - l_min / l_max)^2 a step or more",
+    sub_claims=(
+        SubClaim(
+            "17a",
+            "linear rate",
+            "in every step the loss less its minimum shrinks by (1 - l_min / l_max)^2 or more",
+            "the slowest step over the bound, less 1, if it is above",
+            Identity(IDENTITY),
+            Published("(1 - l_min / l_max)^2", "V"),
+        ),
+        SubClaim(
+            "17b",
+            "gradient in closed form",
+            "the gradient of the normalized unit has the closed form of the paper",
+            "relative distance of the gradient from it",
+            Identity(IDENTITY),
+        ),
+        SubClaim(
+            "17c",
+            "gradient orthogonal to w",
+            "the gradient has no part along the weights",
+            "cosine of the angle between gradient and weights",
+            Identity(IDENTITY),
+            Published("0", "V"),
+        ),
+    ),
     protocol=(
         f"a linear unit of {FEATURES} features with batch norm over all {EXAMPLES} examples, "
         "condition 10 to 1000, float64; adaptive rate and best scale as in the paper"
@@ -293,4 +301,6 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
+    easy="All of it: the theorem is about a case that can be computed to rounding.",
+    hard="The rate that the theorem needs is one that nobody knows in practice.",
 )

@@ -1,37 +1,66 @@
 """The figures of the experiments: their look, and means over seeds with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bn_jax.lab.experiments.verdicts import Experiment, mean_interval
+from bn_jax.lab.experiments.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def save(experiment: Experiment, curves: Mapping[str, Any], path: Path) -> None:
-    """Draws the figure of an experiment.
+# Inches of a line of a footer.
+LINE = 0.17
+PERCENT = 0.0, 100.0
+
+
+def save(
+    draw: "Callable[[Figure, Mapping[str, Any]], None]", record: Mapping[str, Any], path: Path
+) -> None:
+    """Draws the figure of a claim, with what was found in its footer.
 
     Args:
-        experiment: the experiment.
-        curves: the curves of its result, as read from JSON.
+        draw: draws the curves.
+        record: the contents of the claim's JSON file.
         path: the path of the file to write; its suffix gives the format.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    lines = [describe(one) for one in record["sub_claims"]]
+    height = 4 + LINE * (len(lines) + 1)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    panels, footer = figure.subfigures(2, 1, height_ratios=(4, height - 4))
     with matplotlib.rc_context({"legend.frameon": False}):
-        experiment.draw(figure, curves)
-    for axes in figure.axes:
+        draw(panels, record["curves"])
+    for axes in panels.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(experiment.claim, fontsize="medium")
+    panels.suptitle(f"{record['number']}. {record['claim']}", fontsize="medium")
+    text = "\n".join([f"{record['source']}; {len(record['seeds'])} seeds", *lines])
+    footer.text(0.01, 1, text, va="top", fontsize=7, parse_math=False)
     figure.savefig(path, dpi=130)
+
+
+def describe(sub_claim: Mapping[str, Any]) -> str:
+    """Returns a line on a sub-claim of a JSON file: its key, verdict, figure and bound."""
+    measured = figure_of(sub_claim)
+    found = f": {measured}, bound {sub_claim['bound']['text']}" if measured else ""
+    return f"{sub_claim['key']} {sub_claim['verdict']}. {sub_claim['label']}{found}"
+
+
+def figure_of(sub_claim: Mapping[str, Any]) -> str:
+    """Returns the estimate and interval that decided a sub-claim of a JSON file, as text."""
+    measured = sub_claim["settings"][sub_claim["decisive"]]["measured"]
+    if None in measured.values():
+        return ""
+    setting = f"{sub_claim['decisive']}: " if sub_claim["decisive"] else ""
+    return f"{setting}{Interval(**measured)}"
 
 
 def means_and_errors(
@@ -52,7 +81,15 @@ def means_and_errors(
     return means, np.array([means - low, high - means])
 
 
-def band(axes: "Axes", x: Any, runs: Any, label: str, **options: Any) -> None:
+def band(
+    axes: "Axes",
+    x: Any,
+    runs: Any,
+    label: str,
+    *,
+    within: tuple[float, float] = (-np.inf, np.inf),
+    **options: Any,
+) -> None:
     """Draws a line through means over seeds, and a band of their 95 % intervals.
 
     Args:
@@ -60,13 +97,14 @@ def band(axes: "Axes", x: Any, runs: Any, label: str, **options: Any) -> None:
         x: [points].
         runs: [points, seeds]; a point with None, JSON's not-a-number, is left out.
         label: the label of the line.
+        within: where the band ends, such as 0 and 100 for percentages.
         **options: further options, for `Axes.plot`.
     """
     x, values = np.asarray(x), np.asarray(runs, np.float64)
     kept = np.isfinite(values).all(-1)
     means, errors = means_and_errors(values[kept])
     (line,) = axes.plot(x[kept], means, label=label, **options)
-    low, high = means - errors[0], means + errors[1]
+    low, high = np.clip(means - errors[0], *within), np.clip(means + errors[1], *within)
     axes.fill_between(x[kept], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 

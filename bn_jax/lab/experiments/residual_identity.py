@@ -1,42 +1,48 @@
 """Claim 9: batch norm makes residual blocks start near the identity."""
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.nets import BATCH_NORM
-from bn_jax.lab.experiments.selection import Chosen, sweep_accuracies
+from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import draw_trials
 from bn_jax.lab.experiments.verdicts import (
-    Criterion,
+    Above,
     Experiment,
-    Interval,
+    Published,
     Result,
+    Series,
     Setting,
-    mean_interval,
+    SubClaim,
+    Within,
 )
 from bn_jax.lab.models import ResidualMLP
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DEPTHS = 64, 100
 # The networks at initialization.
+DEPTHS = 64, 100
 WIDTH = 64
 FEATURES = 64
 EXAMPLES = 128
 NETWORKS = 8
 # The networks that are trained.
-NARROW = 16
+TRAINED_DEPTH, NARROW = 16, 16
 BATCH_SIZE = 32
 MOMENTUM = 0.9
+STEPS, QUICK_STEPS = 500, 60
+RATES = np.geomspace(3e-3, 1, 6)
+# Without norm the activations are 2^8 as large after 16 blocks, and only small rates may train.
+RATES_WITHOUT = np.geomspace(1e-6, 1e-1, 6)
 # Called with the number of blocks, the width and the number of classes.
 ARMS: Mapping[str, Callable[[int, int, int], ResidualMLP]] = {
     "batch norm": partial(ResidualMLP, norm=BATCH_NORM),
@@ -46,7 +52,58 @@ ARMS: Mapping[str, Callable[[int, int, int], ResidualMLP]] = {
 }
 # The arms that are compared at initialization. The branches of the others start at or near zero.
 AT_START = "batch norm", "no norm"
-WITHIN = 0.01
+WITHOUT_NORM = "SkipInit", "Fixup"
+# Equivalence of accuracies, in points, and how far below the best rate a rate is usable.
+POINTS, USABLE = 1.0, 0.05
+UNTRAINED = 50.0
+
+
+class ZeroScaleMLP(nn.Module):
+    """A residual MLP with a norm at the end of each branch, whose scale starts at zero.
+
+    Attributes:
+        depth: the number of blocks.
+        width: features between the blocks.
+        num_classes: the number of logits.
+    """
+
+    depth: int
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes the logits [n, num_classes] of [n, features]."""
+        blocks = nn.scan(
+            _ZeroScaleBlock,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        x = nn.Dense(self.width, name="stem")(x)
+        x, _ = blocks(train, name="block")(x)
+        x = nn.relu(BATCH_NORM(use_running_average=not train, name="norm")(x))
+        return nn.Dense(self.num_classes, name="classifier")(x)
+
+
+class _ZeroScaleBlock(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        dense = partial(
+            nn.Dense, x.shape[-1], use_bias=False, kernel_init=nn.initializers.he_normal()
+        )
+        norm = partial(BATCH_NORM, use_running_average=not self.train)
+        y = nn.relu(norm(name="norm_0")(dense(name="dense_0")(x)))
+        zero = nn.initializers.zeros
+        return x + norm(scale_init=zero, name="norm_1")(dense(name="dense_1")(y)), None
+
+
+TRAINED: Mapping[str, Callable[[int, int, int], nn.Module]] = {
+    **ARMS,
+    "zero scale": ZeroScaleMLP,
+}
 
 
 def second_moments(seed: jax.Array, arm: str, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -106,177 +163,186 @@ def measure_at_start(setting: Setting) -> dict[str, AtStart]:
     measured = {}
     for arm in AT_START:
         measure = jax.jit(partial(second_moments, arm=arm, depth=max(DEPTHS)))
-        stream, branches = map(np.stack, zip(*map(measure, setting.chosen), strict=True))
+        runs = (jax.tree.map(np.float64, measure(seed)) for seed in setting.chosen)
+        stream, branches = map(np.stack, zip(*runs, strict=True))
         measured[arm] = AtStart(stream, branches / stream[:, 1:])
         setting.advance(0.15)
     return measured
 
 
-def train_each(setting: Setting, depths: Sequence[int]) -> dict[str, dict[int, Chosen[Any]]]:
-    """Trains every arm at every depth and rate.
+def growth_per_block(stream: Any) -> Any:
+    """Returns the mean ratio of the second moments [seeds, depth + 1] of successive blocks."""
+    return (stream[:, 1:] / stream[:, :-1]).mean(1)
 
-    Args:
-        setting: the seeds, and the size of the run.
-        depths: the numbers of blocks.
 
-    Returns:
-        For each arm and depth the test accuracies at the rate that is best for all seeds, [seeds].
+def train_each(setting: Setting) -> dict[str, RateSweep[Any]]:
+    """Trains every arm at every rate, and measures the test accuracies, [rates, seeds]."""
+    trials = draw_trials(setting.chosen, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
+    every = 2 if setting.quick else 1
+    swept = {}
+    for arm, make in TRAINED.items():
+        rates = (RATES_WITHOUT if arm == "no norm" else RATES)[::every]
+        model = make(TRAINED_DEPTH, NARROW, 10)
+        optimizer = partial(optax.sgd, momentum=MOMENTUM)
+        swept[arm] = sweep_accuracies(model, optimizer, rates, trials)
+        setting.advance(0.7 / len(TRAINED))
+    return swept
+
+
+def usable_range(swept: RateSweep[Any]) -> Any:
+    """Returns the largest over the smallest usable rate of each seed, [seeds].
+
+    A rate is usable if its validation accuracy is at most `USABLE` below that of the best rate.
     """
-    trials = draw_trials(setting.chosen, 100 if setting.quick else 200, BATCH_SIZE)
-    rates = np.geomspace(0.01, 0.1, 2 if setting.quick else 3)
-    chosen: dict[str, dict[int, Chosen[Any]]] = {arm: {} for arm in ARMS}
-    for depth, arm in itertools.product(depths, ARMS):
-        model = ARMS[arm](depth, NARROW, 10)
-        swept = sweep_accuracies(model, partial(optax.sgd, momentum=MOMENTUM), rates, trials)
-        chosen[arm][depth] = swept.best_for_all_seeds()
-        setting.advance(0.7 / len(ARMS) / len(depths))
-    return chosen
+    validation = np.asarray(swept.validation)
+    usable = validation >= validation.max(0) - USABLE
+    rates = np.asarray(swept.rates)
+    return rates[len(usable) - 1 - usable[::-1].argmax(0)] / rates[usable.argmax(0)]
 
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     at_start = measure_at_start(setting)
-    trained = train_each(setting, DEPTHS[:1] if setting.quick else DEPTHS)
-    accuracies = {
-        arm: {depth: chosen.measured for depth, chosen in by_depth.items()}
-        for arm, by_depth in trained.items()
-    }
+    swept = train_each(setting)
+    best = {arm: of_arm.best_for_all_seeds() for arm, of_arm in swept.items()}
+    accuracies = {arm: 100 * chosen.measured for arm, chosen in best.items()}
+    ranges = {arm: usable_range(of_arm) for arm, of_arm in swept.items()}
+    norm = at_start["batch norm"]
+    blocks = np.arange(max(DEPTHS) + 1)
     return Result(
-        criteria=(*_criteria_at_start(at_start["batch norm"]), *_criteria_trained(accuracies)),
+        values={
+            "9a": {
+                f"batch norm, depth {depth}": regress(
+                    blocks[: depth + 1], norm.stream[:, : depth + 1]
+                )
+                for depth in DEPTHS
+            }
+            | {"no norm": growth_per_block(at_start["no norm"].stream) / 2},
+            "9b": {
+                f"depth {depth}": regress(
+                    np.log(blocks[1 : depth + 1] + 1), np.log(norm.share[:, :depth])
+                )
+                for depth in DEPTHS
+            },
+            "9c": accuracies["batch norm"] - accuracies["no norm"],
+            "9d": {arm: accuracies[arm] - accuracies["batch norm"] for arm in WITHOUT_NORM},
+            "9e": {arm: ranges["batch norm"] / ranges[arm] for arm in WITHOUT_NORM},
+            "9f": accuracies["zero scale"] - accuracies["batch norm"],
+        },
         curves={
-            "stream": {
-                arm: np.log10(of_arm.stream.astype(np.float64)).T
-                for arm, of_arm in at_start.items()
-            },
-            "share": {
-                arm: np.log10(of_arm.share.astype(np.float64)).T for arm, of_arm in at_start.items()
-            },
-            "accuracy": accuracies,
+            "stream": {arm: np.log10(of_arm.stream).T for arm, of_arm in at_start.items()},
+            "share": {arm: np.log10(of_arm.share).T for arm, of_arm in at_start.items()},
+            "rates": {arm: of_arm.rates for arm, of_arm in swept.items()},
+            "accuracy": {arm: of_arm.measured for arm, of_arm in swept.items()},
         },
-        reported=_reported(at_start["no norm"], accuracies),
-        rates={
-            f"{arm}, depth {depth}": chosen.rate
-            for arm, by_depth in trained.items()
-            for depth, chosen in by_depth.items()
-        },
+        series=[Series("9d", arm, "", values) for arm, values in accuracies.items()]
+        + [Series("9e", arm, "", values) for arm, values in ranges.items()],
+        rates={arm: chosen.rate for arm, chosen in best.items()},
     )
 
 
-def _criteria_at_start(norm: AtStart) -> list[Criterion]:
-    blocks = np.arange(max(DEPTHS) + 1)
-    slopes = [
-        Criterion(
-            f"slope of E[x^2] by blocks, depth {depth}",
-            "l + 1",
-            mean_interval(regress(blocks[: depth + 1], norm.stream[:, : depth + 1])),
-            at_least=0.95,
-            at_most=1.05,
-        )
-        for depth in DEPTHS
-    ]
-    exponents = [
-        Criterion(
-            f"exponent of the branch's share in l + 1, depth {depth}",
-            "1 / (l + 1)",
-            mean_interval(
-                regress(np.log(blocks[1 : depth + 1] + 1), np.log(norm.share[:, :depth]))
-            ),
-            at_least=-1.1,
-            at_most=-0.9,
-        )
-        for depth in DEPTHS
-    ]
-    return slopes + exponents
-
-
-def _criteria_trained(accuracies: Mapping[str, Mapping[int, Any]]) -> list[Criterion]:
-    def minus_norm(arm: str, depth: int) -> Interval:
-        return mean_interval(accuracies[arm][depth] - accuracies["batch norm"][depth])
-
-    depths = list(accuracies["batch norm"])
-    worse = [
-        Criterion(
-            f"test accuracy without norm less that with batch norm, depth {depth}",
-            "fails",
-            minus_norm("no norm", depth),
-            at_most=-WITHIN,
-        )
-        for depth in depths
-    ]
-    no_worse = [
-        Criterion(
-            f"test accuracy with {arm} less that with batch norm, depth {depth}",
-            "within a point",
-            minus_norm(arm, depth),
-            at_least=-WITHIN,
-        )
-        for arm, depth in itertools.product(("SkipInit", "Fixup"), depths)
-    ]
-    return worse + no_worse
-
-
-def _reported(no_norm: AtStart, accuracies: Mapping[str, Mapping[int, Any]]) -> dict[str, Interval]:
-    blocks = np.arange(max(DEPTHS) + 1)
-    doublings = regress(blocks, np.log2(no_norm.stream.astype(np.float64)))
-    return {
-        "doublings of E[x^2] per block without norm": mean_interval(doublings),
-        **{
-            f"test accuracy, {arm}, depth {depth}": mean_interval(of_depth)
-            for arm, by_depth in accuracies.items()
-            for depth, of_depth in by_depth.items()
-        },
-    }
-
-
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
-    """Draws second moments and shares by block, and the accuracies."""
-    by_block, of_branch, by_arm = figure.subplots(1, 3)
+    """Draws second moments and shares by block, and the accuracies by rate."""
+    by_block, of_branch, by_rate = figure.subplots(1, 3)
     blocks = np.arange(max(DEPTHS) + 1)
     for arm in AT_START:
         band(by_block, blocks, curves["stream"][arm], arm)
         band(of_branch, blocks[1:], curves["share"][arm], arm)
-    gray = {"color": "gray", "linestyle": ":"}
+    gray = {"color": "gray", "linestyle": ":", "zorder": 3}
     by_block.plot(blocks, np.log10(blocks + 1), label="l + 1, and 2^l", **gray)
     by_block.plot(blocks, blocks * np.log10(2), **gray)
     by_block.set(xlabel="blocks l", ylabel=r"$\log_{10} E[x^2]$")
     by_block.legend()
     of_branch.plot(blocks[1:], -np.log10(blocks[1:] + 1), label="1 / (l + 1)", **gray)
     of_branch.set(xlabel="block l", ylabel=r"$\log_{10}$ of the branch's share in $E[x^2]$")
-    of_branch.legend()
-    for index, arm in enumerate(ARMS):
-        for place, (depth, values) in enumerate(curves["accuracy"][arm].items()):
-            by_arm.plot(
-                [index + 0.2 * place] * len(values),
-                100 * np.asarray(values),
-                alpha=0.5,
-                label=f"depth {depth}" if index == 0 else None,
-                marker="os"[place],
-                color=f"C{index}",
-                linestyle="none",
-            )
-    by_arm.set_xticks(range(len(ARMS)), list(ARMS), rotation=20)
-    by_arm.set_ylabel("test accuracy (%)")
-    by_arm.legend()
+    of_branch.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    for index, (arm, accuracies) in enumerate(curves["accuracy"].items()):
+        values = 100 * np.asarray(accuracies)
+        band(by_rate, curves["rates"][arm], values, arm, within=PERCENT, color=f"C{index}")
+    by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)", ylim=(0, 102))
+    by_rate.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.9))
 
 
 EXPERIMENT = Experiment(
     number=9,
     name="residual_identity",
     claim="Batch norm makes residual blocks start near the identity",
-    source="De & Smith 2020; Zhang et al. 2019",
-    published=(
-        "E[x^2] after l blocks is 2^l without norm and l + 1 with batch norm, the branch's share "
-        "1 / (l + 1); SkipInit and Fixup train as well"
+    source="De & Smith 2020; Zhang et al. 2019; Goyal et al. 2017",
+    sub_claims=(
+        SubClaim(
+            "9a",
+            "second moments",
+            "after l blocks, E[x^2] is l + 1 with batch norm and 2^l without",
+            "slope in l with batch norm; growth per block over 2 without",
+            Within(0.95, 1.05),
+            Published("l + 1, 2^l", "V"),
+            "ours: 5 %, for finite width and batches",
+            scale="ratio",
+        ),
+        SubClaim(
+            "9b",
+            "share of the branch",
+            "with batch norm, the share of the branch in E[x^2] is 1 / (l + 1)",
+            "exponent of the share as a power of l + 1",
+            Within(-1.1, -0.9),
+            Published("-1", "V"),
+            "ours: a tenth",
+        ),
+        SubClaim(
+            "9c",
+            "trains where none does",
+            "with batch norm, a residual network trains at a depth at which it does not without",
+            f"test accuracy with minus without, depth {TRAINED_DEPTH}, each at its best rate "
+            "(points)",
+            Above(0.0, size=UNTRAINED),
+            reason=f"ours: {UNTRAINED:g} points, so that one trains and one does not",
+            is_resplit=True,
+        ),
+        SubClaim(
+            "9d",
+            "SkipInit and Fixup",
+            "branches that start at zero train as well as batch norm",
+            "test accuracy minus that with batch norm, each at its best rate (points)",
+            Within(-POINTS, POINTS),
+            Published("comparable accuracy", "V"),
+            f"ours: {POINTS:g} point",
+            is_resplit=True,
+        ),
+        SubClaim(
+            "9e",
+            "wider range of rates",
+            "the range of usable rates is wider with batch norm",
+            "largest over smallest usable rate, over that of the other arm",
+            Above(1.0),
+            reason=f"ours: usable is within {100 * USABLE:g} points of the best rate",
+            scale="ratio",
+            is_resplit=True,
+        ),
+        SubClaim(
+            "9f",
+            "zero scale",
+            "a norm at the end of each branch whose scale starts at zero trains as well",
+            "test accuracy minus that with batch norm, each at its best rate (points)",
+            Within(-POINTS, POINTS),
+            reason=f"ours: {POINTS:g} point",
+            is_resplit=True,
+        ),
     ),
     protocol=(
         f"residual MLPs of width {WIDTH} at initialization, blocks 1 to {DEPTHS[0]} and 1 to "
-        f"{DEPTHS[1]}, white input; residual MLPs of width {NARROW} trained on digits at both "
-        "depths, each arm at its best rate"
+        f"{DEPTHS[1]}, white input; residual MLPs of {TRAINED_DEPTH} blocks of width {NARROW} "
+        f"trained on digits, {STEPS} steps at 6 rates from 0.003 to 1, without norm from 1e-6 to "
+        "0.1, each arm at its best rate"
     ),
     limits=(
-        "Trained for 200 steps, and narrow: what batch norm does for the generalization of large "
+        "Narrow networks and an easy task: what batch norm does for the generalization of large "
         "networks is not seen."
     ),
     run=run,
     draw=draw,
+    easy="Second moments and shares at initialization: they follow the theory block by block.",
+    hard=(
+        "Equal accuracy to a point: short training measures speed, and arms have to be compared "
+        "after they have converged."
+    ),
 )
