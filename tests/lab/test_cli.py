@@ -197,7 +197,7 @@ BAD_OPTIONS = {
     ),
     "coordinator alone": (
         ["--coordinator", "127.0.0.1:1234"],
-        "--num-processes and --process-id: missing; give --coordinator, --num-processes, "
+        "--num-processes and --process-id: missing; give --coordinator, --num-processes and "
         "--process-id together or none of them",
     ),
     "coordinator missing": (
