@@ -171,8 +171,8 @@ BAD_OPTIONS = {
     ),
     "coordinator alone": (
         ["--coordinator", "127.0.0.1:1234"],
-        "--num-processes and --process-id: missing; give --coordinator, --num-processes "
-        "and --process-id together or none of them",
+        "--num-processes and --process-id: missing; give --coordinator, --num-processes and "
+        "--process-id together or none of them",
     ),
     "coordinator missing": (
         ["--num-processes", "2", "--process-id", "0"],
