@@ -99,7 +99,9 @@ def restore_variables(path: Path, state: TrainState, sharding: Sharding) -> Trai
     """
     expected = variables_of(state)
     with _quiet(), _checkpointer() as checkpointer:
-        saved = checkpointer.metadata(path.absolute()).item_metadata
+        saved = checkpointer.metadata(path.absolute())
+        # Older versions of Orbax return the metadata of the tree itself.
+        saved = getattr(saved, "item_metadata", saved)
         _check_same(_by_path(expected), {} if saved is None else _by_path(saved.tree))
         values = checkpointer.restore(path.absolute(), jax.tree.map(_shape_of, expected))
     return state.replace(**jax.tree.map(lambda value: _placed(value, sharding), values))
