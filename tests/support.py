@@ -1,10 +1,15 @@
 """What the tests share: the definition in double precision, tolerances, and readings of HLO."""
 
 import contextlib
+import functools
 import importlib
+import io
+import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -258,6 +263,42 @@ def files(folder):
 def copy_of(run, folder):
     shutil.copytree(run, folder)
     return folder
+
+
+def run_command(*arguments):
+    """The command `bn-jax` in this process, which must end within two minutes: code and streams."""
+    from bn_jax.lab.command import main
+
+    out, err = io.StringIO(), io.StringIO()
+    signal.alarm(120)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as caught,
+    ):
+        patch.setattr(sys, "argv", ["bn-jax", *map(str, arguments)])
+        main()
+    signal.alarm(0)
+    return caught.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def make_small_resnet(arm, num_classes, *_, width=4):
+    """Stands in for `runs.make_model` where training takes the time."""
+    from bn_jax import linen
+    from bn_jax.lab import models, runs
+
+    norm = None if arm == runs.NO_NORM else functools.partial(linen.BatchNorm, momentum=0.9)
+    return models.ResNet(num_classes, stage_sizes=(1,), widths=(width,), norm=norm)
+
+
+def numbers_of(run):
+    """The metrics of a run but for what depends on the clock, which Orbax also writes."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    for arm in metrics["arms"].values():
+        assert arm.pop("examples_per_second") > 0
+    del metrics["checkpoint_sha256"], metrics["sha256"]
+    return metrics
 
 
 def flip(path, bit):

@@ -174,7 +174,17 @@ def test_the_core_loads_without_flax():
     assert run(IMPORT_THE_CORE) == "[]"
 
 
-OPTIONAL = ("matplotlib", "sklearn", "typer", "orbax", "rich", "safetensors", "flatbuffers")
+OPTIONAL = (
+    "matplotlib",
+    "sklearn",
+    "typer",
+    "orbax",
+    "rich",
+    "safetensors",
+    "flatbuffers",
+    "pydantic",
+    "filelock",
+)
 
 # Flax itself imports rich, so what must not be importable is all that Flax, optax, chex and JAX do
 # not need: they are imported first, then every import of anything else fails.

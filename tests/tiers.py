@@ -76,7 +76,6 @@ EVERY = {
     "lab/test_models.py::test_second_moments_grow_with_depth": 0,
     "lab/test_models.py::test_stages_set_the_sizes": 0,
     "lab/test_models.py::test_training_moves_the_scalars": 2,
-    "lab/test_processes.py::test_a_run_resumes_after_the_loss_of_process_1": 0,
     "lab/test_processes.py::test_process_0_alone_writes": 0,
     "lab/test_processes.py::test_two_processes_train_as_one": 0,
     "lab/test_runs.py::test_export": 2,

@@ -3,20 +3,19 @@
 import datetime
 import difflib
 import importlib
-import math
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from bn_jax.lab.errors import CommandError
 
 __all__ = [
+    "FOR_FILES_OF_RUNS",
     "FOR_SAVED_RUNS",
-    "Launch",
+    "LARGEST",
     "check_choice",
-    "check_launch",
-    "check_positive",
+    "check_counts",
+    "check_learning_rate",
     "check_range",
     "new_file",
     "new_folder",
@@ -25,25 +24,16 @@ __all__ = [
 ]
 
 PICTURES = (".png", ".pdf", ".svg")
-FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "safetensors", "flatbuffers")
-
-
-class Launch(NamedTuple):
-    """How many processes train together.
-
-    Attributes:
-        processes: their number.
-        coordinator: `HOST:PORT` of process 0. None: the launcher of the processes tells JAX.
-        process_id: the number of this process, from 0. None: as above.
-    """
-
-    processes: int
-    coordinator: str | None = None
-    process_id: int | None = None
+FOR_FILES_OF_RUNS = ("filelock", "pydantic", "safetensors")
+FOR_SAVED_RUNS = ("rich", "orbax.checkpoint", "flatbuffers", *FOR_FILES_OF_RUNS)
+# JAX and its runtime count devices, processes, examples and steps in int32.
+LARGEST = 2**31 - 1
+# The normal numbers of float32, in which the optimizer computes.
+SMALLEST_RATE, LARGEST_RATE = 2.0**-126, 2.0**127
 
 
 def require(*modules: str) -> None:
-    """Raises an error if an optional package is not installed."""
+    """Raises an error if an optional package is not installed, or cannot be imported."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -51,16 +41,36 @@ def require(*modules: str) -> None:
             raise CommandError(
                 f"{error.name} is not installed; install with pip install 'bn-jax[lab]'", code=1
             ) from error
-
-
-def check_positive(**options: float | None) -> None:
-    """Raises an error if an option is given and is not a positive finite number."""
-    for name, value in options.items():
-        if value is not None and not 0 < value < math.inf:
+        except Exception as error:
+            # JAX reads its environment variables when it is imported.
             raise CommandError(
-                f"--{name.replace('_', '-')}: received {value}, expected a positive finite number; "
-                "choose one, or leave the option out for its default"
+                f"{module} cannot be imported ({type(error).__name__}: {error}); check the "
+                "environment variables that begin with JAX_, or install it anew",
+                code=2 if isinstance(error, ValueError) else 1,
+            ) from error
+
+
+def check_counts(**options: int | None) -> None:
+    """Raises an error if an option is given and is not a positive number that JAX can count."""
+    for name, value in options.items():
+        if value is not None:
+            check_range(
+                f"--{name.replace('_', '-')}",
+                value,
+                1,
+                LARGEST,
+                "choose one of these, or leave the option out for its default",
             )
+
+
+def check_learning_rate(rate: float) -> None:
+    """Raises an error if float32 makes zero, infinity or NaN of the learning rate."""
+    if not SMALLEST_RATE <= rate <= LARGEST_RATE:
+        raise CommandError(
+            f"--learning-rate: received {rate}, expected a positive number that float32 holds, "
+            f"{SMALLEST_RATE:.1e} to {LARGEST_RATE:.1e}; choose one, or leave the option out for "
+            "its default"
+        )
 
 
 def check_range(option: str, value: int, least: int, most: int, reason: str) -> None:
@@ -79,48 +89,6 @@ def check_choice(option: str, received: str, choices: Sequence[str]) -> None:
         )
 
 
-def check_launch(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> Launch:
-    """Combines the three options about processes, or what the environment says without them."""
-    options = {
-        "--coordinator": coordinator,
-        "--num-processes": num_processes,
-        "--process-id": process_id,
-    }
-    missing = [option for option, value in options.items() if value is None]
-    if len(missing) == len(options):
-        return Launch(_launched_processes())
-    if coordinator is None or num_processes is None or process_id is None:
-        raise CommandError(
-            f"{' and '.join(missing)}: missing; give {', '.join(options)} together or none of them"
-        )
-    host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise CommandError(
-            f"--coordinator: received {coordinator}, expected HOST:PORT with a port from 1 to "
-            f"{2**16 - 1}; give the address of process 0, e.g. 127.0.0.1:1234"
-        )
-    if not 0 <= process_id < num_processes:
-        raise CommandError(
-            f"--process-id: received {process_id}, expected 0 to {num_processes - 1} for "
-            f"--num-processes {num_processes}; number the processes from 0"
-        )
-    return Launch(num_processes, coordinator, process_id)
-
-
-def _launched_processes() -> int:
-    from bn_jax.lab import processes
-
-    launched = processes.launched_processes()
-    if launched == 1 and "JAX_COORDINATOR_ADDRESS" in os.environ:
-        raise CommandError(
-            "JAX_COORDINATOR_ADDRESS is set, expected also a launcher that tells JAX the number "
-            "of processes; give --coordinator, --num-processes and --process-id, or unset it"
-        )
-    return launched
-
-
 def new_folder(out: Path | None, default: Path | None = None) -> Path:
     """Returns the folder for results, which is missing or empty and can be made.
 
@@ -132,22 +100,44 @@ def new_folder(out: Path | None, default: Path | None = None) -> Path:
     if folder is None:
         folder = Path("runs", datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise CommandError(
+                f"--out: {folder} is a link to nothing, expected a new folder; choose another name "
+                "or remove it"
+            )
         if folder.exists() and not folder.is_dir():
             raise CommandError(
                 f"--out: {folder} is a file, expected a new folder; choose another name"
+            )
+        if folder.exists() and folder.samefile("."):
+            raise CommandError(
+                f"--out: received {folder}, the current folder, expected a new one; choose a name"
             )
         if folder.exists() and any(folder.iterdir()):
             raise CommandError(
                 f"--out: {folder} exists and is not empty; choose another name or remove it"
             )
-        parent = _existing_parent(folder)
-    except OSError as error:
+        _try_to_make(folder)
+    # Of a name that is no UTF-8, of a loop of links.
+    except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(
-            f"--out: {folder} cannot be used ({error.strerror}); choose another folder"
+            f"--out: {folder} cannot be made ({_reason(error)}); choose another folder"
         ) from error
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise CommandError(f"--out: {folder} cannot be made in {parent}; choose another folder")
     return folder
+
+
+def _try_to_make(folder: Path) -> None:
+    """Makes a folder of this name inside of a temporary one, in the folder where it belongs."""
+    str(folder).encode()
+    path = folder.resolve()
+    parent = next(parent for parent in (path, *path.parents) if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=".bn-jax-", dir=parent) as temporary:
+        Path(temporary, path.relative_to(parent)).mkdir(parents=True, exist_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error)
 
 
 def new_file(out: Path | None, default: Path) -> Path:
@@ -158,11 +148,7 @@ def new_file(out: Path | None, default: Path) -> Path:
         default: the file without that option.
     """
     file = out or default
-    if not _is_in_reach("--out", file):
-        raise CommandError(
-            f"--out: {file} cannot be made in {file.parent}; choose a folder that exists and that "
-            "you may write to"
-        )
+    _check_new_file("--out", file)
     return file
 
 
@@ -176,21 +162,19 @@ def new_picture(path: Path | None) -> None:
             f"--plot: received {path}, expected a file name that ends in {', '.join(PICTURES)}; "
             "choose one of these"
         )
-    if not _is_in_reach("--plot", path):
-        raise CommandError(f"--plot: {path} cannot be written there; choose another folder")
+    _check_new_file("--plot", path)
 
 
-def _is_in_reach(option: str, file: Path) -> bool:
-    """Tells whether the folder of a new file can be written to; raises if the file exists."""
+def _check_new_file(option: str, file: Path) -> None:
+    """Raises an error unless a file is missing and can be made; makes it, and removes it again."""
     try:
-        if file.exists() or file.is_symlink():
-            raise CommandError(f"{option}: {file} exists; choose another name or remove it")
-        return file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
-    except OSError as error:
+        str(file).encode()
+        file.open("x").close()
+        file.unlink()
+    except FileExistsError as error:
+        raise CommandError(f"{option}: {file} exists; choose another name or remove it") from error
+    except (OSError, ValueError) as error:
         raise CommandError(
-            f"{option}: {file} cannot be used ({error.strerror}); choose another file"
+            f"{option}: {file} cannot be made ({_reason(error)}), expected a new file in a folder "
+            "that exists and that you may write to; choose another"
         ) from error
-
-
-def _existing_parent(folder: Path) -> Path:
-    return next(parent for parent in folder.absolute().parents if parent.exists())

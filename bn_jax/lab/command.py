@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bn_jax.lab.arguments import (
+    FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
     check_choice,
-    check_launch,
-    check_positive,
+    check_counts,
+    check_learning_rate,
     check_range,
     new_file,
     new_folder,
@@ -23,6 +24,8 @@ from bn_jax.lab.arguments import (
 )
 from bn_jax.lab.choices import ARM_NAMES, MODELS
 from bn_jax.lab.errors import INTERRUPTED, CommandError, is_distributed, leave, print_error
+from bn_jax.lab.launchers import check_launch
+from bn_jax.lab.supervision import supervise
 
 try:
     import typer
@@ -181,13 +184,8 @@ def train(
     The same network is trained without norm, with per-device and with synchronized batch norm, or
     as --arm says.
     """
-    check_positive(
-        devices=devices,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_processes=num_processes,
-    )
+    check_counts(devices=devices, epochs=epochs, batch_size=batch_size)
+    check_learning_rate(learning_rate)
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
     for name in arm or ():
         check_choice("--arm", name, list(ARM_NAMES))
@@ -195,12 +193,15 @@ def train(
     launched = check_launch(coordinator, num_processes, process_id)
     if resume is not None:
         _check_allowed_with_resume(context)
-        from bn_jax.lab import trainer
+    folder = resume or new_folder(out)
+    if launched.is_distributed:
+        supervise()
+    require(*FOR_FILES_OF_RUNS, "jax")
+    from bn_jax.lab import trainer
 
+    if resume is not None:
         trainer.resume(resume, devices, launched)
         return
-    folder = new_folder(out)
-    from bn_jax.lab import trainer
 
     trainer.start(
         trainer.Request(
@@ -419,7 +420,9 @@ def convert(
     Reads a safetensors file of a library's weights, and writes the variables of a Flax model to
     another one, in which parts of a path are joined by slashes: params/Dense_0/kernel.
     """
-    require("safetensors")
+    require("jax", "safetensors")
+    if not file.name:
+        raise CommandError(f"FILE: received {file}, expected a safetensors file; give its path")
     file_out = new_file(out, file.with_name(f"{file.stem}-flax.safetensors"))
     from bn_jax.lab import converting
 
@@ -479,7 +482,7 @@ def reproduce(
     show_list: Annotated[bool, typer.Option("--list", help="Print the claims and exit.")] = False,
 ) -> None:
     """Test published claims about batch normalization."""
-    require("rich", "matplotlib", "sklearn")
+    require("jax", "rich", "matplotlib", "sklearn", "filelock")
     from bn_jax.lab import reproduction, tables
     from bn_jax.lab.experiments import parallel
 
@@ -504,4 +507,6 @@ def reproduce(
 
 
 if __name__ == "__main__":
-    main()
+    from bn_jax.lab.__main__ import run
+
+    run()

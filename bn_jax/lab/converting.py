@@ -181,7 +181,7 @@ def _torchvision_resnet(
 
 def _name_resnet(arrays: Mapping[str, np.ndarray]) -> str | None:
     """Returns which of `RESNETS` has the blocks that the keys name, if any."""
-    keys = (re.match(r"layer(\d+)\.(\d+)\.", key) for key in arrays)
+    keys = (re.match(r"layer([0-9]{1,3})\.([0-9]{1,3})\.", key) for key in arrays)
     blocks = {(int(found[1]), int(found[2])) for found in keys if found}
     stages = sorted({stage for stage, _ in blocks})
     sizes = tuple(sum(stage == one for one, _ in blocks) for stage in stages)

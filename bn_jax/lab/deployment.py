@@ -1,5 +1,6 @@
 """Saved runs, exported: folders that classify raw images without this library."""
 
+import errno
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,9 @@ def export_run(
             class_names=class_names,
         )
     except ValueError as error:
-        raise CommandError(f"--out: {error}") from error
+        # Not every folder would be refused: the disk is full.
+        is_full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        raise CommandError(f"--out: {error}", code=1 if is_full else 2) from error
     exported = load_exported(folder)
     after = training.evaluate(_state_of(exported), shard_dataset(images, saved.batch_size, mesh))
     return ExportedRun(exported, before, after)

@@ -2,14 +2,26 @@
 
 import os
 import sys
-import threading
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "CommandError", "abort", "is_distributed", "leave", "print_error"]
+__all__ = [
+    "INTERRUPTED",
+    "CommandError",
+    "abort",
+    "advise",
+    "is_distributed",
+    "leave",
+    "print_error",
+    "print_interrupted",
+    "show_cursor",
+    "tell_parent",
+]
 
 INTERRUPTED = 130
 
-_aborting = threading.Lock()
+_advice = "nothing was saved"
+# The pipe to a parent that prints the errors of this process, see `supervision`.
+_to_parent: int | None = None
 
 
 class CommandError(Exception):
@@ -24,9 +36,58 @@ class CommandError(Exception):
         self.code = code
 
 
+def tell_parent(pipe: int) -> None:
+    """Has the parent of this process print its errors once it has ended.
+
+    So there is one line even if the runtime aborts the process while it reports an error.
+
+    Args:
+        pipe: the file descriptor of a pipe to the parent.
+    """
+    global _to_parent
+    _to_parent = pipe
+
+
+def advise(advice: str, aborted: str) -> None:
+    """Says what is printed when something ends this process, now or later.
+
+    Args:
+        advice: how to continue; it replaces the last one.
+        aborted: what has happened if JAX's runtime aborts the process, which its parent prints.
+    """
+    global _advice
+    _advice = advice
+    _tell("advice", advice)
+    _tell("aborted", aborted)
+
+
 def print_error(message: str) -> None:
     """Prints a message as one line of the error stream."""
-    print("bn-jax: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    if not _tell("error", line):
+        print("bn-jax: error:", line, file=sys.stderr, flush=True)
+
+
+def print_interrupted() -> None:
+    """Prints the line about Ctrl-C; to be called by a handler of the signal."""
+    show_cursor()
+    line = f"interrupted; {_advice}"
+    if not _tell("error", line):
+        # Not through sys.stderr, which the handler may have interrupted.
+        os.write(2, f"bn-jax: error: {line}\n".encode(errors="backslashreplace"))
+
+
+def show_cursor() -> None:
+    """Shows the cursor of a terminal, which a progress bar hides, on a new line."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
+        os.write(2, b"\x1b[?25h\n")
+
+
+def _tell(kind: str, line: str) -> bool:
+    if _to_parent is None:
+        return False
+    os.write(_to_parent, f"{kind} {line}\n".encode(errors="backslashreplace"))
+    return True
 
 
 def is_distributed() -> bool:
@@ -48,11 +109,6 @@ def leave(code: int) -> NoReturn:
 
 
 def abort(message: str) -> NoReturn:
-    """Prints an error and ends the process at once.
-
-    When another process is lost, a collective and JAX's runtime notice it in two threads: only the
-    first prints.
-    """
-    _aborting.acquire()
+    """Prints an error and ends the process at once, before JAX's runtime aborts it."""
     print_error(message)
     os._exit(1)

@@ -1,8 +1,8 @@
 """Devices and connected processes of a training, and what a user is told when one is lost."""
 
 import contextlib
-import functools
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,17 +12,39 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import processes
-from bn_jax.lab.arguments import Launch
-from bn_jax.lab.errors import INTERRUPTED, CommandError, abort, is_distributed
+from bn_jax.lab.errors import INTERRUPTED, CommandError, abort, advise, is_distributed
+from bn_jax.lab.launchers import Launch
 
-__all__ = ["agree", "explain_failures", "make_mesh", "one_device", "stop_if_lost"]
+__all__ = ["agree", "explain_failures", "make_mesh", "one_device", "start_backend", "stop_if_lost"]
 
+# XLA runs the virtual devices of a CPU on a pool of this many threads, and ends the process if more
+# devices wait for each other in a collective.
+MOST_CPU_DEVICES = 256
 LOST = "another process was lost, or JAX's runtime failed as reported above"
 
 
 def one_device() -> Mesh:
     """Makes a mesh of the first device."""
+    start_backend()
     return training.make_mesh(jax.devices()[:1])
+
+
+def start_backend() -> None:
+    """Has JAX find its devices.
+
+    Raises:
+        CommandError: there are none, or not those that the environment names.
+    """
+    try:
+        jax.devices()
+    except Exception as error:
+        chosen = os.environ.get("JAX_PLATFORMS")
+        setting = "JAX_PLATFORMS is not set" if chosen is None else f"JAX_PLATFORMS is {chosen}"
+        raise CommandError(
+            f"JAX finds no devices ({type(error).__name__}: {error}); {setting}: choose a "
+            "platform that this machine has, e.g. JAX_PLATFORMS=cpu",
+            code=1 if chosen is None else 2,
+        ) from error
 
 
 def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
@@ -46,53 +68,78 @@ def make_mesh(devices: int | None, examples: int, launch: Launch) -> Mesh:
             f"processes, which take equal numbers; use --devices {nearest}"
         )
     share = None if devices is None else devices // launch.processes
-    _check_enough_examples(examples, devices or launch.processes)
-    if launch.processes > 1 or launch.coordinator is not None:
+    _check_enough_examples(examples, share or 1, launch.processes)
+    if launch.is_distributed:
         _connect(launch)
     # Once JAX has its devices their number is fixed, and the check below answers.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", share or 2)
+    start_backend()
+    if jax.process_count() != launch.processes:
+        raise CommandError(
+            f"JAX connected {jax.process_count()} processes where the environment names "
+            f"{launch.processes}; give --coordinator, --num-processes and --process-id"
+        )
     present = [jax.local_devices(process_index=index) for index in range(launch.processes)]
-    most = min(map(len, present))
+    _check_equal_numbers([len(local) for local in present])
+    most = len(present[0])
     if share is None:
         share = 2 if jax.default_backend() == "cpu" else most
+    if share > MOST_CPU_DEVICES and jax.default_backend() == "cpu":
+        raise CommandError(
+            f"--devices: received {share * launch.processes}, expected at most {MOST_CPU_DEVICES} "
+            "virtual devices in each process on a CPU; lower it"
+        )
     if share > most:
         raise CommandError(
             f"--devices: received {share * launch.processes}, expected at most the "
             f"{most * launch.processes} {jax.default_backend()} devices that JAX has; lower it"
         )
-    _check_enough_examples(examples, share * launch.processes)
+    _check_enough_examples(examples, share, launch.processes)
     return training.make_mesh([device for local in present for device in local[:share]])
 
 
-def _check_enough_examples(examples: int, devices: int) -> None:
-    if examples < devices:
-        raise CommandError(
-            f"--data: received {examples} examples, expected at least one for each of {devices} "
-            f"devices; add examples or use --devices {examples}"
-        )
+def _check_enough_examples(examples: int, share: int, processes: int) -> None:
+    devices = share * processes
+    if examples >= devices:
+        return
+    fewer = f"use --devices {examples // processes * processes}"
+    if examples < processes:
+        fewer = f"start at most {examples} processes"
+    raise CommandError(
+        f"--data: received {examples} examples, expected at least one for each of {devices} "
+        f"devices; add examples or {fewer}"
+    )
+
+
+def _check_equal_numbers(devices: list[int]) -> None:
+    if len(set(devices)) == 1:
+        return
+    processes.disconnect()
+    numbers = ", ".join(map(str, devices))
+    raise CommandError(
+        f"--devices: the {len(devices)} processes have {numbers} devices, expected as many in "
+        "each; start every process with the options of process 0, on machines with as many"
+    )
 
 
 def _connect(launch: Launch) -> None:
-    seconds = processes.CONNECTION_TIMEOUT
-    _explain_abort(
-        f"the {launch.processes} processes did not connect within {seconds} seconds; start all of "
-        "them, with the same --coordinator and --num-processes; nothing was saved"
+    advise(
+        "nothing was saved",
+        f"the {launch.processes} processes did not connect within {processes.CONNECTION_TIMEOUT} "
+        "seconds; start all of them, each with a --process-id of its own and all with the same "
+        "--coordinator and --num-processes",
     )
     number = None if launch.coordinator is None else launch.processes
     try:
         processes.connect(launch.coordinator, number, launch.process_id)
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
         raise CommandError(
             f"JAX cannot connect the processes ({error}); check --coordinator, the address of "
             "process 0, or give it with --num-processes and --process-id",
             code=1,
         ) from error
-    _explain_abort(f"{LOST}; nothing was saved")
-
-
-def _explain_abort(message: str) -> None:
-    processes.on_abort(functools.partial(abort, message))
+    advise("nothing was saved", LOST)
 
 
 def agree(folder: Path, options: Mapping[str, object]) -> Path:
@@ -106,16 +153,24 @@ def agree(folder: Path, options: Mapping[str, object]) -> Path:
         The folder of process 0.
 
     Raises:
-        CommandError: a value differs from that of process 0.
+        CommandError: in every process, if a value of one differs from that of process 0.
     """
     first = json.loads(processes.from_first(json.dumps({"--out": str(folder)} | dict(options))))
-    for option, value in options.items():
-        if value != first[option]:
-            raise CommandError(
-                f"{option}: received {value}, process 0 {first[option]}, expected the same; "
-                "start every process with the options of process 0"
-            )
-    return Path(first["--out"])
+    different = [option for option, value in options.items() if value != first[option]]
+    differing = [
+        index for index, differs in enumerate(processes.gather(bool(different))) if differs
+    ]
+    if not differing:
+        return Path(first["--out"])
+    processes.disconnect()
+    if different:
+        option = different[0]
+        what = f"{option}: received {options[option]}, process 0 {first[option]}"
+    else:
+        what = f"process {', '.join(differing)} received other options"
+    raise CommandError(
+        f"{what}, expected the same; start every process with the options of process 0"
+    )
 
 
 @contextlib.contextmanager
@@ -130,8 +185,7 @@ def explain_failures(folder: Path) -> Iterator[None]:
     """
     start = "continue" if jax.process_count() == 1 else "start every process again"
     advice = f"{start} with bn-jax train --resume {shlex.quote(str(folder))}"
-    if is_distributed():
-        _explain_abort(f"{LOST}; {advice}")
+    advise(advice, LOST)
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,35 +1,13 @@
 """Several processes that train together, on JAX's distributed runtime."""
 
-import ctypes
-import os
-import signal
-import socket
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["CONNECTION_TIMEOUT", "connect", "from_first", "launched_processes", "on_abort"]
+__all__ = ["CONNECTION_TIMEOUT", "connect", "disconnect", "from_first", "gather"]
 
 CONNECTION_TIMEOUT = 60
 HEARTBEAT_TIMEOUT = 20
-
-# The C code that calls a handler holds no reference to it.
-_abort_handlers: list[Any] = []
-
-
-def launched_processes() -> int:
-    """Returns how many processes were launched together, if JAX recognizes the launcher.
-
-    Returns:
-        The number that Open MPI, Slurm's `srun` or Cloud TPU sets in the environment, or 1.
-    """
-    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if (number := os.environ.get(variable, "")).isdecimal():
-            return int(number)
-    return 1 + os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -44,12 +22,10 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
     Raises:
         ValueError: JAX finds no launcher in the environment.
-        OSError: process 0 cannot listen at its port.
         RuntimeError: JAX has initialized its devices already.
     """
-    if coordinator is not None and process_id == 0:
-        # JAX's runtime ends with a segmentation fault if it cannot listen.
-        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    # Else JAX catches SIGTERM, for a synchronization that a training may then ask for.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -74,20 +50,14 @@ def from_first(text: str) -> str:
     return np.asarray(sent).tobytes().decode()
 
 
-def on_abort(stop: Callable[[], object]) -> None:
-    """Registers a function to call when JAX's runtime aborts this process.
+def gather(value: bool) -> list[bool]:
+    """Returns the values of all processes, in their order."""
+    return np.atleast_1d(multihost_utils.process_allgather(np.bool_(value))).tolist()
 
-    It does so when another process is lost.
 
-    Args:
-        stop: ends the process by `os._exit`; it replaces the function of an earlier call.
+def disconnect() -> None:
+    """Disconnects all processes, so that none of them takes another for lost when it ends.
+
+    Every process has to call it. One that is not connected does nothing.
     """
-
-    # The runtime aborts from another thread. A handler of Python's `signal` waits for the main
-    # thread, and the process would end before it runs.
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handler(_: int) -> None:
-        stop()
-
-    _abort_handlers.append(handler)
-    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, handler)
+    jax.distributed.shutdown()

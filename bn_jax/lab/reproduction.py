@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from bn_jax.lab import progress
+from bn_jax.lab import interrupts, launch, progress
 from bn_jax.lab.arguments import check_range
 from bn_jax.lab.errors import INTERRUPTED, CommandError
 from bn_jax.lab.experiments import EXPERIMENTS
@@ -40,6 +40,7 @@ def check_setting(seeds: int | None, first_seed: int, quick: bool) -> Setting:
 
 def default_processes() -> int:
     """Compiling occupies one core; the memory of an accelerator is not to be shared."""
+    launch.start_backend()
     return 2 if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 else 1
 
 
@@ -60,9 +61,13 @@ def reproduce(
     Raises:
         CommandError: after Ctrl-C, or if a process died.
     """
+    if processes == 1:
+        launch.start_backend()
     results: dict[Experiment, Result] = {}
     try:
         with (
+            # Its processes have to be ended.
+            interrupts.as_exceptions(),
             progress.show_claims(chosen) as show,
             contextlib.closing(
                 reproduce_each(chosen, setting, folder, min(processes, len(chosen)), show)

@@ -370,7 +370,10 @@ def fold_run(saved: SavedRun, mesh: Mesh, folder: Path) -> FoldedRun:
         checkpoint.mkdir()
         (checkpoint / "model.stablehlo").write_bytes(_export(folded, saved.image_shape))
         flat = traverse_util.flatten_dict(jax.device_get(folded.params), sep="/")
-        convert.save_safetensors(checkpoint / "params.safetensors", flat)
+        try:
+            convert.save_safetensors(checkpoint / "params.safetensors", flat)
+        except ValueError as error:
+            raise OSError(str(error)) from error
     return FoldedRun(folded, change)
 
 

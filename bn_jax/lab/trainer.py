@@ -25,9 +25,10 @@ from bn_jax.lab import (
     unfinished,
 )
 from bn_jax.lab.ahead import prepare_ahead
-from bn_jax.lab.arguments import Launch, require
+from bn_jax.lab.arguments import LARGEST, require
 from bn_jax.lab.choices import ARM_NAMES, ARMS
-from bn_jax.lab.errors import CommandError
+from bn_jax.lab.errors import CommandError, advise
+from bn_jax.lab.launchers import Launch
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.progress import ShowReport
 from bn_jax.lab.records import Config, Origin, Started, batch_sizes
@@ -114,7 +115,9 @@ def start(request: Request, launched: Launch) -> None:
         data_file=None if config.data is None else str(Path(config.data).absolute()),
         data_sha256=loaded.sha256,
     )
-    run = _agree(Run(request.folder, loaded, started, mesh), is_resumed=False)
+    run = Run(request.folder, loaded, started, mesh)
+    _check_steps(run)
+    run = _agree(run, is_resumed=False)
     with contextlib.ExitStack() as held:
         _do_first(lambda: held.enter_context(unfinished.begin(run.folder, run.started)))
         _train(run)
@@ -191,6 +194,16 @@ def choose_arms(received: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(arm for arm in ARMS if arm in named)
 
 
+def _check_steps(run: Run) -> None:
+    """Raises an error if the counters of the steps, int32 as in Optax, would overflow."""
+    most = LARGEST // run.steps_per_epoch
+    if run.config.epochs > most:
+        raise CommandError(
+            f"--epochs: received {run.config.epochs}, expected at most {most}, since "
+            f"{run.steps_per_epoch} steps in each make more than {LARGEST} otherwise; lower it"
+        )
+
+
 def choose_batch_size(received: int | None, devices: int, examples: int) -> int:
     """Returns the option --batch-size, or its default.
 
@@ -227,6 +240,7 @@ def _do_first(action: Callable[[], object]) -> None:
     outcome = processes.from_first(failure or SUCCESS)
     if outcome != SUCCESS:
         message, code = json.loads(outcome)
+        processes.disconnect()
         raise CommandError(message, code)
 
 
@@ -240,7 +254,8 @@ def _train(run: Run) -> None:
                 results.finish(run.folder, run.problem, run.config, trained, local)
         except OSError as error:
             raise OSError(f"{error}; {unfinished.kept(run.folder)}") from error
-        jax.distributed.shutdown()
+        advise(f"{run.folder} is complete, see bn-jax eval", launch.LOST)
+        processes.disconnect()
 
 
 def _progress(run: Run) -> contextlib.AbstractContextManager[ShowReport]:

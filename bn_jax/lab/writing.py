@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bn_jax.lab import locking
+from bn_jax.lab import interrupts, locking
 from bn_jax.lab.errors import CommandError
 
 __all__ = ["remove", "staged", "write_json"]
@@ -37,7 +37,7 @@ def staged(folder: Path, *, new: bool = False) -> Iterator[Path]:
     existed = folder.exists()
     staging.mkdir(parents=True, exist_ok=True)
     try:
-        with locking.hold(staging, "--out"):
+        with interrupts.as_exceptions(), locking.hold(staging, "--out"):
             try:
                 if new and any(path != staging for path in folder.iterdir()):
                     raise CommandError(

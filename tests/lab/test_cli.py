@@ -592,7 +592,10 @@ def test_resume_refuses(good, small, command, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "options"),
-    [("rich", ["--data", "good.npz"]), ("matplotlib", ["--data", "good.npz"]), ("sklearn", [])],
+    [
+        *((name, ["--data", "good.npz"]) for name in ("rich", "matplotlib", "filelock")),
+        ("sklearn", []),
+    ],
 )
 def test_missing_extra(good, command, monkeypatch, module, options):
     monkeypatch.setitem(sys.modules, module, None)
