@@ -9,7 +9,7 @@ COMMITTED = report.read("demo")
 
 def test_a_command_is_measured_in_a_process_of_its_own(tmp_path):
     measured = demo.measure(["--help"], tmp_path)
-    assert 0 < measured.cpu_seconds and 0 < measured.seconds
+    assert measured.cpu_seconds > 0 and measured.seconds > 0
     assert measured.programs == 0 and list(measured.phases.values()) == [0, 0, 0]
     with pytest.raises(subprocess.CalledProcessError):
         demo.measure(["no-command"], tmp_path)
