@@ -8,7 +8,7 @@ import jax
 _recording: list[collections.Counter[str]] = []
 
 
-def _record(event, seconds, **names):
+def _record(event, duration_secs, **names):
     if event == "/jax/core/compile/backend_compile_duration":
         for counter in _recording:
             counter[names["fun_name"]] += 1

@@ -2,8 +2,8 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 __all__ = ["prepare_ahead"]
@@ -14,7 +14,7 @@ Prepared = TypeVar("Prepared")
 
 def prepare_ahead(
     prepare: Callable[[Item], Prepared], items: Iterable[Item]
-) -> Iterator[tuple[Item, Prepared]]:
+) -> Generator[tuple[Item, Prepared]]:
     """Prepares each item in another thread, while the caller works on the item before it.
 
     Args:
@@ -27,7 +27,7 @@ def prepare_ahead(
         it is the turn of its item. Once the caller stops, no other item is begun.
     """
     remaining = iter(items)
-    begun: collections.deque = collections.deque()
+    begun: collections.deque[tuple[Item, Future[Prepared]]] = collections.deque()
     thread = ThreadPoolExecutor(1, "prepare")
 
     def begin_next() -> None:

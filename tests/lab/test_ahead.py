@@ -33,7 +33,7 @@ def test_an_error_comes_when_it_is_the_turn_of_its_item():
 
 
 def test_a_caller_that_stops_leaves_nothing_to_do():
-    begun = []
+    begun: list[int] = []
     prepared = prepare_ahead(begun.append, range(10))
     next(prepared)
     prepared.close()

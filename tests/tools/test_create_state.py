@@ -55,7 +55,7 @@ def test_it_may_be_called_in_a_program_and_for_its_shapes():
     with compiled_programs() as programs:
         abstract = abstract_state(model, optimizer, SHAPE, mesh(2))
     assert programs == {}
-    assert jax.tree.structure(abstract) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_structs(abstract, expected)
     for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(expected), strict=True):
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
         assert shape.sharding == leaf.sharding
