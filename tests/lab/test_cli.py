@@ -731,6 +731,6 @@ def test_a_port_in_use_is_refused(good, command):
         address = f"127.0.0.1:{used.getsockname()[1]}"
         shared = ("--coordinator", address, "--num-processes", 2, "--process-id", 0)
         code, out, err = command("train", "--data", "good.npz", *shared)
-    assert (code, out) == (1, "")
-    assert err.startswith("bn-jax: error: JAX cannot connect the processes ([Errno ")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"bn-jax: error: --coordinator: received {address}, but process 0 cannot")
     assert "ddress already in use" in err and err.count("\n") == 1
