@@ -105,7 +105,7 @@ def of_color(image, color):
     return int((np.abs(image - wanted).max(-1) < 0.1).sum())
 
 
-@pytest.mark.parametrize("count", [1, 4, 100, 1000])
+@pytest.mark.parametrize("count", [1, 4, 1000])
 def test_curves_that_coincide_are_all_seen(count):
     """Black is also the color of text: there, more pixels than without the third arm."""
     same = reports(count)
