@@ -187,7 +187,7 @@ def radius_weights(x: jax.Array, mixed: jax.Array) -> jax.Array:
         ``rho^2 / (B - 3)``, [units]; its mean is ``(B - 1) / (B - 3)``.
     """
     batch_size, features = x.shape
-    x, z = x - jnp.mean(x, 0), mixed - jnp.mean(mixed, 0)
+    x, z = (leaf - jnp.mean(leaf, 0, keepdims=True) for leaf in (x, mixed))
     # `z` has no part along the vector of ones, in whose direction the covariance is zero.
     inverse = _inverse(x @ x.T / features + 1 / batch_size)
     return jnp.sum(z * (inverse @ z), 0) / (batch_size - 3)
