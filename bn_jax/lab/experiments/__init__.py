@@ -5,6 +5,7 @@ from bn_jax.lab.experiments import (
     gradient_explosion,
     high_order_effects,
     large_rates,
+    orthogonal_representations,
     residual_identity,
     scale_invariance,
     unbiased_variance,
@@ -25,5 +26,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         high_order_effects,
         affine_only,
         vanishing_gradients,
+        orthogonal_representations,
     )
 }
