@@ -14,6 +14,7 @@ from bn_jax.lab.experiments import (
     high_order_effects,
     large_rates,
     not_gaussian,
+    orthogonal_representations,
     precise_statistics,
     residual_identity,
     scale_and_bias_alone,
@@ -62,6 +63,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         vanishing_gradients,
         which_part,
         absorption_with_padding,
+        orthogonal_representations,
         adversarial_examples,
     )
 }

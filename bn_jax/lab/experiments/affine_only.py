@@ -45,11 +45,11 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies it to [..., features]."""
+        """Applies it to [n, features]."""
         features = x.shape[-1]
         scale: Any = self.param("scale", nn.initializers.ones, (features,))
         bias: Any = self.param("bias", nn.initializers.zeros, (features,))
-        return x * scale + bias
+        return x * scale[None] + bias[None]
 
 
 ARMS: Mapping[str, Any] = {"batch norm": BATCH_NORM, "affine only": Affine, "no norm": None}
@@ -73,7 +73,7 @@ def fold(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     scale = params["scale"]
     return {
         **params,
-        "first": params["first"] * scale[0],
+        "first": params["first"] * scale[:1],
         "kernel": params["kernel"] * scale[1:, None],
         "scale": jnp.ones_like(scale),
     }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 512
-DEPTH, QUICK_DEPTH = 20, 10
+DEPTH, QUICK_DEPTH = 14, 10
 # The number of independent batches of each size: gradients through smaller batches vary more.
 BATCHES = {4: 32, 8: 8, 16: 4, 32: 2, 64: 1}
 # The networks without norm stand under this batch size, for their examples do not interact.
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 # The theory of orthogonal weights needs a batch in which the features can be uncorrelated: more
 # examples than features. WIDE is the other case.
 NARROW, WIDE = Shape(8, 16, 200), Shape(256, 8, 12)
-NETWORKS, WIDE_NETWORKS = 16, 4
+NETWORKS, WIDE_NETWORKS = 16, 1
 PER_LAYER = 0.01
 # The error of the inverse of a matrix with condition number `c` is below (1 - 1 / c)^(2^steps).
 NEWTON_STEPS = 12
@@ -187,17 +187,14 @@ def radius_weights(x: jax.Array, mixed: jax.Array) -> jax.Array:
         ``rho^2 / (B - 3)``, [units]; its mean is ``(B - 1) / (B - 3)``.
     """
     batch_size, features = x.shape
-    x, z = x - jnp.mean(x, 0), mixed - jnp.mean(mixed, 0)
+    x, z = (leaf - jnp.mean(leaf, 0, keepdims=True) for leaf in (x, mixed))
     # `z` has no part along the vector of ones, in whose direction the covariance is zero.
     inverse = _inverse(x @ x.T / features + 1 / batch_size)
     return jnp.sum(z * (inverse @ z), 0) / (batch_size - 3)
 
 
 def _inverse(matrix: jax.Array) -> jax.Array:
-    """Inverts a positive definite matrix of small condition number, by products alone.
-
-    A factorization would be a call of LAPACK, one at a time on all devices.
-    """
+    """Inverts a positive definite matrix of small condition number, by products alone."""
     identity = jnp.eye(len(matrix))
     # The largest sum of a row bounds the largest eigenvalue, so that Newton's method converges.
     start = identity / jnp.max(jnp.sum(jnp.abs(matrix), 1))
@@ -357,6 +354,13 @@ def growth_per_layer(gradients: Gradients) -> Any:
     return gradients.growth[:, TRANSIENT:-TRANSIENT].mean((1, 2))
 
 
+def orthogonal(generator: np.random.Generator, draws: tuple[int, ...], width: int) -> Any:
+    """Draws orthogonal matrices from the uniform distribution, [*draws, width, width]."""
+    # NumPy's LAPACK: under JAX, calls from two devices at once can wait for each other.
+    q, r = np.linalg.qr(generator.standard_normal((*draws, width, width)))
+    return q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+
+
 def measure_orthogonal(setting: Setting, shape: Shape, networks: int) -> Gradients:
     """Measures linear networks with batch norm and orthogonal weights.
 
@@ -369,15 +373,15 @@ def measure_orthogonal(setting: Setting, shape: Shape, networks: int) -> Gradien
         [seeds, networks, depth].
     """
 
-    def draw(seed: Any) -> tuple[Any, Any]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), shape.width), 2)
-        draws = networks, shape.depth
-        return jax.random.split(keys[0], networks), jax.random.orthogonal(
-            keys[1], shape.width, draws
-        )
+    def of_seed(seed: Any) -> Gradients:
+        key = jax.random.fold_in(jax.random.key(seed), shape.width)
+        generator = np.random.default_rng([shape.width, seed])
+        weights = orthogonal(generator, (networks, shape.depth), shape.width)
+        found = measure(jax.random.split(key, networks), weights.astype(np.float32))
+        return Gradients(*(np.asarray(leaf, np.float64) for leaf in found))
 
     measure = jax.jit(jax.vmap(partial(gradients_in_linear_network, batch_size=shape.batch_size)))
-    runs = [jax.tree.map(np.float64, measure(*draw(seed))) for seed in setting.chosen]
+    runs = [of_seed(seed) for seed in setting.chosen]
     return Gradients(*map(np.stack, zip(*runs, strict=True)))
 
 

@@ -231,7 +231,7 @@ def network(params: Mapping[str, jax.Array], x: jax.Array, depth: Any, layer: La
     """
 
     def apply(x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        x = x @ kernel
+        x, scale, bias = x @ kernel, scale[None], bias[None]
         x = _normalize(x, EPSILON) if layer.normalize else x
         return jax.nn.relu(x * scale + bias if layer.scale else x + bias)
 

@@ -255,9 +255,9 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     by_block.legend()
     of_branch.plot(blocks[1:], -np.log10(blocks[1:] + 1), label="1 / (l + 1)", **gray)
     of_branch.set(xlabel="block l", ylabel=r"$\log_{10}$ of the branch's share in $E[x^2]$")
-    of_branch.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
-    for index, (arm, accuracies) in enumerate(curves["accuracy"].items()):
-        values = 100 * np.asarray(accuracies)
+    of_branch.legend(loc="center right", bbox_to_anchor=(1, 0.6))
+    for index, arm in enumerate(TRAINED):
+        values = 100 * np.asarray(curves["accuracy"][arm])
         band(by_rate, curves["rates"][arm], values, arm, within=PERCENT, color=f"C{index}")
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)", ylim=(0, 102))
     by_rate.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.9))

@@ -223,10 +223,11 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the gradients by layer, and the slope of tanh by the deviation of its input."""
     by_layer, by_gain = figure.subplots(1, 2)
     layers = np.arange(DEPTH)
-    for index, (arm, values) in enumerate(curves["squared norm"].items()):
-        line = "-" if index < len(WITH_NORM) else "--"
-        band(by_layer, layers, values, arm, linestyle=line)
     for arm in ARMS:
+        values = curves["squared norm"][str(arm)]
+        line = "-" if arm in WITH_NORM else "--"
+        color = f"C{list(ACTIVATIONS).index(arm.activation)}"
+        band(by_layer, layers, values, str(arm), linestyle=line, color=color)
         by_layer.plot(layers, layers * np.log10(theory(arm)), color="gray", linestyle=":", zorder=3)
     by_layer.plot([], [], color="gray", linestyle=":", label="theory")
     by_layer.set(
