@@ -575,8 +575,5 @@ EXPERIMENT = Experiment(
         "Affine corruptions vanish to rounding, and new statistics help both networks at every "
         "severity."
     ),
-    hard=(
-        "That entropy adds to it: by half a point, at a rate chosen for each severity; one rate "
-        "for all makes strong corruptions worse."
-    ),
+    hard=("That entropy adds to it: by half a point or less, with a rate for each severity."),
 )

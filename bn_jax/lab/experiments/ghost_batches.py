@@ -218,6 +218,6 @@ EXPERIMENT = Experiment(
     easy="The gap itself, where networks are trained on few digits.",
     hard=(
         "That ghosts close it: those that are best on the validation part are no better than the "
-        "whole batch, and ghosts of 2 hardly train."
+        "whole batch, and ghosts of 2 are far worse."
     ),
 )
