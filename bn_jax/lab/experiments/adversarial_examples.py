@@ -40,7 +40,7 @@ Logits: TypeAlias = Callable[[jax.Array], jax.Array]
 
 WIDTHS = 64, 64, 64
 BATCH_SIZE = 64
-RATES = 0.01, 0.03, 0.1, 0.3, 1.0
+RATES = 0.03, 0.1, 0.3, 1.0, 3.0
 # Sizes of perturbations, the largest change of a pixel in shares of the range of all pixels.
 SIZES = 0.0, 0.03, 0.06, 0.12
 DECIDING = SIZES[2:]

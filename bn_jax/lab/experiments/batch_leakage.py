@@ -276,7 +276,7 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy=("The gap, where neighbours tell, and both ways to mend it."),
+    easy="The gap, where neighbours tell, and both ways to mend it.",
     hard=(
         "A task in which neighbours tell, for a norm subtracts what is common to a group; and a "
         "network learns to read them only with large rates and many steps."

@@ -356,7 +356,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     for axes in (ratios, gaps, losses):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("examples that share statistics, M")
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", handlelength=3.5)
     ratios.set_ylabel("variance over its formula")
     gaps.set_yscale("log")
     gaps.set_ylabel("loss with the batch's statistics\nminus with the population's (nats)")
@@ -426,9 +426,9 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy=("The variances at every M, and the loss gap."),
+    easy="The variances at every M, and the loss gap.",
     hard=(
-        "That the noise helps: after training on few digits, neither the gap between test and training "
-        "loss nor the test loss was smaller with smaller M."
+        "That the noise helps: after training on few digits, neither the gap between test and "
+        "training loss nor the test loss was smaller with smaller M."
     ),
 )

@@ -571,6 +571,9 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy="",
-    hard="",
+    easy=(
+        "Affine corruptions vanish to rounding, and new statistics help both networks at every "
+        "severity."
+    ),
+    hard=("That entropy adds to it: by half a point or less, with a rate for each severity."),
 )

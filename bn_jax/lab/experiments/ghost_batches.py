@@ -126,7 +126,7 @@ def compare(measured: Mapping[Arm, Measured]) -> dict[str, Any]:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    sizes = GHOSTS[1::2] if setting.quick else GHOSTS
+    sizes = GHOSTS[3::2] if setting.quick else GHOSTS
     arms = [*(Arm(LARGE, ghost) for ghost in sizes), Arm(SMALL, SMALL)]
     examples = LARGE * (60 if setting.quick else 120)
     chosen = {}
@@ -215,6 +215,9 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy="",
-    hard="",
+    easy="The gap itself, where networks are trained on few digits.",
+    hard=(
+        "That ghosts close it: those that are best on the validation part are no better than the "
+        "whole batch, and ghosts of 2 are far worse."
+    ),
 )

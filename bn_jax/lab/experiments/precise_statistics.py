@@ -295,7 +295,7 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy=("The lag of averages that start at 0 and 1: they are behind for that alone."),
+    easy="The lag of averages that start at 0 and 1: they are behind for that alone.",
     hard=(
         "From a fair start, the lag of momentum 0.9 is less than a point, and single steps do not "
         "show it."

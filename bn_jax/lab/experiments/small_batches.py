@@ -283,7 +283,7 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw_figure,
-    easy=("The harm of two examples or one class, and that renorm takes away a part of it."),
+    easy="The harm of two examples or one class, and that renorm takes away a part of it.",
     hard=(
         "Renorm does not restore what large batches reach: with two examples or one class it stays "
         "some 20 points below them, and below group norm."
