@@ -295,22 +295,20 @@ def train_stepwise(model: nn.Module, runs: Sequence[Run]) -> list[Outcome[Measur
         model: the network.
         runs: the trainings.
     """
-    begun = jax.jit(partial(begin, model))
-    ended = jax.jit(partial(finish, model))
-
-    @jax.jit
-    def step(state: State, rate: Any, mask: Any, part: Part, batch: Any) -> State:
-        return make_step(model, make_optimizer(rate, mask), part)(state, batch)[0]
-
     outcomes = []
     for run in runs:
         digits = run.trial.digits
-        variables, mask = begun(run)
+        variables, mask = _begin(model, run)
         state = start(make_optimizer(run.rate, mask), variables)
         for batch in run.trial.batches:
-            state = step(state, run.rate, mask, digits.train, batch)
-        outcomes.append(jax.device_get(ended(state.variables, mask, digits)))
+            state = _step(model, state, run.rate, mask, digits.train, batch)
+        outcomes.append(jax.device_get(_finish(model, state.variables, mask, digits)))
     return outcomes
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(model: nn.Module, state: State, rate: Any, mask: Any, part: Part, batch: Any) -> State:
+    return make_step(model, make_optimizer(rate, mask), part)(state, batch)[0]
 
 
 def begin(model: nn.Module, run: Run) -> tuple[Any, Any]:
@@ -344,6 +342,10 @@ def finish(model: nn.Module, trained: Any, mask: Any, digits: Digits) -> Outcome
         count=sum(leaf.sum() for leaf in jax.tree.leaves(mask)),
     )
     return Outcome(accuracy(model, trained, digits.validation), measured)
+
+
+_begin = jax.jit(begin, static_argnums=0)
+_finish = jax.jit(finish, static_argnums=0)
 
 
 def run(setting: Setting) -> Result:
