@@ -1,5 +1,7 @@
 """The formulas and protocols behind the claims about deep networks, against NumPy and scipy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,13 +219,13 @@ def test_scales_fold_into_kernels():
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((6, 64)), np.arange(6)
     with jax.enable_x64(True):
-        found = affine_only.compare_folded(jnp.int32(0), jnp.asarray(x), y)
+        found = affine_only.compare_folded(jnp.int32(0), jnp.asarray(x), jnp.asarray(y))
     assert float(found.error) <= affine_only.TOLERANCE
     # The distance of two vectors over the larger norm is at most 2.
     assert 0 < float(found.distance) < 2
     variables = {"params": {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([1.0, -1.0])}}
-    found = affine_only.Affine().apply(variables, jnp.array([[1.0, 1.0], [0.0, 2.0]]))
-    np.testing.assert_array_equal(found, [[3, 2], [1, 5]])
+    applied: Any = affine_only.Affine().apply(variables, jnp.array([[1.0, 1.0], [0.0, 2.0]]))
+    np.testing.assert_array_equal(applied, [[3, 2], [1, 5]])
 
 
 def test_cosines_and_effective_ranks():

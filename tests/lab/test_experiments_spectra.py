@@ -60,4 +60,5 @@ def test_a_step_is_held_to_the_bound_of_its_condition():
     np.testing.assert_array_equal(decoupling.above_bound(steps), 0)
     steps[1, 1, 0] *= 1.01
     steps[2, 0, 1] = np.nan
-    np.testing.assert_allclose(decoupling.above_bound(steps), [[0, 0], [0, 0.01], [0, 0]])
+    expected = np.array([[0, 0], [0, 0.01], [0, 0]])
+    np.testing.assert_allclose(decoupling.above_bound(steps), expected, atol=1e-12)

@@ -37,7 +37,7 @@ def choose(names: Sequence[str]) -> list[Experiment]:
     """
     experiments = extensions.known()
     by_number = {str(experiment.number): experiment for experiment in EXPERIMENTS.values()}
-    named = by_number | experiments
+    named = {**by_number, **experiments}
     files = {name: load_file(Path(name)) for name in names if name.endswith(".py")}
     unknown = [name for name in names if name not in (*named, *files, "all")]
     if unknown or not names:
