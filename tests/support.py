@@ -298,6 +298,8 @@ def run_command(*arguments):
     """The command `bn-jax` in this process, which must end within two minutes: code and streams."""
     from bn_jax.lab.command import main
 
+    # With devices in place, the command cannot change the number that all tests share.
+    assert len(jax.devices()) == 4
     out, err = io.StringIO(), io.StringIO()
     signal.alarm(120)
     with (
