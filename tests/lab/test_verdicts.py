@@ -63,7 +63,7 @@ def test_intervals_corrected_for_overlap_cover_the_truth_where_plain_ones_do_not
 
 @pytest.mark.parametrize("distance", [0.5, 1.5])
 def test_so_many_seeds_decide_in_four_of_five_repetitions(distance):
-    needed = statistics.seeds_needed(values_with(0, 1), distance)
+    needed = statistics.seeds_needed(values_with(0, 1), distance) or 0
     deviation = values_with(0, 1).std(ddof=1)
     generator = np.random.default_rng(1)
 

@@ -35,7 +35,8 @@ def save(
     lines = [describe(one) for one in record["sub_claims"]]
     height = 4 + LINE * (len(lines) + 1)
     figure = Figure(figsize=(10, height), layout="constrained")
-    panels, footer = figure.subfigures(2, 1, height_ratios=(4, height - 4))
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, height - 4))
+    panels, footer = parts.ravel()
     with matplotlib.rc_context({"legend.frameon": False}):
         draw(panels, record["curves"])
     for axes in panels.axes:
