@@ -354,7 +354,7 @@ EXPERIMENT = Experiment(
     protocol=(
         f"MLP of 4, 8 and 32 layers of {WIDTH} ReLU units on digits, {STEPS} steps of SGD at 9 "
         "rates from 1e-2 to 1e2; a rate is stable if the validation accuracy ends at twice chance "
-        f"or more; the matched small rate is 1 / {SMALLER} of the largest that is stable without norm"
+        f"or more; the matched small rate is 1 / {SMALLER} of the largest stable one without norm"
     ),
     limits=(
         "Where the largest rate of the sweep is stable, the ratio is a lower bound. How long it "
