@@ -128,20 +128,28 @@ def test_where_the_prediction_fails_by_half():
 
 
 def test_the_network_of_traced_depth_uses_its_first_layers():
+    generator = np.random.default_rng(0)
     params = high_order_effects.init_network(jax.random.key(0), 64)
+    shape = params["scale"].shape
+    params["scale"] = jnp.asarray(np.exp(generator.normal(0, 0.3, shape)), jnp.float32)
     params["bias"] += 0.1
-    x = np.random.default_rng(0).standard_normal((5, 64))
+    x = generator.standard_normal((5, 64)).astype(np.float32)
+    network = jax.jit(high_order_effects.network, static_argnums=3)
     for arm, layer in high_order_effects.ARMS.items():
         given = exact(x)
-        kernels = [params["first"], *params["kernel"][:2]]
-        for index, kernel in enumerate(kernels):
+        for index, kernel in enumerate([params["first"], *params["kernel"][:2]]):
             given = given @ exact(kernel)
             if arm == "batch norm":
                 given = (given - given.mean(0)) / np.sqrt(given.var(0) + 1e-5)
+            if arm != "no norm":
+                given = given * exact(params["scale"][index])
             given = np.maximum(given + exact(params["bias"][index]), 0)
         expected = given @ exact(params["classifier"])
-        found = high_order_effects.network(params, jnp.asarray(x, jnp.float32), 3, layer)
+        found = network(params, x, 3, layer)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        if arm == "affine only":
+            folded = network(affine_only.fold(params), x, 3, high_order_effects.ARMS["no norm"])
+            np.testing.assert_allclose(folded, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_largest_stable_rate_is_the_last_within_reach():
@@ -213,14 +221,7 @@ def test_branches_whose_scale_is_zero_are_identities_that_learn():
     assert (np.abs(gradients["block"]["norm_1"]["scale"]).max(-1) > 0).all()
 
 
-def test_scales_fold_into_kernels():
-    generator = np.random.default_rng(0)
-    x, y = generator.standard_normal((6, 64)), np.arange(6)
-    with jax.enable_x64(True):
-        found = affine_only.compare_folded(jnp.int32(0), jnp.asarray(x), y)
-    assert float(found.error) <= affine_only.TOLERANCE
-    # The distance of two vectors over the larger norm is at most 2.
-    assert 0 < float(found.distance) < 2
+def test_scale_and_bias_in_the_place_of_a_norm():
     variables = {"params": {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([1.0, -1.0])}}
     found = affine_only.Affine().apply(variables, jnp.array([[1.0, 1.0], [0.0, 2.0]]))
     np.testing.assert_array_equal(found, [[3, 2], [1, 5]])

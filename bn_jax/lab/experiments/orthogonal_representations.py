@@ -82,8 +82,9 @@ def mean_cosine(x: jax.Array, *, centred: bool) -> jax.Array:
     size = x.shape[-2]
     unit = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     cosines = unit @ jnp.swapaxes(unit, -1, -2) + (1 / (size - 1) if centred else 0)
-    off_diagonal = 1 - jnp.eye(size)
-    return jnp.sum(jnp.abs(cosines) * off_diagonal, (-1, -2)) / (size * (size - 1))
+    cosines = jnp.abs(cosines)
+    of_others = jnp.sum(cosines, (-1, -2)) - jnp.trace(cosines, axis1=-2, axis2=-1)
+    return of_others / (size * (size - 1))
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
