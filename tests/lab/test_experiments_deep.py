@@ -56,15 +56,21 @@ def test_growth_is_a_mean_over_the_radius(monkeypatch):
     monkeypatch.setattr(gradient_explosion, "WIDTH", width)
     monkeypatch.setattr(gradient_explosion, "BATCHES", {batch_size: 1})
     monkeypatch.setattr(gradient_explosion, "EXAMPLES", 2)
-    found = gradient_explosion.measure_gradients(jnp.int32(5), depth=1)[batch_size]
+    measured = gradient_explosion.measure_gradients(jnp.int32(5), depth=2)
+    found, without = measured[batch_size], measured[gradient_explosion.NO_NORM]
     keys = jax.random.split(jax.random.key(5), 3)
     shape = (batch_size, 2, 1, width)
     x, output = (
         exact(jax.random.normal(jax.random.fold_in(key, batch_size), shape))[:, 0, 0]
         for key in (keys[0], keys[2])
     )
-    weights = exact(jax.random.normal(jax.random.split(keys[1], 1)[0], (width, width)))
-    z = x @ weights / np.sqrt(width)
+    weights = [
+        exact(jax.random.normal(key, (width, width))) / np.sqrt(width)
+        for key in jax.random.split(keys[1], 2)
+    ]
+    x = x @ weights[0]
+    x = (x - x.mean(0)) / x.std(0)
+    z = x @ weights[1]
     x, z = x - x.mean(0), z - z.mean(0)
     deviation = z.std(0)
     unit = z / deviation
@@ -73,7 +79,10 @@ def test_growth_is_a_mean_over_the_radius(monkeypatch):
     radius = np.einsum("if,ij,jf->f", z, np.linalg.pinv(x @ x.T / width, hermitian=True), z)
     expected = np.sum(squared * radius / (batch_size - 3)) / np.sum(output**2)
     np.testing.assert_allclose(found.growth[0, 0, 0], expected, rtol=1e-3)
-    np.testing.assert_allclose(found.squared[0, 0, 0], np.sum(output**2), rtol=1e-5)
+    below = (gradient / deviation) @ weights[1].T
+    norms = [np.sum(output**2), np.sum(below**2)]
+    np.testing.assert_allclose(found.squared[:, 0, 0], norms, rtol=1e-4)
+    np.testing.assert_allclose(without.growth, without.squared[1:] / without.squared[:-1])
 
 
 def test_orthogonal_matrices_are_drawn_uniformly():

@@ -5,6 +5,7 @@ from bn_jax.lab.experiments import (
     gradient_explosion,
     high_order_effects,
     large_rates,
+    normalizer_free,
     orthogonal_representations,
     residual_identity,
     scale_invariance,
@@ -27,5 +28,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         affine_only,
         vanishing_gradients,
         orthogonal_representations,
+        normalizer_free,
     )
 }
