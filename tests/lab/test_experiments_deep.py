@@ -14,6 +14,7 @@ from bn_jax.lab.experiments import (
     gradient_explosion,
     high_order_effects,
     large_rates,
+    normalizer_free,
     orthogonal_representations,
     residual_identity,
     vanishing_gradients,
@@ -228,6 +229,28 @@ def test_branches_whose_scale_is_zero_are_identities_that_learn():
     expected = np.maximum(stream, 0) @ exact(params["classifier"]["kernel"])
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert (np.abs(gradients["block"]["norm_1"]["scale"]).max(-1) > 0).all()
+
+
+def test_a_block_without_norm():
+    model = normalizer_free.NormalizerFreeMLP(2, 4, 3)
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
+    (stream,) = sown["intermediates"]["stream"]
+
+    def kernel(params, *index):
+        values = exact(params["kernel"])[index]
+        return stats.zscore(values, 0) / np.sqrt(len(values))
+
+    expected = exact(x) @ kernel(variables["params"]["stem"])
+    np.testing.assert_allclose(stream[0], expected, rtol=1e-4, atol=1e-5)
+    for block in range(2):
+        y = expected / np.sqrt(1 + block * 0.2**2)
+        for layer in ("dense_0", "dense_1"):
+            relu = np.maximum(y, 0) * np.sqrt(2 / (1 - 1 / np.pi))
+            y = relu @ kernel(variables["params"]["block"][layer], block)
+        expected = expected + 0.2 * y
+        np.testing.assert_allclose(stream[block + 1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scale_and_bias_in_the_place_of_a_norm():

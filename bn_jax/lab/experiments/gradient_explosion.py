@@ -549,8 +549,8 @@ EXPERIMENT = Experiment(
         f"random networks of width {WIDTH} and depth {DEPTH}, white inputs, random gradients at "
         "the output; the mean ratio of squared norms through a layer, at B = 4 its mean over the "
         "radius of each feature by formula; without norm as control. Orthogonal weights: linear "
-        f"networks with {NARROW.width} features, batches of {NARROW.batch_size} and {NARROW.depth} layers, "
-        f"and with {WIDE.width}, {WIDE.batch_size} and {WIDE.depth}"
+        f"networks with {NARROW.width} features, batches of {NARROW.batch_size} and "
+        f"{NARROW.depth} layers, and with {WIDE.width}, {WIDE.batch_size} and {WIDE.depth}"
     ),
     limits=(
         "At initialization, and of gradients at activations. The growth is a mean: at B = 4 few "
