@@ -210,7 +210,10 @@ def test_activations_that_overflow_have_exploded():
 def test_usable_rates_are_near_the_best():
     validation = np.array([[0.5, 0.9], [0.96, 0.1], [0.98, 0.1], [0.94, 0.1]])
     swept = RateSweep([1.0, 2.0, 4.0, 8.0], validation, None)
-    np.testing.assert_allclose(residual_identity.usable_range(swept), [4, 1])
+    usable = residual_identity.usable_rates(swept)
+    np.testing.assert_allclose(usable.smallest, [2, 1])
+    np.testing.assert_allclose(usable.largest, [8, 1])
+    np.testing.assert_allclose(usable.range, [4, 1])
 
 
 def test_branches_whose_scale_is_zero_are_identities_that_learn():
