@@ -52,6 +52,7 @@ class Shape(NamedTuple):
 # The theory of orthogonal weights needs a batch in which the features can be uncorrelated: more
 # examples than features. WIDE is the other case.
 NARROW, WIDE = Shape(8, 16, 200), Shape(512, 8, 10)
+QUICK_WIDE = WIDE._replace(width=128)
 NETWORKS, WIDE_NETWORKS = 16, 1
 PER_LAYER = 0.01
 # The error of the inverse of a matrix with condition number `c` is below (1 - 1 / c)^(2^steps).
@@ -406,7 +407,8 @@ def run(setting: Setting) -> Result:
     gradients = measure_all(setting, QUICK_DEPTH if setting.quick else DEPTH)
     growth = {arm: growth_per_layer(of_arm) for arm, of_arm in gradients.items()}
     narrow = measure_orthogonal(setting, NARROW, NETWORKS)
-    wide = measure_orthogonal(setting, WIDE, WIDE_NETWORKS)
+    wide_shape = QUICK_WIDE if setting.quick else WIDE
+    wide = measure_orthogonal(setting, wide_shape, WIDE_NETWORKS)
     wide_growth = wide.growth[..., TRANSIENT:-TRANSIENT].mean((1, 2))
     relative = {
         arm: np.log10(of_arm.squared.mean(-1) / of_arm.squared.mean(-1)[:, :1]).T
@@ -422,7 +424,7 @@ def run(setting: Setting) -> Result:
             "2b": over_theory["ReLU"],
             "2c": {name: growth[name, NO_NORM] for name in ACTIVATIONS},
             "2d": total_growth(narrow.squared),
-            "2e": wide_growth / orthogonal_growth(WIDE.batch_size, WIDE.width),
+            "2e": wide_growth / orthogonal_growth(wide_shape.batch_size, wide_shape.width),
             # What is left of a term in 1 / B: the limit of large batches.
             "2f": (2 * growth["ReLU", 64] - growth["ReLU", 32]) * (np.pi - 1) / np.pi,
         },
