@@ -16,6 +16,7 @@ from bn_jax.lab.experiments import (
     gradient_explosion,
     high_order_effects,
     large_rates,
+    normalizer_free,
     orthogonal_representations,
     residual_identity,
     vanishing_gradients,
@@ -58,15 +59,21 @@ def test_growth_is_a_mean_over_the_radius(monkeypatch):
     monkeypatch.setattr(gradient_explosion, "WIDTH", width)
     monkeypatch.setattr(gradient_explosion, "BATCHES", {batch_size: 1})
     monkeypatch.setattr(gradient_explosion, "EXAMPLES", 2)
-    found = gradient_explosion.measure_gradients(jnp.int32(5), depth=1)[batch_size]
+    measured = gradient_explosion.measure_gradients(jnp.int32(5), depth=2)
+    found, without = measured[batch_size], measured[gradient_explosion.NO_NORM]
     keys = jax.random.split(jax.random.key(5), 3)
     shape = (batch_size, 2, 1, width)
     x, output = (
         exact(jax.random.normal(jax.random.fold_in(key, batch_size), shape))[:, 0, 0]
         for key in (keys[0], keys[2])
     )
-    weights = exact(jax.random.normal(jax.random.split(keys[1], 1)[0], (width, width)))
-    z = x @ weights / np.sqrt(width)
+    weights = [
+        exact(jax.random.normal(key, (width, width))) / np.sqrt(width)
+        for key in jax.random.split(keys[1], 2)
+    ]
+    x = x @ weights[0]
+    x = (x - x.mean(0)) / x.std(0)
+    z = x @ weights[1]
     x, z = x - x.mean(0), z - z.mean(0)
     deviation = z.std(0)
     unit = z / deviation
@@ -75,7 +82,10 @@ def test_growth_is_a_mean_over_the_radius(monkeypatch):
     radius = np.einsum("if,ij,jf->f", z, np.linalg.pinv(x @ x.T / width, hermitian=True), z)
     expected = np.sum(squared * radius / (batch_size - 3)) / np.sum(output**2)
     np.testing.assert_allclose(found.growth[0, 0, 0], expected, rtol=1e-3)
-    np.testing.assert_allclose(found.squared[0, 0, 0], np.sum(output**2), rtol=1e-5)
+    below = (gradient / deviation) @ weights[1].T
+    norms = [np.sum(output**2), np.sum(below**2)]
+    np.testing.assert_allclose(found.squared[:, 0, 0], norms, rtol=1e-4)
+    np.testing.assert_allclose(without.growth, without.squared[1:] / without.squared[:-1])
 
 
 def test_orthogonal_matrices_are_drawn_uniformly():
@@ -130,20 +140,28 @@ def test_where_the_prediction_fails_by_half():
 
 
 def test_the_network_of_traced_depth_uses_its_first_layers():
+    generator = np.random.default_rng(0)
     params = high_order_effects.init_network(jax.random.key(0), 64)
+    shape = params["scale"].shape
+    params["scale"] = jnp.asarray(np.exp(generator.normal(0, 0.3, shape)), jnp.float32)
     params["bias"] += 0.1
-    x = np.random.default_rng(0).standard_normal((5, 64))
+    x = generator.standard_normal((5, 64)).astype(np.float32)
+    network = jax.jit(high_order_effects.network, static_argnums=3)
     for arm, layer in high_order_effects.ARMS.items():
         given = exact(x)
-        kernels = [params["first"], *params["kernel"][:2]]
-        for index, kernel in enumerate(kernels):
+        for index, kernel in enumerate([params["first"], *params["kernel"][:2]]):
             given = given @ exact(kernel)
             if arm == "batch norm":
                 given = (given - given.mean(0)) / np.sqrt(given.var(0) + 1e-5)
+            if arm != "no norm":
+                given = given * exact(params["scale"][index])
             given = np.maximum(given + exact(params["bias"][index]), 0)
         expected = given @ exact(params["classifier"])
-        found = high_order_effects.network(params, jnp.asarray(x, jnp.float32), 3, layer)
+        found = network(params, x, 3, layer)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        if arm == "affine only":
+            folded = network(affine_only.fold(params), x, 3, high_order_effects.ARMS["no norm"])
+            np.testing.assert_allclose(folded, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_largest_stable_rate_is_the_last_within_reach():
@@ -194,7 +212,10 @@ def test_activations_that_overflow_have_exploded():
 def test_usable_rates_are_near_the_best():
     validation = np.array([[0.5, 0.9], [0.96, 0.1], [0.98, 0.1], [0.94, 0.1]])
     swept = RateSweep([1.0, 2.0, 4.0, 8.0], validation, None)
-    np.testing.assert_allclose(residual_identity.usable_range(swept), [4, 1])
+    usable = residual_identity.usable_rates(swept)
+    np.testing.assert_allclose(usable.smallest, [2, 1])
+    np.testing.assert_allclose(usable.largest, [8, 1])
+    np.testing.assert_allclose(usable.range, [4, 1])
 
 
 def test_branches_whose_scale_is_zero_are_identities_that_learn():
@@ -215,14 +236,29 @@ def test_branches_whose_scale_is_zero_are_identities_that_learn():
     assert (np.abs(gradients["block"]["norm_1"]["scale"]).max(-1) > 0).all()
 
 
-def test_scales_fold_into_kernels():
-    generator = np.random.default_rng(0)
-    x, y = generator.standard_normal((6, 64)), np.arange(6)
-    with jax.enable_x64(True):
-        found = affine_only.compare_folded(jnp.int32(0), jnp.asarray(x), jnp.asarray(y))
-    assert float(found.error) <= affine_only.TOLERANCE
-    # The distance of two vectors over the larger norm is at most 2.
-    assert 0 < float(found.distance) < 2
+def test_a_block_without_norm():
+    model = normalizer_free.NormalizerFreeMLP(2, 4, 3)
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
+    (stream,) = sown["intermediates"]["stream"]
+
+    def kernel(params, *index):
+        values = exact(params["kernel"])[index]
+        return stats.zscore(values, 0) / np.sqrt(len(values))
+
+    expected = exact(x) @ kernel(variables["params"]["stem"])
+    np.testing.assert_allclose(stream[0], expected, rtol=1e-4, atol=1e-5)
+    for block in range(2):
+        y = expected / np.sqrt(1 + block * 0.2**2)
+        for layer in ("dense_0", "dense_1"):
+            relu = np.maximum(y, 0) * np.sqrt(2 / (1 - 1 / np.pi))
+            y = relu @ kernel(variables["params"]["block"][layer], block)
+        expected = expected + 0.2 * y
+        np.testing.assert_allclose(stream[block + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scale_and_bias_in_the_place_of_a_norm():
     variables = {"params": {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([1.0, -1.0])}}
     applied: Any = affine_only.Affine().apply(variables, jnp.array([[1.0, 1.0], [0.0, 2.0]]))
     np.testing.assert_array_equal(applied, [[3, 2], [1, 5]])

@@ -13,6 +13,7 @@ from bn_jax.lab.experiments import (
     hessian,
     high_order_effects,
     large_rates,
+    normalizer_free,
     not_gaussian,
     orthogonal_representations,
     precise_statistics,
@@ -65,5 +66,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         absorption_with_padding,
         orthogonal_representations,
         adversarial_examples,
+        normalizer_free,
     )
 }

@@ -177,17 +177,18 @@ def run(setting: Setting) -> Result:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws accuracy by learning rate, and its course at the best rates."""
     by_rate, by_step = figure.subplots(1, 2)
-    for arm, values in curves["accuracy"].items():
-        band(by_rate, curves["rates"], 100 * np.asarray(values), arm, within=PERCENT)
+    for arm in ARMS:
+        values = 100 * np.asarray(curves["accuracy"][arm])
+        band(by_rate, curves["rates"], values, arm, within=PERCENT)
+        course = curves["course"][arm]
+        band(by_step, curves["steps"], course, arm, within=PERCENT, marker=".")
     by_rate.set(
         xscale="log",
         xlabel="learning rate",
         ylabel=f"test accuracy (%), depth {DEPTH}",
         ylim=(0, 102),
     )
-    by_rate.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.1))
-    for arm, values in curves["course"].items():
-        band(by_step, curves["steps"], values, arm, within=PERCENT, marker=".")
+    by_rate.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.9))
     by_step.set(xlabel="steps, each at its best rate", ylabel="test accuracy (%)", ylim=(0, 102))
     by_step.legend(fontsize="small", loc="lower right")
 

@@ -31,6 +31,8 @@ DEPTH, QUICK_DEPTH = 14, 10
 BATCHES = {4: 32, 8: 8, 16: 4, 32: 2, 64: 1}
 # The networks without norm stand under this batch size, for their examples do not interact.
 NO_NORM = 1
+# For B of at most 5 the growth has no variance, so that its mean over the radius is measured.
+INTEGRATED = 5
 DRAWN = 4, 8, 64, NO_NORM
 EXAMPLES = 64
 # The number of layers next to the input and next to the output that are left out.
@@ -49,7 +51,8 @@ class Shape(NamedTuple):
 
 # The theory of orthogonal weights needs a batch in which the features can be uncorrelated: more
 # examples than features. WIDE is the other case.
-NARROW, WIDE = Shape(8, 16, 200), Shape(256, 8, 12)
+NARROW, WIDE = Shape(8, 16, 200), Shape(512, 8, 10)
+QUICK_WIDE = WIDE._replace(width=128)
 NETWORKS, WIDE_NETWORKS = 16, 1
 PER_LAYER = 0.01
 # The error of the inverse of a matrix with condition number `c` is below (1 - 1 / c)^(2^steps).
@@ -155,7 +158,7 @@ class Gradients(NamedTuple):
 
     Attributes:
         squared: squared norms at the outputs of the layers, [..., depth, batches].
-        growth: of the squared norm through each layer, [..., depth, batches].
+        growth: of the squared norm through each layer but the first, [..., depth - 1, batches].
     """
 
     squared: Any
@@ -215,9 +218,8 @@ def measure_gradients(seed: jax.Array, depth: int) -> dict[int, Gradients]:
         depth: the number of layers.
 
     Returns:
-        For every batch size, gradients [depth, activations, batches]. The growth is the mean over
-        the radius of each feature (see `radius_weights`), and without norm that of the next layer's
-        squared norm.
+        For every batch size, gradients [depth, activations, batches]. For batches of up to
+        `INTEGRATED`, the growth is a mean over the radius of each feature (see `radius_weights`).
     """
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = {
@@ -237,7 +239,8 @@ def measure_gradients(seed: jax.Array, depth: int) -> dict[int, Gradients]:
         outputs, of_radii = {}, {}
         for size, of_size in x.items():
             mixed = of_size @ weights
-            of_radii[size] = _all_radius_weights(of_size, mixed)
+            if NO_NORM < size <= INTEGRATED:
+                of_radii[size] = _all_radius_weights(of_size, mixed)
             outputs[size] = _activate(mixed + probes[size].mixed) + probes[size].output
         return outputs, of_radii
 
@@ -248,13 +251,11 @@ def measure_gradients(seed: jax.Array, depth: int) -> dict[int, Gradients]:
     probes = {size: _Probes(of_size, of_size) for size, of_size in zeros.items()}
     _, pull, of_radii = jax.vjp(network, probes, has_aux=True)
     (gradients,) = pull(white(keys[2]))
-    return {size: _growth(of_size, of_radii[size]) for size, of_size in gradients.items()}
+    return {size: _growth(of_size, of_radii.get(size)) for size, of_size in gradients.items()}
 
 
 def _all_radius_weights(x: jax.Array, mixed: jax.Array) -> jax.Array:
     """Returns the weights of all networks and batches, [activations, batches, WIDTH]."""
-    if len(x) == NO_NORM:
-        return jnp.ones(x.shape[1:])
     x, mixed = jax.lax.stop_gradient((x, mixed))
     return jax.vmap(jax.vmap(radius_weights, (1, 1)), (1, 1))(x, mixed)
 
@@ -285,11 +286,14 @@ def _normalize(x: jax.Array) -> jax.Array:
     )[0]
 
 
-def _growth(gradients: _Probes, of_radii: jax.Array) -> Gradients:
+def _growth(gradients: _Probes, of_radii: jax.Array | None) -> Gradients:
     """Returns squared norms and their growth, from gradients [depth, B, ..., WIDTH]."""
-    squared = jnp.sum(gradients.output**2, (1, -1))
-    through = jnp.sum(gradients.mixed**2 * of_radii[:, None], (1, -1))
-    return Gradients(squared[::-1], (through / squared)[::-1])
+    squared = jnp.sum(gradients.output**2, (1, -1))[::-1]
+    if of_radii is None:
+        return Gradients(squared, squared[1:] / squared[:-1])
+    # Behind a wide layer, the gradient at its input has the squared norm of that at its sums.
+    through = jnp.sum(gradients.mixed**2 * of_radii[:, None], (1, -1))[::-1]
+    return Gradients(squared, through[:-1] / squared[:-1])
 
 
 def gradients_in_linear_network(key: jax.Array, weights: jax.Array, batch_size: int) -> Gradients:
@@ -301,21 +305,21 @@ def gradients_in_linear_network(key: jax.Array, weights: jax.Array, batch_size: 
         batch_size: the number of examples.
 
     Returns:
-        Squared norms at the outputs of the layers and their growth, [depth].
+        Squared norms at the outputs of the layers, [depth], and their growth.
     """
     for_input, for_output = jax.random.split(key)
     size = batch_size, weights.shape[-1]
 
     def layer(x: jax.Array, given: Any) -> Any:
         kernel, probes = given
-        return _normalize(x @ kernel + probes.mixed) + probes.output, None
+        return _normalize(x @ kernel) + probes, None
 
-    def network(probes: _Probes) -> jax.Array:
+    def network(probes: jax.Array) -> jax.Array:
         return jax.lax.scan(layer, jax.random.normal(for_input, size), (weights, probes))[0]
 
     zeros = jnp.zeros((len(weights), *size))
-    (gradients,) = jax.vjp(network, _Probes(zeros, zeros))[1](jax.random.normal(for_output, size))
-    return _growth(gradients, jnp.ones((len(weights), size[1])))
+    (gradients,) = jax.vjp(network, zeros)[1](jax.random.normal(for_output, size))
+    return _growth(_Probes(None, gradients), None)
 
 
 Arm = tuple[str, int]
@@ -403,7 +407,8 @@ def run(setting: Setting) -> Result:
     gradients = measure_all(setting, QUICK_DEPTH if setting.quick else DEPTH)
     growth = {arm: growth_per_layer(of_arm) for arm, of_arm in gradients.items()}
     narrow = measure_orthogonal(setting, NARROW, NETWORKS)
-    wide = measure_orthogonal(setting, WIDE, WIDE_NETWORKS)
+    wide_shape = QUICK_WIDE if setting.quick else WIDE
+    wide = measure_orthogonal(setting, wide_shape, WIDE_NETWORKS)
     wide_growth = wide.growth[..., TRANSIENT:-TRANSIENT].mean((1, 2))
     relative = {
         arm: np.log10(of_arm.squared.mean(-1) / of_arm.squared.mean(-1)[:, :1]).T
@@ -419,7 +424,7 @@ def run(setting: Setting) -> Result:
             "2b": over_theory["ReLU"],
             "2c": {name: growth[name, NO_NORM] for name in ACTIVATIONS},
             "2d": total_growth(narrow.squared),
-            "2e": wide_growth / orthogonal_growth(WIDE.batch_size, WIDE.width),
+            "2e": wide_growth / orthogonal_growth(wide_shape.batch_size, wide_shape.width),
             # What is left of a term in 1 / B: the limit of large batches.
             "2f": (2 * growth["ReLU", 64] - growth["ReLU", 32]) * (np.pi - 1) / np.pi,
         },
@@ -544,10 +549,10 @@ EXPERIMENT = Experiment(
     ),
     protocol=(
         f"random networks of width {WIDTH} and depth {DEPTH}, white inputs, random gradients at "
-        "the output; the mean ratio of squared norms through a layer, its mean over the radius of "
-        "each feature by formula; without norm as control. Orthogonal weights: linear networks "
-        f"with {NARROW.width} features, batches of {NARROW.batch_size} and {NARROW.depth} layers, "
-        f"and with {WIDE.width}, {WIDE.batch_size} and {WIDE.depth}"
+        "the output; the mean ratio of squared norms through a layer, at B = 4 its mean over the "
+        "radius of each feature by formula; without norm as control. Orthogonal weights: linear "
+        f"networks with {NARROW.width} features, batches of {NARROW.batch_size} and "
+        f"{NARROW.depth} layers, and with {WIDE.width}, {WIDE.batch_size} and {WIDE.depth}"
     ),
     limits=(
         "At initialization, and of gradients at activations. The growth is a mean: at B = 4 few "
