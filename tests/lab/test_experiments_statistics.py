@@ -72,6 +72,17 @@ def test_one_rate_is_the_best_for_all_sizes_together():
         np.testing.assert_allclose(losses, np.array([[0.8, 0.8], [8.0, 8.0]]))
 
 
+def test_losses_are_compared_with_those_of_whole_batches():
+    losses = {
+        16: batch_noise.Losses(np.array([0.1, 0.0]), np.array([0.5, 0.3])),
+        batch_noise.BATCH_SIZE: batch_noise.Losses(np.array([0.2, 0.1]), np.array([1.0, 0.6])),
+    }
+    found = batch_noise.compare(losses)
+    np.testing.assert_allclose(found["12d"]["M = 16"], [0.5, 0.6])
+    np.testing.assert_allclose(found["12e"]["M = 16"], [0.5, 0.5])
+    assert list(found["12d"]) == list(found["12e"]) == ["M = 16"]
+
+
 def test_precise_statistics():
     model = precise_statistics.MODELS[0.9]
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (4, 16, 64)), jnp.float32)

@@ -236,6 +236,9 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy="",
-    hard="",
+    easy="That the largest perturbations by PGD, and noise, hurt networks with batch norm more.",
+    hard=(
+        "That all attacks do: under FGSM, networks with batch norm are the more robust ones, and "
+        "smaller perturbations by PGD show no difference."
+    ),
 )

@@ -147,7 +147,7 @@ def train_arm(setting: Setting, arm: str, steps: int) -> RateSweep[dict[str, Any
 
     trials = Trial(setting.chosen, Digits(**parts), draw_rows("train", 10, steps))
     tests = {name: draw_rows(name, 11 + index, TESTS) for index, name in enumerate(PARTS)}
-    rates = RATES[2:4] if setting.quick else RATES
+    rates = RATES[2:] if setting.quick else RATES
     return sweep_rates(partial(_train_once, make_model(arm)), rates, trials, tests)
 
 

@@ -293,6 +293,23 @@ def _formula_ratios(measured: Mapping[str, Noise], what: str, sizes: Any, least:
     }
 
 
+def compare(losses: Mapping[int, Losses]) -> dict[str, Any]:
+    """Returns the quantities of the sub-claims on training, over those of whole batches.
+
+    Args:
+        losses: by M.
+    """
+    whole = losses[BATCH_SIZE]
+    smaller = {f"M = {ghost}": of_one for ghost, of_one in losses.items() if ghost < BATCH_SIZE}
+    return {
+        "12d": {
+            name: (of_one.test - of_one.train) / (whole.test - whole.train)
+            for name, of_one in smaller.items()
+        },
+        "12e": {name: of_one.test / whole.test for name, of_one in smaller.items()},
+    }
+
+
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     measured = measure(setting)
@@ -300,18 +317,12 @@ def run(setting: Setting) -> Result:
     regularized = train_with_noise(setting)
     gaps = measured["trained"].gap
     is_large = sizes >= FIRST_ORDER_FROM
-    overfit = {ghost: of_one.test - of_one.train for ghost, of_one in regularized.losses.items()}
-    whole = regularized.losses[BATCH_SIZE]
-    smaller = _ghosts(setting)[:-1]
     return Result(
         values={
             "12a": _formula_ratios(measured, "mean", sizes, 0),
             "12b": _formula_ratios(measured, "deviation", sizes, FIRST_ORDER_FROM),
             "12c": slope(sizes[is_large], gaps[is_large]),
-            "12d": {f"M = {ghost}": overfit[ghost] / overfit[BATCH_SIZE] for ghost in smaller},
-            "12e": {
-                f"M = {ghost}": regularized.losses[ghost].test / whole.test for ghost in GHOSTS[:-1]
-            },
+            **compare(regularized.losses),
         },
         curves={
             "sizes": sizes,

@@ -180,7 +180,7 @@ def run(setting: Setting) -> Result:
     digits = load_digits(setting.chosen)
     rows = draw(setting.chosen, digits.train.y, 60 if setting.quick else 300)
     chosen = {}
-    rates = RATES[2:4] if setting.quick else RATES
+    rates = RATES[1:4] if setting.quick else RATES
     for arm in COMPARED:
         chosen[arm] = train_arm(Trial(setting.chosen, digits, rows), ARMS[arm], rates)
         setting.advance(1 / len(COMPARED))
