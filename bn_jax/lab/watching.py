@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from bn_jax.lab import fitting, logs, progress
 from bn_jax.lab.fitting import Report
@@ -57,10 +58,11 @@ def watch(
         yield lambda arm, reports: None
         return
     schedule = fitting.make_schedule(config.learning_rate, config.epochs * steps_per_epoch)
-    compiled = jax.jit(schedule)
+    # Before the training starts, which does not wait for it then.
+    compiled = jax.jit(schedule).lower(np.int32(0)).compile()
 
     def rate(step: int) -> float:
-        return float(compiled(step - 1))
+        return float(compiled(np.int32(step - 1)))
 
     watchers: list[ShowReports] = [logs.EpochTable(folder / EPOCHS, steps_per_epoch, rate)]
     with contextlib.ExitStack() as stack:

@@ -185,7 +185,7 @@ OPTIONS_REFUSED = {
         "FILE: the arrays of model.safetensors are not those of a ResNet-18, 34, 50, 101 or 152",
     ),
     "out exists": ((*CONVERT, "--out", "names.json"), "--out: names.json exists; choose another"),
-    "no folder": ((*CONVERT, "--out", "a/b.st"), "--out: a/b.st cannot be made in a; choose"),
+    "no folder": ((*CONVERT, "--out", "a/b.st"), "--out: a/b.st cannot be made (No such file"),
     "not told": (
         ("convert", "model.safetensors", *OPTIONS),
         "no shape or name tells whether up are Conv or ConvTranspose, whose kernels are laid out "

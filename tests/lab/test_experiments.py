@@ -54,6 +54,7 @@ def test_every_claim_has_an_experiment():
     folder = Path(cli.__file__).parent / "experiments"
     shared = {"__init__", "extensions", "figures", "forest", "nets", "parallel", "reproducing"}
     shared |= {"selection", "statistics", "sweeps", "verdicts", "writing"}
+    shared |= {"digit_corruptions", "expressive_power"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
@@ -221,7 +222,7 @@ def test_the_command_asks_for_a_device_per_core_before_jax_starts(tiny, tmp_path
     monkeypatch.setattr(
         reproduction, "default_processes", lambda: asked.append("processes") or count()
     )
-    monkeypatch.setattr(reproduction, "reproduce", lambda *given: {})
+    monkeypatch.setattr(reproduction, "reproduce", lambda *given, **options: [])
     assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 0
     assert asked == ["devices", "processes"]
     assert run_command(monkeypatch, "--list") == 0

@@ -208,7 +208,7 @@ def test_predict_refuses(home, command, tmp_path):
         (run, "000.png", "--out", "full.csv"): "--out: full.csv exists; choose another name or",
         (run, "000.png", "--out", "no/a.csv"): "--out: no/a.csv cannot be made (No such file",
         ("damaged", "000.png"): "DIR: damaged/checkpoint is missing or damaged",
-        ("no run", "000.png"): "DIR: no run is not a run (FileNotFoundError",
+        ("no run", "000.png"): "DIR: no run does not exist, expected the folder",
         (run,): "Missing argument 'FILES'.",
     }  # fmt: skip
     before = files(tmp_path)

@@ -246,8 +246,7 @@ def test_export_refuses(home, command, monkeypatch, tmp_path):
     code, out, err = command("export", run, "--out", "new")
     assert (code, out) == (2, "")
     assert err == (
-        "bn-jax: error: --out: folder new cannot be written (Permission denied): choose another "
-        "folder.\n"
+        "bn-jax: error: --out: new cannot be made (Permission denied); choose another folder\n"
     )
     assert files(tmp_path) == before
 
@@ -340,9 +339,9 @@ def test_refusals(home, command, tmp_path):
         ("audit", "lost", "--out", "full"): "--out: full exists and is not empty",
         ("audit", "plain", "--plot", "a.txt"): "--plot: received a.txt, expected a file name that "
         "ends in .png, .pdf, .svg",
-        ("recalibrate", "plain", "--plot", "no/a.png"): "--plot: no/a.png cannot be written there",
+        ("recalibrate", "plain", "--plot", "no/a.png"): "--plot: no/a.png cannot be made (No such",
         ("recalibrate", "plain", "--plot", "full.png"): "--plot: full.png exists",
-        ("audit", "plain", "--plot", f"{'a' * 300}.png"): "cannot be used (File name too long)",
+        ("audit", "plain", "--plot", f"{'a' * 300}.png"): "cannot be made (File name too long)",
         ("recalibrate", "lost", "--prior", "1"): "--prior: received 1.0, expected 0 to below 1",
         ("fold",): "Missing argument 'DIR'.",
     }

@@ -511,7 +511,7 @@ EXPERIMENT = Experiment(
         ),
         SubClaim(
             "18l",
-            "at most 1 / z^2 saturated",
+            "at most 1/z^2 saturated",
             "without step two, Chebyshev's inequality bounds the share of saturated values",
             f"share of values beyond {SATURATED}, scale and bias fixed (%)",
             Below(100 * MOST_SATURATED),
