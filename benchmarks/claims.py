@@ -63,7 +63,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     counts = Table(title="Verdicts on the sub-claims of each claim", box=SIMPLE_HEAD)
     for column in ("claim", "source"):
         counts.add_column(column)
-    for verdict in reversed(Verdict):
+    ones = [one for claim in figures["claims"].values() for one in claim["sub_claims"]]
+    occurring = [v for v in reversed(Verdict) if any(one["verdict"] == v for one in ones)]
+    for verdict in occurring:
         counts.add_column(verdict.value, justify="right")
     parts = Table(
         title=f"Every sub-claim, with {len(figures['seeds'])} seeds: the setting that decided",
@@ -77,7 +79,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         counts.add_row(
             f"{claim['number']}. {claim['claim']}",
             claim["source"],
-            *(str(verdicts.count(verdict) or "") for verdict in reversed(Verdict)),
+            *(str(verdicts.count(verdict) or "") for verdict in occurring),
         )
         for one in claim["sub_claims"]:
             parts.add_row(*map(_plain, _cells(one)))

@@ -466,6 +466,7 @@ def test_variables_of_the_lab_in_half_precision_are_restored(tmp_path):
     state = half_state()
     checkpoints.save_variables(tmp_path / "half", state)
     wide = state.replace(batch_stats=bn.promote_batch_stats(state.batch_stats))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for target in state, wide:
-        found = checkpoints.restore_variables(tmp_path / "half", target)
+        found = checkpoints.restore_variables(tmp_path / "half", target, here)
         chex.assert_trees_all_equal(found.batch_stats, target.batch_stats, strict=True)

@@ -77,7 +77,7 @@ class Above(NamedTuple):
     matters: float | None = None
 
     def __str__(self) -> str:
-        return f"> {self.bound:g}" + ("" if self.size is None else f", size {self.size:g}")
+        return f"> {self.bound:.4g}" + ("" if self.size is None else f", size {self.size:.4g}")
 
 
 class Below(NamedTuple):
@@ -88,7 +88,7 @@ class Below(NamedTuple):
     matters: float | None = None
 
     def __str__(self) -> str:
-        return f"< {self.bound:g}" + ("" if self.size is None else f", size {self.size:g}")
+        return f"< {self.bound:.4g}" + ("" if self.size is None else f", size {self.size:.4g}")
 
 
 class Within(NamedTuple):
@@ -98,7 +98,7 @@ class Within(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
+        return f"{self.low:.4g} to {self.high:.4g}"
 
 
 class NotTestable(NamedTuple):
