@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax.sharding import Sharding
@@ -88,7 +89,8 @@ def restore_variables(path: Path, state: TrainState, sharding: Sharding) -> Trai
 
     Args:
         path: the checkpoint's folder.
-        state: a state of the same model; its shapes and dtypes suffice.
+        state: a state of the same model; its shapes and dtypes suffice. Values that were saved in
+            another floating-point dtype, such as half precision, are cast.
         sharding: where to put the values.
 
     Returns:
@@ -102,7 +104,10 @@ def restore_variables(path: Path, state: TrainState, sharding: Sharding) -> Trai
         saved = checkpointer.metadata(path.absolute())
         # Older versions of Orbax return the metadata of the tree itself.
         saved = getattr(saved, "item_metadata", saved)
-        _check_same(_by_path(expected), {} if saved is None else _by_path(saved.tree))
+        wanted, found = _by_path(expected), {} if saved is None else _by_path(saved.tree)
+        _check_same(
+            wanted, {path: _as_cast(leaf, wanted.get(path)) for path, leaf in found.items()}
+        )
         values = checkpointer.restore(path.absolute(), jax.tree.map(_shape_of, expected))
     return state.replace(**jax.tree.map(lambda value: _placed(value, sharding), values))
 
@@ -292,6 +297,16 @@ def _check_same(expected: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         received, wanted = described(saved, path), described(expected, path)
         if received != wanted:
             raise ValueError(f"it holds {received} at {path}, expected {wanted}")
+
+
+def _as_cast(leaf: Any, wanted: Any) -> Any:
+    """Returns a saved array's shape, and its dtype once Orbax has cast it to what is asked for."""
+
+    def is_floating(array: Any) -> bool:
+        return array is not None and jnp.issubdtype(array.dtype, jnp.floating)
+
+    is_cast = is_floating(leaf) and is_floating(wanted)
+    return jax.ShapeDtypeStruct(leaf.shape, wanted.dtype if is_cast else leaf.dtype)
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
