@@ -176,3 +176,15 @@ def test_unseen_digits_are_all_that_nobody_trains_on_or_chooses_by():
     unseen = ghost_batches.unseen_digits(Digits(*parts))
     assert sorted(unseen.x[:, 0].tolist()) == [*range(few, few + 20), *range(few + 40, few + 60)]
     np.testing.assert_array_equal(unseen.y, -unseen.x[:, 0])
+
+
+def test_a_moving_average_is_a_weighted_sum(monkeypatch):
+    for momentum in precise_statistics.MOMENTA:
+        found = precise_statistics.distance_from_weighted_sum(Setting(2), momentum)
+        assert found.shape == (2,) and (found <= precise_statistics.TOLERANCE).all()
+
+    def swapped(*arguments, momentum, **options):
+        return bn.batch_norm(*arguments, momentum=1 - momentum, **options)
+
+    monkeypatch.setattr(precise_statistics, "batch_norm", swapped)
+    assert (precise_statistics.distance_from_weighted_sum(Setting(2), 0.9) > 0.1).all()

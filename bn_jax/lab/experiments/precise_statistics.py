@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax._core.running import start_measuring
+from bn_jax._core.batch_norm import batch_norm
+from bn_jax._core.running import init_batch_stats, start_measuring
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import sweep_accuracies
+from bn_jax.lab.experiments.statistics import relative_error
 from bn_jax.lab.experiments.sweeps import (
     State,
     Trial,
@@ -28,6 +30,8 @@ from bn_jax.lab.experiments.verdicts import (
     Above,
     ChosenRate,
     Experiment,
+    Identity,
+    Published,
     Result,
     Series,
     Setting,
@@ -48,6 +52,7 @@ RATES = 0.03, 0.1, 0.3, 1.0, 3.0
 EARLY = 0.1
 # In points: the error by which one kind of statistics may be worse where they are as good.
 AS_GOOD = 0.5
+TOLERANCE = 1e-12
 PRECISE = "precise"
 
 
@@ -181,6 +186,39 @@ def compare(wrong: Mapping[str, Any]) -> dict[Average, Stretches]:
     }
 
 
+def distance_from_weighted_sum(setting: Setting, momentum: float) -> Any:
+    """Compares moving averages with the sum that they are, in float64.
+
+    After `T` batches, ``E_T = (1 - momentum) sum_t momentum^(T - t) E_t + momentum^T E_0``, for the
+    mean, and for the variance.
+
+    Args:
+        setting: the seeds.
+        momentum: the weight of the past.
+
+    Returns:
+        The largest relative error of a mean or variance after three batches, [seeds].
+    """
+    weights = (1 - momentum) * momentum ** np.arange(2, -1, -1)
+
+    def of_seed(seed: int) -> float:
+        generator = np.random.default_rng([5, seed])
+        x = generator.normal(generator.normal(size=4), 1 + generator.random(4), (3, BATCH_SIZE, 4))
+        batch_stats = init_batch_stats(4, dtype=jnp.float64)
+        for batch in jnp.asarray(x):
+            _, batch_stats = batch_norm(
+                {}, batch_stats, batch, use_running_average=False, momentum=momentum
+            )
+        mean = weights @ x.mean(1)
+        var = weights @ x.var(1) + momentum**3
+        return max(
+            relative_error(batch_stats["mean"], mean), relative_error(batch_stats["var"], var)
+        )
+
+    with jax.enable_x64(True):
+        return np.array([float(of_seed(int(seed))) for seed in setting.chosen])
+
+
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     steps = 300 if setting.quick else 400
@@ -197,6 +235,9 @@ def run(setting: Setting) -> Result:
                 str(average): of_one.early for average, of_one in more.items() if not average.warm
             },
             "5c": {str(average): of_one.late for average, of_one in more.items()},
+            "5d": {
+                str(momentum): distance_from_weighted_sum(setting, momentum) for momentum in MOMENTA
+            },
         },
         curves={"step": np.arange(1, steps + 1), "wrong": wrong},
         series=_series(wrong, steps),
@@ -281,6 +322,14 @@ EXPERIMENT = Experiment(
             Within(-AS_GOOD, AS_GOOD),
             reason=f"ours: {AS_GOOD:g} points",
             is_resplit=True,
+        ),
+        SubClaim(
+            "5d",
+            "weights of the past",
+            "a moving average gives the batch before t others the weight (1 - momentum) momentum^t",
+            "relative error of the running mean and variance after three batches",
+            Identity(TOLERANCE),
+            Published("(1 - momentum) momentum^t", "D"),
         ),
     ),
     protocol=(
