@@ -1,5 +1,6 @@
 import collections
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,9 @@ def pytest_configure(config):
 
     Each worker of pytest-xdist has a cache of its own: JAX does not write to it atomically.
     """
+    # A shell starts what runs in its background so that it, and all that it starts, ignores Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     for name, value in {

@@ -87,7 +87,7 @@ PHASES = {
     "compiling": ("bn_jax.lab.fitting", "compile_programs", True),
     "training": ("bn_jax.lab.fitting", "_take_steps", True),
     "saving": ("bn_jax.lab.checkpoints", "sha256_of_folder", True),
-    "writing results": ("bn_jax.lab.results", "plot", True),
+    "writing results": ("bn_jax.lab.results", "draw_curves", True),
     "printing results": ("bn_jax.lab.tables", "print_arms", True),
 }
 

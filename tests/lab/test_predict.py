@@ -340,8 +340,6 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)
-    # A process that was started in the background of a shell ignores the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request = trainer.Request(
         data.NamedDataset(dataset, NAME_OF), tmp_path / "new", devices=1, epochs=3, batch_size=16
     )
@@ -349,7 +347,6 @@ def test_a_dataset_is_saved_with_its_run(home, command, monkeypatch, tmp_path):
         patch.setattr(fitting, "fit", interrupted_fit)
         with pytest.raises(CommandError, match="interrupted; continue with bn-jax train --resume"):
             trainer.start(request)
-    signal.signal(signal.SIGINT, before)
     assert command("train", "--resume", "new")[0] == 0
     saved = runs.read_run(tmp_path / "new")
     assert saved.class_names == NAME_OF
