@@ -1,6 +1,6 @@
 """What a training can be told to train, by name."""
 
-__all__ = ["ARMS", "ARM_NAMES", "MODELS", "NO_NORM", "PER_DEVICE", "SYNCHRONIZED"]
+__all__ = ["ARMS", "ARM_NAMES", "MODELS", "MODEL_NAMES", "NO_NORM", "PER_DEVICE", "SYNCHRONIZED"]
 
 NO_NORM = "no normalization"
 PER_DEVICE = "per-device batch norm"
@@ -8,4 +8,6 @@ SYNCHRONIZED = "synchronized batch norm"
 # By the names that the command line takes.
 ARM_NAMES = {"none": NO_NORM, "per-device": PER_DEVICE, "synchronized": SYNCHRONIZED}
 ARMS = tuple(ARM_NAMES.values())
-MODELS = ("small", "resnet18", "mlp")
+# How a picture names them, by the names that the command line takes.
+MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
+MODELS = tuple(MODEL_NAMES)

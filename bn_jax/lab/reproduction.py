@@ -1,7 +1,6 @@
 """The command `bn-jax reproduce`: tests published claims by experiments."""
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from bn_jax.lab.errors import INTERRUPTED, CommandError
 from bn_jax.lab.experiments import extensions, forest, writing
 from bn_jax.lab.experiments.reproducing import choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Setting
+from bn_jax.lab.reading import MOST_BYTES, read_json
 from bn_jax.lab.writing import staged
 
 __all__ = ["check_names", "check_setting", "default_processes", "known", "read", "reproduce"]
@@ -122,11 +122,11 @@ def read(name: str, folder: Path | None) -> dict[str, Any]:
         return writing.without_results(experiment)
     path = folder / f"{experiment.name}.json"
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = read_json(path, MOST_BYTES)
         if record["name"] == experiment.name and "sub_claims" in record:
             return record
         raise ValueError("it holds no sub-claims")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(
             f"--results: {path} cannot be read ({type(error).__name__}: {error}), expected what "
             "bn-jax reproduce has written; give its folder, or leave the option out"

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import io
 import json
 import math
 import platform
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import checkpoints, records, runs, tables
+from bn_jax.lab.choices import MODEL_NAMES
 from bn_jax.lab.curves import draw_curves
+from bn_jax.lab.data import Dataset, save_npz
 from bn_jax.lab.fitting import Report
 from bn_jax.lab.problem import Problem
 from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
@@ -25,7 +25,6 @@ from bn_jax.lab.records import Config
 from bn_jax.lab.writing import save_picture, staged
 
 __all__ = [
-    "MODEL_NAMES",
     "TARGET",
     "Result",
     "finish",
@@ -132,9 +131,7 @@ def write(
     picture = draw_curves(reports, title=name_training(config), target=TARGET)
     save_picture(picture, folder / "curves.png")
     # In the format of the user's files, so that eval reads both alike and needs no other file.
-    arrays = io.BytesIO()
-    np.savez_compressed(arrays, x=problem.test_images, y=problem.splits.test.y)
-    (folder / "test.npz").write_bytes(arrays.getvalue())
+    save_npz(folder / "test.npz", Dataset(problem.test_images, problem.splits.test.y))
     metrics = _metrics(problem, config)
     metrics["arms"] = {arm: arm_metrics(result) for arm, result in results.items()}
     metrics["best_arm"] = best
@@ -182,10 +179,6 @@ def arm_metrics(result: Result) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-# How a picture names the models of `--model`.
-MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
 
 
 def name_training(config: Config) -> str:
