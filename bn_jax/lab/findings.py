@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_jax.lab import tables
+from bn_jax.lab.experiments.figures import decisive
 from bn_jax.lab.experiments.statistics import Interval
 from bn_jax.lab.experiments.verdicts import Verdict
 
@@ -35,7 +36,7 @@ def print_findings(records: Sequence[Mapping[str, Any]]) -> None:
 
 def _measured(sub_claim: Mapping[str, Any]) -> str:
     """Returns the figure that decided; a star marks the interval of an equivalence."""
-    measured = sub_claim["settings"][sub_claim["decisive"]]["measured"]
+    measured = decisive(sub_claim)["measured"]
     if None in measured.values():
         return "nothing"
     estimate, low, high = (f"{figure:.3g}" for figure in Interval(**measured))
@@ -57,7 +58,7 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"Contradict their source here: {', '.join(counts[Verdict.NOT_REPRODUCED])}"
     undecided = [one for one in ones if one["verdict"] == Verdict.INCONCLUSIVE]
     if undecided:
-        needed = (f"{one['key']} {_seeds_needed(one)}" for one in undecided)
+        needed = (f"{one['key']} {decisive(one)['seeds_needed']}" for one in undecided)
         yield f"Inconclusive, with the seeds that would decide: {', '.join(needed)}"
     if apart := [one["key"] for one in ones if not one["agree"]]:
         yield f"Differ between blocks of seeds: {', '.join(apart)}"
@@ -67,11 +68,6 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"{record['number']}: the best rate is the smallest or largest of its grid: "
                 f"{'; '.join(edges)}"
             )
-
-
-def _seeds_needed(sub_claim: Mapping[str, Any]) -> str:
-    needed: str = sub_claim["settings"][sub_claim["decisive"]]["seeds_needed"]
-    return needed
 
 
 def _is_at_edge(rate: Mapping[str, Any]) -> bool:

@@ -55,9 +55,15 @@ def describe(sub_claim: Mapping[str, Any]) -> str:
     return f"{sub_claim['key']} {sub_claim['verdict']}. {sub_claim['label']}{found}"
 
 
+def decisive(sub_claim: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a JSON file holds on the setting that decided a sub-claim."""
+    setting: Mapping[str, Any] = sub_claim["settings"][sub_claim["decisive"]]
+    return setting
+
+
 def figure_of(sub_claim: Mapping[str, Any]) -> str:
     """Returns the estimate and interval that decided a sub-claim of a JSON file, as text."""
-    measured = sub_claim["settings"][sub_claim["decisive"]]["measured"]
+    measured = decisive(sub_claim)["measured"]
     if None in measured.values():
         return ""
     setting = f"{sub_claim['decisive']}: " if sub_claim["decisive"] else ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bn_jax.lab.experiments.figures import figure_of
+from bn_jax.lab.experiments.figures import decisive, figure_of
 from bn_jax.lab.experiments.statistics import Interval
 from bn_jax.lab.experiments.verdicts import Verdict
 
@@ -57,7 +57,7 @@ def scale(sub_claim: Mapping[str, Any]) -> Row | None:
         >>> scale(one)
         Row(interval=Interval(estimate=0.8, low=0.4, high=1.0), reproduced=(1.0, 4.0))
     """
-    measured = sub_claim["settings"][sub_claim["decisive"]]["measured"]
+    measured = decisive(sub_claim)["measured"]
     if None in measured.values():
         return None
     transform = math.log if sub_claim["scale"] == "ratio" else float
