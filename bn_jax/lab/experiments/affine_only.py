@@ -13,7 +13,7 @@ from bn_jax.lab.experiments import high_order_effects, large_rates, scale_invari
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.high_order_effects import change, init_network, network
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
-from bn_jax.lab.experiments.selection import sweep_accuracies
+from bn_jax.lab.experiments.selection import largest_rate, sweep_accuracies
 from bn_jax.lab.experiments.statistics import relative_error
 from bn_jax.lab.experiments.sweeps import cross_entropy, draw_trials, load_digits
 from bn_jax.lab.experiments.verdicts import (
@@ -138,8 +138,7 @@ def run(setting: Setting) -> Result:
     swept, stable = {}, {}
     for arm, norm in ARMS.items():
         swept[arm] = large_rates.train_arm(norm, DEPTH, trials)
-        places = large_rates.largest_stable(swept[arm].validation)
-        stable[arm] = np.where(places < 0, np.nan, swept[arm].rates[places])
+        stable[arm] = largest_rate(swept[arm].rates, swept[arm].validation >= large_rates.STABLE)
         setting.advance(0.2)
     best = {arm: of_arm.best_for_each_seed() for arm, of_arm in swept.items()}
     tests = {arm: 100 * chosen.measured.test for arm, chosen in best.items()}

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import NO_EPSILON
+from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.statistics import Interval, mean_interval
 from bn_jax.lab.experiments.verdicts import (
@@ -63,9 +62,7 @@ def make_problem(seed: int, condition: float) -> Problem:
 
 def normalized(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the output of a linear unit after batch norm over all examples, [n]."""
-    statistics = bn.init_batch_stats(1, dtype=x.dtype)
-    z = (x @ weights)[:, None]
-    return bn.batch_norm({}, statistics, z, use_running_average=False, epsilon=NO_EPSILON)[0][:, 0]
+    return normalize_batch((x @ weights)[:, None])[:, 0]
 
 
 def loss(weights: jax.Array, scale: Any, problem: Problem) -> jax.Array:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bn_jax as bn
 from bn_jax.lab.experiments.figures import band, points
-from bn_jax.lab.experiments.nets import NO_EPSILON_FLOAT32
+from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.verdicts import (
     Experiment,
     Published,
@@ -266,24 +265,12 @@ def _activate(mixed: jax.Array) -> jax.Array:
         gains = jnp.array([activation.gain for activation in ACTIVATIONS.values()])
         mixed *= gains[None, :, None, None]
     else:
-        mixed = _normalize(mixed)
+        mixed = normalize_batch(mixed)
     activated = [
         activation.function(mixed[:, index])
         for index, activation in enumerate(ACTIVATIONS.values())
     ]
     return jnp.stack(activated, 1)
-
-
-def _normalize(x: jax.Array) -> jax.Array:
-    """Normalizes over the first axis."""
-    return bn.batch_norm(
-        {},
-        bn.init_batch_stats(x.shape[1:]),
-        x,
-        use_running_average=False,
-        axis=tuple(range(1, x.ndim)),
-        epsilon=NO_EPSILON_FLOAT32,
-    )[0]
 
 
 def _growth(gradients: _Probes, of_radii: jax.Array | None) -> Gradients:
@@ -312,7 +299,7 @@ def gradients_in_linear_network(key: jax.Array, weights: jax.Array, batch_size: 
 
     def layer(x: jax.Array, given: Any) -> Any:
         kernel, probes = given
-        return _normalize(x @ kernel) + probes, None
+        return normalize_batch(x @ kernel) + probes, None
 
     def network(probes: jax.Array) -> jax.Array:
         return jax.lax.scan(layer, jax.random.normal(for_input, size), (weights, probes))[0]

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import NO_EPSILON
+from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.statistics import relative_error
 from bn_jax.lab.experiments.sweeps import cross_entropy, load_digits
@@ -97,15 +96,10 @@ def chain(weights: jax.Array, x: jax.Array, depth: Any, *, normalize: bool) -> j
 
     def apply(x: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         index, weight = given
-        normalized = _normalize(x[:, None], NO_EPSILON)[:, 0] if normalize else x
+        normalized = normalize_batch(x[:, None])[:, 0] if normalize else x
         return jnp.where(index < depth, normalized * weight, x), None
 
     return jax.lax.scan(apply, x, (jnp.arange(len(weights)), weights))[0]
-
-
-def _normalize(x: jax.Array, epsilon: float) -> jax.Array:
-    stats = bn.init_batch_stats(x.shape[-1], dtype=x.dtype)
-    return bn.batch_norm({}, stats, x, use_running_average=False, epsilon=epsilon)[0]
 
 
 class ChainErrors(NamedTuple):
@@ -232,7 +226,7 @@ def network(params: Mapping[str, jax.Array], x: jax.Array, depth: Any, layer: La
 
     def apply(x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         x, scale, bias = x @ kernel, scale[None], bias[None]
-        x = _normalize(x, EPSILON) if layer.normalize else x
+        x = normalize_batch(x, epsilon=EPSILON) if layer.normalize else x
         return jax.nn.relu(x * scale + bias if layer.scale else x + bias)
 
     def apply_if_used(x: jax.Array, given: Any) -> tuple[jax.Array, None]:

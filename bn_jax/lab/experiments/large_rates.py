@@ -10,7 +10,14 @@ import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP
-from bn_jax.lab.experiments.selection import Outcome, RateSweep, choose, sweep_rates
+from bn_jax.lab.experiments.selection import (
+    Outcome,
+    RateSweep,
+    choose,
+    largest_rate,
+    last_place,
+    sweep_rates,
+)
 from bn_jax.lab.experiments.sweeps import (
     Part,
     Trial,
@@ -95,9 +102,7 @@ def largest_stable(validation: Any) -> Any:
     Returns:
         The index of that rate for each seed, [seeds]; -1 where no rate is stable.
     """
-    stable = np.asarray(validation) >= STABLE
-    last = len(stable) - 1 - stable[::-1].argmax(0)
-    return np.where(stable.any(0), last, -1)
+    return last_place(np.asarray(validation) >= STABLE)
 
 
 class Curves(NamedTuple):
@@ -261,9 +266,8 @@ def _series(
     series = [Series("8c", arm, "", explosion(values)) for arm, values in activations.items()]
     for depth, arms in swept.items():
         for arm, of_arm in arms.items():
-            largest = largest_stable(of_arm.validation)
-            rates = np.where(largest < 0, np.nan, RATES[largest])
-            series.append(Series("8a", arm, f"depth {depth}", rates))
+            stable = largest_rate(RATES, of_arm.validation >= STABLE)
+            series.append(Series("8a", arm, f"depth {depth}", stable))
             best = of_arm.best_for_each_seed().measured.test[..., -1]
             series.append(Series("8b", f"{arm}, accuracy at its best", f"depth {depth}", best))
     return series

@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax._core.batch_norm import batch_norm
+from bn_jax._core.running import init_batch_stats
+from bn_jax._core.types import Params
 from bn_jax.lab.models import Norm, apply_norm
 from bn_jax.linen import BatchNorm
 
@@ -17,6 +20,31 @@ BATCH_NORM: Norm = partial(BatchNorm, momentum=0.9)
 WITH_AND_WITHOUT: Mapping[str, Norm | None] = {"batch norm": BATCH_NORM, "no norm": None}
 # So small that adding it to a variance changes no digit, in float64 and in float32.
 NO_EPSILON, NO_EPSILON_FLOAT32 = 1e-300, 1e-30
+
+
+def normalize_batch(
+    x: jax.Array, params: Params | None = None, epsilon: float | None = None
+) -> jax.Array:
+    """Applies a batch norm by the batch's statistics, which keeps no running statistics.
+
+    Args:
+        x: a batch, normalized over its first axis, [n, ...].
+        params: scale and bias, [...]. None: neither.
+        epsilon: added to the variance. None: so small that it changes no digit.
+
+    Returns:
+        The shape of `x`.
+    """
+    if epsilon is None:
+        epsilon = NO_EPSILON if x.dtype == jnp.float64 else NO_EPSILON_FLOAT32
+    return batch_norm(
+        {} if params is None else params,
+        init_batch_stats(x.shape[1:], dtype=x.dtype),
+        x,
+        use_running_average=False,
+        axis=tuple(range(1, x.ndim)),
+        epsilon=epsilon,
+    )[0]
 
 
 class MLP(nn.Module):

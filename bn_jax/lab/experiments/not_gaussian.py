@@ -11,7 +11,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import points
-from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import Trial, draw_trials, train_trial
 from bn_jax.lab.experiments.verdicts import (
@@ -77,14 +77,7 @@ def invariances(x: jax.Array, scale: jax.Array, bias: jax.Array) -> dict[str, ja
     Returns:
         By the key of a sub-claim, the largest error or change.
     """
-
-    def normalize(params: Any) -> jax.Array:
-        batch_stats = bn.init_batch_stats(x.shape[-1], dtype=x.dtype)
-        return bn.batch_norm(params, batch_stats, x, use_running_average=False, epsilon=NO_EPSILON)[
-            0
-        ]
-
-    normalized, y = normalize({}), normalize({"scale": scale, "bias": bias})
+    normalized, y = normalize_batch(x), normalize_batch(x, {"scale": scale, "bias": bias})
     errors = jnp.abs(jnp.stack([normalized.mean(0), normalized.var(0) - 1]))
     return {
         "22a": errors.max(),

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
 from bn_jax.lab.experiments.gradient_explosion import ACTIVATIONS
-from bn_jax.lab.experiments.nets import NO_EPSILON_FLOAT32
+from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -62,10 +61,7 @@ def forward(seed: jax.Array, x: jax.Array, depth: int, activation: str, *, norma
         weights = jax.random.normal(key, (width, width)) * (gain / math.sqrt(width))
         x = x @ weights
         if normalize:
-            stats = bn.init_batch_stats(width)
-            x, _ = bn.batch_norm(
-                {}, stats, x, use_running_average=False, epsilon=NO_EPSILON_FLOAT32
-            )
+            x = normalize_batch(x)
         return function(x), x
 
     return jax.lax.scan(layer, x, jax.random.split(jax.random.key(seed), depth))[1]

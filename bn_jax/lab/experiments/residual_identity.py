@@ -12,7 +12,7 @@ import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.nets import BATCH_NORM
-from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
+from bn_jax.lab.experiments.selection import RateSweep, largest_rate, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import draw_trials
 from bn_jax.lab.experiments.verdicts import (
     Above,
@@ -209,7 +209,7 @@ def usable_rates(swept: RateSweep[Any]) -> Usable:
     validation = np.asarray(swept.validation)
     usable = validation >= validation.max(0) - USABLE
     rates = np.asarray(swept.rates)
-    return Usable(rates[usable.argmax(0)], rates[len(usable) - 1 - usable[::-1].argmax(0)])
+    return Usable(rates[usable.argmax(0)], largest_rate(rates, usable))
 
 
 def run(setting: Setting) -> Result:

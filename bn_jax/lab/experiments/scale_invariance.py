@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_jax._core.batch_norm import batch_norm
-from bn_jax._core.running import init_batch_stats
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.nets import (
@@ -18,6 +16,7 @@ from bn_jax.lab.experiments.nets import (
     NO_EPSILON,
     NO_EPSILON_FLOAT32,
     WITH_AND_WITHOUT,
+    normalize_batch,
 )
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import RateSweep, sweep_accuracies
@@ -101,9 +100,7 @@ def _scaling_errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
     kernel = jax.random.normal(jax.random.key(seed), (x.shape[-1], WIDTHS[0]))
 
     def normalized(scale: Any) -> jax.Array:
-        statistics = init_batch_stats(WIDTHS[0], dtype=x.dtype)
-        inputs = x @ (scale * kernel)
-        return batch_norm({}, statistics, inputs, use_running_average=False, epsilon=NO_EPSILON)[0]
+        return normalize_batch(x @ (scale * kernel))
 
     model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON), dtype=jnp.float64)
     variables = model.init(jax.random.key(seed), x, train=False)

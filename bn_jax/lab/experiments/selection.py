@@ -108,6 +108,29 @@ def choose(rates: Any, index: Any, measured: Measured) -> Chosen[Measured]:
     return Chosen(ChosenRate(rates[index], at_edge), jax.tree.map(at_index, measured))
 
 
+def last_place(holds: Any) -> Any:
+    """Returns the last place of the first axis where something holds; -1 where it does nowhere.
+
+    Example:
+        >>> from bn_jax.lab.experiments.selection import last_place
+        >>> last_place([[True, False], [True, False], [False, False]]).tolist()
+        [1, -1]
+    """
+    holds = np.asarray(holds)
+    return np.where(holds.any(0), len(holds) - 1 - holds[::-1].argmax(0), -1)
+
+
+def largest_rate(rates: Any, holds: Any) -> Any:
+    """Returns the largest rate where something holds; not-a-number where it does at none.
+
+    Args:
+        rates: the grid, ascending, [rates].
+        holds: booleans, [rates, ...].
+    """
+    place = last_place(holds)
+    return np.where(place < 0, np.nan, np.asarray(rates)[place])
+
+
 def sweep_rates(
     run: Callable[..., Outcome[Measured]], rates: Any, *of_seeds: Any
 ) -> RateSweep[Measured]:

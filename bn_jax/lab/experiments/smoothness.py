@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax._core.batch_norm import batch_norm
-from bn_jax._core.running import init_batch_stats
+from bn_jax._core.types import Params
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import NO_EPSILON, WITH_AND_WITHOUT, ScannedMLP
+from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import mean_interval, ratio_interval
 from bn_jax.lab.experiments.sweeps import (
@@ -102,19 +101,15 @@ def squared_gradients(seed: jax.Array) -> SquaredGradients:
     keys = jax.random.split(jax.random.key(seed), 5)
     normal = partial(jax.random.normal, dtype=float)
     x = 3 * normal(keys[0], (BATCH_SIZE, WIDTH)) * jnp.exp(normal(keys[1], (1, WIDTH))) + 5
-    params = {"scale": normal(keys[2], (WIDTH,)), "bias": normal(keys[3], (WIDTH,))}
+    params: Params = {"scale": normal(keys[2], (WIDTH,)), "bias": normal(keys[3], (WIDTH,))}
     pull = normal(keys[4], (WIDTH,))
-    stats = init_batch_stats(WIDTH, dtype=x.dtype)
-
-    def normalize(params: Any, x: jax.Array) -> jax.Array:
-        return batch_norm(params, stats, x, use_running_average=False, epsilon=NO_EPSILON)[0]
 
     def loss(y: jax.Array) -> jax.Array:
         return jnp.sum(jnp.tanh(y @ pull) ** 2 + jnp.sum(jnp.cos(y) + y, -1))
 
-    normalized = normalize({}, x)
-    of_y = jax.grad(loss)(normalize(params, x))
-    of_x = jax.grad(lambda x: loss(normalize(params, x)))(x)
+    normalized = normalize_batch(x)
+    of_y = jax.grad(loss)(normalize_batch(x, params))
+    of_x = jax.grad(lambda x: loss(normalize_batch(x, params)))(x)
     factor = params["scale"] ** 2 / x.var(0)
     bracket = (
         (of_y**2).sum(0)

@@ -9,10 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from bn_jax._core.batch_norm import batch_norm
-from bn_jax._core.running import init_batch_stats
 from bn_jax.lab.experiments.figures import PERCENT, band
-from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.not_gaussian import used_pixels
 from bn_jax.lab.experiments.selection import Chosen, RateSweep, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import relative_error
@@ -184,13 +182,9 @@ def invariance(setting: Setting) -> Any:
         digits = choose_features(draw_trials(setting.chosen, 1, BATCH_SIZE).digits)
         x = digits.train.x.astype(np.float64)
 
-        def normalize(x: jax.Array) -> jax.Array:
-            batch_stats = init_batch_stats(FEATURES, dtype=x.dtype)
-            return batch_norm({}, batch_stats, x, use_running_average=False, epsilon=NO_EPSILON)[0]
-
         def error(x: jax.Array, exponents: jax.Array) -> jax.Array:
             scaled = rescale(x, exponents, POWERS[-1])
-            return relative_error(normalize(scaled), normalize(x))
+            return relative_error(normalize_batch(scaled), normalize_batch(x))
 
         return np.asarray(jax.jit(jax.vmap(error))(x, draw_exponents(setting.chosen)))
 

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import NO_EPSILON_FLOAT32
+from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -144,12 +143,7 @@ def squared_gradients(seed: jax.Array) -> jax.Array:
 
 def _apply(arm: Arm, mixed: jax.Array) -> jax.Array:
     function = ACTIVATIONS[arm.activation].function
-    return function(_normalize(mixed) if arm.gain is None else arm.gain * mixed)
-
-
-def _normalize(x: jax.Array) -> jax.Array:
-    stats = bn.init_batch_stats(x.shape[-1])
-    return bn.batch_norm({}, stats, x, use_running_average=False, epsilon=NO_EPSILON_FLOAT32)[0]
+    return function(normalize_batch(mixed) if arm.gain is None else arm.gain * mixed)
 
 
 @jax.jit
@@ -168,7 +162,7 @@ def tanh_slopes(seed: jax.Array) -> jax.Array:
     slope = ACTIVATIONS["tanh"].slope
 
     def of_gain(gain: jax.Array) -> jax.Array:
-        inputs = (gain * mixed, _normalize(gain * mixed))
+        inputs = (gain * mixed, normalize_batch(gain * mixed))
         return jnp.stack([jnp.mean(slope(x) ** 2) for x in inputs])
 
     return jax.vmap(of_gain, out_axes=1)(jnp.asarray(GAINS, jnp.float32))

@@ -12,7 +12,7 @@ import optax
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import PERCENT, band, points
 from bn_jax.lab.experiments.nets import ScannedMLP
-from bn_jax.lab.experiments.selection import RateSweep, choose
+from bn_jax.lab.experiments.selection import RateSweep, choose, largest_rate
 from bn_jax.lab.experiments.sweeps import (
     Trial,
     accuracy,
@@ -192,9 +192,7 @@ def train_parts(setting: Setting) -> dict[str, RateSweep[Measured]]:
 
 def largest_stable(swept: RateSweep[Any]) -> Any:
     """Returns the largest rate that is stable, [seeds]; not-a-number where none is."""
-    stable = swept.validation >= STABLE
-    largest = np.where(stable, swept.rates[:, None], -np.inf).max(0)
-    return np.where(stable.any(0), largest, np.nan)
+    return largest_rate(swept.rates, swept.validation >= STABLE)
 
 
 def steps_to_goal(validation: Any) -> Any:

@@ -11,7 +11,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
-from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
+from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import mean_interval
 from bn_jax.lab.experiments.sweeps import (
@@ -133,7 +133,6 @@ def condition_numbers(x: jax.Array) -> Any:
     Returns:
         With `PUBLISHED_ITERATIONS` of whitening, and with batch norm, [seeds] each.
     """
-    epsilon = EPSILON
 
     def of_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         white, _ = bn.whitening_norm(
@@ -141,13 +140,10 @@ def condition_numbers(x: jax.Array) -> Any:
             bn.init_whitening_stats(FEATURES),
             x,
             use_running_average=False,
-            epsilon=epsilon,
+            epsilon=EPSILON,
             iterations=PUBLISHED_ITERATIONS,
         )
-        scaled, _ = bn.batch_norm(
-            {}, bn.init_batch_stats(FEATURES), x, use_running_average=False, epsilon=epsilon
-        )
-        return _covariance(white), _covariance(scaled)
+        return _covariance(white), _covariance(normalize_batch(x, epsilon=EPSILON))
 
     covariances = jax.jit(jax.vmap(of_one))(x)
     return [np.linalg.cond(np.asarray(one, np.float64)) for one in covariances]
