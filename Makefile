@@ -19,7 +19,7 @@ COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 TIMED := numerics layer step startup sweep inference attempts device demo
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh bench bench-refresh floors oldest zoo zoo-refresh environments clean
+.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs bench bench-refresh floors oldest zoo zoo-refresh environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -58,6 +58,10 @@ notebooks: $(READY)
 # The same, and writes their outputs.
 notebooks-refresh: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
+
+# The documentation, in build/docs/html. A warning, a cell that fails or a broken link is an error.
+docs: $(VENV)/ready-docs
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
 
 # Peers and the compilers of accelerators live apart, for JAX looks for their devices. What is timed
 # runs alone, what only compiles two at a time. The figures go to build/benchmarks/; what is committed
@@ -100,6 +104,10 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/ready-docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(OLDEST)/ready: pyproject.toml
