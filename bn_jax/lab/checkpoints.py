@@ -7,13 +7,14 @@ threads, which print.
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -319,25 +320,32 @@ def _placed(value: Any, sharding: Sharding) -> jax.Array:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's threads from logging what they also raise here, with 195 lines."""
-    before = logging.root.manager.disable
+    """Keeps Orbax's threads from printing what they also raise here, with up to 195 lines."""
+    before, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    if getattr(hook, "func", None) is not _pass_over_closed_loops:
+        sys.unraisablehook = functools.partial(_pass_over_closed_loops, hook)
     try:
         yield
+        # After a failure it stays, for the threads that still read or write.
+        sys.unraisablehook = hook
     finally:
         logging.disable(before)
+
+
+def _pass_over_closed_loops(hook: Callable[[Any], object], unraisable: Any) -> None:
+    """Calls a hook of Python unless a thread of Orbax came too late for its event loop."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        hook(unraisable)
 
 
 @contextlib.contextmanager
 def _one_exception(path: Path) -> Iterator[None]:
     """Turns what Orbax raises where it cannot write into an OSError."""
-    hook = sys.unraisablehook
-    # Threads that still write after a failure find their event loop closed, which is no news.
-    sys.unraisablehook = lambda _: None
     try:
         with _quiet():
             yield
-        sys.unraisablehook = hook
     except Exception as error:
         reason = str(error).splitlines()[0]
         code = errno.ENOSPC if "RESOURCE_EXHAUSTED" in reason else getattr(error, "errno", None)

@@ -3,6 +3,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 
 import chex
 import contract
@@ -191,6 +192,49 @@ def test_a_disk_that_fills_while_orbax_writes_is_one_exception(tmp_path):
             timeout=120,
         )
     assert (finished.stdout, finished.stderr) == (f"{errno.ENOSPC}\n", "")
+
+
+# The arrays are read as another format: all at once, and the first failure closes the event loop.
+UNREADABLE = """
+import json, sys, time, types
+from pathlib import Path
+import jax, numpy as np
+from bn_jax.lab import checkpoints
+path = Path(sys.argv[1])
+state = types.SimpleNamespace(params={str(i): np.ones(90000) for i in range(40)}, batch_stats={})
+checkpoints.save_variables(path, state)
+saved = json.loads((path / "_METADATA").read_text())
+(path / "_METADATA").write_text(json.dumps(saved | {"use_zarr3": not saved["use_zarr3"]}))
+try:
+    checkpoints.restore_variables(path, state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+except ValueError as error:
+    print(error)
+    time.sleep(1)  # for the threads that come too late
+"""
+
+
+def test_a_checkpoint_that_orbax_cannot_read_is_one_exception(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", UNREADABLE, tmp_path / "checkpoint"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.stdout == "it holds no array at ['params']['0'], expected float64 (90000,)\n"
+    assert finished.stderr == ""
+
+
+def test_other_faults_of_threads_are_still_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    for _ in range(3):
+        with pytest.raises(KeyError), checkpoints._quiet():
+            raise KeyError
+    late = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = types.SimpleNamespace(exc_value=RuntimeError("another"))
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert told == [other]
 
 
 def made_by(api, direction):
