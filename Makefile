@@ -19,7 +19,7 @@ COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 TIMED := numerics layer step startup sweep inference attempts device demo
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs bench bench-refresh floors oldest zoo zoo-refresh environments clean
+.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser bench bench-refresh floors oldest zoo zoo-refresh environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -62,6 +62,11 @@ notebooks-refresh: $(READY)
 # The documentation, in build/docs/html. A warning, a cell that fails or a broken link is an error.
 docs: $(VENV)/ready-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
+
+# The built documentation in headless Chromium, which comes from the system: search, links, errors,
+# narrow screens, copying, dark mode. Pictures of some pages go to build/docs/screenshots.
+browser: docs $(VENV)/ready-browser
+	BN_JAX_BROWSER=1 $(VENV)/bin/python -m pytest tests/site
 
 # Peers and the compilers of accelerators live apart, for JAX looks for their devices. What is timed
 # runs alone, what only compiles two at a time. The figures go to build/benchmarks/; what is committed
@@ -108,6 +113,10 @@ $(READY): pyproject.toml
 
 $(VENV)/ready-docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+$(VENV)/ready-browser: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --group browser
 	touch $@
 
 $(OLDEST)/ready: pyproject.toml

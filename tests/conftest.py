@@ -14,8 +14,12 @@ from tiers import EVERY
 
 FOLDER = Path(__file__).parent
 
-# Its packages are in an environment of their own: `make zoo`.
-collect_ignore = [] if os.environ.get("BN_JAX_ZOO") else ["zoo"]
+# What these need is not there otherwise: `make zoo`, `make browser`.
+collect_ignore = [
+    folder
+    for folder, name in {"zoo": "BN_JAX_ZOO", "site": "BN_JAX_BROWSER"}.items()
+    if not os.environ.get(name)
+]
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
