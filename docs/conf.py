@@ -29,6 +29,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "extensions", "notebooks/*.py"]
 templates_path = ["_templates"]
+# Only dashes: docstrings name shapes, such as [N, ...], and quote text in plain prose.
+smartquotes_action = "D"
 # A link to nowhere is a warning. `public_names` says which types are text instead.
 nitpicky = True
 # What a run was started with is a file format of the lab.
@@ -74,4 +76,11 @@ html_title = "bn_jax"
 html_static_path = ["_static"]
 html_css_files = ["bn_jax.css"]
 html_math_renderer = "mathml"
-html_theme_options = {"show_toc_level": 2}
+html_favicon = "_static/logo.svg"
+html_theme_options = {
+    "logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo.svg", "text": "bn_jax"},
+    # The search field of the sidebar is enough.
+    "navbar_persistent": [],
+    "show_toc_level": 2,
+    "use_fullscreen_button": False,
+}

@@ -17,9 +17,9 @@ def as_bibtex(citation: dict[str, Any]) -> str:
     authors = " and ".join(name_of(author) for author in citation["authors"])
     year = str(citation["date-released"])[:4]
     fields = {
-        # Braces keep the capitals.
+        # Braces keep capitals, and the name of a group in one piece.
         "title": f"{{{citation['title']}}}",
-        "author": f"{{{authors}}}",
+        "author": authors,
         "year": year,
         "version": citation["version"],
         "license": citation["license"],
@@ -31,7 +31,7 @@ def as_bibtex(citation: dict[str, Any]) -> str:
 def name_of(author: dict[str, str]) -> str:
     """Returns the name of a person or of an entity."""
     if "name" in author:
-        return author["name"]
+        return f"{{{author['name']}}}"
     return f"{author['family-names']}, {author['given-names']}"
 
 

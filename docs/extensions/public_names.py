@@ -22,7 +22,6 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.errors import PycodeError
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -31,10 +30,10 @@ from sphinx.util.typing import ExtensionMetadata, stringify_annotation
 logger = logging.getLogger(__name__)
 
 # The build needs no network, so that types of these packages are text instead of links.
-EXTERNAL = (
-    "Figure", "Image", "PIL", "collections", "flax", "jax", "matplotlib", "nn", "nnx", "np", "numpy",
-    "optax", "os", "pathlib",
-)  # fmt: skip
+EXTERNAL = {
+    *("Figure", "Image", "PIL", "collections", "flax", "jax", "matplotlib", "nn", "nnx", "np"),
+    *("numpy", "optax", "os", "pathlib"),
+}
 # Type variables have no entry anywhere.
 TYPE_VARIABLES = {"M", "P", "R", "Tree"}
 
@@ -79,19 +78,18 @@ def docstring_of(name: str) -> str:
         written = value.__doc__ or ""
         # What Python writes for a NamedTuple or a dataclass without a docstring.
         return "" if written.startswith(f"{value.__name__}(") else written
-    return "\n".join(comment_of(name.rpartition(".")[2], value))
+    return "\n".join(comment_of(name, value))
 
 
 def comment_of(name: str, value: Any) -> list[str]:
-    """Returns the lines after the assignment of a constant or alias, in whichever module that is."""
+    """Returns the lines after the assignment of a constant, in whichever module of its package."""
+    package, attribute = name.partition(".")[0], name.rpartition(".")[2]
     for module in [*sys.modules]:
-        if module.startswith("bn_jax.") and getattr(sys.modules[module], name, None) is value:
-            try:
-                comments = ModuleAnalyzer.for_module(module).find_attr_docs()
-            except PycodeError:
-                continue
-            if ("", name) in comments:
-                return comments["", name]
+        is_inside = module == package or module.startswith(f"{package}.")
+        if is_inside and vars(sys.modules[module]).get(attribute) is value:
+            comments = ModuleAnalyzer.for_module(module).find_attr_docs()
+            if ("", attribute) in comments:
+                return comments["", attribute]
     return []
 
 
@@ -109,7 +107,7 @@ def process_docstring(
 ) -> None:
     """Before napoleon: sections that fit the kind of object, and links for names in backticks."""
     if what in ("data", "type"):
-        lines[:] = comment_of(name.rpartition(".")[2], obj) or lines
+        lines[:] = comment_of(name, obj) or lines
     if inspect.isclass(obj):
         if issubclass(obj, nn.Module):
             # Linen makes the arguments of the constructor of them.
@@ -176,12 +174,17 @@ def list_fields(record: type) -> Iterator[str]:
 def process_types(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """After napoleon: types as users write them, and no type where it took prose for one."""
+    """After napoleon: types beside the names of attributes, and none that it made of prose."""
     lines[:] = _before_napoleon.pop(name, lines)
+    attribute = 0
     for position, line in enumerate(lines):
-        start, type_, annotation = line.partition(":type: ")
-        if type_ and not start.strip():
-            lines[position] = f"{start}{type_}{shorten(annotation)}"
+        if line.startswith(".. attribute:: "):
+            attribute = position
+        elif line.startswith("   :type: ") and position > attribute + 1:
+            # From the end of the description to the options of the directive.
+            lines[position] = ""
+            lines[attribute] += f"\n   :type: {shorten(line.removeprefix('   :type: '))}"
+    lines[:] = "\n".join(lines).split("\n")
 
 
 def skip_member(
@@ -270,12 +273,22 @@ _ALIASES = {
     stringify_annotation(DTypeLike): "DTypeLike",
     stringify_annotation(ArrayLike): "ArrayLike",
     stringify_annotation(flax.typing.Initializer): "Initializer",
+    "jaxlib._jax.Sharding": "jax.sharding.Sharding",
     "jax.jaxlib._jax.": "jax.",
     "jaxlib._jax.": "jax.",
-    "jax._src.sharding_impls": "jax.sharding",
-    "jax._src.mesh": "jax.sharding",
+    "jax._src.sharding_impls.": "jax.sharding.",
+    "jax._src.mesh.": "jax.sharding.",
+    "jax._src.": "jax.",
+    "flax.linen.module.": "flax.linen.",
+    "flax.nnx.module.": "flax.nnx.",
+    "flax.nnx.rnglib.": "flax.nnx.",
+    "flax.nnx.statelib.": "flax.nnx.",
+    "flax.nnx.variablelib.": "flax.nnx.",
     "PIL.Image.Image": "PIL.Image",
 }
+_ND_ARRAY = re.compile(r"numpy\.ndarray\[tuple\[(?:Any|int), \.\.\.\], numpy\.dtype\[([\w.]+)\]\]")
+# Where other packages define what they export one level up.
+_PRIVATE = re.compile(r"\b(?!bn_jax)(\w+(?:\.[a-z]\w*)*)\._\w+(?:\.\w+)*\.(?=[A-Z])")
 # A type's name says what it is without these modules.
 _TOLD_BY_NAME = re.compile(
     r"\b(?:collections\.abc|datetime|flax\.typing|pathlib|types|typing)\.(?=[A-Z])"
@@ -286,6 +299,9 @@ def shorten(annotation: str) -> str:
     """Returns the text of an annotation with the names that users know."""
     for private, public in _ALIASES.items():
         annotation = annotation.replace(private, public)
+    annotation = annotation.replace("[[...]", "[...")
+    annotation = _ND_ARRAY.sub(r"NDArray[\1]", annotation)
+    annotation = _PRIVATE.sub(r"\1.", annotation)
     annotation = re.sub(r"\bbn_jax(?:\.\w+)+", lambda found: _public_name(found[0]), annotation)
     return _TOLD_BY_NAME.sub("", annotation)
 
@@ -337,7 +353,7 @@ def _directive_for(name: str) -> list[str]:
 # --- links and coverage -------------------------------------------------------------------------
 
 _BARE = {*dir(builtins), *dir(typing), *dir(collections.abc), *_ALIASES.values(), *TYPE_VARIABLES}
-_BARE |= {"Path", "PromoteDtypeFn", "TraceContextError"}
+_BARE |= {"NDArray", "Path", "PromoteDtypeFn", "TraceContextError"}
 
 
 def resolve_external(
