@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,7 +42,7 @@ TYPE_VARIABLES = {"M", "P", "R", "Tree"}
 
 
 def names_in(modules: Iterable[str]) -> list[str]:
-    """Returns the full names that modules export; of other modules, they are not names."""
+    """Returns the full names of what modules export, but for other modules."""
     return [
         f"{module}.{name}"
         for module in modules
@@ -370,6 +371,15 @@ def resolve_external(
     return None
 
 
+def remove_old_stubs(app: Sphinx) -> None:
+    """Removes the pages that autosummary has written for names that are public no more."""
+    files: dict[str, str] = app.config.autosummary_filename_map
+    names = {files.get(name, name) for name in names_in(app.config.public_modules)}
+    for page in Path(app.srcdir).glob("reference/generated/*.rst"):
+        if page.stem not in names:
+            page.unlink()
+
+
 def check_coverage(app: Sphinx, env: BuildEnvironment) -> None:
     """Warns of every public name without an entry in the reference, or without a docstring."""
     documented = env.domains.python_domain.objects
@@ -385,7 +395,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     """Called by Sphinx."""
     app.add_directive("public-names", PublicNames)
     app.add_config_value("public_modules", [], "env", list)
-    # napoleon has the priority 500.
+    # autosummary and napoleon have the priority 500.
+    app.connect("builder-inited", remove_old_stubs, priority=400)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
     app.connect("autodoc-process-docstring", process_types, priority=600)
     app.connect("autodoc-process-signature", process_signature)
