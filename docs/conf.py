@@ -71,6 +71,10 @@ napoleon_attr_annotations = True
 napoleon_custom_sections = [("Attributes beyond those of Flax", "params_style")]
 python_maximum_signature_line_length = 88
 
+# Of an example with prompts, the button copies what was typed.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
 html_theme = "sphinx_book_theme"
 html_title = "bn_jax"
 html_static_path = ["_static"]
