@@ -393,6 +393,7 @@ def check_coverage(app: Sphinx, env: BuildEnvironment) -> None:
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Called by Sphinx."""
+    app.setup_extension("sphinx.ext.autosummary")
     app.add_directive("public-names", PublicNames)
     app.add_config_value("public_modules", [], "env", list)
     # autosummary and napoleon have the priority 500.
