@@ -4,6 +4,7 @@ OLDEST := .venv-oldest
 LAB := .venv-lab
 ZOO := .venv-zoo
 READY := $(VENV)/ready
+PACKAGE := build/package
 # What the lower bounds are tested with: what reads JAX and Flax closely.
 CORE_TESTS := $(addprefix tests/core/test_,moments.py standardize.py batch_norm.py masks.py activation.py \
 	running_statistics.py devices.py collectives.py axis_names.py) \
@@ -19,7 +20,7 @@ COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 TIMED := numerics layer step startup sweep inference attempts device demo
 COMPILED := memory compiled scale
 
-.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser bench bench-refresh floors oldest zoo zoo-refresh environments clean
+.PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser package bench bench-refresh floors oldest zoo zoo-refresh environments clean
 
 demo: $(READY)
 	$(VENV)/bin/bn-jax train
@@ -59,7 +60,9 @@ notebooks: $(READY)
 notebooks-refresh: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
 
-# The documentation, in build/docs/html. A warning, a cell that fails or a broken link is an error.
+# The documentation, in build/docs/html; neither the build nor a page needs a network. A warning, a
+# cell that fails, a broken link, or a public name without an entry or a docstring is an error.
+# The examples of docstrings run in `test`.
 docs: $(VENV)/ready-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
 
@@ -67,6 +70,16 @@ docs: $(VENV)/ready-docs
 # narrow screens, copying, dark mode. Pictures of some pages go to build/docs/screenshots.
 browser: docs $(VENV)/ready-browser
 	BN_JAX_BROWSER=1 $(VENV)/bin/python -m pytest tests/site
+
+# The wheel and the source distribution, as an index would get them: built, checked, installed into
+# bare environments and used there.
+package:
+	rm -rf $(PACKAGE)
+	$(PYTHON) -m venv $(PACKAGE)/tools
+	$(PACKAGE)/tools/bin/python -m pip install --quiet build twine
+	$(PACKAGE)/tools/bin/python -m build --outdir $(PACKAGE)/dist
+	$(PACKAGE)/tools/bin/python -m twine check --strict $(PACKAGE)/dist/*
+	for file in $(PACKAGE)/dist/*; do $(PYTHON) tests/installed.py $$file $(PACKAGE)/bare || exit; done
 
 # Peers and the compilers of accelerators live apart, for JAX looks for their devices. What is timed
 # runs alone, what only compiles two at a time. The figures go to build/benchmarks/; what is committed
@@ -102,7 +115,7 @@ zoo-refresh: $(ZOO)/ready $(LAB)/ready
 	XLA_FLAGS=$(COMPILE_QUICKLY) $(ZOO)/bin/python -m benchmarks.zoo --refresh
 	$(LAB)/bin/python -m benchmarks.document
 
-environments: $(READY) $(OLDEST)/ready $(LAB)/ready $(ZOO)/ready
+environments: $(READY) $(VENV)/ready-docs $(OLDEST)/ready $(LAB)/ready $(ZOO)/ready
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'bn_jax needs Python 3.11 or newer: make PYTHON=python3.12')"

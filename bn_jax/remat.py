@@ -14,7 +14,9 @@ from bn_jax._program.primitives import LINEAR
 __all__ = ["Keep", "Policy", "remat_policy"]
 
 Keep: TypeAlias = Literal["inputs", "narrow", "moments"]
+"""The values of `keep`, which `remat_policy` describes."""
 Policy: TypeAlias = Callable[..., Any]
+"""What `jax.checkpoint` takes as `policy`."""
 
 
 def remat_policy(keep: Keep = "inputs") -> Policy:
@@ -26,11 +28,13 @@ def remat_policy(keep: Keep = "inputs") -> Policy:
     The training step of ResNet-50 on 128 images in bfloat16, compiled for a TPU v5e, relative to
     the same step with Flax's norms:
 
-    | keep | around | memory | bytes | operations |
-    |---|---|---|---|---|
-    | "inputs" | the loss | 0.78 | 1.10 | 1.00 |
-    | "narrow" | every block | 0.65 | 1.12 | 1.07 |
-    | "moments" | every block | 0.44 | 1.14 | 1.32 |
+    =========  ===========  ======  =====  ==========
+    keep       around       memory  bytes  operations
+    =========  ===========  ======  =====  ==========
+    "inputs"   the loss     0.78    1.10   1.00
+    "narrow"   every block  0.65    1.12   1.07
+    "moments"  every block  0.44    1.14   1.32
+    =========  ===========  ======  =====  ==========
 
     `memory` is what a step holds besides variables, images and results, `bytes` what its kernels
     read and write; without a policy these are 1.00 and 1.01.

@@ -150,7 +150,7 @@ class Audit(NamedTuple):
         that passes no gradient back. The kinds of its findings are beside it.
 
         Returns:
-            A matplotlib figure: ``figure.savefig("audit.png")``.
+            A matplotlib figure; ``figure.savefig("audit.png")`` writes it.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

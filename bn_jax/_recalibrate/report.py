@@ -73,7 +73,7 @@ class Recalibration(NamedTuple):
         """Draws how far the statistics of each norm moved, a row for each, in their order.
 
         Returns:
-            A matplotlib figure: ``figure.savefig("recalibration.png")``.
+            A matplotlib figure; ``figure.savefig("recalibration.png")`` writes it.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
+"""A NumPy array of float32."""
 IntArray: TypeAlias = npt.NDArray[np.int32]
+"""A NumPy array of int32."""
 Array: TypeAlias = npt.NDArray[np.generic]
 
 # What a float32 pixel takes in the dataset, in its three parts, and in the standardized parts.

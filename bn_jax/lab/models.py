@@ -44,8 +44,11 @@ __all__ = [
 ]
 
 Norm = Callable[..., nn.Module]
+"""A constructor of norms, such as `bn_jax.linen.BatchNorm`, which takes `use_running_average`."""
 Padding = Literal["SAME", "symmetric"]
+"""Where padding goes: as in TensorFlow and Flax, or the same on both sides, as in PyTorch."""
 BranchInit = Literal["plain", "skipinit", "fixup"]
+"""How residual branches start: as any layer, or by SkipInit or Fixup in place of norms."""
 
 
 def fixup_normal(depth: int, layers: int) -> jax.nn.initializers.Initializer:
@@ -572,10 +575,15 @@ _ImageNet = partial(
     ResNet, widths=(64, 128, 256, 512), norm=partial(BatchNorm, momentum=0.9), stem="7x7"
 )
 ResNet18 = partial(_ImageNet, stage_sizes=(2, 2, 2, 2))
+"""ResNet-18 for ImageNet: `ResNet` with 2, 2, 2 and 2 of `BasicBlock`."""
 ResNet34 = partial(_ImageNet, stage_sizes=(3, 4, 6, 3))
+"""ResNet-34 for ImageNet: `ResNet` with 3, 4, 6 and 3 of `BasicBlock`."""
 ResNet50 = partial(_ImageNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
+"""ResNet-50 for ImageNet: `ResNet` with 3, 4, 6 and 3 of `Bottleneck`."""
 ResNet101 = partial(_ImageNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
+"""ResNet-101 for ImageNet: `ResNet` with 3, 4, 23 and 3 of `Bottleneck`."""
 ResNet152 = partial(_ImageNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+"""ResNet-152 for ImageNet: `ResNet` with 3, 8, 36 and 3 of `Bottleneck`."""
 
 
 class MLP(nn.Module):

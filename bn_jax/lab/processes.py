@@ -11,6 +11,7 @@ from bn_jax.lab.launchers import has_launcher
 __all__ = ["CONNECTION_TIMEOUT", "connect", "disconnect", "from_first", "gather"]
 
 CONNECTION_TIMEOUT = 60
+"""How many seconds `connect` waits for the other processes."""
 HEARTBEAT_TIMEOUT = 20
 
 

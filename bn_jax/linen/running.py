@@ -70,7 +70,7 @@ class BatchNorm(nn.BatchNorm):
     `nn.scan` creates no carried variable: for initialization, and for evaluation with immutable
     ``batch_stats``, name it in ``variable_broadcast`` instead.
 
-    Attributes beyond Flax's:
+    Attributes beyond those of Flax:
         momentum: None for the cumulative average over all batches; ``batch_stats`` then holds
             their ``count`` as well.
         activation: a function applied to the result.

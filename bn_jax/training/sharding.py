@@ -11,12 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 __all__ = ["DATA_AXIS", "Batch", "make_mesh", "pad_batch", "process_rows", "shard_batch"]
 
 DATA_AXIS = "data"
+"""The mesh axis of `make_mesh`, and so the `axis_name` of a norm that is synchronized over it."""
 
 
 class Batch(NamedTuple):
     """Inputs, labels, and which of the examples are real.
 
-    The leaves are NumPy arrays where batches are made, and `jax.Array`s on devices.
+    The leaves are NumPy arrays where batches are made, and of the type `jax.Array` on devices.
 
     Attributes:
         x: inputs, [N, ...].

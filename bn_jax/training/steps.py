@@ -12,6 +12,7 @@ from bn_jax.training.statistics import is_readable, warn_of_initial
 __all__ = ["Apply", "make_eval_step", "make_train_step"]
 
 Apply: TypeAlias = Callable[..., Any]
+"""The model that a loss gets: ``apply(*args, **kwargs)``, with parameters and statistics bound."""
 
 
 def make_train_step(

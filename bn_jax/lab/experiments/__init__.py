@@ -69,3 +69,4 @@ EXPERIMENTS: dict[str, Experiment] = {
         normalizer_free,
     )
 }
+"""All experiments by name, in the order of their claims."""
