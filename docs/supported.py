@@ -1,4 +1,4 @@
-"""Tables of the pages Install and Versions, read from ``pyproject.toml``: the one place for both."""
+"""Tables of the pages Install and Versions, read from ``pyproject.toml``."""
 
 import tomllib
 from pathlib import Path
