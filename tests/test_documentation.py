@@ -140,6 +140,18 @@ def test_readme_examples_run(number, tmp_path, monkeypatch):
         assert_close(y.var(0), jnp.ones(3), tolerance=1e-4)
 
 
+def test_the_guide_converts_a_resnet(tmp_path, monkeypatch):
+    """The site cannot run this code, for it has no such file."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/guides/from_pytorch.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    write_resnet50("resnet50.safetensors")
+    scope: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(snippet, "from_pytorch.md", "exec"), scope)
+    assert scope["y"].shape == (1, 1000) and jnp.isfinite(scope["y"]).all()
+    assert all((scope["back"][key] == array).all() for key, array in scope["arrays"].items())
+
+
 def test_readme_quotes_the_measured_figures():
     measured = load(report.read("numerics"))
     section = README.split("## Numerical accuracy")[1].split("\n## ")[0]

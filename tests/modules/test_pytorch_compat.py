@@ -227,8 +227,15 @@ def test_row(test):
     test()
 
 
-def test_readme_has_these_rows():
-    readme = (ROOT / "README.md").read_text()
-    table = readme.split("## Coming from PyTorch")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    "page,heading",
+    [
+        ("README.md", "## Coming from PyTorch"),
+        ("docs/guides/from_pytorch.md", "## `torch.nn` and bn_jax, row by row"),
+    ],
+)
+def test_page_has_these_rows(page, heading):
+    text = (ROOT / page).read_text()
+    table = text.split(f"{heading}\n")[1].split("\n## ")[0]
     _, *lines = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)
     assert [line.split(" | ")[0] for line in lines] == list(ROWS)
