@@ -1,7 +1,10 @@
 """How Sphinx builds the documentation: ``make docs`` writes it to build/docs/html."""
 
+import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "bn_jax"
 author = "the bn_jax authors"
@@ -10,6 +13,7 @@ release = version_of("bn-jax")
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "claims",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",

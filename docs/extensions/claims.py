@@ -1,0 +1,96 @@
+"""A Sphinx extension that writes the pages of the claims before the site is built.
+
+The pages, their pictures and the parts of ``claims/index.md`` come from two files: the committed
+results ``benchmarks/results/claims.json``, and ``claims/statements.toml``. Git ignores what is
+written. A file whose content stays the same is left alone, so that Sphinx does not read it again.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import claim_pages
+import claim_pictures
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.config import Config
+
+DOCS = Path(__file__).parent.parent
+RESULTS = DOCS.parent / "benchmarks/results/claims.json"
+STATEMENTS = DOCS / "claims/statements.toml"
+# Parts of the index, which are no pages.
+PARTS = "claims/_*.md"
+
+
+def read_figures() -> dict[str, Any]:
+    """Returns the committed results of all claims."""
+    figures: dict[str, Any] = json.loads(RESULTS.read_text())
+    return figures
+
+
+def read_statements() -> list[dict[str, Any]]:
+    """Returns the statements of the source texts, with what checks each of them."""
+    statements: list[dict[str, Any]] = tomllib.loads(STATEMENTS.read_text())["statement"]
+    return statements
+
+
+def write_pages(
+    folder: Path, figures: Mapping[str, Any], statements: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes a page and a picture for every claim, and the parts of the index.
+
+    Args:
+        folder: the folder of the pages. What an earlier call wrote there, and is no claim any more,
+            is removed.
+        figures: the content of ``claims.json``.
+        statements: the content of ``statements.toml``.
+    """
+    claims = figures["claims"]
+    texts = {f"{name}.md": claim_pages.claim_page(name, figures, statements) for name in claims}
+    texts |= {
+        "_overview.md": claim_pages.overview(figures),
+        "_contradictions.md": claim_pages.contradictions(figures),
+        "_forest.md": claim_pages.forest_figure(figures),
+        "_statements.md": claim_pages.statements_index(claims, statements),
+    }
+    for name, text in texts.items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    for name, claim in claims.items():
+        _draw(folder / f"{name}.svg", claim, claim_pictures.save_claim)
+    _draw(folder / "forest.svg", list(claims.values()), claim_pictures.save_forest)
+    for path in folder.glob("*.md"):
+        if path.name not in texts and path.read_text().startswith(claim_pages.MADE):
+            path.unlink()
+            path.with_suffix(".svg").unlink(missing_ok=True)
+
+
+def _draw(path: Path, content: Any, draw: Callable[[Any, Path], None]) -> None:
+    """Draws a picture, unless it is there and was drawn from the same content by the same code."""
+    code = Path(claim_pictures.__file__).read_bytes()
+    key = hashlib.sha256(code + json.dumps(content).encode()).hexdigest()
+    mark = f"<!-- {key} -->"
+    if not path.exists() or not path.read_text().rstrip().endswith(mark):
+        draw(content, path)
+        with path.open("a") as file:
+            file.write(f"{mark}\n")
+
+
+def _write(app: "Sphinx") -> None:
+    write_pages(Path(app.srcdir) / "claims", read_figures(), read_statements())
+
+
+def _exclude(app: "Sphinx", config: "Config") -> None:
+    config.exclude_patterns.append(PARTS)
+
+
+def setup(app: "Sphinx") -> dict[str, Any]:
+    """Adds the extension to Sphinx."""
+    app.connect("config-inited", _exclude)
+    app.connect("builder-inited", _write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
