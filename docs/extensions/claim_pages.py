@@ -104,17 +104,17 @@ def _verdicts(claim: Mapping[str, Any]) -> str:
 
 
 def _attention(claim: Mapping[str, Any], seeds: int) -> Iterator[str]:
-    """Yields what a reader has to know first: what contradicts the source, and what is open."""
+    """Yields what a reader has to know first: what is not reproduced, and what is open."""
     ones = claim["sub_claims"]
     against = [one for one in ones if one["verdict"] == Verdict.NOT_REPRODUCED]
     if against:
         lines = [f"- {_link(one)}: {escape(one['statement'])}" for one in against]
-        yield _box("important", "Contradicts the source here", lines)
+        yield _box("important", "Not reproduced here", lines)
     is_open = [one for one in ones if one["verdict"] == Verdict.INCONCLUSIVE]
     if is_open:
         lines = [
-            f"- {_link(one)}, {escape(one['label'])}: {decisive(one)['seeds_needed']} seeds would "
-            f"decide, if the estimate of these {seeds} is right"
+            f"- {_link(one)}, {escape(one['label'])}: needs {decisive(one)['seeds_needed']} "
+            f"seeds, if the estimate of these {seeds} is right"
             for one in is_open
         ]
         yield _box("note", "Not decided by these seeds", lines)
@@ -317,6 +317,11 @@ def overview(figures: Mapping[str, Any]) -> str:
         )
         for name, claim in claims.items()
     )
+    # Whole claims are too long for the navigation.
+    titles = (
+        f"{claim['number']}. {name.replace('_', ' ').capitalize()} <{name}>"
+        for name, claim in claims.items()
+    )
     seconds = sum(claim["seconds"] for claim in claims.values())
     return "\n\n".join(
         [
@@ -326,7 +331,7 @@ def overview(figures: Mapping[str, Any]) -> str:
             f"The experiments took {seconds / 60:.0f} minutes in all, added up, on "
             f"{figures['machine']['cores']} cores; on a CPU, two run at a time.",
             table(("", "claim", "source", "verdicts"), rows),
-            "\n".join(["```{toctree}", ":hidden:", "", *claims, "```"]),
+            "\n".join(["```{toctree}", ":hidden:", "", *titles, "```"]),
         ]
     )
 
@@ -338,15 +343,16 @@ def _agreement(ones: Sequence[Mapping[str, Any]]) -> str:
     return f"blocks of 8 seeds contradict each other in {', '.join(apart)}"
 
 
-def contradictions(figures: Mapping[str, Any]) -> str:
-    """Returns the tables of what contradicts its source here, and of what is not decided."""
+def exceptions(figures: Mapping[str, Any]) -> str:
+    """Returns the tables of what is not reproduced here, and of what is not decided."""
     ones = [one for claim in figures["claims"].values() for one in claim["sub_claims"]]
     against = [one for one in ones if one["verdict"] == Verdict.NOT_REPRODUCED]
     is_open = [one for one in ones if one["verdict"] == Verdict.INCONCLUSIVE]
     return "\n\n".join(
         [
             MADE,
-            f"{len(against)} sub-claims contradict their source in this setting:",
+            f"{len(against)} sub-claims are not reproduced. The measured effect is the opposite, "
+            "or too small to matter:",
             table(
                 ("", "statement", "bound", "measured"),
                 (

@@ -18,6 +18,8 @@ WIDTH, LEFT, RIGHT, EDGE = 4.8, 1.35, 0.15, 0.08
 ROW, TITLE, TICKS, LINE, GAP = 0.19, 0.2, 0.2, 0.135, 0.16
 # Letters in a line of a title, of the name of a setting, and of the name of a quantity.
 TITLE_LETTERS, SETTING_LETTERS, QUANTITY_LETTERS = 66, 18, 66
+# Logarithmic axes of a smaller range have the ticks of linear ones.
+MOST_OF_LINEAR = 20
 # Below the tolerance of an identity, errors of this share of it and less are drawn as one.
 LEAST = 1e-9
 
@@ -106,6 +108,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     _shade(axes, bound, floor)
     axes.set_ylim(panel.rows, 0)
     axes.set_yticks(places, panel.names, fontsize=7, parse_math=False)
+    _set_ticks(axes, is_identity)
     axes.tick_params(axis="x", labelsize=7, length=2)
     axes.tick_params(axis="y", length=0)
     axes.minorticks_off()
@@ -143,6 +146,18 @@ def _places(names: Sequence[str]) -> list[float]:
         places.append(top + height / 2)
         top += height
     return places
+
+
+def _set_ticks(axes: "Axes", is_identity: bool) -> None:
+    """Chooses ticks that do not overlap, and plain ones where ratios span no power of ten."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    left, right = axes.get_xlim()
+    if axes.get_xscale() == "log" and (is_identity or right / left > MOST_OF_LINEAR):
+        return
+    ticks = MaxNLocator(nbins=5).tick_values(left, right)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if left <= tick <= right]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, place: f"{tick:.6g}"))
 
 
 def _shade(axes: "Axes", bound: Mapping[str, Any], floor: float | None) -> None:

@@ -53,7 +53,7 @@ def write_pages(
     texts = {f"{name}.md": claim_pages.claim_page(name, figures, statements) for name in claims}
     texts |= {
         "_overview.md": claim_pages.overview(figures),
-        "_contradictions.md": claim_pages.contradictions(figures),
+        "_exceptions.md": claim_pages.exceptions(figures),
         "_forest.md": claim_pages.forest_figure(figures),
         "_statements.md": claim_pages.statements_index(claims, statements),
     }
