@@ -14,6 +14,7 @@ version = ".".join(release.split(".")[:2])
 
 extensions = [
     "claims",
+    "performance",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",

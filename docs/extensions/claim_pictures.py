@@ -53,7 +53,7 @@ def save_claim(claim: Mapping[str, Any], path: Path) -> None:
     """
     panels = [_panel(one) for one in claim["sub_claims"]]
     height = sum(panel.height for panel in panels)
-    figure = _figure(height)
+    figure = white_figure(height)
     top = height
     for panel in panels:
         head = TITLE + LINE * (len(panel.title) - 1)
@@ -74,7 +74,7 @@ def save_claim(claim: Mapping[str, Any], path: Path) -> None:
         )
         _draw_panel(axes, panel)
         top -= panel.height
-    _save(figure, path)
+    save_svg(figure, path)
 
 
 def _panel(sub_claim: Mapping[str, Any]) -> Panel:
@@ -203,7 +203,7 @@ def save_forest(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
     ones = [one for claim in claims for one in claim["sub_claims"]]
     row, top, bottom, left = 0.155, 0.5, 0.35, 1.95
     height = top + row * len(ones) + bottom
-    figure = _figure(height)
+    figure = white_figure(height)
     axes = figure.add_axes(
         (left / WIDTH, bottom / height, (WIDTH - left - RIGHT) / WIDTH, row * len(ones) / height)
     )
@@ -227,7 +227,7 @@ def save_forest(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
         Line2D([], [], color=color, marker="o", label=name) for name, color in occurring.items()
     ]
     figure.legend(handles=handles, loc="upper center", ncols=3, fontsize=7, frameon=False)
-    _save(figure, path)
+    save_svg(figure, path)
 
 
 def _last(claims: Sequence[Mapping[str, Any]], claim: Mapping[str, Any]) -> int:
@@ -246,15 +246,16 @@ def describe(claim: Mapping[str, Any]) -> str:
     return f"Intervals of the sub-claims beside their bounds. {'; '.join(parts)}."
 
 
-def _figure(height: float) -> "Figure":
+def white_figure(height: float) -> "Figure":
+    """Returns an empty figure of the width of all pictures, readable in dark mode."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), facecolor="white")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_svg(figure: "Figure", path: Path) -> None:
+    """Writes a figure so that the same content gives the same file."""
     import matplotlib
 
-    # The same figures give the same file.
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, metadata={"Date": None})

@@ -61,19 +61,26 @@ def write_pages(
         path = folder / name
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+    code = Path(claim_pictures.__file__)
     for name, claim in claims.items():
-        _draw(folder / f"{name}.svg", claim, claim_pictures.save_claim)
-    _draw(folder / "forest.svg", list(claims.values()), claim_pictures.save_forest)
+        draw_once(folder / f"{name}.svg", claim, claim_pictures.save_claim, code)
+    draw_once(folder / "forest.svg", list(claims.values()), claim_pictures.save_forest, code)
     for path in folder.glob("*.md"):
         if path.name not in texts and path.read_text().startswith(claim_pages.MADE):
             path.unlink()
             path.with_suffix(".svg").unlink(missing_ok=True)
 
 
-def _draw(path: Path, content: Any, draw: Callable[[Any, Path], None]) -> None:
-    """Draws a picture, unless it is there and was drawn from the same content by the same code."""
-    code = Path(claim_pictures.__file__).read_bytes()
-    key = hashlib.sha256(code + json.dumps(content).encode()).hexdigest()
+def draw_once(path: Path, content: Any, draw: Callable[[Any, Path], None], code: Path) -> None:
+    """Draws a picture, unless it is there and was drawn from the same content by the same code.
+
+    Args:
+        path: the path of the SVG file to write.
+        content: what is drawn, as read from JSON.
+        draw: draws it.
+        code: the file that defines `draw`.
+    """
+    key = hashlib.sha256(code.read_bytes() + json.dumps(content).encode()).hexdigest()
     mark = f"<!-- {key} -->"
     if not path.exists() or not path.read_text().rstrip().endswith(mark):
         draw(content, path)
