@@ -138,16 +138,16 @@ def label(key: str) -> str:
 
 
 def _sub_claims(claim: Mapping[str, Any], seeds: int) -> str:
-    columns = ("", "sub-claim", "bound", "published", "measured", "n", "verdict")
+    columns = ("", "sub-claim", "verdict", "bound", "measured", "published", "n")
     rows = (
         (
             _link(one),
             escape(one["label"]),
-            escape(one["bound"]["text"]),
-            escape(_published(one)),
-            escape(figure_of(one) or "nothing") + _star(one),
-            str(seeds),
             badge(one["verdict"]),
+            escape(one["bound"]["text"]),
+            escape(figure_of(one) or "nothing") + _star(one),
+            escape(_published(one)),
+            str(seeds),
         )
         for one in claim["sub_claims"]
     )
@@ -311,8 +311,7 @@ def overview(figures: Mapping[str, Any]) -> str:
     rows = (
         (
             str(claim["number"]),
-            f"[{escape(claim['claim'])}]({name}.md)",
-            escape(claim["source"]),
+            f"[{escape(claim['claim'])}]({name}.md)<br>{escape(claim['source'])}",
             counts(claim["sub_claims"]),
         )
         for name, claim in claims.items()
@@ -330,7 +329,7 @@ def overview(figures: Mapping[str, Any]) -> str:
             f"Each ran with {len(figures['seeds'])} seeds, and {_agreement(ones)}. "
             f"The experiments took {seconds / 60:.0f} minutes in all, added up, on "
             f"{figures['machine']['cores']} cores; on a CPU, two run at a time.",
-            table(("", "claim", "source", "verdicts"), rows),
+            table(("", "claim and source", "verdicts"), rows),
             "\n".join(["```{toctree}", ":hidden:", "", *titles, "```"]),
         ]
     )

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches. A phone shows a figure of this width with letters of at least 8 pixels.
-WIDTH, LEFT, RIGHT, EDGE = 4.8, 1.35, 0.15, 0.08
+# Inches. A phone shows a figure of this width with letters that can be read.
+WIDTH, LEFT, RIGHT, EDGE = 4.2, 1.3, 0.15, 0.05
 ROW, TITLE, TICKS, LINE, GAP = 0.19, 0.2, 0.2, 0.135, 0.16
 # Letters in a line of a title, of the name of a setting, and of the name of a quantity.
-TITLE_LETTERS, SETTING_LETTERS, QUANTITY_LETTERS = 66, 18, 66
+TITLE_LETTERS, SETTING_LETTERS, QUANTITY_LETTERS = 58, 18, 58
 # Logarithmic axes of a smaller range have the ticks of linear ones.
 MOST_OF_LINEAR = 20
 # Below the tolerance of an identity, errors of this share of it and less are drawn as one.
@@ -201,7 +201,7 @@ def save_forest(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.lines import Line2D
 
     ones = [one for claim in claims for one in claim["sub_claims"]]
-    row, top, bottom, left = 0.155, 0.5, 0.35, 1.95
+    row, top, bottom, left = 0.155, 0.5, 0.35, 1.85
     height = top + row * len(ones) + bottom
     figure = white_figure(height)
     axes = figure.add_axes(
