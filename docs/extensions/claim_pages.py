@@ -13,6 +13,7 @@ from bn_jax.lab.experiments.verdicts import Verdict
 
 Claims = Mapping[str, Mapping[str, Any]]
 Statement = Mapping[str, Any]
+Sources = Mapping[str, Sequence[str]]
 
 BADGES = {
     Verdict.EXACT: "success",
@@ -27,13 +28,16 @@ GRADES = {"V": "seen in the source", "R": "reported by others", "D": "derived he
 MADE = "% Written by docs/extensions/claims.py from the committed results. Do not edit."
 
 
-def claim_page(name: str, figures: Mapping[str, Any], statements: Sequence[Statement]) -> str:
+def claim_page(
+    name: str, figures: Mapping[str, Any], statements: Sequence[Statement], sources: Sources
+) -> str:
     """Returns the page of a claim.
 
     Args:
         name: the name of the claim.
         figures: the content of ``claims.json``.
         statements: the content of ``statements.toml``.
+        sources: the content of ``sources.toml``.
     """
     claim, seeds = figures["claims"][name], len(figures["seeds"])
     parts = [
@@ -54,6 +58,7 @@ def claim_page(name: str, figures: Mapping[str, Any], statements: Sequence[State
         *_rates(claim),
         *_reported(claim),
         *_asked(claim, statements),
+        *_sources(claim, sources),
         _reproduce(name, claim, figures),
     ]
     return "\n\n".join(parts) + "\n"
@@ -287,6 +292,19 @@ def _asked(claim: Mapping[str, Any], statements: Sequence[Statement]) -> Iterato
             + table(("statement", "who says or asks it", "sub-claims"), rows)
             + "\n\n[All statements](index.md#index-of-statements)"
         )
+
+
+def cited(claim: Mapping[str, Any], sources: Sources) -> list[str]:
+    """Returns the publications that make a claim, in the order in which its source names them."""
+    parts = [part.strip() for part in claim["source"].split(";")]
+    found = [sources[key] for part in parts for key in sources if part.startswith(key)]
+    return list(dict.fromkeys(publication for one in found for publication in one))
+
+
+def _sources(claim: Mapping[str, Any], sources: Sources) -> Iterator[str]:
+    publications = cited(claim, sources)
+    if publications:
+        yield "## Sources\n\n" + "\n".join(f"- {escape(one)}" for one in publications)
 
 
 def _reproduce(name: str, claim: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """A Sphinx extension that writes the pages of the claims before the site is built.
 
-The pages, their pictures and the parts of ``claims/index.md`` come from two files: the committed
-results ``benchmarks/results/claims.json``, and ``claims/statements.toml``. Git ignores what is
-written. A file whose content stays the same is left alone, so that Sphinx does not read it again.
+The pages, their pictures and the parts of ``claims/index.md`` come from the committed results,
+``benchmarks/results/claims.json``, and from ``statements.toml`` and ``sources.toml`` beside the index.
+Git ignores what is written. A file whose content stays the same is left alone, so that Sphinx does not
+read it again.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parent.parent
 RESULTS = DOCS.parent / "benchmarks/results/claims.json"
 STATEMENTS = DOCS / "claims/statements.toml"
+SOURCES = DOCS / "claims/sources.toml"
 # Parts of the index, which are no pages.
 PARTS = "claims/_*.md"
 
@@ -38,8 +40,16 @@ def read_statements() -> list[dict[str, Any]]:
     return statements
 
 
+def read_sources() -> dict[str, list[str]]:
+    """Returns the publications that claims name as their sources."""
+    return tomllib.loads(SOURCES.read_text())
+
+
 def write_pages(
-    folder: Path, figures: Mapping[str, Any], statements: Sequence[Mapping[str, Any]]
+    folder: Path,
+    figures: Mapping[str, Any],
+    statements: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, Sequence[str]],
 ) -> None:
     """Writes a page and a picture for every claim, and the parts of the index.
 
@@ -48,9 +58,12 @@ def write_pages(
             is removed.
         figures: the content of ``claims.json``.
         statements: the content of ``statements.toml``.
+        sources: the content of ``sources.toml``.
     """
     claims = figures["claims"]
-    texts = {f"{name}.md": claim_pages.claim_page(name, figures, statements) for name in claims}
+    texts = {
+        f"{name}.md": claim_pages.claim_page(name, figures, statements, sources) for name in claims
+    }
     texts |= {
         "_overview.md": claim_pages.overview(figures),
         "_exceptions.md": claim_pages.exceptions(figures),
@@ -89,7 +102,7 @@ def draw_once(path: Path, content: Any, draw: Callable[[Any, Path], None], code:
 
 
 def _write(app: "Sphinx") -> None:
-    write_pages(Path(app.srcdir) / "claims", read_figures(), read_statements())
+    write_pages(Path(app.srcdir) / "claims", read_figures(), read_statements(), read_sources())
 
 
 def _exclude(app: "Sphinx", config: "Config") -> None:

@@ -16,6 +16,7 @@ from bn_jax.lab.experiments import EXPERIMENTS, writing
 ROOT = Path(__file__).parents[2]
 FIGURES = claims.read_figures()
 STATEMENTS = claims.read_statements()
+SOURCES = claims.read_sources()
 # One claim of a few sub-claims: identities, equivalences, sides, and several settings.
 SMALL = "scale_invariance"
 TWO = {**FIGURES, "claims": {name: FIGURES["claims"][name] for name in (SMALL, "decoupling")}}
@@ -56,7 +57,7 @@ def test_the_committed_results_are_those_of_the_experiments():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_page_has_every_sub_claim_with_its_figures(name):
     claim = FIGURES["claims"][name]
-    page = claim_pages.claim_page(name, FIGURES, STATEMENTS)
+    page = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES)
     assert page.startswith(claim_pages.MADE)
     for text in (claim["claim"], claim["source"], claim["limits"], claim["easy"], claim["hard"]):
         assert claim_pages.escape(text)[1:] in page
@@ -84,14 +85,14 @@ def test_what_markdown_would_read_is_escaped():
 
 
 def test_what_is_not_reproduced_or_open_is_said_first():
-    page = claim_pages.claim_page("hessian", FIGURES, STATEMENTS)
+    page = claim_pages.claim_page("hessian", FIGURES, STATEMENTS, SOURCES)
     first = page.split("| sub-claim |")[0]
     assert "Not reproduced here\n" in first and "[16b](#sub-claim-16b)" in first
     assert "Not decided by these seeds" in first and "[16c](#sub-claim-16c)" in first
     assert "[16a]" not in first and "contradict each other" not in first
     figures = copy.deepcopy(TWO)
     figures["claims"][SMALL]["sub_claims"][0]["agree"] = False
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
     assert "The blocks of seeds contradict each other" in page.split("| sub-claim |")[0]
     assert "contradict each other in 1a." in claim_pages.overview(figures)
 
@@ -100,7 +101,7 @@ def test_rates_at_the_edge_of_the_grid_are_told():
     figures = copy.deepcopy(TWO)
     rates = figures["claims"][SMALL]["rates"]
     rates["an arm"] = {"value": [1.0, 2.0, 8.0], "at_edge": [True, True, False]}
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
     assert "| an arm | 2 (1 to 8) | 67 % |" in page
     assert "A wider grid might hold a better rate for: an arm." in page
 
@@ -111,7 +112,7 @@ def test_nothing_measured_has_a_page_and_a_picture(tmp_path):
     for setting in figures["claims"][SMALL]["sub_claims"][0]["settings"].values():
         setting |= {"measured": nothing, "verdict": "no measurement"}
     figures["claims"][SMALL]["sub_claims"][0]["verdict"] = "no measurement"
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
     assert "| {bdg-dark}`no measurement` | 0 to 1e-10 | nothing |" in page
     claim_pictures.save_claim(figures["claims"][SMALL], tmp_path / "claim.svg")
     assert "no measurement" in (tmp_path / "claim.svg").read_text()
@@ -138,16 +139,16 @@ def test_settings_with_numbers_are_in_their_order():
 
 def test_pages_are_written_where_they_changed_and_removed_with_their_claim(site):
     folder, drawn = site
-    claims.write_pages(folder, TWO, ONE)
+    claims.write_pages(folder, TWO, ONE, SOURCES)
     pages = {"scale_invariance.md", "decoupling.md"}
     parts = {"_overview.md", "_exceptions.md", "_forest.md", "_statements.md"}
     assert {path.name for path in folder.glob("*.md")} == {"index.md", *pages, *parts}
     assert sorted(drawn) == ["decoupling.svg", "forest.svg", "scale_invariance.svg"]
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    claims.write_pages(folder, TWO, ONE)
+    claims.write_pages(folder, TWO, ONE, SOURCES)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     one = {**TWO, "claims": {SMALL: TWO["claims"][SMALL] | {"easy": "Nothing"}}}
-    claims.write_pages(folder, one, [])
+    claims.write_pages(folder, one, [], {})
     assert not (folder / "decoupling.md").exists() and not (folder / "decoupling.svg").exists()
     assert "Nothing." in (folder / "scale_invariance.md").read_text()
     assert drawn[3:] == ["scale_invariance.svg", "forest.svg"]
@@ -167,3 +168,25 @@ def test_the_index_includes_every_part():
     index = (ROOT / "docs/claims/index.md").read_text()
     parts = re.findall(r"\{include\} (\w+\.md)", index)
     assert parts == ["_overview.md", "_exceptions.md", "_forest.md", "_statements.md"]
+
+
+# What a claim says of sources that are no publication.
+NO_PUBLICATION = re.compile(r"(lectures|tutorials|proposed in)\b", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_source_of_a_claim_is_a_publication(name):
+    claim = FIGURES["claims"][name]
+    for part in claim["source"].split(";"):
+        one = {"source": part.strip()}
+        is_known = bool(claim_pages.cited(one, SOURCES))
+        assert is_known != bool(NO_PUBLICATION.match(part.strip())), part
+    section = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES).split("## Sources\n")[1]
+    listed = section.split("\n## ")[0].strip().splitlines()
+    assert listed == [f"- {claim_pages.escape(one)}" for one in claim_pages.cited(claim, SOURCES)]
+
+
+def test_every_publication_is_a_source_of_a_claim():
+    made = [claim_pages.cited(claim, SOURCES) for claim in FIGURES["claims"].values()]
+    known = {one for publications in SOURCES.values() for one in publications}
+    assert {one for publications in made for one in publications} == known
