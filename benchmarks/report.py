@@ -129,8 +129,6 @@ def _as_markdown(cell: str) -> str:
     """Replaces the markup of `rich` that tables use; bars of an absolute error end no cell."""
     if cell.startswith("[red]"):
         cell = cell.replace("[red]", "**").replace("[/red]", "**")
-    # `rich.markup.escape` has put a backslash before what looks like a tag.
-    cell = cell.replace("\\[", "[")
     return re.sub(r"(?<!\\)\|", r"\\|", cell)
 
 

@@ -433,16 +433,16 @@ def statements_index(claims: Claims, statements: Sequence[Statement]) -> str:
     for subject in dict.fromkeys(one["subject"] for one in statements):
         rows = (
             (
-                escape(one["says"]),
-                escape(one["who"]),
+                f"{escape(one['says'])} ({escape(one['who'])})",
                 "<br>".join(f"[{key}](#{label(key)}) {verdicts[key]}" for key in one["sub_claims"]),
-                "<br>".join(map(_notebook, one.get("notebooks", ()))),
-                "<br>".join(map(_test, one.get("tests", ()))),
+                "<br>".join(
+                    [*map(_notebook, one.get("notebooks", ())), *map(_test, one.get("tests", ()))]
+                ),
             )
             for one in statements
             if one["subject"] == subject
         )
-        columns = ("statement", "who says or asks it", "sub-claims", "notebook", "test")
+        columns = ("statement (who says or asks it)", "sub-claims", "notebooks and tests")
         parts += [f"### {subject}", table(columns, rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -463,5 +463,6 @@ def slug(heading: str) -> str:
 
 
 def _test(place: str) -> str:
-    path, name = place.split("::")
-    return f"`{path.removeprefix('tests/')}` `{name}`"
+    """Returns the place of a test, which a narrow column may break after each word."""
+    words = re.sub(r"(_|/|::)", r"\1<wbr>", place.removeprefix("tests/"))
+    return f"<code>{words}</code>"

@@ -1,9 +1,9 @@
 """A Sphinx extension that writes the pages of the claims before the site is built.
 
 The pages, their pictures and the parts of ``claims/index.md`` come from the committed results,
-``benchmarks/results/claims.json``, and from ``statements.toml`` and ``sources.toml`` beside the index.
-Git ignores what is written. A file whose content stays the same is left alone, so that Sphinx does not
-read it again.
+``benchmarks/results/claims.json``, and from ``statements.toml`` and ``sources.toml`` beside the
+index. Git ignores what is written. A file whose content stays the same is left alone, so that
+Sphinx does not read it again.
 """
 
 import hashlib
