@@ -1,8 +1,9 @@
-"""Rewrites the tables of `BENCHMARKS.md`, `NOTES.md` and the README from the committed JSON.
+"""Rewrites the tables of `PAGES` from the committed JSON.
 
 ``python -m benchmarks.document`` replaces the text between ``<!-- NAME -->`` and ``<!-- end -->``
 by the tables of ``benchmarks/results/NAME.json``. ``<!-- NAME 0 -->`` takes only the first table.
-The prose is written by hand.
+A module with `READS` makes its
+tables from the JSON files of several benchmarks. The prose is written by hand.
 """
 
 import re
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from benchmarks import report
 
-PAGES = [Path(__file__).parent / name for name in ("BENCHMARKS.md", "NOTES.md", "../README.md")]
+PAGES = [
+    Path(__file__).parent / name
+    for name in ("BENCHMARKS.md", "NOTES.md", "../README.md", "../docs/performance.md")
+]
 _PART = re.compile(r"<!-- (\w+)( \d)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -21,7 +25,8 @@ def with_tables(page: str) -> str:
 
 
 def _tables(benchmark: str, chosen: str) -> str:
-    tables = import_module(f"benchmarks.{benchmark}").tables(report.read(benchmark))
+    module = import_module(f"benchmarks.{benchmark}")
+    tables = module.tables(*map(report.read, getattr(module, "READS", [benchmark])))
     shown = "\n\n".join(
         f"{table.title}:\n\n{report.markdown(table)}" + f"\n\n{table.caption}" * bool(table.caption)
         for table in (tables if not chosen else [tables[int(chosen)]])

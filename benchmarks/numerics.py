@@ -274,9 +274,10 @@ def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
     table = Table(
         title="Largest error against float64: output / variance",
         caption=(
-            f"Bound: {_short(BOUND)} (errors over it are red). If the true variance is under "
-            f"{_short(TINY_VARIANCE)}, its error is |absolute| and its bound is "
-            f"{_short(UNDERFLOW)}, because smaller squares vanish."
+            f"Bound: {_short(BOUND)}; errors over it are red or bold. If the true variance is "
+            f"under {_short(TINY_VARIANCE)}, its error is |absolute| and its bound is "
+            f"{_short(UNDERFLOW)}, because smaller squares vanish. Inputs on which errors are over "
+            f"the bound, of {len(rows)}: {_over(rows)}."
         ),
         box=SIMPLE_HEAD,
     )
@@ -287,6 +288,16 @@ def make_table(rows: dict[str, dict[str, Errors]]) -> Table:
         shown = zip(cells(row), CONTESTANTS, strict=True)
         table.add_row(escape(case), *(_coloured(cell, row.get(name)) for cell, name in shown))
     return table
+
+
+def _over(rows: Mapping[str, Mapping[str, Errors]]) -> str:
+    """Returns for each contestant on how many of its inputs it is over the bound."""
+    counts = []
+    for name in CONTESTANTS:
+        errors = [row[name] for row in rows.values() if name in row]
+        over = sum(not one.within_bound() for one in errors)
+        counts.append(f"{name} {over}" + (f" of {len(errors)}" if len(errors) < len(rows) else ""))
+    return ", ".join(counts)
 
 
 def cells(row: dict[str, Errors]) -> list[str]:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -110,13 +111,25 @@ def milliseconds(quartiles: Sequence[float]) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Returns a table as Markdown: the first column left-aligned, the others right-aligned."""
+    """Returns a table as Markdown, with figures on the right.
+
+    The first column and those with the justification "default" are text, on the left. What is red
+    on a terminal is bold.
+    """
     rows = [[str(column.header) for column in table.columns]]
-    rows.append([":---", *["---:"] * (len(table.columns) - 1)])
+    is_text = [column.justify == "default" for column in table.columns]
+    rows.append([":---", *(":---" if one else "---:" for one in is_text[1:])])
     rows.extend(
         [list(map(str, row)) for row in zip(*(c.cells for c in table.columns), strict=True)]
     )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(map(_as_markdown, row))} |" for row in rows)
+
+
+def _as_markdown(cell: str) -> str:
+    """Replaces the markup of `rich` that tables use; bars of an absolute error end no cell."""
+    if cell.startswith("[red]"):
+        cell = cell.replace("[red]", "**").replace("[/red]", "**")
+    return re.sub(r"(?<!\\)\|", r"\\|", cell)
 
 
 def _as_json(value: Any) -> Any:

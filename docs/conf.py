@@ -16,6 +16,8 @@ release = version_of("bn-jax")
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "claims",
+    "performance",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",

@@ -21,7 +21,7 @@ PROGRAMS = {
 }
 BENCHMARKS = sorted(PROGRAMS)
 # They print or write nothing by themselves, or write pages.
-OTHERS = {"__init__", "adversarial", "compilers", "document", "hlo", "report", "timing"}
+OTHERS = {"__init__", "adversarial", "compilers", "document", "hlo", "losses", "report", "timing"}
 
 
 @pytest.fixture

@@ -453,57 +453,21 @@ def test_a_stream_is_sorted_by_class_within_each_kind():
     assert (np.diff(labels[0, :4].ravel()) >= 0).all()
 
 
-MINE = '''
-"""A claim in thirty lines: the mean of uniform numbers is a half, and their variance a twelfth."""
-
-import numpy as np
-
-from bn_jax.lab.experiments.verdicts import Experiment, Published, Result, SubClaim, Within
-
-
-def run(setting):
-    draws = np.stack([np.random.default_rng(seed).random(1000) for seed in setting.chosen])
-    setting.advance(1.0)
-    return Result(
-        values={"m1a": draws.mean(1), "m1b": 12 * draws.var(1)},
-        curves={"sorted": np.sort(draws[0])},
-    )
-
-
-def draw(figure, curves):
-    axes = figure.subplots()
-    axes.plot(curves["sorted"])
-    axes.set(xlabel="rank", ylabel="number")
-
-
-EXPERIMENT = Experiment(
-    number=101,
-    name="uniform_numbers",
-    claim="Uniform numbers have mean 1/2 and variance 1/12",
-    source="any textbook",
-    sub_claims=(
-        SubClaim("m1a", "mean", "the mean is 1/2", "mean", Within(0.4, 0.6), Published("1/2", "D")),
-        SubClaim("m1b", "variance", "the variance is 1/12", "12 var", Within(0.9, 1.1)),
-    ),
-    protocol="1,000 numbers for each seed",
-    limits="The generator is one of many.",
-    run=run,
-    draw=draw,
-)
-'''
+# The example of the documentation.
+MINE = (Path(__file__).parents[2] / "docs/claims/my_claim.py").read_text()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_claim_of_thirty_lines_in_a_file(tiny, tmp_path, monkeypatch, capsys, processes):
+def test_a_claim_in_a_file(tiny, tmp_path, monkeypatch, capsys, processes):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    arguments = ("mine.py", "tiny", "--seeds", 4, "--processes", processes, "--out", "found")
+    arguments = ("mine.py", "tiny", "--seeds", 8, "--processes", processes, "--out", "found")
     assert run_command(monkeypatch, *arguments) == 0
     printed = capsys.readouterr().out
-    assert "101 uniform_numbers: 2 of 2 reproduced\n" in printed
-    assert (tmp_path / "found/uniform_numbers.png").exists()
+    assert "101 largest_value: 2 of 2 reproduced\n" in printed
+    assert (tmp_path / "found/largest_value.png").exists()
     assert run_command(monkeypatch, "--show", "mine.py", "--results", "found") == 0
-    assert "m1b reproduced: the variance is 1/12" in capsys.readouterr().out
+    assert "m1b reproduced: of more values, none reaches sqrt(n - 1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -535,7 +499,7 @@ def test_installed_packages_add_claims(tmp_path):
     (metadata / "entry_points.txt").write_text("[bn_jax.claims]\nmine = mine:EXPERIMENT\n")
     program = (
         "from bn_jax.lab.experiments import EXPERIMENTS, extensions, reproducing\n"
-        "assert list(extensions.known()) == [*EXPERIMENTS, 'uniform_numbers']\n"
+        "assert list(extensions.known()) == [*EXPERIMENTS, 'largest_value']\n"
         "assert reproducing.choose(['all'])[-1].number == 101\n"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])

@@ -106,24 +106,39 @@ def save(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_row(axes: "Axes", place: int, sub_claim: Mapping[str, Any]) -> None:
-    verdict = Verdict(sub_claim["verdict"])
-    color = COLORS.get(verdict, "black")
+def draw_interval(axes: "Axes", place: int, sub_claim: Mapping[str, Any]) -> None:
+    """Draws a sub-claim's interval over the range in which it is reproduced.
+
+    Args:
+        axes: with the scale of `scale` along x.
+        place: of the row along y.
+        sub_claim: from a JSON file; nothing is drawn if nothing was measured.
+    """
     row = scale(sub_claim)
-    found = verdict.value
-    if row is not None:
-        low, high = row.reproduced
-        axes.barh(place, high - low, 0.8, low, color="C0", alpha=0.12, linewidth=0)
-        axes.plot(row.interval[1:], (place, place), color=color, linewidth=1.5)
-        axes.plot(row.interval.estimate, place, "o", color=color, markersize=4)
-        found = f"{figure_of(sub_claim)}, {found}"
+    if row is None:
+        return
+    color = color_of(sub_claim)
+    low, high = row.reproduced
+    axes.barh(place, high - low, 0.8, low, color="C0", alpha=0.12, linewidth=0)
+    axes.plot(row.interval[1:], (place, place), color=color, linewidth=1.5)
+    axes.plot(row.interval.estimate, place, "o", color=color, markersize=4)
+
+
+def color_of(sub_claim: Mapping[str, Any]) -> str:
+    """Returns the color of the verdict on a sub-claim of a JSON file."""
+    return COLORS.get(Verdict(sub_claim["verdict"]), "black")
+
+
+def _draw_row(axes: "Axes", place: int, sub_claim: Mapping[str, Any]) -> None:
+    draw_interval(axes, place, sub_claim)
+    figure = figure_of(sub_claim)
     axes.annotate(
-        found,
+        f"{figure}, {sub_claim['verdict']}" if figure else sub_claim["verdict"],
         (1.01, place),
         xycoords=("axes fraction", "data"),
         va="center",
         fontsize=6.5,
-        color=color,
+        color=color_of(sub_claim),
         annotation_clip=False,
         parse_math=False,
     )
