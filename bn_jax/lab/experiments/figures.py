@@ -206,15 +206,15 @@ def legend_below(target: "Axes | Figure", *, ncols: int = 4, **options: Any) -> 
             entries.setdefault(label, handle)
     if not entries:
         raise ValueError("nothing to put into a legend: draw something with a label= before.")
-    named = {"handles": list(entries.values()), "labels": list(entries)}
-    named |= {"ncols": min(ncols, len(entries)), **options}
+    options |= {"handles": list(entries.values()), "labels": list(entries)}
+    options["ncols"] = min(ncols, len(entries))
     if not isinstance(target, Axes):
-        target.legend(loc="outside lower center", **named)
+        target.legend(loc="outside lower center", **options)
         return
     # In inches, since the labels below an axes have the same height whatever that of the axes is.
-    down = ScaledTranslation(0, -LABELS_BELOW, target.get_figure(root=True).dpi_scale_trans)
+    down = ScaledTranslation(0, -LABELS_BELOW, target.figure.dpi_scale_trans)
     place = target.transAxes + down
-    target.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=place, **named)
+    target.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=place, **options)
 
 
 def ticks_at(axes: "Axes", values: Sequence[Any], *, along: str = "x", base: float = 10) -> None:
