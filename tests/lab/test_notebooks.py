@@ -62,12 +62,36 @@ def test_what_is_said_is_asserted(notebook):
     assert any("assert " in "".join(cell["source"]) for cell in code_cells(notebook))
 
 
+def test_the_first_code_cell_installs_where_the_library_is_missing(notebook):
+    source = "".join(code_cells(notebook)[0]["source"])
+    lines = source.splitlines()
+    assert 'if importlib.util.find_spec("bn_jax") is None:' in lines
+    assert lines[-1] == '    %pip install --quiet "bn-jax[lab]"'
+    # The other cells must not depend on the folder: there, a notebook lies alone.
+    assert not re.search(r"mplstyle|open\(", "".join(map(str, code_cells(notebook)[1:])))
+
+
+def test_every_figure_has_a_text_alternative(notebook):
+    for cell in code_cells(notebook):
+        shown = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
+        assert len(shown) <= 1
+        assert bool(shown) == bool(cell["metadata"])
+        if shown:
+            alternative = cell["metadata"]["mystnb"]["image"]["alt"]
+            assert alternative.endswith(".") and len(alternative.split()) > 10
+
+
+def test_no_legend_is_inside_of_axes(notebook):
+    sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    assert not [source for source in sources if re.search(r"\.legend\(", source)]
+
+
 def test_nothing_of_a_machine_is_committed(notebook):
     assert notebook["metadata"] == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    assert all(cell["metadata"] == {} for cell in notebook["cells"])
+    assert all(cell["metadata"].keys() <= {"mystnb"} for cell in notebook["cells"])
     assert not [text for text in texts(notebook) if ABSOLUTE.search(text)]
 
 

@@ -1,6 +1,12 @@
-"""The figures of the experiments: their look, and means over seeds with their intervals."""
+"""The figures of the experiments and of the notebooks, drawn by matplotlib.
 
-from collections.abc import Callable, Mapping
+``matplotlib.pyplot.style.use("bn_jax.lab.experiments.figures")`` gives a figure the look of the
+notebooks. `band` and `points` draw means over seeds with their 95 % intervals, `quantile_band` a
+median with the values around it. `legend_below` puts a legend where no data are, `ticks_at` marks
+the values that were tried.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Inches of a line of a footer.
-LINE = 0.17
+# In inches: a line of a footer, and the ticks and the label below an axes.
+LINE, LABELS_BELOW = 0.17, 0.42
 PERCENT = 0.0, 100.0
 
 
@@ -140,3 +146,87 @@ def points(
         axes.errorbar(means, positions, xerr=errors, label=label, **options)
     else:
         axes.errorbar(positions, means, yerr=errors, label=label, **options)
+
+
+def quantile_band(
+    axes: "Axes", x: Any, runs: Any, label: str, *, share: float = 0.95, **options: Any
+) -> None:
+    """Draws a line through medians, and a band with the middle `share` of the values.
+
+    Where `band` says how well a mean is known, this says how far single values are apart.
+
+    Args:
+        axes: the axes to draw into.
+        x: [points].
+        runs: [points, values].
+        label: the label of the line.
+        share: of the values that are in the band.
+        **options: further options, for `Axes.plot`.
+
+    Raises:
+        ValueError: `share` is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must be between 0 and 1, such as 0.95 for 95 %.")
+    outside = (1 - share) / 2
+    low, middle, high = np.quantile(
+        np.asarray(runs, np.float64), (outside, 0.5, 1 - outside), axis=1
+    )
+    (line,) = axes.plot(x, middle, label=label, **options)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+
+
+def legend_below(target: "Axes | Figure", *, ncols: int = 4, **options: Any) -> None:
+    """Puts a legend below an axes, or one for all axes below a figure, off the data.
+
+    Space is made for it by a constrained layout, which the notebooks' style has.
+
+    Args:
+        target: the axes or the figure. A label that several axes of a figure have is named once.
+        ncols: the largest number of entries beside each other.
+        **options: further options, for `Axes.legend` or `Figure.legend`.
+
+    Raises:
+        ValueError: nothing that is drawn has a label.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> from bn_jax.lab.experiments.figures import band, legend_below
+        >>> figure, axes = plt.subplots(layout="constrained")
+        >>> band(axes, [1, 2], [[0.1, 0.2], [0.3, 0.5]], "batch norm")
+        >>> legend_below(axes)
+    """
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import ScaledTranslation
+
+    panels = [target] if isinstance(target, Axes) else target.axes
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if not entries:
+        raise ValueError("nothing to put into a legend: draw something with a label= before.")
+    options |= {"handles": list(entries.values()), "labels": list(entries)}
+    options["ncols"] = min(ncols, len(entries))
+    if not isinstance(target, Axes):
+        target.legend(loc="outside lower center", **options)
+        return
+    # In inches, since the labels below an axes have the same height whatever that of the axes is.
+    down = ScaledTranslation(0, -LABELS_BELOW, target.figure.dpi_scale_trans)
+    place = target.transAxes + down
+    target.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=place, **options)
+
+
+def ticks_at(axes: "Axes", values: Sequence[Any], *, along: str = "x", base: float = 10) -> None:
+    """Makes an axis logarithmic, with ticks at these values alone.
+
+    Args:
+        axes: the axes.
+        values: where the ticks are, positive; each is its own label.
+        along: "x" or "y".
+        base: of the logarithm.
+    """
+    getattr(axes, f"set_{along}scale")("log", base=base)
+    set_ticks = getattr(axes, f"set_{along}ticks")
+    set_ticks(values, [f"{value:g}" for value in values])
+    set_ticks([], minor=True)
