@@ -42,13 +42,20 @@ TYPE_VARIABLES = {"M", "P", "R", "Tree"}
 
 
 def names_in(modules: Iterable[str]) -> list[str]:
-    """Returns the full names of what modules export, but for other modules."""
-    return [
-        f"{module}.{name}"
-        for module in modules
-        for name in importlib.import_module(module).__all__
-        if not isinstance(value_of(f"{module}.{name}"), ModuleType)
-    ]
+    """Returns the full names of what modules export, but for other modules.
+
+    A function or class that two modules export is named by the first, as `bn_jax.remat_policy`.
+    """
+    found: dict[str, Any] = {}
+    for module in modules:
+        for attribute in importlib.import_module(module).__all__:
+            value = value_of(f"{module}.{attribute}")
+            is_named = (inspect.isroutine(value) or inspect.isclass(value)) and any(
+                value is other for other in found.values()
+            )
+            if not is_named and not isinstance(value, ModuleType):
+                found[f"{module}.{attribute}"] = value
+    return [*found]
 
 
 def value_of(name: str) -> Any:

@@ -179,6 +179,11 @@ def test_no_page_overwrites_another_where_case_is_ignored():
 # --- the reference itself -----------------------------------------------------------------------
 
 
+def test_what_two_modules_export_has_one_entry():
+    names = public_names.names_in(["bn_jax", "bn_jax.remat"])
+    assert "bn_jax.remat_policy" in names and "bn_jax.remat.remat_policy" not in names
+
+
 def modules_of_the_reference():
     return runpy.run_path(str(DOCS / "conf.py"))["public_modules"]
 
