@@ -138,7 +138,7 @@ def test_a_link_to_nothing_is_a_warning(build):
 
 # --- what docstrings become ---------------------------------------------------------------------
 
-NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze"}
+NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze", "bn_jax.audit"}
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze"}
         # The nearest of a name comes first, a parameter before all, and nothing links to itself.
         ("freeze", "bn_jax.linen.X", ":py:obj:`freeze <bn_jax.linen.freeze>`"),
         ("freeze", "bn_jax.fold", ":py:obj:`freeze <bn_jax.freeze>`"),
-        ("x", "bn_jax.moments", "``x``"),
+        ("audit", "bn_jax.fold", "``audit``"),
         ("moments", "bn_jax.moments", "``moments``"),
         ("jax.Array", "bn_jax.moments", "``jax.Array``"),
     ],
 )
 def test_names_in_backticks_become_links(text, inside, becomes):
-    assert docstrings.link(text, inside, {"x"}, NAMES, ["bn_jax"]) == becomes
+    assert docstrings.link(text, inside, {"audit"}, NAMES, ["bn_jax"]) == becomes
 
 
 def test_signatures_are_those_that_users_call():
