@@ -25,9 +25,11 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "citation",
+    "docstrings",
     "mathml",
     "public_names",
     "repository_links",
+    "signatures",
 ]
 exclude_patterns = ["_build", "extensions", "notebooks/*.py"]
 templates_path = ["_templates"]

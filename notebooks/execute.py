@@ -4,6 +4,8 @@ An exception is a failure, and so is any text on standard error, where warnings 
 """
 
 import argparse
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 # Nothing about the machine or the time, so that a file changes only if a result does.
 METADATA = {
@@ -48,7 +51,24 @@ def execute(path: Path) -> nbformat.NotebookNode:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 raise ValueError(f"cell {cell.execution_count} wrote to stderr:\n{output.text}")
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = opaque(output.data["image/png"])
     return notebook
+
+
+def opaque(picture: str) -> str:
+    """Returns a PNG without its alpha channel, which makes it an eighth smaller.
+
+    Args:
+        picture: a PNG in base64, all of whose pixels are opaque.
+
+    Returns:
+        The same in base64.
+    """
+    written = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        image.convert("RGB").save(written, "png", optimize=True)
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def main() -> str | None:

@@ -11,6 +11,7 @@ __all__ = [
     "checkpoints",
     "data",
     "experiments",
+    "figures",
     "fitting",
     "images",
     "models",

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.core
 
 from bn_jax.lab.command import app
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/command_line.md").read_text()
-COMMANDS = typer.main.get_command(app).commands
+GROUP = typer.main.get_command(app)
+assert isinstance(GROUP, typer.core.TyperGroup)
+COMMANDS = GROUP.commands
 VISIBLE = {name for name, command in COMMANDS.items() if not command.hidden}
 BLOCKS = "\n".join(re.findall(r"^```sh\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
 LINES = [line.split("#")[0].strip(" &") for line in BLOCKS.splitlines() if line]

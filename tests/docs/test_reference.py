@@ -15,9 +15,11 @@ import bn_jax as bn
 pytest.importorskip("sphinx")
 
 import citation
+import docstrings
 import mathml
 import public_names
 import repository_links
+import signatures
 from docutils import nodes
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.testing.util import SphinxTestApp
@@ -62,7 +64,13 @@ def double(x: jax.Array, LIMIT: int = LIMIT, dtype: DTypeLike | None = None) -> 
 '''
 PAGE = ".. public-names:: toy\n"
 CONFIG = {
-    "extensions": ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "public_names"],
+    "extensions": [
+        "sphinx.ext.autodoc",
+        "sphinx.ext.napoleon",
+        "public_names",
+        "docstrings",
+        "signatures",
+    ],
     "autodoc_typehints": "description",
     "autodoc_typehints_description_target": "documented",
     "napoleon_attr_annotations": True,
@@ -130,7 +138,7 @@ def test_a_link_to_nothing_is_a_warning(build):
 
 # --- what docstrings become ---------------------------------------------------------------------
 
-NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze"}
+NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze", "bn_jax.audit"}
 
 
 @pytest.mark.parametrize(
@@ -142,30 +150,30 @@ NAMES = {"bn_jax.moments", "bn_jax.freeze", "bn_jax.linen.freeze"}
         # The nearest of a name comes first, a parameter before all, and nothing links to itself.
         ("freeze", "bn_jax.linen.X", ":py:obj:`freeze <bn_jax.linen.freeze>`"),
         ("freeze", "bn_jax.fold", ":py:obj:`freeze <bn_jax.freeze>`"),
-        ("x", "bn_jax.moments", "``x``"),
+        ("audit", "bn_jax.fold", "``audit``"),
         ("moments", "bn_jax.moments", "``moments``"),
         ("jax.Array", "bn_jax.moments", "``jax.Array``"),
     ],
 )
 def test_names_in_backticks_become_links(text, inside, becomes):
-    assert public_names.link(text, inside, {"x"}, NAMES, ["bn_jax"]) == becomes
+    assert docstrings.link(text, inside, {"audit"}, NAMES, ["bn_jax"]) == becomes
 
 
 def test_signatures_are_those_that_users_call():
-    linen = public_names.signature_of(bn.linen.BatchNorm).parameters
+    linen = signatures.signature_of(bn.linen.BatchNorm).parameters
     assert "frozen" in linen and not {"parent", "name"} & linen.keys()
-    nnx = public_names.signature_of(bn.nnx.BatchNorm).parameters
+    nnx = signatures.signature_of(bn.nnx.BatchNorm).parameters
     assert "num_features" in nnx and not {"self", "args", "kwargs"} & nnx.keys()
-    assert repr(public_names.as_written(nnx["bias_init"].default)) == "zeros"
+    assert repr(signatures.as_written(nnx["bias_init"].default)) == "zeros"
 
 
 def test_types_are_named_as_users_import_them():
-    found = public_names.signature_of(bn.moments)
-    assert public_names.readable(found.return_annotation) == "bn_jax.Moments"
-    assert public_names.readable(found.parameters["x"].annotation) == "jax.Array"
-    activation = public_names.signature_of(bn.linen.BatchNorm).parameters["activation"]
-    assert public_names.readable(activation.annotation) == "Callable[[jax.Array], jax.Array] | None"
-    assert public_names.shorten("optax._src.base.X") == "optax.X"
+    found = signatures.signature_of(bn.moments)
+    assert signatures.readable(found.return_annotation) == "bn_jax.Moments"
+    assert signatures.readable(found.parameters["x"].annotation) == "jax.Array"
+    activation = signatures.signature_of(bn.linen.BatchNorm).parameters["activation"]
+    assert signatures.readable(activation.annotation) == "Callable[[jax.Array], jax.Array] | None"
+    assert signatures.shorten("optax._src.base.X") == "optax.X"
 
 
 def test_no_page_overwrites_another_where_case_is_ignored():
@@ -177,6 +185,11 @@ def test_no_page_overwrites_another_where_case_is_ignored():
 
 
 # --- the reference itself -----------------------------------------------------------------------
+
+
+def test_what_two_modules_export_has_one_entry():
+    names = public_names.names_in(["bn_jax", "bn_jax.remat"])
+    assert "bn_jax.remat_policy" in names and "bn_jax.remat.remat_policy" not in names
 
 
 def modules_of_the_reference():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bn_jax.lab.experiments.figures import legend_below, quantile_band, ticks_at
+from bn_jax.lab.figures import legend_below, quantile_band, ticks_at
 
 
 def panels(number):
@@ -18,7 +18,7 @@ def texts(legend):
 
 
 def test_the_style_is_found_by_the_name_of_the_module():
-    with plt.style.context("bn_jax.lab.experiments.figures"):
+    with plt.style.context("bn_jax.lab.figures"):
         assert plt.rcParams["figure.constrained_layout.use"]
         assert not plt.rcParams["legend.frameon"]
 

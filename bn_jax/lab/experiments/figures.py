@@ -1,10 +1,4 @@
-"""The figures of the experiments and of the notebooks, drawn by matplotlib.
-
-``matplotlib.pyplot.style.use("bn_jax.lab.experiments.figures")`` gives a figure the look of the
-notebooks. `band` and `points` draw means over seeds with their 95 % intervals, `quantile_band` a
-median with the values around it. `legend_below` puts a legend where no data are, `ticks_at` marks
-the values that were tried.
-"""
+"""The figures of the experiments, and what the notebooks draw with: see `bn_jax.lab.figures`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -188,13 +182,6 @@ def legend_below(target: "Axes | Figure", *, ncols: int = 4, **options: Any) -> 
 
     Raises:
         ValueError: nothing that is drawn has a label.
-
-    Example:
-        >>> import matplotlib.pyplot as plt
-        >>> from bn_jax.lab.experiments.figures import band, legend_below
-        >>> figure, axes = plt.subplots(layout="constrained")
-        >>> band(axes, [1, 2], [[0.1, 0.2], [0.3, 0.5]], "batch norm")
-        >>> legend_below(axes)
     """
     from matplotlib.axes import Axes
     from matplotlib.transforms import ScaledTranslation
