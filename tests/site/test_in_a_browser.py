@@ -1,7 +1,7 @@
 """The built documentation in headless Chromium, as readers use it: `make browser`.
 
-The pages are served from build/docs/html, or from the folder that BN_JAX_SITE names. Pictures of some
-of them go to build/docs/screenshots.
+The pages are served from build/docs/html, or from the folder that BN_JAX_SITE names. Pictures of
+some of them go to build/docs/screenshots.
 """
 
 import functools
@@ -13,14 +13,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(os.environ.get("BN_JAX_SITE", ROOT / "build/docs/html"))
 SCREENSHOTS = SITE.parent / "screenshots"
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 # The sizes of a small telephone and of a laptop.
-NARROW, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+NARROW = ViewportSize(width=390, height=844)
+WIDE = ViewportSize(width=1280, height=900)
 SHOWN = {
     "landing": "index.html",
     "guide": "guides/many_devices.html",
@@ -79,12 +80,15 @@ def test_search_finds_fold(page: Page):
 
 def test_no_page_has_an_error_a_foreign_request_or_a_picture_without_text(page: Page, address):
     faults: list[str] = []
-    page.on("console", lambda said: said.type == "error" and faults.append(said.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on(
-        "request", lambda sent: sent.url.startswith((address, "data:")) or faults.append(sent.url)
-    )
-    page.on("response", lambda got: got.status < 400 or faults.append(f"{got.status} {got.url}"))
+
+    def note(is_fault, fault):
+        if is_fault:
+            faults.append(fault)
+
+    page.on("console", lambda said: note(said.type == "error", said.text))
+    page.on("pageerror", lambda error: note(True, str(error)))
+    page.on("request", lambda sent: note(not sent.url.startswith((address, "data:")), sent.url))
+    page.on("response", lambda got: note(got.status >= 400, f"{got.status} {got.url}"))
     wrong = {}
     for path in PAGES:
         page.goto(f"/{path}", wait_until="load")
