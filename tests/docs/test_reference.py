@@ -131,6 +131,15 @@ def test_a_name_without_an_entry_is_a_warning(build):
     assert "toy.double is public" not in warnings
 
 
+def test_pages_of_names_that_are_gone_are_removed(build, tmp_path):
+    stubs = tmp_path / "source/reference/generated"
+    stubs.mkdir(parents=True)
+    for name in ("toy.double", "toy.halve"):
+        (stubs / f"{name}.rst").write_text(":orphan:\n")
+    build()
+    assert [page.name for page in stubs.iterdir()] == ["toy.double.rst"]
+
+
 def test_a_link_to_nothing_is_a_warning(build):
     warnings = build(TOY.replace("bn_jax.moments", "bn_jax.momentz"))[1]
     assert "reference target not found: bn_jax.momentz" in warnings
