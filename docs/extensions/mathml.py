@@ -15,14 +15,22 @@ from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
-# A fraction of two digits without braces.
-SHORT_FRACTION = re.compile(r"\\([dt]?frac)(\d)(\d)")
+# What docutils has under another spelling: fractions of two digits without braces, brackets of a
+# size but no side, dots, and equations below one another.
+SPELLINGS = (
+    (re.compile(r"\\([dt]?frac)(\d)(\d)"), r"\\\1{\2}{\3}"),
+    (re.compile(r"\\([bB]igg?)(?![a-zA-Z])"), r"\\\1l"),
+    (re.compile(r"\\dots(?![a-zA-Z])"), r"\\ldots"),
+    (re.compile(r"\\(begin|end)\{align\*?\}"), r"\\\1{aligned}"),
+)
 
 
 def convert(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
     """Returns MathML for a formula, and warns of one that cannot be converted."""
+    formula = node.astext()
+    for spelling, known in SPELLINGS:
+        formula = spelling.sub(known, formula)
     try:
-        formula = SHORT_FRACTION.sub(r"\\\1{\2}{\3}", node.astext())
         mathml: str = latex2mathml.tex2mathml(formula, as_block=as_block)
     except MathError as error:
         logger.warning("the formula %r: %s", node.astext(), error, location=node)

@@ -131,6 +131,15 @@ def test_a_name_without_an_entry_is_a_warning(build):
     assert "toy.double is public" not in warnings
 
 
+def test_pages_of_names_that_are_gone_are_removed(build, tmp_path):
+    stubs = tmp_path / "source/reference/generated"
+    stubs.mkdir(parents=True)
+    for name in ("toy.double", "toy.halve"):
+        (stubs / f"{name}.rst").write_text(":orphan:\n")
+    build()
+    assert [page.name for page in stubs.iterdir()] == ["toy.double.rst"]
+
+
 def test_a_link_to_nothing_is_a_warning(build):
     warnings = build(TOY.replace("bn_jax.moments", "bn_jax.momentz"))[1]
     assert "reference target not found: bn_jax.momentz" in warnings
@@ -210,14 +219,26 @@ def test_the_reference_holds_what_users_import():
 # --- other extensions ---------------------------------------------------------------------------
 
 
-def test_formulas_become_mathml():
-    written = mathml.convert(nodes.math("", r"\tfrac12 \sigma^2"), as_block=False)
-    assert (
-        written.startswith("<math")
-        and "<mfrac" in written
-        and "\N{GREEK SMALL LETTER SIGMA}" in written
-    )
+@pytest.mark.parametrize(
+    ("formula", "holds"),
+    [
+        (r"\tfrac12", "<mfrac"),
+        (r"\frac{1}{2}", "<mfrac"),
+        (r"\Big(x\big)", "<mo"),
+        (r"1, \dots, n", "<mo"),
+        (r"\begin{align*} a &= b \\ c &= d \end{align*}", "<mtable"),
+    ],
+)
+def test_formulas_become_mathml(formula, holds):
+    written = mathml.convert(nodes.math("", formula), as_block=False)
+    assert written.startswith("<math") and holds in written
+
+
+def test_an_unknown_formula_is_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(mathml.logger, "warning", lambda *args, **_: warnings.append(args))
     assert mathml.convert(nodes.math("", r"\nosuch"), as_block=False) == ""
+    assert len(warnings) == 1 and r"\nosuch" in warnings[0][1]
 
 
 def test_the_citation_is_that_of_the_repository():
