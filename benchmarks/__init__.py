@@ -1,1 +1,1 @@
-"""The measurements whose figures the README shows; not part of the installed package."""
+"""The measurements whose figures the documentation shows; not part of the installed package."""

@@ -190,9 +190,9 @@ def test_the_tables_have_every_arm():
         assert [column.header for column in table.columns] == ["chips", *map(str, SLICES)]
 
 
-def test_what_the_readme_says_of_the_committed_figures():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Scaling with the number of devices")[1].split("\n## ")[0]
+def test_what_the_page_says_of_the_committed_figures():
+    page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+    section = page.split("## Scaling with the number of devices")[1].split("\n## ")[0]
     assert f"{Sizes().examples} examples" in section
     assert f"{Sizes().layer_shape[-1]} features, forward and backward" in section
     assert (

@@ -31,7 +31,7 @@ NAMES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 # Flax's attention makes a LayerNorm where this argument is True.
 NAMED = {*NAMES, "normalize_qk"}
 
-# The tests that fail with our norms, by the item of "Coming from Flax" in the README that says why.
+# The tests that fail with our norms, by the item of the guide from Flax that says why.
 LINEN = "tests/linen/linen_test.py::NormalizationTest::test"
 DELIBERATE = {
     # 1e4 and 1e6 standard deviations from zero, against a reference in float32.
@@ -110,7 +110,7 @@ made: set[str] = set()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Puts our norms wherever Flax has its norms; the tests are imported later."""
-    # The README lists the warning; Flax's tests make it an error like any other.
+    # The guide lists the warning; Flax's tests make it an error like any other.
     config.addinivalue_line("filterwarnings", "ignore:.*one value per feature to train on")
     ours = config.getoption("--norms") == "ours"
     for flax_api, our_api, method in (
