@@ -54,6 +54,7 @@ def save_accuracy(figures: Mapping[str, Any], path: Path) -> None:
         axes.plot(offsets, values, line, marker=marker, markersize=4, label=name)
     axes.axhline(figures["bound"]["output"], color="gray", linewidth=0.8, linestyle="--")
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(-0.2, 2 * offsets[-1])
     axes.set_yscale("log")
     axes.set_xlabel("offset of the input, in standard deviations", fontsize=8)
     axes.set_ylabel("largest error of the output", fontsize=8)
