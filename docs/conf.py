@@ -60,7 +60,7 @@ public_modules = [
     "bn_jax.lab",
     *(
         f"bn_jax.lab.{name}"
-        for name in ("checkpoints", "data", "experiments", "fitting", "images", "models")
+        for name in ("checkpoints", "data", "experiments", "figures", "fitting", "images", "models")
     ),
     *(f"bn_jax.lab.{name}" for name in ("prediction", "processes", "runs", "trainer")),
 ]
