@@ -615,9 +615,9 @@ def reproduce(
     from bn_jax.lab.experiments import parallel
 
     if show_list:
-        claims, broken = reproduction.known()
-        tables.print_claims(claims)
-        for line in broken:
+        known = reproduction.known()
+        tables.print_claims(known.experiments)
+        for line in known.broken:
             print_warning(line)
         return
     if show is not None:
@@ -625,8 +625,8 @@ def reproduce(
         return
     if results is not None:
         raise CommandError("--results: needs --show NAME, the claim to print; give it")
-    names = names or []
-    chosen, broken = reproduction.check_names(names)
+    choice = reproduction.check_names(names or [])
+    chosen = choice.experiments
     setting = reproduction.check_setting(seeds, first_seed, quick)
     if processes is not None and processes < 1:
         raise CommandError(
@@ -636,7 +636,7 @@ def reproduce(
     if data is not None:
         loaded, oddities = reproduction.load_data(data, setting)
         setting = setting._replace(data=loaded)
-        chosen, left_out = reproduction.choose_on(chosen, names, setting)
+        chosen, left_out = reproduction.choose_on(choice, setting)
         for line in (*oddities, *left_out):
             print_warning(line)
     # Both before JAX starts its backend; other processes inherit them from this one.
@@ -653,7 +653,7 @@ def reproduce(
         )
     for line in found.warnings:
         print_warning(line)
-    failures = [*broken, *found.failures]
+    failures = [*choice.broken, *found.failures]
     for line in failures:
         print_error(line)
     if failures:

@@ -95,14 +95,11 @@ def load_data(path: Path, setting: Setting) -> tuple[Labelled, Sequence[str]]:
         raise CommandError(f"--data: {error}") from error
 
 
-def choose_on(
-    chosen: Sequence[Experiment], names: Sequence[str], setting: Setting
-) -> tuple[list[Experiment], list[str]]:
+def choose_on(choice: Choice, setting: Setting) -> tuple[list[Experiment], list[str]]:
     """Chooses the claims that can be tested on the data of a setting.
 
     Args:
-        chosen: the claims of `names`.
-        names: as on the command line. What "all" names is left out where the data do not fit.
+        choice: the claims. Those that "all" stands for are left out where the data do not fit.
         setting: with data.
 
     Returns:
@@ -113,10 +110,8 @@ def choose_on(
             is left.
     """
     assert setting.data is not None
-    named = [name for name in names if name != "all"]
-    required = {one.name for one in (choose(named).experiments if named else ())}
-    without = [one.name for one in chosen if one.data is None]
-    if refused := [name for name in without if name in required]:
+    without = [one.name for one in choice.experiments if one.data is None]
+    if refused := [name for name in without if name in choice.named]:
         with_data = [one.name for one in known().experiments if one.data is not None]
         raise CommandError(
             f"--data: received with {', '.join(refused)}, which trains on no data or only on the "
@@ -129,11 +124,11 @@ def choose_on(
             "digits; they are left out"
         )
     kept = []
-    for one in chosen:
+    for one in choice.experiments:
         lacks = (
             None if one.data is None else one.data.missing(setting.data, setting.chosen.tolist())
         )
-        if lacks is not None and one.name in required:
+        if lacks is not None and one.name in choice.named:
             raise CommandError(
                 f"--data: {setting.data.name}: {lacks}, for the claim {one.name}; give more data, "
                 "or leave the claim out"
@@ -234,7 +229,7 @@ def read(name: str, folder: Path | None) -> dict[str, Any]:
     Raises:
         CommandError: there is no such claim or no such result.
     """
-    experiments, _ = check_names([name])
+    experiments = check_names([name]).experiments
     if len(experiments) > 1:
         raise CommandError(f"--show: received {name}, expected one claim; give its name")
     (experiment,) = experiments

@@ -24,6 +24,7 @@ GROUP = "bn_jax.claims"
 MODULE = "bn_jax_claim_"
 
 _of_files: dict[Path, Experiment] = {}
+_numbers: dict[Path, int] = {}
 
 
 class Known(NamedTuple):
@@ -69,7 +70,7 @@ def _spec(module: str) -> str | None:
 
 
 def load_file(path: Path) -> Experiment:
-    """Runs a file, and returns the claim that it defines; the same again for the same path.
+    """Runs a file, and returns the claim that it defines.
 
     Args:
         path: a Python file with ``EXPERIMENT``.
@@ -78,10 +79,9 @@ def load_file(path: Path) -> Experiment:
         ValueError: the file is missing, raises an exception or ends the process, or defines no
             claim.
     """
-    if path in _of_files:
-        return _of_files[path]
+    whole = Path(os.path.abspath(path))
     # Two files in different folders may have the same name.
-    name = f"{MODULE}{len(_of_files)}_{path.stem}"
+    name = f"{MODULE}{_numbers.setdefault(whole, len(_numbers))}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"{path} is no Python file; give the path of one that defines EXPERIMENT")
@@ -100,12 +100,10 @@ def load_file(path: Path) -> Experiment:
         experiment = check_experiment(module.EXPERIMENT)
     except ValueError as error:
         raise ValueError(f"{path}: EXPERIMENT: {error}") from error
-    _of_files[path] = experiment
+    _of_files[whole] = experiment
     return experiment
 
 
 def path_of(experiment: Experiment) -> Path | None:
     """Returns the absolute path of the file that `load_file` has read a claim from, if any."""
-    found = (path for path, loaded in _of_files.items() if loaded is experiment)
-    path = next(found, None)
-    return None if path is None else Path(os.path.abspath(path))
+    return next((path for path, loaded in _of_files.items() if loaded is experiment), None)

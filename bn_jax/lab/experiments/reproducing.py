@@ -33,10 +33,12 @@ class Choice(NamedTuple):
     Attributes:
         experiments: each claim once.
         broken: why a file or a package that was named defines no claim, in a line each.
+        named: the names of the claims that were named one by one, not by "all".
     """
 
     experiments: list[Experiment]
     broken: list[str]
+    named: frozenset[str] = frozenset()
 
 
 def choose(names: Sequence[str]) -> Choice:
@@ -67,7 +69,8 @@ def choose(names: Sequence[str]) -> Choice:
             f"{f'did you mean {meant}? ' if meant else ''}see them with --list"
         )
     every = set(experiments) if "all" in names else set()
-    chosen = every | {named[name].name for name in names if name in named}
+    one_by_one = {named[name].name for name in names if name in named}
+    chosen = every | one_by_one
     broken = [why for name, why in broken_packages.items() if every or name in names]
     of_files = []
     for name in dict.fromkeys(files):
@@ -83,7 +86,7 @@ def choose(names: Sequence[str]) -> Choice:
                 f"{len(all_names)} claims were chosen, and two are named {one.name!r}, as their "
                 "files of results would be; rename one"
             )
-    return Choice(found, broken)
+    return Choice(found, broken, frozenset((*one_by_one, *(one.name for one in of_files))))
 
 
 def reproduce(experiment: Experiment, setting: Setting, folder: Path) -> Outcome:
@@ -234,19 +237,13 @@ def _run(experiment: Experiment, setting: Setting) -> Finished | Failed:
             result = check_result(experiment, setting, experiment.run(setting))
             # Raises what judging raises.
             experiment.on(setting.data).find(result)
-        except KeyboardInterrupt:
-            # Workers ignore the signal, so that there it comes from the claim.
-            if multiprocessing.parent_process() is None:
-                raise
-            return Failed(f"{_code_of(experiment)}: KeyboardInterrupt", "", printed.getvalue())
         except BaseException as error:
-            failed = failures.describe(error, _code_of(experiment))
+            # Workers ignore Ctrl-C, so that there this comes from the claim.
+            if isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is None:
+                raise
+            failed = failures.describe(error, failures.file_of(experiment.run))
             return failed._replace(printed=printed.getvalue())
     seconds = time.perf_counter() - began
     # Every experiment compiles programs of its own, which nothing else will call.
     jax.clear_caches()
     return Finished(result, seconds, printed.getvalue())
-
-
-def _code_of(experiment: Experiment) -> str | None:
-    return failures.file_of(experiment.run)
