@@ -60,7 +60,7 @@ WITH_RESUME = (
     "num_processes",
     "process_id",
 )
-# Two thirds of the time of small runs are compiling, of which the last flag takes away a quarter. At
+# Two thirds of the time of small runs are compiling; the last flag saves a quarter of it. At
 # optimization level 0 they run longer than that saves. XLA ends a process with a flag that it does
 # not know; the oldest and the newest JAX that are tested know these.
 COMPILED_QUICKLY = (

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bn_jax.lab import tables
@@ -27,9 +28,8 @@ def print_findings(records: Sequence[Mapping[str, Any]]) -> None:
     table.add_column("measured")
     for record in records:
         for one in record["sub_claims"]:
-            table.add_row(
-                one["key"], one["label"], one["bound"]["text"], one["verdict"], _measured(one)
-            )
+            texts = one["key"], one["label"], one["bound"]["text"], one["verdict"]
+            table.add_row(*map(escape, texts), _measured(one))
     tables.print_table(table)
     print("\n".join(_remarks(records)))
 

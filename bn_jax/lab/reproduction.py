@@ -14,7 +14,7 @@ from bn_jax.lab import interrupts, launch, problem, progress
 from bn_jax.lab.arguments import check_range
 from bn_jax.lab.data import NamedDataset
 from bn_jax.lab.errors import INTERRUPTED, CommandError
-from bn_jax.lab.experiments import extensions, forest, labelled, writing
+from bn_jax.lab.experiments import extensions, failures, forest, labelled, writing
 from bn_jax.lab.experiments.labelled import Labelled
 from bn_jax.lab.experiments.reproducing import Choice, choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Setting
@@ -206,7 +206,8 @@ def reproduce(
     in_order = [outcomes[experiment.name] for experiment in chosen]
     records = [outcome.record for outcome in in_order if outcome.record is not None]
     if records:
-        with staged(folder) as staging:
+        # Matplotlib warns of characters in texts of users that its font lacks.
+        with staged(folder) as staging, failures.kept():
             forest.save(records, staging / "forest.png")
     return Reproduced(
         list(records),

@@ -207,6 +207,23 @@ def test_what_a_claim_prints_is_in_its_log(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "found/mine.log").read_text() == "one\ntwo\n"
 
 
+def test_texts_are_neither_markup_nor_formulas(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    text = (tmp_path / "mine.py").read_text()
+    text = text.replace('"A claim"', r'"[/b] \U0001d53d $\\frac$"').replace(
+        '"mean"', '"[/i] $_$"', 1
+    )
+    (tmp_path / "mine.py").write_text(text)
+    assert run_command(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "m1a  [/i] $_$" in printed.out
+    assert run_command(monkeypatch, "--show", "mine.py", "--results", "found") == 0
+    assert "[/b]" in capsys.readouterr().out
+    monkeypatch.setitem(EXPERIMENTS, "simple", SIMPLE._replace(claim="[/b] $"))
+    assert run_command(monkeypatch, "--list") == 0
+    assert "[/b] $" in capsys.readouterr().out
+
+
 def test_not_a_number_is_no_measurement_and_no_failure(tmp_path, monkeypatch, capsys):
     write(tmp_path, run="return Result({'m1a': np.nan * setting.chosen}, {'x': [np.nan]})")
     assert run_command(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
@@ -235,6 +252,7 @@ def test_show_is_about_one_claim(monkeypatch, capsys):
     [
         ({"name": "../mine"}, "name is '../mine', expected letters, digits"),
         ({"name": "forest"}, "name is 'forest', expected .* none of forest"),
+        ({"claim": "\udcff"}, "surrogates not allowed"),
         ({"name": 3}, "name is of type int, expected str"),
         ({"number": "1"}, "number is of type str, expected int"),
         ({"run": None}, "run is None, expected a function"),

@@ -52,7 +52,7 @@ def check_experiment(experiment: Any) -> Experiment:
     """
     experiment = _of_kind(experiment, "it", Experiment)
     for name in TEXTS:
-        _of_kind(getattr(experiment, name), name, str)
+        _text(getattr(experiment, name), name)
     if not re.fullmatch(r"\w[\w-]*", experiment.name) or experiment.name in RESERVED:
         raise ValueError(
             f"name is {experiment.name!r}, expected letters, digits, _ and -, and none of "
@@ -78,7 +78,7 @@ def check_experiment(experiment: Any) -> Experiment:
 def _check_sub_claim(one: SubClaim) -> None:
     of = f"of {one.key!r}"
     for name in ("key", "label", "statement", "quantity", "reason"):
-        _of_kind(getattr(one, name), f"{name} {of}", str)
+        _text(getattr(one, name), f"{name} {of}")
     if not 0 < len(one.label) <= LONGEST_LABEL:
         raise ValueError(
             f"label {of} has {len(one.label)} characters, expected 1 to {LONGEST_LABEL}; shorten it"
@@ -89,6 +89,7 @@ def _check_sub_claim(one: SubClaim) -> None:
     if one.scale not in SCALES:
         raise ValueError(f"scale {of} is {one.scale!r}, expected one of {', '.join(SCALES)}")
     _of_kind(one.published, f"published {of}", Published)
+    _text(one.published.figure, f"published figure {of}")
     if one.published.grade not in GRADES:
         raise ValueError(f"grade {of} is {one.published.grade!r}, expected V, R, D or nothing")
     if not isinstance(one.bound, NotTestable):
@@ -137,8 +138,10 @@ def check_result(experiment: Experiment, setting: Setting, result: Any) -> Resul
         check_key(key, "values")
         name = f"values[{key!r}]"
         if isinstance(given, Mapping):
-            if not given or not all(isinstance(one, str) for one in given):
+            if not given:
                 raise ValueError(f"{name} is {given!r}, expected arrays by the names of settings")
+            for one in given:
+                _text(one, f"the setting {one!r} of {name}")
             values[key] = {one: array(x, f"{name}[{one!r}]") for one, x in given.items()}
         else:
             values[key] = array(given, name)
@@ -147,8 +150,8 @@ def check_result(experiment: Experiment, setting: Setting, result: Any) -> Resul
         name = f"series[{place}]"
         _of_kind(one, name, Series)
         check_key(one.key, name)
-        _of_kind(one.arm, f"arm of {name}", str)
-        _of_kind(one.setting, f"setting of {name}", str)
+        _text(one.arm, f"arm of {name}")
+        _text(one.setting, f"setting of {name}")
         series.append(one._replace(values=array(one.values, f"values of {name}")))
     for field, kind in (("reported", Interval), ("rates", ChosenRate), ("splits", Split)):
         for key, one in _of_kind(getattr(result, field), field, Mapping).items():
@@ -181,6 +184,11 @@ def _to_json(value: Any, name: str) -> Any:
             f"{name} cannot be written as JSON ({error}), expected numbers, texts, lists, arrays "
             "and mappings of them by text"
         ) from error
+
+
+def _text(value: Any, name: str) -> None:
+    """Raises a ValueError if a value is no text that a file can hold."""
+    _of_kind(value, name, str).encode()
 
 
 def _of_kind(value: Any, name: str, kind: Any) -> Any:

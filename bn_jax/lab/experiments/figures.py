@@ -42,7 +42,7 @@ def render(draw: "Callable[[Figure, Mapping[str, Any]], None]", record: Mapping[
     for axes in panels.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels.suptitle(f"{record['number']}. {record['claim']}", fontsize="medium")
+    panels.suptitle(f"{record['number']}. {record['claim']}", fontsize="medium", parse_math=False)
     data = record.get("data") or {}
     on = f"; on {data['name']} in the place of the digits" if "sha256" in data else ""
     text = "\n".join([f"{record['source']}; {len(record['seeds'])} seeds{on}", *lines])

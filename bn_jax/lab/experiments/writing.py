@@ -92,7 +92,7 @@ def write(experiment: Experiment, setting: Setting, folder: Path, finished: Fini
             )
             printed += picture.trace
         if printed:
-            (staging / log.name).write_text(printed)
+            _write_log(staging / log.name, printed)
     return Outcome(record, failure, _describe_printed(experiment, finished.printed, log))
 
 
@@ -109,8 +109,13 @@ def write_failure(experiment: Experiment, folder: Path, failed: Failed) -> Outco
     """
     log = folder / f"{experiment.name}.log"
     with staged(folder) as staging:
-        (staging / log.name).write_text(failed.printed + failed.trace or f"{failed.message}\n")
+        _write_log(staging / log.name, failed.printed + failed.trace or f"{failed.message}\n")
     return Outcome(None, f"{failed.message}; {_see_trace(experiment, log)}")
+
+
+def _write_log(path: Path, text: str) -> None:
+    # A claim can print what no encoding has.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _see_trace(experiment: Experiment, log: Path) -> str:
