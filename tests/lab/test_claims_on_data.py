@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,9 @@ def test_what_data_lack_is_said(needs, lacks):
 
 def test_splits_that_do_not_fit_into_memory_are_refused():
     huge = make_labelled()._replace(
-        dataset=data.Dataset(np.broadcast_to(np.float32(0), (10**6, 1000, 1000, 3)), np.arange(9))
+        dataset=data.Dataset(
+            np.broadcast_to(np.float32(0), (10**6, 1000, 1000, 3)), make_dataset(9).y
+        )
     )
     with pytest.raises(ValueError, match=r"16 splits of mine.npz .* of memory, expected at most"):
         labelled.check_memory(huge, 16)
@@ -216,8 +219,8 @@ def test_which_claims_take_data():
     without = set(EXPERIMENTS) - set(WITH_DATA)
     assert without == {*WITHOUT, "corruptions"}
     for name in WITH_DATA:
-        lacks = EXPERIMENTS[name].data.missing(labelled.digits(), range(16))
-        assert lacks is None, (name, lacks)
+        needs: Any = EXPERIMENTS[name].data
+        assert needs.missing(labelled.digits(), range(16)) is None, name
 
 
 @pytest.mark.parametrize("name", WITH_DATA)
@@ -249,7 +252,7 @@ def test_a_claim_trains_on_the_data_alone(name, monkeypatch, tmp_path):
     labelled.digits.cache_clear()
     setting = Setting(2, quick=True, data=make_labelled())
     outcome = reproducing.reproduce(EXPERIMENTS[name], setting, tmp_path)
-    assert outcome.failure is None
+    assert outcome.failure is None and outcome.record is not None
     assert outcome.record["data"]["num_classes"] == CLASSES
     assert reproduction.read(name, tmp_path) == outcome.record
     for one in outcome.record["sub_claims"]:
