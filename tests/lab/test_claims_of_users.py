@@ -88,6 +88,17 @@ FAILURES = {
     "ends it well": ({"run": "sys.exit()"}, "line 6: SystemExit"),
     "is interrupted by itself": ({"run": "raise GeneratorExit"}, "line 6: GeneratorExit"),
     "several lines": ({"run": r"raise ValueError('a\nb')"}, "line 6: ValueError: a b"),
+    "in a partial function": (
+        {"run": "1 / 0", "name": "__import__('functools').partial(run)"},
+        "line 6: ZeroDivisionError",
+    ),
+    "in an object": (
+        {
+            "more": "class Run:\n    def __call__(self, setting):\n        return 1 / 0",
+            "name": "Run()",
+        },
+        "line 14: ZeroDivisionError",
+    ),
     "no message": ({"run": "raise Odd", "more": ODD}, r"line 6: Odd: \(its message cannot"),
     "share": ({"run": "setting.advance('x')"}, "line 6: ValueError: could not convert string"),
     "nothing": ({"run": "return None"}, "ValueError: what run returns is of type NoneType, exp"),

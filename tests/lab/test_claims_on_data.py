@@ -198,6 +198,12 @@ def test_what_data_lack_is_said(needs, lacks):
     assert lacks is None or re.fullmatch(lacks, found)
 
 
+def test_a_class_without_images_is_found():
+    of_three = make_labelled(60, 3)._replace(num_classes=4)
+    found = Needs(per_class=1).missing(of_three, [0])
+    assert found == "received 0 training examples in each class, expected at least 1"
+
+
 def test_splits_that_do_not_fit_into_memory_are_refused():
     huge = make_labelled()._replace(
         dataset=data.Dataset(

@@ -1,6 +1,7 @@
 """What goes wrong in the code of a claim, as one line, with the whole trace for a file."""
 
 import contextlib
+import functools
 import inspect
 import io
 import os
@@ -42,7 +43,7 @@ def describe(error: BaseException, file: str | None) -> Failed:
 
 def file_of(function: Callable[..., Any]) -> str | None:
     """Returns the path of the file that defines a function, a partial function or an object."""
-    while not inspect.isfunction(function) and hasattr(function, "func"):
+    while isinstance(function, functools.partial):
         function = function.func
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:
