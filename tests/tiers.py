@@ -48,6 +48,7 @@ EVERY = {
     "lab/test_checkpoints.py::test_variables_of_another_model_are_refused": 0,
     "lab/test_cli.py::test_eval_other_data": 0,
     "lab/test_cli.py::test_resumed_runs_end_as_uninterrupted_ones": 0,
+    "lab/test_claims_on_data.py::test_a_claim_trains_on_the_data_alone": 6,
     "lab/test_experiments.py::test_a_sweep_trains_at_every_rate_from_every_seed": 0,
     "lab/test_experiments.py::test_padded_batches_train_as_the_smaller_ones": 0,
     "lab/test_experiments.py::test_processes_run_alike_show_how_far_they_are_and_are_stopped": 0,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bn_jax.lab import tables
@@ -27,9 +28,8 @@ def print_findings(records: Sequence[Mapping[str, Any]]) -> None:
     table.add_column("measured")
     for record in records:
         for one in record["sub_claims"]:
-            table.add_row(
-                one["key"], one["label"], one["bound"]["text"], one["verdict"], _measured(one)
-            )
+            texts = one["key"], one["label"], one["bound"]["text"], one["verdict"]
+            table.add_row(*map(escape, texts), _measured(one))
     tables.print_table(table)
     print("\n".join(_remarks(records)))
 
@@ -46,6 +46,7 @@ def _measured(sub_claim: Mapping[str, Any]) -> str:
 
 def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yields how many sub-claims have each verdict, and which deserve attention."""
+    yield from _describe_data(records)
     ones = [one for record in records for one in record["sub_claims"]]
     counts = {
         verdict: [one["key"] for one in ones if one["verdict"] == verdict] for verdict in Verdict
@@ -60,6 +61,8 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if undecided:
         needed = (f"{one['key']} {decisive(one)['seeds_needed']}" for one in undecided)
         yield f"Inconclusive, with the seeds that would decide: {', '.join(needed)}"
+    if counts[Verdict.NO_MEASUREMENT]:
+        yield f"Without a measurement, NaN: {', '.join(counts[Verdict.NO_MEASUREMENT])}"
     if apart := [one["key"] for one in ones if not one["agree"]]:
         yield f"Differ between blocks of seeds: {', '.join(apart)}"
     for record in records:
@@ -68,6 +71,22 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"{record['number']}: the best rate is the smallest or largest of its grid: "
                 f"{'; '.join(edges)}"
             )
+
+
+def _describe_data(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a line on the data of the user, where they are in the place of the digits."""
+    of_user = {data["sha256"]: data for record in records if "sha256" in (data := _data(record))}
+    for sha256, data in of_user.items():
+        shape = "x".join(map(str, data["image_shape"]))
+        size = f"{data['examples']:,} images of {shape}, {data['num_classes']} classes"
+        yield (
+            f"On {data['name']} in the place of the digits: {size}, SHA-256 {sha256[:12]}. Sources "
+            "and bounds are about other data."
+        )
+
+
+def _data(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record.get("data") or {}
 
 
 def _is_at_edge(rate: Mapping[str, Any]) -> bool:
@@ -83,6 +102,8 @@ def print_claim(record: Mapping[str, Any]) -> None:
     """
     console = Console(highlight=False, markup=False)
     console.print(f"{record['number']} {record['name']}: {record['claim']} ({record['source']})")
+    for line in _describe_data([record]):
+        console.print(line)
     for one in record["sub_claims"]:
         verdict = f" {one['verdict']}" if "verdict" in one else ""
         console.print(f"\n{one['key']}{verdict}: {one['statement']}")

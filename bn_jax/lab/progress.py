@@ -36,7 +36,8 @@ class ShowClaim(Protocol):
         Args:
             experiment: which.
             share: from 0 to 1.
-            record: the contents of its JSON file; None until the experiment has ended.
+            record: the contents of its JSON file, or nothing in it if the experiment failed; None
+                until it has ended.
         """
 
 
@@ -46,7 +47,8 @@ def _console() -> "Console | None":
         return None
     from rich.console import Console
 
-    console = Console(stderr=sys.stderr.isatty())
+    # Named here, because what a claim prints is redirected while it runs.
+    console = Console(file=sys.stderr if sys.stderr.isatty() else sys.stdout)
     return console if console.width >= LEAST_COLUMNS else None
 
 
@@ -156,6 +158,8 @@ def _print_verdict(
 
 def _count(record: Mapping[str, Any]) -> str:
     """Returns how many of the sub-claims of a JSON file were reproduced."""
+    if not record:
+        return "failed"
     verdicts = [one["verdict"] for one in record["sub_claims"]]
     reproduced = sum(verdict in ("exact", "reproduced") for verdict in verdicts)
     return f"{reproduced} of {len(verdicts)} reproduced"

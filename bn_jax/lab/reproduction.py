@@ -3,41 +3,143 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from bn_jax.lab import interrupts, launch, progress
+from bn_jax.lab import interrupts, launch, problem, progress
 from bn_jax.lab.arguments import check_range
+from bn_jax.lab.data import NamedDataset
 from bn_jax.lab.errors import INTERRUPTED, CommandError
-from bn_jax.lab.experiments import extensions, forest, writing
-from bn_jax.lab.experiments.reproducing import choose, reproduce_each
+from bn_jax.lab.experiments import extensions, failures, forest, labelled, writing
+from bn_jax.lab.experiments.labelled import Labelled
+from bn_jax.lab.experiments.reproducing import Choice, choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Setting
+from bn_jax.lab.experiments.writing import Outcome
 from bn_jax.lab.reading import MOST_BYTES, read_json
 from bn_jax.lab.writing import staged
 
-__all__ = ["check_names", "check_setting", "default_processes", "known", "read", "reproduce"]
+__all__ = [
+    "Reproduced",
+    "check_names",
+    "check_setting",
+    "choose_on",
+    "default_processes",
+    "known",
+    "load_data",
+    "read",
+    "reproduce",
+]
 
 MOST_SEEDS = 1000
 
 
-def known() -> list[Experiment]:
-    """Returns all claims, those of installed packages too."""
-    try:
-        return list(extensions.known().values())
-    except ValueError as error:
-        raise CommandError(str(error), code=1) from error
+class Reproduced(NamedTuple):
+    """What a command has found.
+
+    Attributes:
+        records: the contents of the claims' JSON files.
+        warnings: lines about claims that ran.
+        failures: lines about claims, or their figures, that failed.
+    """
+
+    records: list[Mapping[str, Any]]
+    warnings: list[str]
+    failures: list[str]
 
 
-def check_names(names: Sequence[str]) -> list[Experiment]:
-    """Returns the experiments with these names or numbers."""
+def known() -> Choice:
+    """Returns all claims, those of installed packages too, and which packages are broken."""
+    claims, broken = extensions.known()
+    return Choice(list(claims.values()), list(broken.values()))
+
+
+def check_names(names: Sequence[str]) -> Choice:
+    """Returns the experiments with these names or numbers, and which files are broken.
+
+    Raises:
+        CommandError: a name is unknown, or all of them are of something broken.
+    """
     try:
-        return choose(names)
+        choice = choose(names)
     except ValueError as error:
         raise CommandError(f"NAME: {error}") from error
+    if not choice.experiments:
+        raise CommandError(f"NAME: {'; '.join(choice.broken)}")
+    return choice
+
+
+def load_data(path: Path, setting: Setting) -> tuple[Labelled, Sequence[str]]:
+    """Loads the data in the place of the digits, as `bn-jax train --data` does.
+
+    Args:
+        path: an `.npz` file, or a folder with a subfolder of images for each class.
+        setting: the seeds of the splits.
+
+    Returns:
+        The data, and what in them looks like a mistake, a line for each.
+
+    Raises:
+        CommandError: they are not as described, or too large.
+    """
+    try:
+        named: NamedDataset = problem.load_labelled(path)
+        checked = problem.load(named, setting.first_seed)
+        loaded = Labelled(named.dataset, checked.num_classes, str(path), checked.sha256)
+        labelled.check_memory(loaded, setting.seeds)
+        return loaded, (*problem.describe_ignored(path), *checked.oddities)
+    except ValueError as error:
+        raise CommandError(f"--data: {error}") from error
+
+
+def choose_on(choice: Choice, setting: Setting) -> tuple[list[Experiment], list[str]]:
+    """Chooses the claims that can be tested on the data of a setting.
+
+    Args:
+        choice: the claims. Those that "all" stands for are left out where the data do not fit.
+        setting: with data.
+
+    Returns:
+        The claims, and what is left out, in lines.
+
+    Raises:
+        CommandError: a claim that is named does not train on data, or needs more of them; or none
+            is left.
+    """
+    assert setting.data is not None
+    without = [one.name for one in choice.experiments if one.data is None]
+    if refused := [name for name in without if name in choice.named]:
+        with_data = [one.name for one in known().experiments if one.data is not None]
+        raise CommandError(
+            f"--data: received with {', '.join(refused)}, which trains on no data or only on the "
+            f"digits, expected claims among {', '.join(with_data)}; leave out one of both"
+        )
+    lines = []
+    if without:
+        lines.append(
+            f"--data does not concern {', '.join(without)}, which train on no data or only on the "
+            "digits; they are left out"
+        )
+    kept = []
+    for one in choice.experiments:
+        lacks = (
+            None if one.data is None else one.data.missing(setting.data, setting.chosen.tolist())
+        )
+        if lacks is not None and one.name in choice.named:
+            raise CommandError(
+                f"--data: {setting.data.name}: {lacks}, for the claim {one.name}; give more data, "
+                "or leave the claim out"
+            )
+        if lacks is not None:
+            lines.append(f"--data: {lacks}, for the claim {one.name}; it is left out")
+        elif one.data is not None:
+            kept.append(one)
+    if not kept:
+        raise CommandError(f"--data: no claim can be tested on {setting.data}; give more data")
+    return kept, lines
 
 
 def check_setting(seeds: int | None, first_seed: int, quick: bool) -> Setting:
@@ -62,7 +164,7 @@ def reproduce(
     processes: int,
     *,
     shows_progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> Reproduced:
     """Runs experiments, shows their progress, and draws all sub-claims into ``forest.png``.
 
     Args:
@@ -73,14 +175,14 @@ def reproduce(
         shows_progress: whether bars or lines show how far they are.
 
     Returns:
-        The contents of their JSON files, in the order of `chosen`.
+        The contents of their JSON files, in the order of `chosen`, and what failed.
 
     Raises:
         CommandError: after Ctrl-C, or if a process died.
     """
     if processes == 1:
         launch.start_backend()
-    records: dict[str, dict[str, Any]] = {}
+    outcomes: dict[str, Outcome] = {}
     try:
         with (
             # Its processes have to be ended.
@@ -90,21 +192,32 @@ def reproduce(
                 reproduce_each(chosen, setting, folder, min(processes, len(chosen)), show)
             ) as finished,
         ):
-            for experiment, record in finished:
-                records[experiment.name] = record
-                show(experiment, math.inf, record)
+            for experiment, outcome in finished:
+                outcomes[experiment.name] = outcome
+                show(experiment, math.inf, outcome.record or {})
     except KeyboardInterrupt as error:
-        saved = f"{len(records)} of {len(chosen)} claims are in {folder}"
+        saved = f"{_count_saved(outcomes)} of {len(chosen)} claims are in {folder}"
         raise CommandError(f"interrupted; {saved}", INTERRUPTED) from error
     except BrokenProcessPool as error:
-        saved = f"{len(records)} of {len(chosen)} claims are in {folder}"
+        saved = f"{_count_saved(outcomes)} of {len(chosen)} claims are in {folder}"
         raise CommandError(
             f"a process died, perhaps for lack of memory: try --processes 1; {saved}", code=1
         ) from error
-    in_order = [records[experiment.name] for experiment in chosen]
-    with staged(folder) as staging:
-        forest.save(in_order, staging / "forest.png")
-    return in_order
+    in_order = [outcomes[experiment.name] for experiment in chosen]
+    records = [outcome.record for outcome in in_order if outcome.record is not None]
+    if records:
+        # Matplotlib warns of characters in texts of users that its font lacks.
+        with staged(folder) as staging, failures.kept():
+            forest.save(records, staging / "forest.png")
+    return Reproduced(
+        list(records),
+        [outcome.warning for outcome in in_order if outcome.warning is not None],
+        [outcome.failure for outcome in in_order if outcome.failure is not None],
+    )
+
+
+def _count_saved(outcomes: Mapping[str, Outcome]) -> int:
+    return sum(outcome.record is not None for outcome in outcomes.values())
 
 
 def read(name: str, folder: Path | None) -> dict[str, Any]:
@@ -117,7 +230,10 @@ def read(name: str, folder: Path | None) -> dict[str, Any]:
     Raises:
         CommandError: there is no such claim or no such result.
     """
-    (experiment,) = check_names([name])
+    experiments = check_names([name]).experiments
+    if len(experiments) > 1:
+        raise CommandError(f"--show: received {name}, expected one claim; give its name")
+    (experiment,) = experiments
     if folder is None:
         return writing.without_results(experiment)
     path = folder / f"{experiment.name}.json"

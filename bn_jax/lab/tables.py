@@ -69,9 +69,12 @@ def print_change(change: "Change") -> None:
 
 def print_claims(experiments: "Iterable[Experiment]") -> None:
     """Prints the claims that can be tested."""
+    from rich.markup import escape
+
     table = _texts("", "name", "claim", "source", wrapped=("claim", "source"))
     for experiment in experiments:
-        table.add_row(str(experiment.number), experiment.name, experiment.claim, experiment.source)
+        texts = experiment.name, experiment.claim, experiment.source
+        table.add_row(str(experiment.number), *map(escape, texts))
     print_table(table)
 
 

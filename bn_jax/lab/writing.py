@@ -18,7 +18,7 @@ from bn_jax.lab.errors import CommandError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["made", "remove", "save_picture", "staged", "write_json"]
+__all__ = ["made", "remove", "save_picture", "staged", "to_json", "write_json"]
 
 
 @contextlib.contextmanager
@@ -111,7 +111,19 @@ def write_json(path: Path, value: Any) -> None:
         path: of the file.
         value: the tree; numbers that are not finite become null.
     """
-    path.write_text(json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n")
+    path.write_text(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Returns a tree as `write_json` writes it.
+
+    Args:
+        value: see `write_json`.
+
+    Raises:
+        TypeError: JSON cannot hold a leaf, or the keys of a mapping cannot be sorted.
+    """
+    return json.dumps(jax.tree.map(_plain, value), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(leaf: Any) -> Any:

@@ -54,7 +54,7 @@ def test_every_claim_has_an_experiment():
     folder = Path(cli.__file__).parent / "experiments"
     shared = {"__init__", "extensions", "figures", "forest", "nets", "parallel", "reproducing"}
     shared |= {"selection", "statistics", "sweeps", "verdicts", "writing"}
-    shared |= {"digit_corruptions", "expressive_power"}
+    shared |= {"digit_corruptions", "expressive_power", "labelled", "checking", "failures"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"
@@ -222,7 +222,8 @@ def test_the_command_asks_for_a_device_per_core_before_jax_starts(tiny, tmp_path
     monkeypatch.setattr(
         reproduction, "default_processes", lambda: asked.append("processes") or count()
     )
-    monkeypatch.setattr(reproduction, "reproduce", lambda *given, **options: [])
+    nothing = reproduction.Reproduced([], [], [])
+    monkeypatch.setattr(reproduction, "reproduce", lambda *given, **options: nothing)
     assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 0
     assert asked == ["devices", "processes"]
     assert run_command(monkeypatch, "--list") == 0
@@ -310,7 +311,8 @@ def test_processes_run_alike_show_how_far_they_are_and_are_stopped(tmp_path):
     found = reproducing.reproduce_each(
         [endless, quick], Setting(2, 7, True), tmp_path, 2, lambda *given: shown.append(given)
     )
-    experiment, record = next(found)
+    experiment, outcome = next(found)
+    record = outcome.record
     assert experiment == quick and record["reported"]["first"]["estimate"] == 7.25
     assert sum(share for one, share in shown if one == quick) == 1.5
     assert json.loads((tmp_path / "tiny.json").read_text())["seeds"] == [7, 8]
@@ -337,8 +339,9 @@ def test_bands_leave_out_what_is_not_finite():
 
 def test_names_and_numbers_choose_each_claim_once(tiny):
     chosen = reproducing.choose(["2", "tiny", "other", "2"])
-    assert [one.name for one in chosen] == ["tiny", "other"]
-    assert reproducing.choose(["all"]) == list(EXPERIMENTS.values())
+    assert [one.name for one in chosen.experiments] == ["tiny", "other"]
+    assert chosen.named == {"tiny", "other"}
+    assert reproducing.choose(["all"]) == (list(EXPERIMENTS.values()), [], frozenset())
     assert Setting(3, 5).chosen.tolist() == [5, 6, 7]
 
 
@@ -399,7 +402,7 @@ def test_each_seed_and_arm_has_its_best_rate_on_the_validation_part():
 
 
 def test_a_sweep_trains_at_every_rate_from_every_seed():
-    trials = sweeps.draw_trials(np.array([3, 4], np.int32), steps=20, batch_size=32)
+    trials = sweeps.draw_trials(Setting(2, 3), steps=20, batch_size=32)
     model = nets.MLP((8,), norm=nets.BATCH_NORM)
     swept = selection.sweep_accuracies(model, optax.sgd, (1e-6, 0.3), trials)
     assert swept.validation.shape == swept.measured.shape == (2, 2)
@@ -474,10 +477,11 @@ def test_a_claim_in_a_file(tiny, tmp_path, monkeypatch, capsys, processes):
     ("content", "message"),
     [
         (None, "mine.py is no Python file"),
-        ("import nothing_like_it", "mine.py raises ModuleNotFoundError: No module named"),
+        ("\nimport nothing_like_it", "mine.py, line 2: ModuleNotFoundError: No module named"),
         ("x = 1", "mine.py defines no EXPERIMENT"),
-        ("EXPERIMENT = 1", "EXPERIMENT in mine.py is of type int, expected"),
-        ("(", "mine.py raises SyntaxError"),
+        ("EXPERIMENT = 1", "mine.py: EXPERIMENT: it is of type int, expected Experiment"),
+        ("x = 1\n(", "mine.py, line 2: SyntaxError: '(' was never closed; mend it"),
+        ("import sys\nsys.exit()", "mine.py, line 2: SystemExit; mend it"),
     ],
 )
 def test_a_file_without_a_claim_is_said_in_one_line(
@@ -499,8 +503,8 @@ def test_installed_packages_add_claims(tmp_path):
     (metadata / "entry_points.txt").write_text("[bn_jax.claims]\nmine = mine:EXPERIMENT\n")
     program = (
         "from bn_jax.lab.experiments import EXPERIMENTS, extensions, reproducing\n"
-        "assert list(extensions.known()) == [*EXPERIMENTS, 'largest_value']\n"
-        "assert reproducing.choose(['all'])[-1].number == 101\n"
+        "assert list(extensions.known().claims) == [*EXPERIMENTS, 'largest_value']\n"
+        "assert reproducing.choose(['all']).experiments[-1].number == 101\n"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
     subprocess.run(

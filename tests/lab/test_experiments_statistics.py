@@ -13,10 +13,12 @@ from bn_jax.lab.experiments import (
     batch_noise,
     ghost_batches,
     precise_statistics,
+    sweeps,
     unbiased_variance,
 )
+from bn_jax.lab.experiments.labelled import Split
 from bn_jax.lab.experiments.selection import RateSweep
-from bn_jax.lab.experiments.sweeps import Digits, Part
+from bn_jax.lab.experiments.sweeps import Part
 from bn_jax.lab.experiments.verdicts import Setting
 
 
@@ -66,7 +68,7 @@ def test_one_rate_is_the_best_for_all_sizes_together():
 
     # The best of either size alone is not the best of both.
     swept = {8: of_size(0.9, 0.8, 0.1), batch_noise.BATCH_SIZE: of_size(0.1, 0.8, 0.85)}
-    found = batch_noise.choose_together(swept)
+    found = batch_noise.choose_together(swept, Split(256, 359))
     assert found.rate == (1.0, False)
     for losses in found.losses.values():
         np.testing.assert_allclose(losses, np.array([[0.8, 0.8], [8.0, 8.0]]))
@@ -170,12 +172,13 @@ def test_ghosts_are_chosen_on_the_validation_part():
 
 
 def test_unseen_digits_are_all_that_nobody_trains_on_or_chooses_by():
-    few = ghost_batches.FEW
-    numbers = np.arange(few + 60)
-    parts = [Part(part[:, None], -part) for part in np.split(numbers, [few + 20, few + 40])]
-    unseen = ghost_batches.unseen_digits(Digits(*parts))
-    assert sorted(unseen.x[:, 0].tolist()) == [*range(few, few + 20), *range(few + 40, few + 60)]
-    np.testing.assert_array_equal(unseen.y, -unseen.x[:, 0])
+    digits = sweeps.load_digits(np.array([3]))
+    few = ghost_batches.draw_few(Setting(1, 3))
+    assert few.split == (ghost_batches.FEW, 1797 - ghost_batches.FEW - 179)
+    np.testing.assert_array_equal(few.validation.x, digits.validation.x)
+    np.testing.assert_array_equal(few.train.x, digits.train.x[:, : ghost_batches.FEW])
+    rest = digits.train.x[:, ghost_batches.FEW :]
+    np.testing.assert_array_equal(few.test.x, np.concatenate([digits.test.x, rest], 1))
 
 
 def test_a_moving_average_is_a_weighted_sum(monkeypatch):

@@ -12,6 +12,7 @@ import optax
 
 from bn_jax._fold import absorb_scale, as_affine, fold
 from bn_jax.lab.experiments.figures import PERCENT, points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM
 from bn_jax.lab.experiments.statistics import relative_error
 from bn_jax.lab.experiments.sweeps import (
@@ -46,7 +47,7 @@ Padding = Literal["SAME", "VALID"]
 EXAMPLES, SIZE, FEATURES, OUTPUTS, KERNEL = 8, 6, 4, 5, 3
 TOLERANCE = 1e-9
 # The trained network.
-IMAGE, CHANNELS, BATCH_SIZE, RATE = 8, 8, 64, 0.1
+CHANNELS, BATCH_SIZE, RATE = 8, 64, 0.1
 # The smallest error at the border that matters, over the deviation of the convolution's output.
 MATTERS = 0.1
 
@@ -218,37 +219,44 @@ def identities(setting: Setting) -> dict[str, Any]:
 
 
 class Net(nn.Module):
-    """A convolution, ReLU, a norm, a padded convolution, ReLU, means and a classifier."""
+    """A convolution, ReLU, a norm, a padded convolution, ReLU, means and a classifier.
+
+    Attributes:
+        num_classes: the number of logits.
+    """
+
+    num_classes: int = 10
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Computes the logits [n, 10] of [n, height, width, 1]."""
+        """Computes the logits [n, num_classes] of [n, height, width, channels]."""
         x = nn.relu(nn.Conv(CHANNELS, (KERNEL, KERNEL), name="below")(x))
         x = apply_norm(BATCH_NORM, x, train, None, None)
         x = nn.relu(nn.Conv(CHANNELS, (KERNEL, KERNEL), name="above")(x))
-        return nn.Dense(10, name="classifier")(x.reshape(len(x), -1))
+        return nn.Dense(self.num_classes, name="classifier")(x.reshape(len(x), -1))
 
 
-def train_net(trial: Trial) -> Any:
-    """Trains `Net`, with a call for every step: on a CPU, convolutions in a loop are slow.
+def train_net(model: Net, trial: Trial) -> Any:
+    """Trains a network, with a call for every step: on a CPU, convolutions in a loop are slow.
 
     Args:
+        model: the network.
         trial: of one seed, with images.
 
     Returns:
         The variables.
     """
-    model, optimizer = Net(), optax.sgd(RATE, momentum=0.9)
+    optimizer = optax.sgd(RATE, momentum=0.9)
     variables = model.init(jax.random.key(trial.seed), trial.digits.train.x[:1], train=False)
     state = start(optimizer, variables)
     for batch in trial.batches:
-        state = _step(state, trial.digits.train, batch)
+        state = _step(model, state, trial.digits.train, batch)
     return state.variables
 
 
-@jax.jit
-def _step(state: State, part: Part, batch: jax.Array) -> State:
-    return make_step(Net(), optax.sgd(RATE, momentum=0.9), part)(state, batch)[0]
+@partial(jax.jit, static_argnums=0)
+def _step(model: Net, state: State, part: Part, batch: jax.Array) -> State:
+    return make_step(model, optax.sgd(RATE, momentum=0.9), part)(state, batch)[0]
 
 
 class Evaluated(NamedTuple):
@@ -295,13 +303,15 @@ def evaluate(variables: Any, part: Part) -> Evaluated:
 
 def train_each(setting: Setting) -> Evaluated:
     """Trains and compares the network of every seed; leading axes [seeds]."""
-    trials = draw_trials(setting.chosen, 20 if setting.quick else 100, BATCH_SIZE)
+    trials = draw_trials(setting, 20 if setting.quick else 100, BATCH_SIZE)
+
+    model, shape = Net(setting.num_classes), setting.labelled.image_shape
 
     def of_seed(seed: int) -> Evaluated:
         trial = take(trials, seed)
-        parts = (Part(part.x.reshape(-1, IMAGE, IMAGE, 1), part.y) for part in trial.digits)
+        parts = (Part(part.x.reshape(-1, *shape), part.y) for part in trial.digits)
         trial = jax.device_put(trial._replace(digits=type(trial.digits)(*parts)))
-        return jax.device_get(evaluate(train_net(trial), trial.digits.test))
+        return jax.device_get(evaluate(train_net(model, trial), trial.digits.test))
 
     return jax.tree.map(lambda *leaves: np.stack(leaves), *map(of_seed, range(setting.seeds)))
 
@@ -439,4 +449,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="The algebra: it says exactly what the padding lacks.",
     hard="The cost: an error of a third of a deviation at the border changes few answers.",
+    data=Needs(trained=BATCH_SIZE, side=KERNEL),
 )

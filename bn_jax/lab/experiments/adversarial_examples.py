@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import MLP, WITH_AND_WITHOUT
 from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
@@ -95,7 +96,7 @@ def train_arm(setting: Setting, arm: str) -> Chosen[dict[str, jax.Array]]:
         Accuracies on the test part in percent, at the rate that is best for all seeds: under each
         of `ATTACKS`, [seeds, sizes], and with "noise", [seeds].
     """
-    model = MLP(WIDTHS, norm=WITH_AND_WITHOUT[arm])
+    model = MLP(WIDTHS, setting.num_classes, norm=WITH_AND_WITHOUT[arm])
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[dict[str, jax.Array]]:
         digits = trial.digits
@@ -120,7 +121,7 @@ def train_arm(setting: Setting, arm: str) -> Chosen[dict[str, jax.Array]]:
         found["noise"] = 100 * share_correct(logits(noisy), digits.test.y)
         return Outcome(accuracy(model, variables, digits.validation), found)
 
-    trials = draw_trials(setting.chosen, 100 if setting.quick else 400, BATCH_SIZE)
+    trials = draw_trials(setting, 100 if setting.quick else 400, BATCH_SIZE)
     return sweep_rates(run, RATES, trials).best_for_all_seeds()
 
 
@@ -241,4 +242,5 @@ EXPERIMENT = Experiment(
         "That all attacks do: under FGSM, networks with batch norm are the more robust ones, and "
         "smaller perturbations by PGD show no difference."
     ),
+    data=Needs(trained=BATCH_SIZE),
 )

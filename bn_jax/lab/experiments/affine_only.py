@@ -12,10 +12,11 @@ import numpy as np
 from bn_jax.lab.experiments import high_order_effects, large_rates, scale_invariance
 from bn_jax.lab.experiments.figures import PERCENT, band
 from bn_jax.lab.experiments.high_order_effects import change, init_network, network
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
 from bn_jax.lab.experiments.selection import largest_rate, sweep_accuracies
 from bn_jax.lab.experiments.statistics import relative_error
-from bn_jax.lab.experiments.sweeps import cross_entropy, draw_trials, load_digits
+from bn_jax.lab.experiments.sweeps import cross_entropy, draw_trials, load_parts
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -79,16 +80,17 @@ def fold(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def compare_folded(seed: jax.Array, x: jax.Array, y: jax.Array) -> Folded:
+def compare_folded(seed: jax.Array, x: jax.Array, y: jax.Array, num_classes: int = 10) -> Folded:
     """Compares a random network with its folded one.
 
     Args:
         seed: of its parameters.
         x: examples [n, features], float64.
         y: their labels.
+        num_classes: the number of logits.
     """
     for_params, *for_affine = jax.random.split(jax.random.key(seed), 3)
-    params: Any = jax.tree.map(jnp.float64, init_network(for_params, x.shape[-1]))
+    params: Any = jax.tree.map(jnp.float64, init_network(for_params, x.shape[-1], num_classes))
     shape = params["scale"].shape
     params["scale"] = jnp.exp(SPREAD * jax.random.normal(for_affine[0], shape, x.dtype))
     params["bias"] = SPREAD * jax.random.normal(for_affine[1], shape, x.dtype)
@@ -108,9 +110,10 @@ def compare_folded(seed: jax.Array, x: jax.Array, y: jax.Array) -> Folded:
 def compare_all_folded(setting: Setting) -> Folded:
     """Compares the networks of all seeds, [seeds]."""
     with jax.enable_x64(True):
-        train = load_digits(setting.chosen).train
+        train = load_parts(setting).train
         x, y = train.x[:, :EXAMPLES].astype(np.float64), train.y[:, :EXAMPLES]
-        return Folded(*map(np.asarray, jax.jit(jax.vmap(compare_folded))(setting.chosen, x, y)))
+        compare = partial(compare_folded, num_classes=setting.num_classes)
+        return Folded(*map(np.asarray, jax.jit(jax.vmap(compare))(setting.chosen, x, y)))
 
 
 def train_kernels(setting: Setting) -> Any:
@@ -122,8 +125,8 @@ def train_kernels(setting: Setting) -> Any:
     low, high = scale_invariance.LARGE_RATES
     rates = np.geomspace(low, high, 2 if setting.quick else 5)
     steps = 60 if setting.quick else 400
-    trials = draw_trials(setting.chosen, steps, scale_invariance.BATCH_SIZE)
-    model = MLP(scale_invariance.WIDTHS, norm=Affine)
+    trials = draw_trials(setting, steps, scale_invariance.BATCH_SIZE)
+    model = MLP(scale_invariance.WIDTHS, setting.num_classes, norm=Affine)
     others = scale_invariance.SWEPT["kernels before a norm"]
     return sweep_accuracies(model, scale_invariance.make_optimizer(others), rates, trials).measured
 
@@ -134,11 +137,12 @@ def run(setting: Setting) -> Result:
     at_large_rates = train_kernels(setting)
     setting.advance(0.2)
     steps = large_rates.QUICK_STEPS if setting.quick else large_rates.STEPS
-    trials = draw_trials(setting.chosen, steps, large_rates.BATCH_SIZE)
+    trials = draw_trials(setting, steps, large_rates.BATCH_SIZE)
     swept, stable = {}, {}
     for arm, norm in ARMS.items():
-        swept[arm] = large_rates.train_arm(norm, DEPTH, trials)
-        stable[arm] = largest_rate(swept[arm].rates, swept[arm].validation >= large_rates.STABLE)
+        swept[arm] = large_rates.train_arm(norm, DEPTH, trials, setting.num_classes)
+        is_stable = swept[arm].validation >= setting.level(large_rates.STABLE)
+        stable[arm] = largest_rate(swept[arm].rates, is_stable)
         setting.advance(0.2)
     best = {arm: of_arm.best_for_each_seed() for arm, of_arm in swept.items()}
     tests = {arm: 100 * chosen.measured.test for arm, chosen in best.items()}
@@ -170,6 +174,10 @@ def run(setting: Setting) -> Result:
         series=[Series("20d", arm, "largest stable rate", of_arm) for arm, of_arm in stable.items()]
         + [Series("20f", arm, "at its best rate", of_arm[:, -1]) for arm, of_arm in tests.items()],
         rates={arm: chosen.rate for arm, chosen in best.items()},
+        splits={
+            "20b": setting.labelled.sample(EXAMPLES),
+            "20h": setting.labelled.sample(high_order_effects.BATCH_SIZE),
+        },
     )
 
 
@@ -224,6 +232,7 @@ EXPERIMENT = Experiment(
             Below(scale_invariance.CHANCE),
             reason=f"ours: {100 * scale_invariance.CHANCE:g} %, twice chance",
             is_resplit=True,
+            is_of_digits=True,
         ),
         SubClaim(
             "20d",
@@ -288,4 +297,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="That the functions are the same, and that a step is not.",
     hard="Nobody published a figure: all bounds are ours.",
+    data=Needs(trained=high_order_effects.BATCH_SIZE),
 )

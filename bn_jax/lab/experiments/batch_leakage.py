@@ -11,6 +11,7 @@ import numpy.typing as npt
 import optax
 
 from bn_jax.lab.experiments.figures import points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, RateSweep, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
@@ -18,7 +19,7 @@ from bn_jax.lab.experiments.sweeps import (
     Part,
     Trial,
     accuracy,
-    load_digits,
+    load_parts,
     train_trial,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -58,54 +59,58 @@ PARTS = "train", "validation", "test"
 MODES = TRAINING, EVALUATION = "training mode", "evaluation mode"
 
 
-def make_model(arm: str) -> MLP:
+def make_model(arm: str, num_classes: int) -> MLP:
     """Returns the network of an arm: with statistics per group, or over the whole batch."""
     size = None if arm == SYNCHRONIZED else GROUP
-    return MLP(WIDTHS, norm=partial(BatchNorm, momentum=0.9, virtual_batch_size=size))
+    return MLP(WIDTHS, num_classes, norm=partial(BatchNorm, momentum=0.9, virtual_batch_size=size))
 
 
-def with_blanks(part: Part, purpose: int, seeds: Any) -> Part:
+def with_blanks(part: Part, purpose: int, seeds: Any, classes: int = CLASSES) -> Part:
     """Adds blank images of every label to the digits: pixels of independent noise.
 
     Args:
-        part: the digits of every seed, x [seeds, n, 64] and y [seeds, n].
+        part: the digits of every seed, x [seeds, n, features] and y [seeds, n].
         purpose: a number, for other noise than that of other parts.
         seeds: the seeds of the noise, [seeds].
+        classes: the number of classes.
 
     Returns:
         The digits, then the blanks.
     """
-    shape = CLASSES * BLANKS, part.x.shape[-1]
+    shape = classes * BLANKS, part.x.shape[-1]
     noise = [
         np.random.default_rng([purpose, int(seed)]).standard_normal(shape, np.float32)
         for seed in seeds
     ]
-    labels = np.tile(np.repeat(np.arange(CLASSES, dtype=part.y.dtype), BLANKS), (len(seeds), 1))
+    labels = np.tile(np.repeat(np.arange(classes, dtype=part.y.dtype), BLANKS), (len(seeds), 1))
     return Part(np.concatenate([part.x, noise], 1), np.concatenate([part.y, labels], 1))
 
 
-def draw_groups(labels: Any, steps: int, generator: np.random.Generator) -> npt.NDArray[np.int32]:
+def draw_groups(
+    labels: Any, steps: int, generator: np.random.Generator, classes: int = CLASSES
+) -> npt.NDArray[np.int32]:
     """Draws batches of one group of each class.
 
     Args:
         labels: of the digits, then of the blanks, [n].
         steps: the number of batches.
         generator: a generator of random numbers.
+        classes: the number of classes.
 
     Returns:
         Indices [steps, groups * GROUP], one group after the other; no image twice in a batch.
     """
-    is_blank = np.arange(len(labels)) >= len(labels) - CLASSES * BLANKS
+    is_blank = np.arange(len(labels)) >= len(labels) - classes * BLANKS
     of_class = [
         [np.flatnonzero((labels == label) & which) for which in (~is_blank, is_blank)]
-        for label in range(CLASSES)
+        for label in range(classes)
     ]
 
     def batch() -> Any:
         return np.concatenate(
             [
                 generator.choice(images, PAIRS, replace=False)
-                for label in generator.permutation(CLASSES)
+                for label in generator.permutation(classes)
                 for images in of_class[label]
             ]
         )
@@ -130,9 +135,9 @@ def train_arm(setting: Setting, arm: str, steps: int) -> RateSweep[dict[str, Any
         Accuracies in percent, [rates, seeds], on batches of each part, drawn and arranged as in the
         arm's training, in training and in evaluation mode.
     """
-    digits = load_digits(setting.chosen)
+    digits, classes = load_parts(setting), setting.num_classes
     parts = {
-        name: with_blanks(getattr(digits, name), purpose, setting.chosen)
+        name: with_blanks(getattr(digits, name), purpose, setting.chosen, classes)
         for purpose, name in enumerate(PARTS)
     }
 
@@ -140,7 +145,7 @@ def train_arm(setting: Setting, arm: str, steps: int) -> RateSweep[dict[str, Any
         generators = [np.random.default_rng([purpose, int(seed)]) for seed in setting.chosen]
         return np.stack(
             [
-                arrange(arm, draw_groups(y, count, generator), generator)
+                arrange(arm, draw_groups(y, count, generator, classes), generator)
                 for y, generator in zip(parts[name].y, generators, strict=True)
             ]
         )
@@ -148,7 +153,7 @@ def train_arm(setting: Setting, arm: str, steps: int) -> RateSweep[dict[str, Any
     trials = Trial(setting.chosen, Digits(**parts), draw_rows("train", 10, steps))
     tests = {name: draw_rows(name, 11 + index, TESTS) for index, name in enumerate(PARTS)}
     rates = RATES[2:] if setting.quick else RATES
-    return sweep_rates(partial(_train_once, make_model(arm)), rates, trials, tests)
+    return sweep_rates(partial(_train_once, make_model(arm, classes)), rates, trials, tests)
 
 
 def _train_once(
@@ -281,4 +286,5 @@ EXPERIMENT = Experiment(
         "A task in which neighbours tell, for a norm subtracts what is common to a group; and a "
         "network learns to read them only with large rates and many steps."
     ),
+    data=Needs(per_class=PAIRS, per_class_tested=PAIRS),
 )

@@ -11,6 +11,7 @@ import optax
 
 from bn_jax._core.moments import moments
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs, Split
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Outcome, RateSweep, choose, sweep_rates
@@ -19,13 +20,14 @@ from bn_jax.lab.experiments.sweeps import (
     Trial,
     accuracy,
     cross_entropy,
-    draw_batches,
     draw_trials,
     init_model,
+    load_parts,
     loss_of,
     take,
     train,
     train_trial,
+    with_batches,
 )
 from bn_jax.lab.experiments.verdicts import (
     Below,
@@ -61,10 +63,7 @@ GHOSTS = 8, 16, BATCH_SIZE
 FEW = 256
 RATES = 0.1, 0.3, 1.0, 3.0
 # With momentum 0, the running statistics are those of the last batch.
-MODELS = {
-    size: MLP(WIDTHS, norm=partial(BatchNorm, momentum=0.0, virtual_batch_size=size))
-    for size in (None, *SIZES)
-}
+NORM = partial(BatchNorm, momentum=0.0)
 
 
 class Noise(NamedTuple):
@@ -93,13 +92,15 @@ def measure(setting: Setting) -> dict[str, Noise]:
     Returns:
         The noise in a random and in a trained network.
     """
-    trials = draw_trials(setting.chosen, STEPS, BATCH_SIZE)
+    trials = draw_trials(setting, STEPS, BATCH_SIZE)
     examples = 2**16 if setting.quick else 2**18
+    model = MLP(WIDTHS, setting.num_classes, norm=NORM)
     measured = {}
-    for name, variables in prepare_networks(trials)._asdict().items():
+    for name, variables in prepare_networks(model, trials)._asdict().items():
         setting.advance(0.1)
         runs = [
             _noise(
+                model,
                 _sizes(setting),
                 examples,
                 take(variables, index),
@@ -126,16 +127,16 @@ class Networks(NamedTuple):
     trained: Any
 
 
-def prepare_networks(trials: Trial) -> Networks:
+def prepare_networks(model: MLP, trials: Trial) -> Networks:
     """Trains networks, and gives their norms the statistics of the population.
 
     Args:
+        model: the network.
         trials: the trials of all seeds.
 
     Returns:
         The variables, with a leading axis [seeds].
     """
-    model = MODELS[None]
 
     def prepare(trial: Trial) -> Networks:
         part = trial.digits.train
@@ -148,13 +149,19 @@ def prepare_networks(trials: Trial) -> Networks:
     return map_runs(prepare, trials)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _noise(
-    sizes: tuple[int, ...], examples: int, variables: Any, part: Part, seed: jax.Array
+    model: MLP,
+    sizes: tuple[int, ...],
+    examples: int,
+    variables: Any,
+    part: Part,
+    seed: jax.Array,
 ) -> Noise:
     """Compares the noise of batches with the formulas.
 
     Args:
+        model: the network.
         sizes: the sizes of the batches.
         examples: the number of examples to draw; the same examples make the batches of all sizes.
         variables: the variables of a network, with the population's statistics.
@@ -162,7 +169,7 @@ def _noise(
         seed: the seed of the batches.
     """
     x, y = jnp.asarray(part.x), jnp.asarray(part.y)
-    _, sown = MODELS[None].apply(variables, x, train=False, mutable=["intermediates"])
+    _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
     # What is sown are the outputs of the norms, affine functions of their inputs. That changes
     # neither ratio.
     population = jnp.concatenate(
@@ -172,16 +179,17 @@ def _noise(
     values = population[rows]
     # The gap needs fewer examples, for both of its losses are of the same examples.
     x, y = x[rows[: examples // 4]], y[rows[: examples // 4]]
-    logits: Any = MODELS[None].apply(variables, x, train=False)
+    logits: Any = model.apply(variables, x, train=False)
     quiet = cross_entropy(logits, y)
 
     def of_size(size: int) -> Noise:
+        in_ghosts = model.clone(norm=partial(NORM, virtual_batch_size=size))
         of_batches = moments(values.reshape(-1, size, values.shape[-1]), 1)
         of_mean, of_deviation = expected_variances(population, size)
         return Noise(
             jnp.mean(jnp.var(of_batches.mean, 0) / of_mean),
             jnp.mean(jnp.var(jnp.sqrt(of_batches.var), 0) / of_deviation),
-            loss_of(MODELS[size], variables, x, y)[0] - quiet,
+            loss_of(in_ghosts, variables, x, y)[0] - quiet,
         )
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(of_size, sizes))
@@ -235,23 +243,25 @@ class Regularized(NamedTuple):
     Attributes:
         losses: by M, the number of examples that share statistics.
         rate: of all trainings.
+        split: how many examples they have.
     """
 
     losses: dict[int, Losses]
     rate: ChosenRate
+    split: Split
 
 
 def train_with_noise(setting: Setting) -> Regularized:
     """Trains on few examples with each of `GHOSTS`, at the rate that is best for all of them."""
     steps = 60 if setting.quick else 400
-    trials = draw_trials(setting.chosen, 1, BATCH_SIZE)
-    trials = trials._replace(batches=draw_batches(setting.chosen, FEW, steps, BATCH_SIZE))
+    trials = with_batches(setting, load_parts(setting).few(FEW), steps, BATCH_SIZE)
     swept = {}
     for ghost in _ghosts(setting):
-        model = MLP(WIDTHS, norm=partial(BatchNorm, momentum=0.9, virtual_batch_size=ghost))
+        norm = partial(BatchNorm, momentum=0.9, virtual_batch_size=ghost)
+        model = MLP(WIDTHS, setting.num_classes, norm=norm)
         swept[ghost] = sweep_rates(partial(_train_on_few, model), RATES, trials)
         setting.advance(0.4 / len(_ghosts(setting)))
-    return choose_together(swept)
+    return choose_together(swept, trials.split)
 
 
 def _ghosts(setting: Setting) -> tuple[int, ...]:
@@ -259,11 +269,10 @@ def _ghosts(setting: Setting) -> tuple[int, ...]:
 
 
 def _train_on_few(model: MLP, rate: jax.Array, trial: Trial) -> Outcome[Losses]:
-    train_part, validation, test = trial.digits
-    few = Part(train_part.x[:FEW], train_part.y[:FEW])
+    few, validation, test = trial.digits
     trained = train_trial(model, optax.sgd(rate), trial)
     # All are tested with the same kind of statistics, those of all examples.
-    variables = loss_of(MODELS[None], trained, *few)[1]
+    variables = loss_of(model.clone(norm=NORM), trained, *few)[1]
 
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, x, train=False)
@@ -273,14 +282,19 @@ def _train_on_few(model: MLP, rate: jax.Array, trial: Trial) -> Outcome[Losses]:
     return Outcome(accuracy(model, variables, validation), losses)
 
 
-def choose_together(swept: Mapping[int, RateSweep[Losses]]) -> Regularized:
-    """Chooses the rate with the best mean accuracy over all seeds and sizes."""
+def choose_together(swept: Mapping[int, RateSweep[Losses]], split: Split) -> Regularized:
+    """Chooses the rate with the best mean accuracy over all seeds and sizes.
+
+    Args:
+        swept: by M.
+        split: how many examples the trainings have.
+    """
     index = np.mean([of_one.validation.mean(1) for of_one in swept.values()], 0).argmax()
     chosen = {
         ghost: choose(of_one.rates, index, of_one.measured) for ghost, of_one in swept.items()
     }
     losses = {ghost: of_one.measured for ghost, of_one in chosen.items()}
-    return Regularized(losses, chosen[BATCH_SIZE].rate)
+    return Regularized(losses, chosen[BATCH_SIZE].rate, split)
 
 
 def _formula_ratios(measured: Mapping[str, Noise], what: str, sizes: Any, least: int) -> Any:
@@ -345,6 +359,7 @@ def run(setting: Setting) -> Result:
             ),
         ],
         rates={"all sizes": regularized.rate},
+        splits={"12d": regularized.split, "12e": regularized.split},
     )
 
 
@@ -413,6 +428,7 @@ EXPERIMENT = Experiment(
             Below(1.0, matters=1 - RATIO),
             reason=f"ours: {RATIO:.0%} would matter",
             scale="ratio",
+            is_resplit=True,
         ),
         SubClaim(
             "12e",
@@ -422,6 +438,7 @@ EXPERIMENT = Experiment(
             Below(1.0, matters=1 - RATIO),
             reason=f"ours: {RATIO:.0%} would matter",
             scale="ratio",
+            is_resplit=True,
         ),
     ),
     protocol=(
@@ -442,4 +459,5 @@ EXPERIMENT = Experiment(
         "That the noise helps: after training on few digits, neither the gap between test and "
         "training loss nor the test loss was smaller with smaller M."
     ),
+    data=Needs(trained=FEW),
 )

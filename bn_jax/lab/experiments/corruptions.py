@@ -30,11 +30,12 @@ from bn_jax.lab.experiments.sweeps import (
     Part,
     State,
     Trial,
-    draw_trials,
     init_model,
+    load_digits,
     make_step,
     start,
     take,
+    with_batches,
 )
 from bn_jax.lab.experiments.verdicts import (
     Above,
@@ -87,7 +88,7 @@ MODELS: dict[str, nn.Module] = {
 
 def train_all(model: nn.Module, setting: Setting, steps: int) -> Any:
     """Trains once for every seed; returns the variables, with a leading axis [seeds]."""
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    trials = with_batches(setting, load_digits(setting.chosen), steps, BATCH_SIZE)
     optimizer = optax.sgd(RATE, momentum=0.9)
 
     @jax.jit

@@ -10,55 +10,78 @@ A file defines ``EXPERIMENT``, a `verdicts.Experiment`. A package names one by a
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from bn_jax.lab.experiments import EXPERIMENTS
+from bn_jax.lab.experiments import EXPERIMENTS, failures
+from bn_jax.lab.experiments.checking import check_experiment
 from bn_jax.lab.experiments.verdicts import Experiment
 
 GROUP = "bn_jax.claims"
 MODULE = "bn_jax_claim_"
 
+_of_files: dict[Path, Experiment] = {}
+_numbers: dict[Path, int] = {}
 
-def known() -> Mapping[str, Experiment]:
-    """Returns the claims of this package, and those that installed packages add, by name.
 
-    Raises:
-        ValueError: an entry point is no experiment, or has the name of another.
+class Known(NamedTuple):
+    """All claims.
+
+    Attributes:
+        claims: by name, those of this package first.
+        broken: by the name of an entry point, why it names no claim, in one line.
     """
-    claims = dict(EXPERIMENTS)
+
+    claims: Mapping[str, Experiment]
+    broken: Mapping[str, str]
+
+
+def known() -> Known:
+    """Returns the claims of this package, and those that installed packages add."""
+    claims, broken = dict(EXPERIMENTS), {}
     for entry in importlib.metadata.entry_points(group=GROUP):
+        where = f"the claim {entry.value} of an installed package"
         try:
-            experiment = entry.load()
-        except Exception as error:
-            raise ValueError(
-                f"the claim {entry.value} of an installed package cannot be loaded "
-                f"({type(error).__name__}: {error}); mend or uninstall the package"
-            ) from error
-        _check(experiment, f"the entry point {entry.value}")
-        if experiment.name in claims:
-            raise ValueError(
-                f"the entry point {entry.value} names its claim {experiment.name!r}, as another "
-                "claim is named; rename it"
+            experiment = check_experiment(entry.load())
+            if experiment.name in claims:
+                raise ValueError(f"name is {experiment.name!r}, as of another claim; rename it")
+            claims[experiment.name] = experiment
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            spec = _spec(entry.module)
+            failed = failures.describe(error, spec)
+            broken[entry.name] = (
+                f"{where} cannot be loaded ({failed.message}); mend or uninstall the package"
             )
-        claims[experiment.name] = experiment
-    return claims
+    return Known(claims, broken)
+
+
+def _spec(module: str) -> str | None:
+    """Returns the path of a module of an installed package, if it has one."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return None if spec is None else spec.origin
 
 
 def load_file(path: Path) -> Experiment:
     """Runs a file, and returns the claim that it defines.
 
-    The module stays in `sys.modules`, so that other processes that load the same file can
-    exchange its objects with this one.
-
     Args:
         path: a Python file with ``EXPERIMENT``.
 
     Raises:
-        ValueError: the file is missing, raises an exception, or defines no experiment.
+        ValueError: the file is missing, raises an exception or ends the process, or defines no
+            claim.
     """
-    name = f"{MODULE}{path.stem}"
+    whole = Path(os.path.abspath(path))
+    # Two files in different folders may have the same name.
+    name = f"{MODULE}{_numbers.setdefault(whole, len(_numbers))}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"{path} is no Python file; give the path of one that defines EXPERIMENT")
@@ -66,24 +89,21 @@ def load_file(path: Path) -> Experiment:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} raises {type(error).__name__}: {error}; mend it") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        del sys.modules[name]
+        raise ValueError(f"{failures.describe(error, str(path)).message}; mend it") from error
     if not hasattr(module, "EXPERIMENT"):
         raise ValueError(f"{path} defines no EXPERIMENT, expected a bn_jax.lab Experiment; add it")
-    experiment: Experiment = module.EXPERIMENT
-    _check(experiment, f"EXPERIMENT in {path}")
+    try:
+        experiment = check_experiment(module.EXPERIMENT)
+    except ValueError as error:
+        raise ValueError(f"{path}: EXPERIMENT: {error}") from error
+    _of_files[whole] = experiment
     return experiment
 
 
-def loaded_files() -> list[Path]:
-    """Returns the files that `load_file` has run in this process."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(MODULE)]
-    return [Path(str(module.__file__)) for module in modules]
-
-
-def _check(experiment: object, where: str) -> None:
-    if not isinstance(experiment, Experiment):
-        raise ValueError(
-            f"{where} is of type {type(experiment).__name__}, expected "
-            "bn_jax.lab.experiments.verdicts.Experiment; make one"
-        )
+def path_of(experiment: Experiment) -> Path | None:
+    """Returns the absolute path of the file that `load_file` has read a claim from, if any."""
+    return next((path for path, loaded in _of_files.items() if loaded is experiment), None)

@@ -1,7 +1,7 @@
 """The figures of the experiments, and what the notebooks draw with: see `bn_jax.lab.figures`."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +19,15 @@ LINE, LABELS_BELOW = 0.17, 0.42
 PERCENT = 0.0, 100.0
 
 
-def save(
-    draw: "Callable[[Figure, Mapping[str, Any]], None]", record: Mapping[str, Any], path: Path
-) -> None:
+def render(draw: "Callable[[Figure, Mapping[str, Any]], None]", record: Mapping[str, Any]) -> bytes:
     """Draws the figure of a claim, with what was found in its footer.
 
     Args:
         draw: draws the curves.
         record: the contents of the claim's JSON file.
-        path: the path of the file to write; its suffix gives the format.
+
+    Returns:
+        A picture as PNG.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -42,10 +42,14 @@ def save(
     for axes in panels.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels.suptitle(f"{record['number']}. {record['claim']}", fontsize="medium")
-    text = "\n".join([f"{record['source']}; {len(record['seeds'])} seeds", *lines])
+    panels.suptitle(f"{record['number']}. {record['claim']}", fontsize="medium", parse_math=False)
+    data = record.get("data") or {}
+    on = f"; on {data['name']} in the place of the digits" if "sha256" in data else ""
+    text = "\n".join([f"{record['source']}; {len(record['seeds'])} seeds{on}", *lines])
     footer.text(0.01, 1, text, va="top", fontsize=7, parse_math=False)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    return picture.getvalue()
 
 
 def describe(sub_claim: Mapping[str, Any]) -> str:

@@ -96,7 +96,8 @@ def save(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for place, (_, one) in enumerate(rows):
         _draw_row(axes, place, one)
-    axes.set_yticks(range(len(rows)), [f"{one['label']}  {one['key']}" for _, one in rows])
+    labels = [f"{one['label']}  {one['key']}" for _, one in rows]
+    axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set(xlim=(-FARTHEST - 0.2, FARTHEST + 0.2), ylim=(len(rows) - 0.4, -0.6), xticks=[])
     axes.axvline(0, color="gray", linewidth=0.6)
     axes.set_xlabel("no effect is at the line, the claimed side on the right; shaded: reproduced")

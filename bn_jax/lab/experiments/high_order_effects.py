@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import normalize_batch
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.statistics import relative_error
-from bn_jax.lab.experiments.sweeps import cross_entropy, load_digits
+from bn_jax.lab.experiments.sweeps import cross_entropy, load_parts
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -256,7 +257,12 @@ class Step(NamedTuple):
 
 
 def measure_step(
-    seed: jax.Array, depth: jax.Array, x: jax.Array, y: jax.Array, layer: Layer
+    seed: jax.Array,
+    depth: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    layer: Layer,
+    num_classes: int = 10,
 ) -> Step:
     """Follows the loss along the gradient of a network at its start.
 
@@ -266,8 +272,9 @@ def measure_step(
         x: the examples, [n, features].
         y: their labels, [n].
         layer: of `network`.
+        num_classes: the number of logits.
     """
-    params = init_network(jax.random.key(seed), x.shape[-1])
+    params = init_network(jax.random.key(seed), x.shape[-1], num_classes)
     logits_of = partial(network, x=x, depth=depth, layer=layer)
     loss, gradient = jax.value_and_grad(lambda params: cross_entropy(logits_of(params), y))(params)
     slope = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
@@ -305,13 +312,13 @@ def failing_rate(decrease: Any) -> Any:
 
 def measure_networks(setting: Setting, arms: Iterable[str] = tuple(ARMS)) -> dict[str, Step]:
     """Measures a step of some arms at every depth, each array [depths, seeds, ...]."""
-    train = load_digits(setting.chosen).train
+    train = load_parts(setting).train
     x, y = train.x[:, :BATCH_SIZE], train.y[:, :BATCH_SIZE]
     depths = np.repeat(np.asarray(DEPTHS, np.int32), setting.seeds)
     places = np.tile(np.arange(setting.seeds), len(DEPTHS))
     steps = {}
     for arm in arms:
-        run = partial(measure_step, layer=ARMS[arm])
+        run = partial(measure_step, layer=ARMS[arm], num_classes=setting.num_classes)
         found = map_runs(run, setting.chosen[places], depths, x[places], y[places])
         steps[arm] = Step(
             *(
@@ -386,6 +393,7 @@ def run(setting: Setting) -> Result:
             for arm, of_arm in values.items()
             for index, depth in enumerate(DEPTHS)
         ],
+        splits=dict.fromkeys(("19d", "19e", "19f", "19g"), setting.labelled.sample(BATCH_SIZE)),
     )
 
 
@@ -533,4 +541,5 @@ EXPERIMENT = Experiment(
         "In an MLP, batch norm removes high orders only where it is shallow: at 16 layers, where "
         "gradients explode behind norms, the first-order prediction fails at a smaller rate."
     ),
+    data=Needs(trained=BATCH_SIZE),
 )

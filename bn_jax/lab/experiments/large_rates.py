@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP
 from bn_jax.lab.experiments.selection import (
     Outcome,
@@ -74,7 +75,7 @@ def growth(setting: Setting, depth: int, norm: Norm | None) -> Any:
         The root mean square of the input of each activation, before the first step and after each
         step, [seeds, steps + 1, layers].
     """
-    model = ScannedMLP(depth, WIDTH, norm=norm)
+    model = ScannedMLP(depth, WIDTH, setting.num_classes, norm)
 
     def run(rate: jax.Array, trial: Trial) -> Any:
         part = trial.digits.train
@@ -89,20 +90,21 @@ def growth(setting: Setting, depth: int, norm: Norm | None) -> Any:
         variables = init_model(model, trial)
         return train(model, optax.sgd(rate), variables, part, trial.batches, observe).observed
 
-    trials = draw_trials(setting.chosen, FEW_STEPS, BATCH_SIZE)
+    trials = draw_trials(setting, FEW_STEPS, BATCH_SIZE)
     return np.asarray(sweep(run, [LARGE_RATE], trials))[0]
 
 
-def largest_stable(validation: Any) -> Any:
+def largest_stable(validation: Any, stable: float = STABLE) -> Any:
     """Finds the largest stable rate.
 
     Args:
         validation: accuracies, [rates, seeds].
+        stable: the least accuracy of a stable rate.
 
     Returns:
         The index of that rate for each seed, [seeds]; -1 where no rate is stable.
     """
-    return last_place(np.asarray(validation) >= STABLE)
+    return last_place(np.asarray(validation) >= stable)
 
 
 class Curves(NamedTuple):
@@ -117,18 +119,19 @@ class Curves(NamedTuple):
     test: Any
 
 
-def train_arm(norm: Norm | None, depth: int, trials: Trial) -> RateSweep[Curves]:
+def train_arm(norm: Norm | None, depth: int, trials: Trial, num_classes: int) -> RateSweep[Curves]:
     """Trains a network at every rate and seed.
 
     Args:
         norm: the norm of the network.
         depth: the number of hidden layers.
         trials: the trials of all seeds.
+        num_classes: the number of classes.
 
     Returns:
         The accuracies, and the course of each training, [rates, seeds, points].
     """
-    model = ScannedMLP(depth, WIDTH, norm=norm)
+    model = ScannedMLP(depth, WIDTH, num_classes, norm)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[Curves]:
         digits = trial.digits
@@ -192,13 +195,14 @@ class Comparison(NamedTuple):
     gaps: Any
 
 
-def compare(arms: Mapping[str, RateSweep[Curves]]) -> Comparison:
+def compare(arms: Mapping[str, RateSweep[Curves]], stable: float = STABLE) -> Comparison:
     """Compares the arms of one depth.
 
     Args:
         arms: the trainings of each arm.
+        stable: as of `largest_stable`.
     """
-    largest = {arm: largest_stable(arms[arm].validation) for arm in WITH_AND_WITHOUT}
+    largest = {arm: largest_stable(arms[arm].validation, stable) for arm in WITH_AND_WITHOUT}
     with_norm, without = largest["batch norm"], largest["no norm"]
     steps_down = round(np.log(SMALLER) / np.log(RATES[1] / RATES[0]))
     small = np.maximum(without - steps_down, 0)
@@ -225,14 +229,15 @@ def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     activations = {arm: growth(setting, FOLLOWED, norm) for arm, norm in WITH_AND_WITHOUT.items()}
     setting.advance(0.1)
-    trials = draw_trials(setting.chosen, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
+    trials = draw_trials(setting, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
     depths = (SHALLOW, DEEPER) if setting.quick else DEPTHS
     swept: dict[int, dict[str, RateSweep[Curves]]] = {depth: {} for depth in depths}
     for depth in depths:
         for arm, norm in WITH_AND_WITHOUT.items():
-            swept[depth][arm] = train_arm(norm, depth, trials)
+            swept[depth][arm] = train_arm(norm, depth, trials, setting.num_classes)
             setting.advance(0.9 * depth / (2 * sum(depths)))
-    compared = {depth: compare(arms) for depth, arms in swept.items()}
+    level = setting.level(STABLE)
+    compared = {depth: compare(arms, level) for depth, arms in swept.items()}
     return Result(
         values={
             "8a": {f"depth {depth}": compared[depth].ratios for depth in (SHALLOW, DEEPER)},
@@ -242,6 +247,7 @@ def run(setting: Setting) -> Result:
         },
         curves={
             "rates": RATES,
+            "stable": level,
             "accuracy": {
                 f"{arm}, depth {depth}": of_arm.measured.test[..., -1]
                 for depth, arms in swept.items()
@@ -250,7 +256,7 @@ def run(setting: Setting) -> Result:
             "activations": {arm: values[:, -1].T for arm, values in activations.items()},
             "start": {arm: values[:, 0].T for arm, values in activations.items()},
         },
-        series=_series(swept, activations),
+        series=_series(swept, activations, level),
         rates={
             f"{arm}, depth {depth}": of_arm.best_for_each_seed().rate
             for depth, arms in swept.items()
@@ -260,13 +266,15 @@ def run(setting: Setting) -> Result:
 
 
 def _series(
-    swept: Mapping[int, Mapping[str, RateSweep[Curves]]], activations: Mapping[str, Any]
+    swept: Mapping[int, Mapping[str, RateSweep[Curves]]],
+    activations: Mapping[str, Any],
+    level: float,
 ) -> list[Series]:
     """Returns the largest stable rates, where one is, and the growth of activations."""
     series = [Series("8c", arm, "", explosion(values)) for arm, values in activations.items()]
     for depth, arms in swept.items():
         for arm, of_arm in arms.items():
-            stable = largest_rate(RATES, of_arm.validation >= STABLE)
+            stable = largest_rate(RATES, of_arm.validation >= level)
             series.append(Series("8a", arm, f"depth {depth}", stable))
             best = of_arm.best_for_each_seed().measured.test[..., -1]
             series.append(Series("8b", f"{arm}, accuracy at its best", f"depth {depth}", best))
@@ -288,7 +296,7 @@ def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
             color=f"C{list(WITH_AND_WITHOUT).index(arm)}",
             linestyle=("-", "--", ":")[depths.index(int(depth))],
         )
-    by_rate.axhline(100 * STABLE, color="gray", linewidth=0.8)
+    by_rate.axhline(100 * curves["stable"], color="gray", linewidth=0.8)
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)", ylim=(0, 142))
     by_rate.set_yticks(range(0, 101, 20))
     by_rate.legend(fontsize="x-small", loc="upper center", ncols=2)
@@ -372,4 +380,5 @@ EXPERIMENT = Experiment(
         "The size of the ratio: no figure is published, and ours depends on depth. Networks that "
         "no rate trains without a norm give a lower bound only."
     ),
+    data=Needs(trained=BATCH_SIZE),
 )

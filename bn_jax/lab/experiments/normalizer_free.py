@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM
 from bn_jax.lab.experiments.residual_identity import (
     BATCH_SIZE,
@@ -165,10 +166,11 @@ def run(setting: Setting) -> Result:
     measure = jax.jit(variances)
     found = np.stack([np.asarray(measure(seed), np.float64) for seed in setting.chosen])
     setting.advance(0.1)
-    trials = draw_trials(setting.chosen, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
+    trials = draw_trials(setting, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
     rates = RATES[:: 2 if setting.quick else 1]
     swept = {}
-    for arm, (model, make_optimizer) in ARMS.items():
+    for arm, (of_digits, make_optimizer) in ARMS.items():
+        model = of_digits.clone(num_classes=setting.num_classes)
         swept[arm] = sweep_accuracies(model, make_optimizer, rates, trials)
         setting.advance(0.3)
     best = {arm: of_arm.best_for_all_seeds() for arm, of_arm in swept.items()}
@@ -269,4 +271,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="The variance at the start: it is known beforehand, block by block.",
     hard="What clipping is for: it shows at rates and batches that are larger than ours.",
+    data=Needs(trained=BATCH_SIZE),
 )

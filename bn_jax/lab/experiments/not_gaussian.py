@@ -11,9 +11,10 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
-from bn_jax.lab.experiments.sweeps import Trial, draw_trials, train_trial
+from bn_jax.lab.experiments.sweeps import Trial, draw_trials, load_parts, train_trial
 from bn_jax.lab.experiments.verdicts import (
     Below,
     Experiment,
@@ -141,7 +142,7 @@ def used_pixels(x: Any, number: int) -> Any:
     """Returns the places of the pixels that are most often not empty, [number].
 
     Args:
-        x: standardized images [..., n, 64], where an empty pixel has its smallest value.
+        x: standardized images [..., n, features], where an empty pixel has its smallest value.
         number: how many.
     """
     used = (x > x.min(-2, keepdims=True)).mean(tuple(range(x.ndim - 1)))
@@ -159,9 +160,9 @@ def train_net(setting: Setting) -> tuple[Chosen[dict[str, Any]], Any]:
         places], and the median excess kurtosis of the outputs of ReLU under "activated", [seeds];
         and the numbers of the pixels.
     """
-    trials = draw_trials(setting.chosen, 60 if setting.quick else 300, BATCH_SIZE)
+    trials = draw_trials(setting, 60 if setting.quick else 300, BATCH_SIZE)
     pixels = used_pixels(trials.digits.train.x, PIXELS)
-    model = MLP(WIDTHS, norm=BATCH_NORM)
+    model = MLP(WIDTHS, setting.num_classes, norm=BATCH_NORM)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[dict[str, Any]]:
         trained = train_trial(model, optax.sgd(rate), trial)
@@ -203,7 +204,7 @@ def run(setting: Setting) -> Result:
         name: dict(zip(PLACES, np.asarray(values).T, strict=True))
         for name, values in shape._asdict().items()
     }
-    digits = draw_trials(setting.chosen[:1], 1, BATCH_SIZE).digits.train.x[0]
+    digits = load_parts(setting._replace(seeds=1)).train.x[0]
     return Result(
         values={
             **errors,
@@ -348,4 +349,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="What stays: a norm is an affine map of each feature, and changes no shape.",
     hard="In hidden layers the kurtosis of a typical unit is nearly normal, unlike correlations.",
+    data=Needs(trained=BATCH_SIZE, features=PIXELS),
 )

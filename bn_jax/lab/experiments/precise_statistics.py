@@ -12,6 +12,7 @@ import optax
 from bn_jax._core.batch_norm import batch_norm
 from bn_jax._core.running import init_batch_stats, start_measuring
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import sweep_accuracies
@@ -103,7 +104,7 @@ def _in_batches(x: Any) -> jax.Array:
     return jnp.asarray(x[:whole]).reshape(-1, BATCH_SIZE, x.shape[-1])
 
 
-def errors(trials: Trial, rate: float) -> dict[str, Any]:
+def errors(trials: Trial, rate: float, num_classes: int) -> dict[str, Any]:
     """Trains, and tests after every step with each kind of statistics.
 
     Training does not depend on running statistics, so all kinds have the same weights.
@@ -111,26 +112,27 @@ def errors(trials: Trial, rate: float) -> dict[str, Any]:
     Args:
         trials: the trials of all seeds.
         rate: the learning rate.
+        num_classes: the number of classes.
 
     Returns:
         The shares of wrong answers on the test part, [steps, seeds], with `PRECISE` statistics and
         with each of `AVERAGES`.
     """
-    wrong = map_runs(partial(_follow_errors, rate), trials)
+    wrong = map_runs(partial(_follow_errors, rate, num_classes), trials)
     return {name: np.asarray(of_kind, np.float64).T for name, of_kind in wrong.items()}
 
 
-def _follow_errors(rate: float, trial: Trial) -> dict[str, jax.Array]:
+def _follow_errors(rate: float, num_classes: int, trial: Trial) -> dict[str, jax.Array]:
     """Returns what `errors` returns, of one seed, [steps]."""
-    precise_model = MODELS[MOMENTA[0]]
+    models = {momentum: model.clone(num_classes=num_classes) for momentum, model in MODELS.items()}
+    precise_model = models[MOMENTA[0]]
     x, y = jnp.asarray(trial.digits.train.x), jnp.asarray(trial.digits.train.y)
     batches = _in_batches(trial.digits.train.x)
     variables = init_model(precise_model, trial)
     step = make_step(precise_model, optax.sgd(rate), trial.digits.train)
 
     def update(average: Average, variables: Any, batch: jax.Array) -> Any:
-        model = MODELS[average.momentum]
-        return loss_of(model, variables, x[batch], y[batch])[1]["batch_stats"]
+        return loss_of(models[average.momentum], variables, x[batch], y[batch])[1]["batch_stats"]
 
     def wrong(variables: Any, batch_stats: Any) -> jax.Array:
         tested = {**variables, "batch_stats": batch_stats}
@@ -155,9 +157,10 @@ def _follow_errors(rate: float, trial: Trial) -> dict[str, jax.Array]:
     return jax.lax.scan(follow, first, trial.batches)[1]
 
 
-def choose_rate(trials: Trial) -> ChosenRate:
+def choose_rate(trials: Trial, num_classes: int) -> ChosenRate:
     """Chooses the rate with the best mean accuracy on the validation part."""
-    return sweep_accuracies(MODELS[MOMENTA[0]], optax.sgd, RATES, trials).best_for_all_seeds().rate
+    model = MODELS[MOMENTA[0]].clone(num_classes=num_classes)
+    return sweep_accuracies(model, optax.sgd, RATES, trials).best_for_all_seeds().rate
 
 
 class Stretches(NamedTuple):
@@ -222,10 +225,10 @@ def distance_from_weighted_sum(setting: Setting, momentum: float) -> Any:
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     steps = 300 if setting.quick else 400
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
-    rate = choose_rate(trials)
+    trials = draw_trials(setting, steps, BATCH_SIZE)
+    rate = choose_rate(trials, setting.num_classes)
     setting.advance(0.2)
-    wrong = errors(trials, float(rate.value))
+    wrong = errors(trials, float(rate.value), setting.num_classes)
     setting.advance(0.8)
     more = compare(wrong)
     return Result(
@@ -349,4 +352,5 @@ EXPERIMENT = Experiment(
         "From a fair start, the lag of momentum 0.9 is less than a point, and single steps do not "
         "show it."
     ),
+    data=Needs(trained=BATCH_SIZE),
 )

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM
 from bn_jax.lab.experiments.selection import RateSweep, largest_rate, sweep_accuracies
 from bn_jax.lab.experiments.sweeps import draw_trials
@@ -177,12 +178,12 @@ def growth_per_block(stream: Any) -> Any:
 
 def train_each(setting: Setting) -> dict[str, RateSweep[Any]]:
     """Trains every arm at every rate, and measures the test accuracies, [rates, seeds]."""
-    trials = draw_trials(setting.chosen, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
+    trials = draw_trials(setting, QUICK_STEPS if setting.quick else STEPS, BATCH_SIZE)
     every = 2 if setting.quick else 1
     swept = {}
     for arm, make in TRAINED.items():
         rates = (RATES_WITHOUT if arm == "no norm" else RATES)[::every]
-        model = make(TRAINED_DEPTH, NARROW, 10)
+        model = make(TRAINED_DEPTH, NARROW, setting.num_classes)
         optimizer = partial(optax.sgd, momentum=MOMENTUM)
         swept[arm] = sweep_accuracies(model, optimizer, rates, trials)
         setting.advance(0.7 / len(TRAINED))
@@ -368,4 +369,5 @@ EXPERIMENT = Experiment(
         "Equal accuracy to a point: short training measures speed, and arms have to be compared "
         "after they have converged."
     ),
+    data=Needs(trained=BATCH_SIZE),
 )

@@ -1,5 +1,6 @@
 """Claim 15: a network learns if only the scale and bias of its norms are trained."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import PERCENT, points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, ScannedMLP
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, RateSweep
@@ -85,15 +87,17 @@ class Net(NamedTuple):
     side_by_side: bool
 
 
-def nets(quick: bool) -> dict[str, Net]:
+def nets(setting: Setting) -> dict[str, Net]:
     """Returns the networks by their names.
 
     Args:
-        quick: whether to train for fewer steps.
+        setting: the size of the run, and the data.
     """
+    quick, classes = setting.quick, setting.num_classes
+    image_shape = setting.labelled.image_shape
     dense = partial(
         Net,
-        shape=(64,),
+        shape=(math.prod(image_shape),),
         arms=len(ARMS),
         steps=40 if quick else 250,
         batch_size=64,
@@ -101,11 +105,11 @@ def nets(quick: bool) -> dict[str, Net]:
         side_by_side=True,
     )
     return {
-        "MLP, depth 2": dense(ScannedMLP(2, width=64, norm=BATCH_NORM), rates=RATES),
-        "MLP, depth 8": dense(ScannedMLP(8, width=64, norm=BATCH_NORM)),
+        "MLP, depth 2": dense(ScannedMLP(2, 64, classes, BATCH_NORM), rates=RATES),
+        "MLP, depth 8": dense(ScannedMLP(8, 64, classes, BATCH_NORM)),
         "CNN, depth 8": Net(
-            ResNet(10, stage_sizes=(1, 3), widths=(8, 8), norm=BATCH_NORM),
-            shape=(8, 8, 1),
+            ResNet(classes, stage_sizes=(1, 3), widths=(8, 8), norm=BATCH_NORM),
+            shape=image_shape,
             arms=2,
             steps=12 if quick else 200,
             batch_size=32,
@@ -204,7 +208,7 @@ def train_all(setting: Setting, net: Net) -> Chosen[Measured]:
     Returns:
         The measurements at the best rates, [seeds, arms].
     """
-    trials = draw_trials(setting.chosen, net.steps, net.batch_size)
+    trials = draw_trials(setting, net.steps, net.batch_size)
     digits = Digits(
         *(Part(part.x.reshape(*part.x.shape[:2], *net.shape), part.y) for part in trials.digits)
     )
@@ -351,7 +355,7 @@ _finish = jax.jit(finish, static_argnums=0)
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
     chosen = {}
-    for name, net in nets(setting.quick).items():
+    for name, net in nets(setting).items():
         chosen[name] = train_all(setting, net)
         setting.advance(1 / 3)
     accuracies = {name: 100 * of_net.measured.accuracy for name, of_net in chosen.items()}
@@ -426,6 +430,7 @@ EXPERIMENT = Experiment(
             Published("82 % on CIFAR-10, 32 % (top 5) on ImageNet", "V"),
             f"ours: {CHANCE:g} %, twice chance",
             is_resplit=True,
+            is_of_digits=True,
         ),
         SubClaim(
             "15b",
@@ -471,4 +476,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="That scale and bias alone learn, and in deep networks more than other weights.",
     hard="A third of the scales near zero: in these short runs hardly any scale is.",
+    data=Needs(trained=64),
 )

@@ -11,6 +11,7 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import (
     MLP,
     NO_EPSILON,
@@ -27,7 +28,7 @@ from bn_jax.lab.experiments.sweeps import (
     Trial,
     draw_trials,
     init_model,
-    load_digits,
+    load_parts,
     loss_of,
     make_step,
     start,
@@ -89,20 +90,22 @@ def identities(setting: Setting) -> Errors:
         The largest errors over the scales, [seeds].
     """
     with jax.enable_x64(True):
-        train = load_digits(setting.chosen).train
+        train = load_parts(setting).train
         x, y = train.x[:, :BATCH_SIZE].astype(np.float64), train.y[:, :BATCH_SIZE]
-        of_scales = jax.jit(jax.vmap(_scaling_errors))(setting.chosen, x, y)
+        errors = partial(_scaling_errors, setting.num_classes)
+        of_scales = jax.jit(jax.vmap(errors))(setting.chosen, x, y)
         return Errors(*(np.asarray(errors).max(1) for errors in of_scales))
 
 
-def _scaling_errors(seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
+def _scaling_errors(num_classes: int, seed: jax.Array, x: jax.Array, y: jax.Array) -> Errors:
     """Returns the errors of one network at each of `SCALES`, [scales]."""
     kernel = jax.random.normal(jax.random.key(seed), (x.shape[-1], WIDTHS[0]))
 
     def normalized(scale: Any) -> jax.Array:
         return normalize_batch(x @ (scale * kernel))
 
-    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON), dtype=jnp.float64)
+    norm = partial(BatchNorm, epsilon=NO_EPSILON)
+    model = MLP(WIDTHS, num_classes, norm=norm, dtype=jnp.float64)
     variables = model.init(jax.random.key(seed), x, train=False)
 
     def at(scale: Any) -> tuple[jax.Array, Any]:
@@ -147,8 +150,9 @@ def equilibrium(setting: Setting) -> Any:
         For the kernels before a norm, at every step, [2, seeds, steps, layers]: `|w|^4`, and its
         value in equilibrium, `learning rate |w|^2 |g|^2 / (2 weight decay)`.
     """
-    trials = draw_trials(setting.chosen, round(END / (DECAY_RATE * DECAY)), BATCH_SIZE)
-    model = MLP(WIDTHS, norm=partial(BatchNorm, epsilon=NO_EPSILON_FLOAT32))
+    trials = draw_trials(setting, round(END / (DECAY_RATE * DECAY)), BATCH_SIZE)
+    norm = partial(BatchNorm, epsilon=NO_EPSILON_FLOAT32)
+    model = MLP(WIDTHS, setting.num_classes, norm=norm)
     decay = optax.add_decayed_weights(DECAY, no_weight_decay_mask)
     optimizer = optax.chain(decay, optax.sgd(DECAY_RATE))
 
@@ -195,12 +199,13 @@ def at_large_rates(swept: RateSweep[Any]) -> Any:
 def train_each(setting: Setting) -> dict[str, RateSweep[Any]]:
     """Trains with and without norm, at every rate of all parameters or of the kernels only."""
     rates = np.geomspace(1e-4, 1e4, 9 if setting.quick else 17)
-    trials = draw_trials(setting.chosen, 60 if setting.quick else 400, BATCH_SIZE)
+    trials = draw_trials(setting, 60 if setting.quick else 400, BATCH_SIZE)
     swept = {}
     for which, others in SWEPT.items():
         for arm, norm in WITH_AND_WITHOUT.items():
+            model = MLP(WIDTHS, setting.num_classes, norm=norm)
             swept[f"{arm}, {which}"] = sweep_accuracies(
-                MLP(WIDTHS, norm=norm), make_optimizer(others), rates, trials
+                model, make_optimizer(others), rates, trials
             )
             setting.advance(0.2)
     return swept
@@ -308,6 +313,7 @@ EXPERIMENT = Experiment(
             Below(CHANCE),
             reason=f"ours: {100 * CHANCE:g} %, twice chance",
             is_resplit=True,
+            is_of_digits=True,
         ),
     ),
     protocol=(
@@ -323,4 +329,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="The identities, and the equilibrium: they hold to the digits that the run can show.",
     hard="That any rate trains is a theorem about the scale-invariant weights alone.",
+    data=Needs(trained=BATCH_SIZE),
 )

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band, points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, WITH_AND_WITHOUT
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, choose, sweep_rates
@@ -123,7 +124,7 @@ def train_networks(
 
     def run(place: jax.Array, trial: Trial) -> Any:
         activation, initial, rate = place
-        model = make_model(WIDTHS, norm, activation, initial)
+        model = make_model(WIDTHS, norm, activation, initial, setting.num_classes)
         digits = trial.digits
         return train(
             model,
@@ -135,13 +136,17 @@ def train_networks(
             every=EVERY,
         ).observed
 
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    trials = draw_trials(setting, steps, BATCH_SIZE)
     observed = jax.tree.map(np.asarray, sweep(run, np.array(runs), trials))
     return {**observed, "inputs": observed["units"][..., 0]}
 
 
 def make_model(
-    widths: tuple[int, ...], norm: Norm | None, activation: jax.Array, initial: jax.Array
+    widths: tuple[int, ...],
+    norm: Norm | None,
+    activation: jax.Array,
+    initial: jax.Array,
+    num_classes: int = 10,
 ) -> MLP:
     """Returns a network whose activation and initializer are data, so that all are one program.
 
@@ -150,6 +155,7 @@ def make_model(
         norm: its norm.
         activation: the place in `ACTIVATIONS`.
         initial: the place in `INITIALIZERS`.
+        num_classes: the number of logits.
     """
 
     def activate(x: jax.Array) -> jax.Array:
@@ -163,7 +169,7 @@ def make_model(
         deviation = jnp.where(initial == 0, (2 / sum(shape)) ** 0.5, SMALL)
         return deviation * jax.random.normal(key, shape, dtype)
 
-    return MLP(widths, norm=norm, activation=activate, kernel_init=initialize)
+    return MLP(widths, num_classes, norm, activate, kernel_init=initialize)
 
 
 def steps_to_goal(accuracies: Any) -> Any:
@@ -281,11 +287,11 @@ def count_steps(setting: Setting, horizon: int) -> dict[str, Stepped]:
 
 def train_hard(setting: Setting) -> dict[str, dict[str, Chosen[Any]]]:
     """Trains the networks of `HARD`; returns their test accuracies in percent, by arm."""
-    trials = draw_trials(setting.chosen, 60 if setting.quick else 300, BATCH_SIZE)
+    trials = draw_trials(setting, 60 if setting.quick else 300, BATCH_SIZE)
     trained: dict[str, dict[str, Chosen[Any]]] = {name: {} for name in HARD}
     for norm in WITH_AND_WITHOUT.values():
         arms = {arm: step_two for arm, (of_arm, step_two) in ARMS.items() if of_arm is norm}
-        chosen = _train_deep(norm, list(arms.values()), trials)
+        chosen = _train_deep(norm, list(arms.values()), trials, setting.num_classes)
         for row, name in enumerate(HARD):
             for column, arm in enumerate(arms):
                 rate, accuracy = take(chosen, slice(None), row, column)
@@ -294,13 +300,16 @@ def train_hard(setting: Setting) -> dict[str, dict[str, Chosen[Any]]]:
     return trained
 
 
-def _train_deep(norm: Norm | None, step_two: Sequence[bool], trials: Trial) -> Chosen[Any]:
+def _train_deep(
+    norm: Norm | None, step_two: Sequence[bool], trials: Trial, num_classes: int
+) -> Chosen[Any]:
     """Trains deep networks of sigmoids.
 
     Args:
         norm: their norm.
         step_two: for each arm whether scale and bias are trained.
         trials: of all seeds.
+        num_classes: the number of classes.
 
     Returns:
         The test accuracies at the best rate of each seed, [seeds, networks of `HARD`, arms].
@@ -311,7 +320,7 @@ def _train_deep(norm: Norm | None, step_two: Sequence[bool], trials: Trial) -> C
     def run(rate: jax.Array, trial: Trial) -> Outcome[Any]:
         def of_one(place: jax.Array) -> Outcome[Any]:
             initial, is_trained = place
-            model = make_model(DEEP, norm, jnp.zeros(()), initial)
+            model = make_model(DEEP, norm, jnp.zeros(()), initial, num_classes)
             optimizer = optax.sgd(rate)
             if norm is not None:
                 optimizer = optax.chain(optimizer, norms_if(is_trained))
@@ -531,4 +540,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="That sigmoids which stay at chance without a norm train with it.",
     hard="The factor 14, which has other causes too, and any need for scale and bias.",
+    data=Needs(trained=BATCH_SIZE),
 )

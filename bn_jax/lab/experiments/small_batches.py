@@ -12,10 +12,11 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import MLP, NO_EPSILON
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
-from bn_jax.lab.experiments.sweeps import Trial, init_model, load_digits, train
+from bn_jax.lab.experiments.sweeps import Trial, init_model, load_parts, train
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -53,6 +54,10 @@ class Batches(NamedTuple):
 
     size: int
     classes: int = CLASSES
+
+    def count(self, number: int) -> int:
+        """Returns the number of classes of a batch of data with another number of classes."""
+        return number if self.classes == CLASSES else self.classes
 
     def __str__(self) -> str:
         return f"{self.size} of {'all' if self.classes == CLASSES else self.classes} classes"
@@ -98,26 +103,30 @@ def draw(seeds: Any, labels: Any, steps: int) -> Any:
 
 def _draw_one(seed: int, labels: Any, steps: int, batches: Batches) -> Any:
     generator = np.random.default_rng([2, seed, *batches])
+    number = int(labels.max()) + 1
     rows = np.full((steps, LARGEST), -1)
     for row in rows:
-        classes = generator.permutation(CLASSES)[: batches.classes]
+        classes = generator.permutation(number)[: batches.count(number)]
         candidates = np.flatnonzero(np.isin(labels, classes))
         row[: batches.size] = generator.choice(candidates, batches.size, replace=False)
     return rows
 
 
-def train_arm(trials: Trial, norm: Norm | None, rates: Sequence[float] = RATES) -> Chosen[Any]:
+def train_arm(
+    trials: Trial, norm: Norm | None, num_classes: int, rates: Sequence[float] = RATES
+) -> Chosen[Any]:
     """Trains with every kind of batches and every rate.
 
     Args:
         trials: the trials of all seeds, with the batches of every setting.
         norm: the norm of the network.
+        num_classes: the number of classes.
         rates: the grid, ascending.
 
     Returns:
         Test accuracies at the best rate of each seed and setting, [seeds, settings].
     """
-    model = MLP(WIDTHS, norm=norm)
+    model = MLP(WIDTHS, num_classes, norm=norm)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[jax.Array]:
         variables = init_model(model, trial)
@@ -177,12 +186,13 @@ def compare(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    digits = load_digits(setting.chosen)
+    digits = load_parts(setting)
     rows = draw(setting.chosen, digits.train.y, 60 if setting.quick else 300)
     chosen = {}
     rates = RATES[1:4] if setting.quick else RATES
     for arm in COMPARED:
-        chosen[arm] = train_arm(Trial(setting.chosen, digits, rows), ARMS[arm], rates)
+        trials = Trial(setting.chosen, digits, rows)
+        chosen[arm] = train_arm(trials, ARMS[arm], setting.num_classes, rates)
         setting.advance(1 / len(COMPARED))
     names = [str(batches) for batches in SETTINGS]
     tests = {
@@ -288,4 +298,5 @@ EXPERIMENT = Experiment(
         "Renorm does not restore what large batches reach: with two examples or one class it stays "
         "some 20 points below them, and below group norm."
     ),
+    data=Needs(classes=6, per_class=LARGEST),
 )

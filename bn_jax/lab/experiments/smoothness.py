@@ -10,6 +10,7 @@ import numpy as np
 
 from bn_jax._core.types import Params
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import WITH_AND_WITHOUT, ScannedMLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import mean_interval, ratio_interval
@@ -170,7 +171,7 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chos
     Returns:
         The measurements at the best rate of each seed, [seeds, ...].
     """
-    model = ScannedMLP(DEPTH, WIDTH, norm=norm)
+    model = ScannedMLP(DEPTH, WIDTH, setting.num_classes, norm)
 
     def run(rate: jax.Array, trial: Trial) -> Outcome[Measured]:
         follow = Follow(model, rate, jax.random.key(trial.seed), trial.digits.train)
@@ -184,7 +185,7 @@ def measure(setting: Setting, norm: Norm | None, steps: int, every: int) -> Chos
         outcome = accuracies(model, trained, trial.digits)
         return Outcome(outcome.validation, Measured(outcome.measured, shift, smooth))
 
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    trials = draw_trials(setting, steps, BATCH_SIZE)
     return sweep_rates(run, RATES, trials).best_for_each_seed()
 
 
@@ -486,4 +487,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="The formula, and that the gradient changes several times less.",
     hard="Covariate shift differs much between seeds; noise costs more here than batch norm gains.",
+    data=Needs(trained=BATCH_SIZE),
 )

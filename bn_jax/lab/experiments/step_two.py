@@ -23,6 +23,7 @@ from bn_jax.lab.experiments.expressive_power import (
     target,
 )
 from bn_jax.lab.experiments.figures import PERCENT, points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, NO_EPSILON, Position
 from bn_jax.lab.experiments.parallel import map_runs
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
@@ -251,9 +252,8 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
         def of_arm(place: jax.Array) -> Outcome[dict[str, jax.Array]]:
             # The activation is chosen by data, so that both are one program.
             activation, step_two = place
-            model = MLP(
-                WIDTHS, norm=norm, activation=partial(_activate, activation), position=position
-            )
+            activate = partial(_activate, activation)
+            model = MLP(WIDTHS, setting.num_classes, norm, activate, position)
             optimizer = optax.sgd(rate)
             if norm is not None:
                 optimizer = optax.chain(optimizer, norms_if(step_two))
@@ -270,7 +270,7 @@ def train_net(setting: Setting, net: str, steps: int) -> dict[str, dict[str, Cho
         outcomes = map_runs(of_arm, np.indices(shape, np.int32).reshape(2, -1).T)
         return jax.tree.map(lambda leaf: leaf.reshape(shape), outcomes)
 
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    trials = draw_trials(setting, steps, BATCH_SIZE)
     chosen = sweep_rates(run, RATES, trials).best_for_each_seed()
     return {
         activation: {arm: take(chosen, slice(None), row, column) for column, arm in enumerate(arms)}
@@ -549,4 +549,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="The algebra, and the function of one input that only step two can fit.",
     hard="Saturation is a matter of rates and depth: the shares are those of one small network.",
+    data=Needs(trained=BATCH_SIZE),
 )

@@ -13,25 +13,46 @@ import numpy.typing as npt
 import optax
 
 from bn_jax.lab import data
+from bn_jax.lab.experiments.labelled import Labelled, Split, digits
 from bn_jax.lab.experiments.parallel import run_each
+from bn_jax.lab.experiments.verdicts import Setting
 
 Observe = Callable[[Any], Any]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
 class Part(NamedTuple):
-    """Examples: standardized pixels [..., n, 64] float32 and labels [..., n] int32."""
+    """Examples: standardized pixels [..., n, features] float32 and labels [..., n] int32."""
 
     x: Any
     y: Any
 
 
 class Digits(NamedTuple):
-    """Handwritten digits, split differently for every seed: each part [seeds, n, 64]."""
+    """The digits, or a user's data, split differently for every seed: parts [seeds, n, ...]."""
 
     train: Part
     validation: Part
     test: Part
+
+    @property
+    def split(self) -> Split:
+        """The sizes of the training part and of the test part."""
+        return Split(self.train.y.shape[-1], self.test.y.shape[-1])
+
+    def few(self, number: int, tests_rest: bool = False) -> "Digits":
+        """Returns the first examples of the training part.
+
+        Args:
+            number: how many.
+            tests_rest: whether the others are added to the test part; else they are left out.
+        """
+        first = Part(self.train.x[..., :number, :], self.train.y[..., :number])
+        test = self.test
+        if tests_rest:
+            rest = Part(self.train.x[..., number:, :], self.train.y[..., number:])
+            test = Part(np.concatenate([test.x, rest.x], -2), np.concatenate([test.y, rest.y], -1))
+        return self._replace(train=first, test=test)
 
 
 class Trial(NamedTuple):
@@ -46,6 +67,11 @@ class Trial(NamedTuple):
     seed: Any
     digits: Digits
     batches: Any
+
+    @property
+    def split(self) -> Split:
+        """How many examples it trains on and is tested on, which its record says."""
+        return self.digits.split
 
 
 class State(NamedTuple):
@@ -83,8 +109,29 @@ def load_digits(seeds: npt.NDArray[np.int32]) -> Digits:
     Returns:
         1259 training, 179 validation and 359 test examples, the images as rows of 64 pixels.
     """
-    dataset = data.load_digits()
-    splits = [data.split(dataset, int(seed)) for seed in seeds]
+    return split_each(digits(), seeds)
+
+
+def load_parts(setting: Setting) -> Digits:
+    """Loads the data of a setting, split and standardized as `load_digits` does.
+
+    Args:
+        setting: the seeds of the splits, and the data.
+
+    Returns:
+        70 % training, 10 % validation and 20 % test examples, the images as rows of pixels.
+    """
+    return split_each(setting.labelled, setting.chosen)
+
+
+def split_each(labelled: Labelled, seeds: npt.NDArray[np.int32]) -> Digits:
+    """Splits and standardizes data for each seed.
+
+    Args:
+        labelled: the data.
+        seeds: [seeds].
+    """
+    splits = [data.split(labelled.dataset, int(seed)) for seed in seeds]
 
     def stacked(name: str) -> Part:
         parts = [
@@ -124,19 +171,31 @@ def draw_batches(
     return np.stack([of_seed(int(seed)) for seed in seeds]).astype(np.int32)
 
 
-def draw_trials(seeds: npt.NDArray[np.int32], steps: int, batch_size: int) -> Trial:
-    """Loads the digits and draws the batches of every seed.
+def draw_trials(setting: Setting, steps: int, batch_size: int) -> Trial:
+    """Loads the data and draws the batches of every seed.
 
     Args:
-        seeds: [seeds].
+        setting: the seeds, and the data.
         steps: the number of steps of each training.
         batch_size: the number of examples in each step.
 
     Returns:
         The trials, with a leading axis [seeds].
     """
-    digits = load_digits(seeds)
-    return Trial(seeds, digits, draw_batches(seeds, digits.train.y.shape[1], steps, batch_size))
+    return with_batches(setting, load_parts(setting), steps, batch_size)
+
+
+def with_batches(setting: Setting, digits: Digits, steps: int, batch_size: int) -> Trial:
+    """Draws the batches of every seed from the training part.
+
+    Args:
+        setting: the seeds.
+        digits: the parts of every seed.
+        steps: the number of steps of each training.
+        batch_size: the number of examples in each step.
+    """
+    seeds = setting.chosen
+    return Trial(seeds, digits, draw_batches(seeds, digits.split.trained, steps, batch_size))
 
 
 def take(tree: Any, *place: Any) -> Any:

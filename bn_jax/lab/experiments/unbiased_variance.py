@@ -12,6 +12,7 @@ import optax
 from bn_jax._core.batch_norm import batch_norm
 from bn_jax._core.running import init_batch_stats
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import MLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
@@ -136,7 +137,8 @@ def train_each(setting: Setting) -> dict[int, Chosen[Tested]]:
     Returns:
         By batch size, the tests at the rate that is best for all seeds.
     """
-    model = MLP(WIDTHS, norm=partial(BatchNorm, momentum=MOMENTUM))
+    norm = partial(BatchNorm, momentum=MOMENTUM)
+    model = MLP(WIDTHS, setting.num_classes, norm=norm)
 
     def run(size: int, rate: jax.Array, trial: Trial) -> Outcome[Tested]:
         trained = train_trial(model, optax.sgd(rate), trial)
@@ -158,7 +160,7 @@ def train_each(setting: Setting) -> dict[int, Chosen[Tested]]:
     examples = 1200 if setting.quick else 9600
     chosen = {}
     for size in SMALL:
-        trials = draw_trials(setting.chosen, examples // size, size)
+        trials = draw_trials(setting, examples // size, size)
         chosen[size] = sweep_rates(partial(run, size), RATES, trials).best_for_all_seeds()
         setting.advance(0.8 / len(SMALL))
     return chosen
@@ -298,4 +300,5 @@ EXPERIMENT = Experiment(
         "with it, for the scale of all activations hardly changes an answer, and those of 2 and 4 "
         "have a higher test loss."
     ),
+    data=Needs(trained=SMALL[-1]),
 )

@@ -12,6 +12,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.sweeps import (
@@ -143,7 +144,7 @@ def train_net(setting: Setting, optimizer: str) -> Chosen[Undoing]:
         layers].
     """
     make_optimizer, rates = OPTIMIZERS[optimizer]
-    model = MLP(WIDTHS, norm=BATCH_NORM)
+    model = MLP(WIDTHS, setting.num_classes, norm=BATCH_NORM)
 
     def observe(part: Part, variables: Any) -> Undoing:
         _, sown = model.apply(
@@ -175,7 +176,7 @@ def train_net(setting: Setting, optimizer: str) -> Chosen[Undoing]:
         )
         return Outcome(accuracies(model, trained.variables, digits).validation, trained.observed)
 
-    trials = draw_trials(setting.chosen, 60 if setting.quick else 400, BATCH_SIZE)
+    trials = draw_trials(setting, 60 if setting.quick else 400, BATCH_SIZE)
     return sweep_rates(run, rates[::2] if setting.quick else rates, trials).best_for_each_seed()
 
 
@@ -299,4 +300,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="That they can: it is a least squares problem in two numbers for each feature.",
     hard="To see them try: in a classifier, the distance from the identity hardly shrinks.",
+    data=Needs(trained=BATCH_SIZE),
 )

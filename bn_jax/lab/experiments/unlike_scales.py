@@ -10,11 +10,19 @@ import numpy.typing as npt
 import optax
 
 from bn_jax.lab.experiments.figures import PERCENT, band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.not_gaussian import used_pixels
 from bn_jax.lab.experiments.selection import Chosen, RateSweep, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import relative_error
-from bn_jax.lab.experiments.sweeps import Digits, Part, Trial, draw_trials, train_trial
+from bn_jax.lab.experiments.sweeps import (
+    Digits,
+    Part,
+    Trial,
+    draw_trials,
+    load_parts,
+    train_trial,
+)
 from bn_jax.lab.experiments.verdicts import (
     Above,
     Below,
@@ -48,16 +56,18 @@ class Net(nn.Module):
     Attributes:
         inputs: the norm of the inputs.
         hidden: the norm of the hidden layer.
+        num_classes: the number of logits.
     """
 
     inputs: Norm | None = None
     hidden: Norm | None = None
+    num_classes: int = 10
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Computes the logits [n, 10] of [n, features]."""
+        """Computes the logits [n, num_classes] of [n, features]."""
         x = apply_norm(self.inputs, x, train, None, None, "of_inputs")
-        return MLP((WIDTH,), norm=self.hidden, name="mlp")(x, train)
+        return MLP((WIDTH,), self.num_classes, self.hidden, name="mlp")(x, train)
 
 
 NETS: Mapping[str, Net] = dict(
@@ -94,16 +104,17 @@ def train_arm(setting: Setting, arm: str, powers: tuple[int, ...]) -> dict[int, 
     Returns:
         By power, the test accuracies at the best rate of each seed, in percent, [seeds].
     """
-    trials = draw_trials(setting.chosen, 40 if setting.quick else 200, BATCH_SIZE)
+    trials = draw_trials(setting, 40 if setting.quick else 200, BATCH_SIZE)
     trials = trials._replace(digits=choose_features(trials.digits))
     rates = RATES[::2] if setting.quick else RATES
+    model = NETS[arm].clone(num_classes=setting.num_classes)
 
     def run(place: jax.Array, trial: Trial, exponents: jax.Array) -> Any:
         rate, power = place
         scaled = (Part(rescale(part.x, exponents, power), part.y) for part in trial.digits)
         trial = trial._replace(digits=Digits(*scaled))
-        trained = train_trial(NETS[arm], optax.sgd(rate), trial)
-        return accuracies(NETS[arm], trained, trial.digits)
+        trained = train_trial(model, optax.sgd(rate), trial)
+        return accuracies(model, trained, trial.digits)
 
     places = np.array([(rate, power) for power in powers for rate in rates])
     swept = sweep_rates(run, places, trials, draw_exponents(setting.chosen))
@@ -145,7 +156,7 @@ def conditioning(setting: Setting, powers: tuple[int, ...]) -> dict[str, dict[in
         Condition numbers by place, "inputs" or "hidden layer", with or without a norm, and by
         power, [seeds].
     """
-    digits = choose_features(draw_trials(setting.chosen, 1, BATCH_SIZE).digits)
+    digits = choose_features(load_parts(setting))
     exponents = draw_exponents(setting.chosen)
     found: dict[str, dict[int, Any]] = {
         name: {power: np.empty(setting.seeds) for power in powers}
@@ -179,7 +190,7 @@ def _normalize(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def invariance(setting: Setting) -> Any:
     """Compares a norm of scaled inputs with a norm of the inputs, in float64, [seeds]."""
     with jax.enable_x64(True):
-        digits = choose_features(draw_trials(setting.chosen, 1, BATCH_SIZE).digits)
+        digits = choose_features(load_parts(setting))
         x = digits.train.x.astype(np.float64)
 
         def error(x: jax.Array, exponents: jax.Array) -> jax.Array:
@@ -349,4 +360,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="A norm of the inputs: it removes their scales exactly, down to its epsilon.",
     hard="The usual place of the norm, after the first layer, does not see the inputs' scales.",
+    data=Needs(trained=BATCH_SIZE, features=FEATURES),
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from bn_jax.lab.experiments.labelled import Labelled, Needs, Split, digits
 from bn_jax.lab.experiments.statistics import (
     CONFIDENCE,
     EQUIVALENCE_CONFIDENCE,
@@ -148,6 +149,8 @@ class SubClaim(NamedTuple):
             mean counts.
         is_resplit: whether the seeds are random splits of one data set, so that the interval is
             about this data set, and a wider one is reported for others.
+        is_of_digits: whether the bound is a figure about ten classes, which says nothing about
+            other data.
     """
 
     key: str
@@ -159,6 +162,7 @@ class SubClaim(NamedTuple):
     reason: str = ""
     scale: Scale = "difference"
     is_resplit: bool = False
+    is_of_digits: bool = False
 
 
 class Judged(NamedTuple):
@@ -300,6 +304,8 @@ class Result(NamedTuple):
         series: the values of single arms.
         reported: figures without a bound.
         rates: the learning rates that were chosen on the validation part, by arm.
+        splits: by the key of a sub-claim over random splits, how many examples its trials have,
+            `Trial.split`; left out where they have all of the training and of the test part.
     """
 
     values: Mapping[str, Any]
@@ -307,6 +313,7 @@ class Result(NamedTuple):
     series: Sequence[Series] = ()
     reported: Mapping[str, Interval] = {}
     rates: Mapping[str, ChosenRate] = {}
+    splits: Mapping[str, Split] = {}
 
 
 class Finding(NamedTuple):
@@ -398,17 +405,33 @@ class Setting(NamedTuple):
         first_seed: the first seed of these runs; other seeds give an independent repetition.
         quick: whether to make fewer and smaller runs.
         advance: called with the share of the experiment that was finished since the last call.
+        data: the data in the place of the digits; None: the digits.
     """
 
     seeds: int = 16
     first_seed: int = 0
     quick: bool = False
     advance: Callable[[float], object] = ignore_progress
+    data: Labelled | None = None
 
     @property
     def chosen(self) -> npt.NDArray[np.int32]:
         """The seeds, [seeds]."""
         return np.arange(self.first_seed, self.first_seed + self.seeds, dtype=np.int32)
+
+    @property
+    def labelled(self) -> Labelled:
+        """The data: the user's, or the digits."""
+        return digits() if self.data is None else self.data
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the data."""
+        return self.labelled.num_classes
+
+    def level(self, accuracy: float) -> float:
+        """Returns what an accuracy on the digits is on these data, see `Labelled.level`."""
+        return accuracy if self.data is None else self.data.level(accuracy)
 
 
 class Experiment(NamedTuple):
@@ -426,6 +449,8 @@ class Experiment(NamedTuple):
         draw: draws the curves of a result, as read from JSON.
         easy: what of the claim was easy to reproduce.
         hard: what was not.
+        data: what `run` needs of the data of the setting, which it trains on; None: it uses none,
+            or nothing but the digits.
     """
 
     number: int
@@ -439,7 +464,30 @@ class Experiment(NamedTuple):
     draw: Callable[["Figure", Mapping[str, Any]], None]
     easy: str = ""
     hard: str = ""
+    data: Needs | None = None
+
+    def on(self, labelled: Labelled | None) -> "Experiment":
+        """Returns the claim as it is tested on other data than the digits.
+
+        The protocol names them. Bounds that are figures about ten classes are left out.
+
+        Args:
+            labelled: the data; None: the digits.
+        """
+        if labelled is None:
+            return self
+        return self._replace(
+            sub_claims=tuple(map(_without_bound_of_digits, self.sub_claims)),
+            protocol=f"on {labelled} in the place of the digits: {self.protocol}",
+        )
 
     def find(self, result: Result) -> list[Finding]:
         """Judges each sub-claim by a result."""
         return [find(one, result.values.get(one.key)) for one in self.sub_claims]
+
+
+def _without_bound_of_digits(one: SubClaim) -> SubClaim:
+    if not one.is_of_digits:
+        return one
+    reason = f"the bound, {one.bound}, is about the ten classes of the digits"
+    return one._replace(bound=NotTestable(reason), reason=reason)

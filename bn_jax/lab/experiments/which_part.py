@@ -11,6 +11,7 @@ import optax
 
 from bn_jax._paths import format_path
 from bn_jax.lab.experiments.figures import PERCENT, band, points
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import ScannedMLP
 from bn_jax.lab.experiments.selection import RateSweep, choose, largest_rate
 from bn_jax.lab.experiments.sweeps import (
@@ -123,13 +124,13 @@ class PartialNorm(nn.Module):
         return normalize(x, self.part, *moments) * scale[None] + bias[None]
 
 
-def make_model(part: Part) -> ScannedMLP:
+def make_model(part: Part, num_classes: int) -> ScannedMLP:
     """Returns a deep network with a part of a norm in every layer."""
 
     def make_norm(**attributes: Any) -> PartialNorm:
         return PartialNorm(part, **attributes)
 
-    return ScannedMLP(DEPTH, WIDTH, norm=make_norm)
+    return ScannedMLP(DEPTH, WIDTH, num_classes, make_norm)
 
 
 def _scale_if(trained: Any) -> optax.GradientTransformation:
@@ -163,12 +164,12 @@ def train_parts(setting: Setting) -> dict[str, RateSweep[Measured]]:
         By the names of `PARTS`.
     """
     rates = RATES[::2] if setting.quick else RATES
-    trials = draw_trials(setting.chosen, 50 if setting.quick else 200, BATCH_SIZE)
+    trials = draw_trials(setting, 50 if setting.quick else 200, BATCH_SIZE)
 
     def run(place: jax.Array, trial: Trial) -> Measured:
         rate, *flags = place
         part = Part(*(flag > 0 for flag in flags))
-        model, digits = make_model(part), trial.digits
+        model, digits = make_model(part, setting.num_classes), trial.digits
         trained = train(
             model,
             optax.chain(optax.sgd(rate), _scale_if(part.scale)),
@@ -190,9 +191,9 @@ def train_parts(setting: Setting) -> dict[str, RateSweep[Measured]]:
     }
 
 
-def largest_stable(swept: RateSweep[Any]) -> Any:
+def largest_stable(swept: RateSweep[Any], stable: float = STABLE) -> Any:
     """Returns the largest rate that is stable, [seeds]; not-a-number where none is."""
-    return largest_rate(swept.rates, swept.validation >= STABLE)
+    return largest_rate(swept.rates, swept.validation >= stable)
 
 
 def steps_to_goal(validation: Any) -> Any:
@@ -269,7 +270,8 @@ def run(setting: Setting) -> Result:
     errors = bias_below(setting)
     swept = train_parts(setting)
     setting.advance(1.0)
-    largest = {name: largest_stable(of_part) for name, of_part in swept.items()}
+    level = setting.level(STABLE)
+    largest = {name: largest_stable(of_part, level) for name, of_part in swept.items()}
     fewest = {name: fewest_steps(of_part) for name, of_part in swept.items()}
     none, whole = largest["no norm"], largest["batch norm"]
     # Below every rate of the grid is below the whole norm's, so that the smallest can stand for it.
@@ -426,4 +428,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="What gradients do below a mean that is a constant to them: it is algebra.",
     hard="What scale and bias alone do: their equivalence needs a fine grid of rates.",
+    data=Needs(trained=BATCH_SIZE),
 )

@@ -11,6 +11,7 @@ import optax
 
 import bn_jax as bn
 from bn_jax.lab.experiments.figures import band
+from bn_jax.lab.experiments.labelled import Needs
 from bn_jax.lab.experiments.nets import BATCH_NORM, MLP, normalize_batch
 from bn_jax.lab.experiments.selection import Chosen, Outcome, accuracies, sweep_rates
 from bn_jax.lab.experiments.statistics import mean_interval
@@ -18,7 +19,7 @@ from bn_jax.lab.experiments.sweeps import (
     Trial,
     cross_entropy,
     draw_trials,
-    load_digits,
+    load_parts,
     train_trial,
 )
 from bn_jax.lab.experiments.verdicts import (
@@ -182,10 +183,10 @@ def train_each(setting: Setting, steps: int) -> dict[str, Chosen[dict[str, Any]]
         For each norm, at the rate that is best for all seeds: the training "loss", and the
         "accuracy" on the test part, [seeds].
     """
-    trials = draw_trials(setting.chosen, steps, BATCH_SIZE)
+    trials = draw_trials(setting, steps, BATCH_SIZE)
     chosen = {}
     for arm, norm in NORMS.items():
-        model = MLP((WIDTH,), norm=norm)
+        model = MLP((WIDTH,), setting.num_classes, norm)
 
         def run(rate: jax.Array, trial: Trial, model: MLP = model) -> Outcome[dict[str, jax.Array]]:
             variables = train_trial(model, optax.sgd(rate), trial)
@@ -202,7 +203,7 @@ def train_each(setting: Setting, steps: int) -> dict[str, Chosen[dict[str, Any]]
 
 def run(setting: Setting) -> Result:
     """Makes all runs of this claim."""
-    digits = load_digits(setting.chosen)
+    digits = load_parts(setting)
     x = jnp.asarray(np.stack([choose_features(images) for images in digits.train.x]))
     counts = np.arange(1, ITERATIONS + 1)
     by_count = jax.vmap(lambda x: jnp.stack([coupled(x, n) for n in counts.tolist()]), out_axes=1)
@@ -311,4 +312,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     easy="That the iteration converges, if it is the coupled one.",
     hard="Five iterations leave the smallest eigenvalues of real pixels far from 1.",
+    data=Needs(trained=BATCH_SIZE, features=FEATURES),
 )
