@@ -64,7 +64,7 @@ notebooks-refresh: $(READY)
 # cell that fails, a broken link, or a public name without an entry or a docstring is an error.
 # The examples of docstrings run in `test`.
 docs: $(VENV)/ready-docs
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
+	JAX_PLATFORMS=cpu XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
 
 # The built documentation in headless Chromium, which comes from the system: search, links, errors,
 # narrow screens, copying, dark mode. Pictures of some pages go to build/docs/screenshots.
