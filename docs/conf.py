@@ -7,6 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
 
+import library  # noqa: E402
 import public_names  # noqa: E402
 
 project = "bn_jax"
@@ -42,7 +43,7 @@ nitpick_ignore = [("py:class", "bn_jax.lab.records.Started")]
 
 # Pages with code cells are executed while the site is built; a cell that fails, fails the build.
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE.parent / "build/docs/cache")
+nb_execution_cache_path = str(HERE.parent / "build/docs/cache" / library.digest())
 nb_execution_raise_on_error = True
 nb_execution_timeout = 180
 nb_merge_streams = True
