@@ -15,6 +15,7 @@ from bn_jax._core.checks import (
     examples_of_a_group,
     warn_of_single_value,
 )
+from bn_jax._core.domains import Domains
 from bn_jax._core.moments import choose_method
 from bn_jax._core.types import Options
 
@@ -100,20 +101,30 @@ class Examples(NamedTuple):
         x: the input; where there are groups, with the batch axis split into two.
         mask: None, or of the rank of `x`.
         feature_shape: the shape in which per-feature arrays broadcast to `x`.
+        domains: the domains of the examples, where there are any.
     """
 
     x: jax.Array
     mask: jax.Array | None
     feature_shape: tuple[int, ...]
+    domains: Domains | None = None
+
+    @property
+    def domains_of_moments(self) -> Domains | None:
+        """The domains that have moments of their own."""
+        return None if self.domains is None else self.domains.of_moments()
 
 
 def arrange(layout: Layout, inputs: Inputs) -> Examples:
     x, mask, shape, axis = inputs.x, inputs.mask, feature_shape_of(inputs), layout.group_axis
+    domains = inputs.domains
     if axis is None:
-        return Examples(x, mask, shape)
+        return Examples(x, mask, shape, domains)
     split = partial(split_axis, axis, layout.group_size, number=layout.number)
     in_groups = (*shape[:axis], 1, *shape[axis:])
-    return Examples(split(x), None if mask is None else split(mask), in_groups)
+    if domains is not None:
+        domains = domains.split(axis, layout.group_size, layout.number)
+    return Examples(split(x), None if mask is None else split(mask), in_groups, domains)
 
 
 def _reduced_axes(inputs: Inputs) -> tuple[int, ...]:

@@ -73,6 +73,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
+from bn_jax._core.domains import Domains, collect, spread
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
@@ -200,7 +201,11 @@ def choose_method(dtype: DTypeLike, use_fast_variance: bool, *, lie_apart: bool 
 
 @partial(jax.jit, static_argnums=0)
 def centred_moments(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes moments; every array keeps the rank of `x`.
 
@@ -219,6 +224,8 @@ def centred_moments(
         mask: None, boolean or weights, of the rank of `x`.
         shift: of the rank of `x`, in the dtype of the mean, the same on every device of
             `axis_name` (only type-checked `shard_map` can tell, and then it is made so).
+        domains: the domains of the examples, each with its own moments; `shift` and what is
+            returned are tables then.
 
     Returns:
         `CentredMoments`; where nothing entered, the mean is `shift` and `var` is 0.
@@ -226,50 +233,63 @@ def centred_moments(
     # Compiled as one function, so that an eager call does not compile the guard's branches again,
     # and norms of one shape are traced, differentiated and lowered once.
     if reduction.is_mapped:
-        return measure(reduction, x, mask, shift)
-    return moments_rule(reduction, x, mask, shift)
+        return measure(reduction, x, mask, shift, domains)
+    return moments_rule(reduction, x, mask, shift, domains)
 
 
 def measure(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes `centred_moments` without the rule for their derivative."""
     shift = make_common(reduction, shift)
     if reduction.method == "mean_square":
         return _measure_mean_square(reduction, x, mask, shift)
     if reduction.method == "twice" or reduction.is_mapped:
-        return _measure_twice(reduction, x, mask, shift)
-    start = None if reduction.method == "once" else shift
-    sums = local_sums(reduction, shift.dtype, x, mask, start)
-    count, total, square = counted(reduction, x, mask, sums)
-    divisor = divisor_of(reduction, x, mask, count)
+        return _measure_twice(reduction, x, mask, shift, domains)
+    start = None if reduction.method == "once" else spread(domains, shift)
+    sums = local_sums(reduction, shift.dtype, x, mask, start, domains)
+    count, total, square = counted(reduction, x, mask, sums, domains)
+    divisor = divisor_of(reduction, x, mask, count, domains)
     delta, mean_square = divide(total, divisor), divide(square, divisor)
     var = jnp.maximum(mean_square - absolute_square(delta), 0)
     if reduction.method == "once":
-        return CentredMoments(count, where_counted(mask, x, count, delta, shift), None, var)
+        centre_of_all = where_counted(mask, x, count, delta, shift, domains)
+        return CentredMoments(count, centre_of_all, None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device
     # takes the same branch.
     refine = any_group(reduction, lax.reduce_or(cancels(delta, var), tuple(range(x.ndim))))
 
-    def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
+    def keep(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array, domains: Domains | None
+    ) -> Sums:
         return shift, delta, var
 
-    def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        again = _measure_twice(reduction, x, mask, shift, count)
+    def measure_again(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array, domains: Domains | None
+    ) -> Sums:
+        again = _measure_twice(reduction, x, mask, shift, domains, count)
         return again.shift, cast(jax.Array, again.delta), again.var
 
     # What the branches return must have one shape, and lie on the devices in one way.
     shift = place_like(delta, vary_over(varying_axes(delta), shift))
     # x goes in as it came: a float32 copy of a float16 x would be materialised as an operand.
-    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
+    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift, domains))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def moments_rule(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes `centred_moments` with the rule for their derivative."""
-    return measure(reduction, x, mask, shift)
+    return measure(reduction, x, mask, shift, domains)
 
 
 def _measure_mean_square(
@@ -286,6 +306,7 @@ def _measure_twice(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array,
+    domains: Domains | None,
     count: jax.Array | None = None,
 ) -> CentredMoments:
     """Measures around the mean, and counts if that has not been done.
@@ -297,15 +318,15 @@ def _measure_twice(
     """
     values = weigh(keep_valid(x.astype(shift.dtype), mask), mask)
     if count is None:
-        count, total = counted(reduction, x, mask, (sum_over(reduction, values),))
+        count, total = counted(reduction, x, mask, (sum_over(reduction, values, domains),), domains)
     else:
-        (total,) = all_reduce(reduction, sum_over(reduction, values))
-    divisor = divisor_of(reduction, x, mask, count)
-    mean = where_counted(mask, x, count, divide(total, divisor), shift)
+        (total,) = all_reduce(reduction, sum_over(reduction, values, domains))
+    divisor = divisor_of(reduction, x, mask, count, domains)
+    mean = where_counted(mask, x, count, divide(total, divisor), shift, domains)
     unit = _unit_of_squares(static_count(reduction, x.shape), mean)
-    deviation = keep_valid(centre(x, mean, None), mask)
-    squares = absolute_square(deviation * unit.astype(deviation.dtype))
-    sums = sum_over(reduction, weigh(deviation, mask)), sum_over(reduction, weigh(squares, mask))
+    deviation = keep_valid(centre(x, spread(domains, mean), None), mask)
+    squares = absolute_square(deviation * spread(domains, unit).astype(deviation.dtype))
+    sums = [sum_over(reduction, weigh(part, mask), domains) for part in (deviation, squares)]
     total, square = all_reduce(reduction, *sums)
     delta = divide(total, divisor)
     delta_square = absolute_square(delta * unit.astype(delta.dtype))
@@ -329,9 +350,11 @@ def _unit_of_squares(number: Any, mean: jax.Array) -> jax.Array:
     return jnp.where(size > LARGE_MEAN, jnp.full_like(size, 1 / LARGE_MEAN), usual)
 
 
-def name_moments(measured: CentredMoments, mask: jax.Array | None) -> CentredMoments:
+def name_moments(
+    measured: CentredMoments, mask: jax.Array | None, domains: Domains | None = None
+) -> CentredMoments:
     """Names moments for policies of `jax.checkpoint`, but for a count that is known."""
-    if mask is not None:
+    if mask is not None or domains is not None:
         return named(MOMENTS_NAME, measured)
     centre = named(MOMENTS_NAME, (measured.shift, measured.delta, measured.var))
     return CentredMoments(measured.count, *centre)
@@ -341,23 +364,25 @@ def name_moments(measured: CentredMoments, mask: jax.Array | None) -> CentredMom
 def _moments_rule_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
-    x, mask, shift = primals
+    x, mask, shift, domains = primals
     dx, d_mask = map(unless_zero, tangents[:2])
-    measured = name_moments(moments_rule(reduction, x, mask, shift), mask)
+    measured = name_moments(moments_rule(reduction, x, mask, shift, domains), mask, domains)
 
     def differentiate(
         x: jax.Array,
         mask: jax.Array | None,
+        domains: Domains | None,
         measured: CentredMoments,
         dx: jax.Array | None,
         d_mask: jax.Array | None,
     ) -> MomentChanges:
-        deviation = centre(x, measured.shift, measured.delta)
-        return moment_changes(reduction, deviation, mask, measured, dx, d_mask)
+        deviation = centre_by(domains, x, measured.shift, measured.delta)
+        return moment_changes(reduction, deviation, mask, measured, dx, d_mask, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
-    return measured, differentiate(x, mask, measured, dx, d_mask).of(measured)
+    changes = differentiate(x, mask, domains, measured, dx, d_mask)
+    return measured, changes.of(measured)
 
 
 def unless_zero(tangent: Any) -> jax.Array | None:
@@ -392,6 +417,7 @@ def moment_changes(
     measured: CentredMoments,
     dx: jax.Array | None,
     d_mask: jax.Array | None,
+    domains: Domains | None = None,
 ) -> MomentChanges:
     """Differentiates the moments by what they are, not by how they were computed.
 
@@ -406,6 +432,7 @@ def moment_changes(
         measured: the moments.
         dx: the change of x, or None.
         d_mask: the change of the weights, or None.
+        domains: as in `centred_moments`.
 
     Returns:
         The changes.
@@ -418,18 +445,18 @@ def moment_changes(
     else:
         of_mean = weigh(keep_valid(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
-    sums = [sum_over(reduction, of_mean), sum_over(reduction, of_var)]
+    sums = [sum_over(reduction, of_mean, domains), sum_over(reduction, of_var, domains)]
     if mask is not None and d_mask is not None:
         d_weight = keep_valid(d_mask.astype(of_var.dtype), mask)
-        of_weights = 0.5 * (absolute_square(deviation) - measured.var)
-        sums[0] += sum_over(reduction, d_weight.astype(deviation.dtype) * deviation)
-        sums[1] += sum_over(reduction, d_weight * of_weights)
-        sums.append(local_count(reduction, d_weight, deviation.shape))
+        of_weights = 0.5 * (absolute_square(deviation) - spread(domains, measured.var))
+        sums[0] += sum_over(reduction, d_weight.astype(deviation.dtype) * deviation, domains)
+        sums[1] += sum_over(reduction, d_weight * of_weights, domains)
+        sums.append(local_count(reduction, d_weight, deviation.shape, domains))
     # 2. All devices' sums, in one collective.
     totals = all_reduce(reduction, *sums)
     # 3. Divided by the count, which is a constant but for the weights. How the count changes the
     # two means is in the sums already: they were taken of deviations.
-    divisor = divisor_of(reduction, deviation, mask, measured.count)
+    divisor = divisor_of(reduction, deviation, mask, measured.count, domains)
     return MomentChanges(
         mean=None if reduction.method == "mean_square" else divide(totals[0], divisor),
         half_var=divide(totals[1], divisor),
@@ -458,6 +485,13 @@ def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array
     return deviation if delta is None else deviation - delta
 
 
+def centre_by(
+    domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
+) -> jax.Array:
+    """Returns ``x - (shift + delta)``, where there are domains by the rows of tables."""
+    return centre(x, spread(domains, shift), None if delta is None else spread(domains, delta))
+
+
 def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Returns ``x - shift`` in a way that XLA does not recognize as the same.
 
@@ -478,13 +512,21 @@ def absolute_square(values: jax.Array) -> jax.Array:
 
 
 def counted(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    sums: Sums,
+    domains: Domains | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the count and the sums over all devices."""
-    if mask is None:
-        return count_of(reduction, x), *all_reduce(reduction, *sums)
     dtype = statistics_dtype(sums[0].dtype)
-    return all_reduce(reduction, local_count(reduction, mask.astype(dtype), x.shape), *sums)
+    if mask is not None:
+        count = local_count(reduction, mask.astype(dtype), x.shape, domains)
+    elif domains is not None:
+        count = local_count(reduction, jnp.ones((1,) * x.ndim, dtype), x.shape, domains)
+    else:
+        return count_of(reduction, x), *all_reduce(reduction, *sums)
+    return all_reduce(reduction, count, *sums)
 
 
 def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
@@ -496,11 +538,15 @@ def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
 
 
 def divisor_of(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    count: jax.Array,
+    domains: Domains | None = None,
 ) -> jax.Array | float:
     """Returns the count, or 1 where nothing entered; a Python number where it is static."""
     number = static_count(reduction, x.shape)
-    if mask is None and isinstance(number, int):
+    if mask is None and domains is None and isinstance(number, int):
         return float(max(1, number))
     return jnp.where(count > 0, count, 1)
 
@@ -515,6 +561,7 @@ def local_sums(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array | None,
+    domains: Domains | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums deviations from the shift, or from zero, and their squares."""
     if shift is None:
@@ -522,7 +569,7 @@ def local_sums(
     start = unshared(x) if x.dtype != dtype else x
     total = weigh(keep_valid(centre(start, shift, None), mask), mask)
     square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
-    return sum_over(reduction, total), sum_over(reduction, square)
+    return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
 def unshared(values: Values) -> Values:
@@ -539,16 +586,28 @@ def unshared(values: Values) -> Values:
     )
 
 
-def local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def local_count(
+    reduction: Reduction, mask: jax.Array, shape: tuple[int, ...], domains: Domains | None = None
+) -> jax.Array:
     """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
     sizes = as_numbers(shape, mask.dtype)
+    # Domains count their examples, also where the mask is the same for all.
+    unseen_axes = [
+        axis
+        for axis in reduction.axes
+        if mask.shape[axis] == 1 and (domains is None or axis != domains.axis)
+    ]
     # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
-    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
-    return sum_over(reduction, mask) * unseen
+    unseen = prod((sizes[axis] for axis in unseen_axes), start=1.0)
+    return sum_over(reduction, mask, domains) * unseen
 
 
-def sum_over(reduction: Reduction, values: jax.Array) -> jax.Array:
-    return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
+def sum_over(reduction: Reduction, values: jax.Array, domains: Domains | None = None) -> jax.Array:
+    """Sums over the reduced axes, which stay with size 1, or by domain, which gives a table."""
+    if domains is None:
+        return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
+    positions = tuple([axis for axis in reduction.axes if axis != domains.axis])
+    return collect(domains, lax.expand_dims(lax.reduce_sum(values, positions), positions))
 
 
 def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -562,13 +621,18 @@ def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return values * mask.astype(values.dtype)
 
 
-def may_be_empty(x: jax.Array, mask: jax.Array | None) -> bool:
+def may_be_empty(x: jax.Array, mask: jax.Array | None, domains: Domains | None = None) -> bool:
     """Tells whether there may be features to which nothing enters."""
-    return mask is not None or 0 in x.shape
+    return mask is not None or 0 in x.shape or domains is not None
 
 
 def where_counted(
-    mask: jax.Array | None, x: jax.Array, count: jax.Array, mean: jax.Array, otherwise: jax.Array
+    mask: jax.Array | None,
+    x: jax.Array,
+    count: jax.Array,
+    mean: jax.Array,
+    otherwise: jax.Array,
+    domains: Domains | None = None,
 ) -> jax.Array:
-    """Selects the mean where something entered, which only a mask or an empty array can prevent."""
-    return jnp.where(count > 0, mean, otherwise) if may_be_empty(x, mask) else mean
+    """Selects the mean where something entered; only masks, domains and no values prevent that."""
+    return jnp.where(count > 0, mean, otherwise) if may_be_empty(x, mask, domains) else mean

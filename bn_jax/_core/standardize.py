@@ -23,10 +23,12 @@ from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
+from bn_jax._core.domains import Domains, place, spread
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
     centre,
+    centre_by,
     measure,
     moment_changes,
     moments_rule,
@@ -39,7 +41,11 @@ from bn_jax._core.types import Activation, Transform
 
 @partial(jax.jit, static_argnums=0)
 def standardize(
-    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike,
+    x: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Computes ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``.
 
@@ -52,30 +58,38 @@ def standardize(
         mask: None, or boolean or weights of the rank of `x`: a value of `x` that is not finite
             sends no derivative to the parameters where the mask is zero.
         transform: the moments, scale and bias.
+        domains: the domains of the examples, where the transform holds tables.
 
     Returns:
         The array `y`, of the shape of `x`.
     """
-    return _standardize(dtype, x, mask, transform)
+    return _standardize(dtype, x, mask, transform, domains)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(
-    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike,
+    x: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
-    return _apply(dtype, x, transform)
+    return _apply(dtype, x, transform, domains)
 
 
-def _apply(dtype: DTypeLike, x: jax.Array, transform: Transform) -> jax.Array:
-    y = centre(x, transform.shift, transform.delta) * _multiplier(transform)
-    return (y if transform.bias is None else y + transform.bias).astype(dtype)
+def _apply(
+    dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
+) -> jax.Array:
+    deviation = centre_by(domains, x, transform.shift, transform.delta)
+    y = deviation * spread(domains, _multiplier(transform))
+    return (y if transform.bias is None else y + spread(domains, transform.bias)).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(
     dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    x, mask, transform = primals
+    x, mask, transform, domains = primals
     dx, (d_shift, d_delta, d_var, *d_learned) = (
         unless_zero(tangents[0]),
         map(unless_zero, tangents[2]),
@@ -87,16 +101,17 @@ def _standardize_jvp(
         x: jax.Array,
         mask: jax.Array | None,
         transform: Transform,
+        domains: Domains | None,
         dx: jax.Array | None,
         change: Change,
     ) -> jax.Array:
-        deviation = _deviation(*unshared((x, mask, transform.shift, transform.delta)))
-        return _change_of_y(dtype, deviation, transform, dx, change)
+        deviation = _deviation(domains, *unshared((x, mask, transform.shift, transform.delta)))
+        return _change_of_y(dtype, deviation, transform, dx, change, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
-    dy = differentiate(x, mask, transform, dx, change)
-    return standardize(dtype, x, mask, transform), dy
+    dy = differentiate(x, mask, transform, domains, dx, change)
+    return standardize(dtype, x, mask, transform, domains), dy
 
 
 class Change(NamedTuple):
@@ -189,6 +204,7 @@ def _change_of_y(
     transform: Transform,
     dx: jax.Array | None,
     change: Change,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Returns dy, by the formulas at the head of this file.
 
@@ -198,6 +214,7 @@ def _change_of_y(
         transform: the transform.
         dx: the change of x, or None.
         change: the changes of what the transform is made of.
+        domains: the domains of the examples, where the transform holds tables.
     """
     inverse_deviation = _inverse_deviation(transform)
     # 1. The relative change of rsqrt(var + epsilon).
@@ -205,7 +222,7 @@ def _change_of_y(
     if change.half_var is not None:
         relative = -change.half_var / transform.var_plus_epsilon
         relative = relative.astype(inverse_deviation.dtype)
-    if _has_large_multiplier(transform, deviation):
+    if domains is None and _has_large_multiplier(transform, deviation):
         return _change_in_turn(dtype, deviation, transform, dx, change, relative)
     # 2. The changes of the size of the features.
     multiplier = inverse_deviation
@@ -219,9 +236,9 @@ def _change_of_y(
     slope, offset = vary_together(deviation, slope, offset)
     # 3. They meet x.
     dy = _sum_of(
-        None if dx is None else multiplier * dx.astype(multiplier.dtype),
-        None if slope is None else deviation * slope,
-        offset,
+        None if dx is None else spread(domains, multiplier) * dx.astype(multiplier.dtype),
+        None if slope is None else deviation * spread(domains, slope),
+        None if offset is None else spread(domains, offset),
     )
     return _as_change(dtype, deviation, dy)
 
@@ -278,10 +295,14 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
 
 
 def _deviation(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array, delta: jax.Array | None
+    domains: Domains | None,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    delta: jax.Array | None,
 ) -> jax.Array:
     """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviation = centre(x, shift, delta)
+    deviation = centre_by(domains, x, shift, delta)
     if mask is None:
         return deviation
     return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
@@ -299,9 +320,12 @@ def _inverse_deviation(transform: Transform) -> jax.Array:
 def learned_by(inputs: Inputs | RowInputs, shape: tuple[int, ...]) -> Learned:
     """Returns scale and bias in `shape`, of the rank of x."""
     arrays = inputs.params.get("scale"), inputs.params.get("bias")
-    dtype = inputs.transform_dtype
+    dtype, axes = inputs.transform_dtype, inputs.feature_axes
     return Learned(
-        *(None if array is None else array.astype(dtype).reshape(shape) for array in arrays)
+        *(
+            None if array is None else place(inputs.domains, array.astype(dtype), axes, shape)
+            for array in arrays
+        )
     )
 
 
@@ -323,7 +347,11 @@ def make_transform(
 
 
 def normalize(
-    inputs: Inputs, examples: jax.Array, mask: jax.Array | None, transform: Transform
+    inputs: Inputs,
+    examples: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Standardizes, adds the residual and applies the activation.
 
@@ -332,19 +360,24 @@ def normalize(
         examples: its `x`, or that in groups of examples.
         mask: the mask of the examples, of their rank.
         transform: of the rank of the examples.
+        domains: the domains of the examples, where the transform holds tables.
 
     Returns:
         `y`, of the shape of `x`.
     """
 
     def compute(
-        examples: jax.Array, examples_mask: jax.Array | None, transform: Transform
+        examples: jax.Array,
+        examples_mask: jax.Array | None,
+        transform: Transform,
+        domains: Domains | None,
     ) -> jax.Array:
-        return complete(inputs, standardize(inputs.y_dtype, examples, examples_mask, transform))
+        y = standardize(inputs.y_dtype, examples, examples_mask, transform, domains)
+        return complete(inputs, y)
 
     if keeps_input_alone(inputs):
         compute = jax.checkpoint(compute, prevent_cse=False)
-    return compute(examples, mask, transform)
+    return compute(examples, mask, transform, domains)
 
 
 def keeps_input_alone(inputs: Inputs) -> bool:
