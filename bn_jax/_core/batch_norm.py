@@ -26,7 +26,7 @@ from bn_jax._core.checks import (
     check_count_kept,
     check_inputs,
 )
-from bn_jax._core.domains import place
+from bn_jax._core.domains import own_moments, place
 from bn_jax._core.layout import Examples, Layout, arrange, feature_shape_of, lay_out
 from bn_jax._core.merging import merge_centred
 from bn_jax._core.moments import (
@@ -454,9 +454,12 @@ def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, Cent
             _start(layout, inputs, examples),
             learned_by(inputs, examples.feature_shape),
             jnp.asarray(inputs.epsilon, inputs.var_dtype),
+            examples.domains,
+            _var_of_none(inputs, examples),
         )
-        count = count_of(layout.reduction, examples.x)
-        return complete(inputs, y), measured._replace(count=count)
+        if examples.domains_of_moments is None:
+            measured = measured._replace(count=count_of(layout.reduction, examples.x))
+        return complete(inputs, y), measured
     measured = _measure_examples(layout, inputs, examples)
     transform = _transform_by_batch(inputs, examples, measured)
     y = normalize(inputs, examples.x, examples.mask, transform, examples.domains)
@@ -466,8 +469,7 @@ def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, Cent
 def _is_plain(layout: Layout, inputs: Inputs) -> bool:
     """Tells whether nothing comes between the moments and the normalization by them."""
     return (
-        inputs.domains is None
-        and not layout.reduction.is_mapped
+        not layout.reduction.is_mapped
         and not may_be_empty(inputs.x, inputs.mask)
         and inputs.correction is None
         and not keeps_input_alone(inputs)
@@ -475,11 +477,20 @@ def _is_plain(layout: Layout, inputs: Inputs) -> bool:
     )
 
 
+def _running_var(inputs: Inputs, examples: Examples) -> jax.Array:
+    running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype)
+    return place(inputs.domains, running_var, inputs.feature_axes, examples.feature_shape)
+
+
+def _var_of_none(inputs: Inputs, examples: Examples) -> jax.Array | None:
+    """Returns the variance of domains without examples, or None where there is no such domain."""
+    return None if examples.domains_of_moments is None else _running_var(inputs, examples)
+
+
 def _transform_by_batch(inputs: Inputs, examples: Examples, measured: CentredMoments) -> Transform:
     var, shape = measured.var, examples.feature_shape
     if may_be_empty(inputs.x, inputs.mask, examples.domains_of_moments):
-        running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype)
-        running_var = place(inputs.domains, running_var, inputs.feature_axes, shape)
+        running_var = _running_var(inputs, examples)
         var = jnp.where(measured.count > 0, var, place_like(var, running_var))
     transform = make_transform(inputs, shape, measured.shift, measured.delta, var)
     if inputs.correction is None:
@@ -511,7 +522,7 @@ def _merge_groups(layout: Layout, inputs: Inputs, measured: CentredMoments) -> C
     """Returns the moments of the whole batch, in the shape of the features."""
     if layout.group_axis is not None:
         measured = merge_centred(layout.group_axis, measured)
-    domains = None if inputs.domains is None else inputs.domains.of_moments()
+    domains = own_moments(inputs.domains)
 
     def leaf_of(table: jax.Array) -> jax.Array:
         if domains is None:

@@ -42,10 +42,6 @@ class Domains:
     axis: int
     shares_statistics: bool
 
-    def of_moments(self) -> "Domains | None":
-        """Returns the domains that have moments of their own, None where all share them."""
-        return None if self.shares_statistics else self
-
     def known(self) -> jax.Array:
         """Tells which examples are of a domain."""
         return (self.index >= 0) & (self.index < self.number)
@@ -76,11 +72,16 @@ class Domains:
         return jnp.moveaxis(lax.squeeze(table, others), sum(a < self.axis for a in feature_axes), 0)
 
     def _are_members(self) -> jax.Array:
-        """Tells which example is of which domain; the domains are on the axis after the examples."""
+        """Tells which example is of which domain; domains are on the axis after the examples."""
         numbers = jnp.arange(self.number, dtype=self.index.dtype)
         after = self.index.ndim - self.axis - 1
         numbers = numbers.reshape((1,) * (self.axis + 1) + (self.number,) + (1,) * after)
         return jnp.expand_dims(self.index, self.axis + 1) == numbers
+
+
+def own_moments(domains: Domains | None) -> Domains | None:
+    """Returns the domains if each has its own moments, None where all share them."""
+    return None if domains is None or domains.shares_statistics else domains
 
 
 def spread(domains: Domains | None, table: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from bn_jax._core.checks import (
     examples_of_a_group,
     warn_of_single_value,
 )
-from bn_jax._core.domains import Domains
+from bn_jax._core.domains import Domains, own_moments
 from bn_jax._core.moments import choose_method
 from bn_jax._core.types import Options
 
@@ -111,8 +111,8 @@ class Examples(NamedTuple):
 
     @property
     def domains_of_moments(self) -> Domains | None:
-        """The domains that have moments of their own."""
-        return None if self.domains is None else self.domains.of_moments()
+        """The domains, if each has its own moments."""
+        return own_moments(self.domains)
 
 
 def arrange(layout: Layout, inputs: Inputs) -> Examples:

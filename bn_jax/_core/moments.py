@@ -489,6 +489,8 @@ def centre_by(
     domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
 ) -> jax.Array:
     """Returns ``x - (shift + delta)``, where there are domains by the rows of tables."""
+    if domains is None or shift.shape[domains.axis] == 1:
+        return centre(x, shift, delta)
     return centre(x, spread(domains, shift), None if delta is None else spread(domains, delta))
 
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import Reduction, reshape_like, vary_together
+from bn_jax._core.axes import Reduction, place_like, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
-from bn_jax._core.domains import Domains, place, spread
+from bn_jax._core.domains import Domains, own_moments, place, spread
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
@@ -138,6 +138,8 @@ def standardize_by_moments(
     shift: jax.Array,
     learned: Learned,
     epsilon: jax.Array,
+    domains: Domains | None = None,
+    var_of_none: jax.Array | None = None,
 ) -> tuple[jax.Array, CentredMoments]:
     """Standardizes x by its moments, and differentiates both at once.
 
@@ -152,50 +154,69 @@ def standardize_by_moments(
         shift: as in `centred_moments`.
         learned: scale and bias.
         epsilon: a scalar in the dtype of the variance.
+        domains: the domains of the examples; what there is for each feature is in tables then.
+        var_of_none: the variance of a domain without examples. No output depends on it.
 
     Returns:
         `y`, of the shape of x, and the moments.
     """
-    measured = measure(reduction, x, None, shift)
-    return _apply(dtype, x, _transform_by(measured, learned, epsilon)), measured
+    measured = measure(reduction, x, None, shift, own_moments(domains))
+    transform = _transform_by(measured, learned, epsilon, var_of_none)
+    return _apply(dtype, x, transform, domains), measured
 
 
 @partial(standardize_by_moments.defjvp, symbolic_zeros=True)
 def _standardize_by_moments_jvp(
     reduction: Reduction, dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, CentredMoments], tuple[jax.Array, CentredMoments]]:
-    x, shift, learned, epsilon = primals
-    dx, _, d_learned, d_epsilon = tangents
+    x, shift, learned, epsilon, domains, var_of_none = primals
+    dx, _, d_learned, d_epsilon = tangents[:4]
+    measured_by = own_moments(domains)
     # One after the other, so that a policy that keeps the moments computes y alone again.
-    measured = name_moments(moments_rule(reduction, x, None, shift), None)
-    y = _standardize(dtype, x, None, _transform_by(measured, learned, epsilon))
+    measured = moments_rule(reduction, x, None, shift, measured_by)
+    measured = name_moments(measured, None, measured_by)
+    transform = _transform_by(measured, learned, epsilon, var_of_none)
+    y = _standardize(dtype, x, None, transform, domains)
 
     def differentiate(
         x: jax.Array,
         measured: CentredMoments,
         learned: Learned,
         epsilon: jax.Array,
+        domains: Domains | None,
+        var_of_none: jax.Array | None,
         dx: jax.Array | None,
         d_learned: Learned,
         d_epsilon: jax.Array | None,
     ) -> tuple[jax.Array, MomentChanges]:
         centred_at = unshared((x, measured.shift, measured.delta))
-        changes = moment_changes(reduction, centre(*centred_at), None, measured, dx, None)
+        measured_by = own_moments(domains)
+        deviation = centre_by(measured_by, *centred_at)
+        changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
-        transform = _transform_by(measured, learned, epsilon)
+        transform = _transform_by(measured, learned, epsilon, var_of_none)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
-        deviation = centre(*unshared(centred_at))
-        return _change_of_y(dtype, deviation, transform, dx, change), changes
+        deviation = centre_by(measured_by, *unshared(centred_at))
+        return _change_of_y(dtype, deviation, transform, dx, change, domains), changes
 
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
     changes = (unless_zero(dx), Learned(*map(unless_zero, d_learned)), unless_zero(d_epsilon))
-    dy, d_moments = differentiate(x, measured, learned, epsilon, *changes)
+    of_domains = domains, var_of_none
+    dy, d_moments = differentiate(x, measured, learned, epsilon, *of_domains, *changes)
     return (y, measured), (dy, d_moments.of(measured))
 
 
-def _transform_by(measured: CentredMoments, learned: Learned, epsilon: jax.Array) -> Transform:
-    return Transform(measured.shift, measured.delta, measured.var + epsilon, *learned)
+def _transform_by(
+    measured: CentredMoments,
+    learned: Learned,
+    epsilon: jax.Array,
+    var_of_none: jax.Array | None = None,
+) -> Transform:
+    var = measured.var
+    if var_of_none is not None:
+        var = jnp.where(measured.count > 0, var, place_like(var, var_of_none))
+    return Transform(measured.shift, measured.delta, var + epsilon, *learned)
 
 
 def _change_of_y(
