@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from bn_jax._core.axes import is_explicit
 from bn_jax._core.batch_norm import choose_mode, run_norm
 from bn_jax._core.checks import (
     Inputs,
@@ -37,6 +38,9 @@ from bn_jax._core.types import (
     Options,
     Params,
 )
+
+# From how many positions of an example for each domain on rows are selected.
+POSITIONS_PER_DOMAIN = 16
 
 
 def domain_batch_norm(
@@ -178,6 +182,7 @@ def run_domain_norm(
         number=leading.number,
         axis=examples,
         shares_statistics=shares,
+        selects=_selects(inputs, examples, leading.number),
     )
     if shares and not kind.is_known:
         inputs = replace(inputs, mask=_restrict(inputs.mask, domains.known()))
@@ -294,6 +299,17 @@ def _check_domain(domain: Any, examples: int, number: int) -> _Domain:
                 f"{number}), or a mask."
             )
     return _Domain(values.astype(jnp.int32), is_weights=False, is_known=not is_traced)
+
+
+def _selects(inputs: Inputs, examples: int, number: int) -> bool:
+    """Tells whether rows are selected by domain; `domains.py` says when that is cheap."""
+    if number == 1 or is_explicit(inputs.x):
+        return True
+    positions: Any = 1
+    for axis in range(inputs.x.ndim):
+        if axis != examples and axis not in inputs.feature_axes:
+            positions *= inputs.x.shape[axis]
+    return isinstance(positions, int) and positions >= POSITIONS_PER_DOMAIN * number
 
 
 def _along(axis: int, rank: int, values: jax.Array) -> jax.Array:

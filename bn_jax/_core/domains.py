@@ -6,8 +6,17 @@ example, [N, 1, 1, C]; `collect` adds what there is for each example into the ro
 is the transpose of the other. Both meet arrays with one value per example and feature, after the
 sums over positions, so that x itself is read as often as by a norm without domains.
 
-Both select. A product with the one-hot matrix would multiply the NaN of one domain by the zeros of
-another. The transpose of a gather adds rows one after the other: its error grows with the batch.
+**By selection.** Both select along an axis of domains and sum: exact, whatever else is NaN. That
+reads the arrays with one value per example and feature once for each domain, which is little where
+an example has many positions.
+
+**By product.** Where it has few, those arrays are as large as x. Then `spread` is a gather, and
+`collect` a product with the one-hot matrix, in full precision. The product multiplies the NaN of
+one domain by the zeros of the others, so that sums which are not finite are taken again, by
+selection. The transpose of a gather adds rows one after the other, with an error that grows with
+the batch. So in a derivative rule, of which reverse mode runs the transpose, each takes the form
+whose transpose is the right one: `spread_change` is a product, and `collect_change` adds rows. There a
+cotangent of an example that is not finite makes the derivatives of all domains so.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +32,7 @@ from bn_jax._core.axes import split_axis
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("index",),
-    meta_fields=("number", "axis", "shares_statistics"),
+    meta_fields=("number", "axis", "shares_statistics", "selects"),
 )
 @dataclass(frozen=True, kw_only=True)
 class Domains:
@@ -35,12 +44,14 @@ class Domains:
         number: how many domains there are.
         axis: the axis of the examples.
         shares_statistics: whether the statistics are those of all domains together.
+        selects: whether rows are selected, instead of gathered and summed by products.
     """
 
     index: jax.Array
     number: int
     axis: int
     shares_statistics: bool
+    selects: bool
 
     def known(self) -> jax.Array:
         """Tells which examples are of a domain."""
@@ -49,7 +60,11 @@ class Domains:
     def split(self, axis: int, size: int, number: int | None) -> "Domains":
         """Returns the domains of examples that are divided into groups along a new axis."""
         index = split_axis(axis, size, self.index, number)
-        return replace(self, index=index, axis=self.axis + 1)
+        return replace(self, index=index, axis=self.axis + 1, selects=True)
+
+    def selecting(self) -> "Domains":
+        """Returns the same domains, whose rows are selected."""
+        return self if self.selects else replace(self, selects=True)
 
     def table_of(self, leaf: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
         """Returns parameters or statistics, [*F] or [D, *F], as a table.
@@ -71,6 +86,15 @@ class Domains:
         others = [a for a in range(table.ndim) if a not in (*feature_axes, self.axis)]
         return jnp.moveaxis(lax.squeeze(table, others), sum(a < self.axis for a in feature_axes), 0)
 
+    def _index_in_bounds(self) -> jax.Array:
+        """Returns the domains, [N], with `number` for none."""
+        index = self.index.reshape(-1)
+        return jnp.where((index >= 0) & (index < self.number), index, self.number)
+
+    def _one_hot(self, dtype: jnp.dtype) -> jax.Array:
+        numbers = jnp.arange(self.number, dtype=self.index.dtype)[None]
+        return (self.index.reshape(-1, 1) == numbers).astype(dtype)
+
     def _are_members(self) -> jax.Array:
         """Tells which example is of which domain; domains are on the axis after the examples."""
         numbers = jnp.arange(self.number, dtype=self.index.dtype)
@@ -88,14 +112,43 @@ def spread(domains: Domains | None, table: jax.Array) -> jax.Array:
     """Returns the row of its domain for every example, zeros for an example of none."""
     if domains is None:
         return table
-    rows = jnp.expand_dims(table, domains.axis)
-    return _sum_along(domains.axis + 1, jnp.where(domains._are_members(), rows, 0))
+    if domains.selects or table.shape[domains.axis] != domains.number:
+        rows = jnp.expand_dims(table, domains.axis)
+        return _sum_along(domains.axis + 1, jnp.where(domains._are_members(), rows, 0))
+    index = domains._index_in_bounds()
+    return jnp.take(table, index, domains.axis, mode="fill", fill_value=0)
+
+
+def spread_change(domains: Domains | None, table: jax.Array) -> jax.Array:
+    """Computes `spread`, so that its transpose sums as `collect` does."""
+    if domains is None or domains.selects or table.shape[domains.axis] != domains.number:
+        return spread(domains, table)
+    return _multiply(domains._one_hot(table.dtype), 1, table, domains.axis)
 
 
 def collect(domains: Domains, values: jax.Array) -> jax.Array:
     """Sums what there is for every example by domain."""
-    values = jnp.expand_dims(values, domains.axis + 1)
-    return _sum_along(domains.axis, jnp.where(domains._are_members(), values, 0))
+    if domains.selects or values.shape[domains.axis] == 1:
+        values = jnp.expand_dims(values, domains.axis + 1)
+        return _sum_along(domains.axis, jnp.where(domains._are_members(), values, 0))
+    return _multiply(domains._one_hot(values.dtype), 0, values, domains.axis)
+
+
+def collect_change(domains: Domains, values: jax.Array) -> jax.Array:
+    """Computes `collect`, so that its transpose takes rows as `spread` does."""
+    if domains.selects or values.shape[domains.axis] == 1:
+        return collect(domains, values)
+    shape = list(values.shape)
+    shape[domains.axis] = domains.number
+    where = (slice(None),) * domains.axis + (domains._index_in_bounds(),)
+    return jnp.zeros(shape, values.dtype).at[where].add(values, mode="drop")
+
+
+def _multiply(one_hot: jax.Array, contracted: int, values: jax.Array, axis: int) -> jax.Array:
+    """Contracts an axis of values with the one-hot matrix, whose other axis takes its place."""
+    dimensions = (((contracted,), (axis,)), ((), ()))
+    product = lax.dot_general(one_hot, values, dimensions, precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, 0, axis)
 
 
 def _sum_along(axis: int, values: jax.Array) -> jax.Array:

@@ -67,6 +67,10 @@ def lay_out(
     method = choose_method(
         x.dtype, options.use_fast_variance, lie_apart=layout.group_axis is not None
     )
+    domains = own_moments(inputs.domains)
+    if method == "once" and domains is not None and not domains.selects:
+        # Sums by products need the guard for what is not finite.
+        method = "guarded"
     return layout._replace(reduction=layout.reduction._replace(method=method))
 
 
@@ -118,6 +122,9 @@ class Examples(NamedTuple):
 def arrange(layout: Layout, inputs: Inputs) -> Examples:
     x, mask, shape, axis = inputs.x, inputs.mask, feature_shape_of(inputs), layout.group_axis
     domains = inputs.domains
+    if domains is not None and layout.reduction.is_mapped:
+        # JAX differentiates the definition there.
+        domains = domains.selecting()
     if axis is None:
         return Examples(x, mask, shape, domains)
     split = partial(split_axis, axis, layout.group_size, number=layout.number)

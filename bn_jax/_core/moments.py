@@ -73,7 +73,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.domains import Domains, collect, spread
+from bn_jax._core.domains import Domains, collect, collect_change, spread
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
@@ -261,7 +261,12 @@ def measure(
         return CentredMoments(count, centre_of_all, None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device
     # takes the same branch.
-    refine = any_group(reduction, lax.reduce_or(cancels(delta, var), tuple(range(x.ndim))))
+    unsure = cancels(delta, var)
+    if domains is not None and not domains.selects:
+        # A value that is not finite may belong to another domain.
+        unsure |= ~(jnp.isfinite(delta) & jnp.isfinite(var))
+        domains = domains.selecting()
+    refine = any_group(reduction, lax.reduce_or(unsure, tuple(range(x.ndim))))
 
     def keep(
         x: jax.Array, mask: jax.Array | None, shift: jax.Array, domains: Domains | None
@@ -445,12 +450,13 @@ def moment_changes(
     else:
         of_mean = weigh(keep_valid(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
-    sums = [sum_over(reduction, of_mean, domains), sum_over(reduction, of_var, domains)]
+    sums = [sum_changes(reduction, part, domains) for part in (of_mean, of_var)]
     if mask is not None and d_mask is not None:
         d_weight = keep_valid(d_mask.astype(of_var.dtype), mask)
         of_weights = 0.5 * (absolute_square(deviation) - spread(domains, measured.var))
-        sums[0] += sum_over(reduction, d_weight.astype(deviation.dtype) * deviation, domains)
-        sums[1] += sum_over(reduction, d_weight * of_weights, domains)
+        d_mean = d_weight.astype(deviation.dtype) * deviation
+        sums[0] += sum_changes(reduction, d_mean, domains)
+        sums[1] += sum_changes(reduction, d_weight * of_weights, domains)
         sums.append(local_count(reduction, d_weight, deviation.shape, domains))
     # 2. All devices' sums, in one collective.
     totals = all_reduce(reduction, *sums)
@@ -608,8 +614,21 @@ def sum_over(reduction: Reduction, values: jax.Array, domains: Domains | None = 
     """Sums over the reduced axes, which stay with size 1, or by domain, which gives a table."""
     if domains is None:
         return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
+    return collect(domains, _sum_over_positions(reduction, values, domains))
+
+
+def sum_changes(
+    reduction: Reduction, values: jax.Array, domains: Domains | None = None
+) -> jax.Array:
+    """Computes `sum_over` in a rule for derivatives."""
+    if domains is None:
+        return sum_over(reduction, values)
+    return collect_change(domains, _sum_over_positions(reduction, values, domains))
+
+
+def _sum_over_positions(reduction: Reduction, values: jax.Array, domains: Domains) -> jax.Array:
     positions = tuple([axis for axis in reduction.axes if axis != domains.axis])
-    return collect(domains, lax.expand_dims(lax.reduce_sum(values, positions), positions))
+    return lax.expand_dims(lax.reduce_sum(values, positions), positions)
 
 
 def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:

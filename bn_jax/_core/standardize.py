@@ -23,11 +23,10 @@ from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, place_like, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
-from bn_jax._core.domains import Domains, own_moments, place, spread
+from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
-    centre,
     centre_by,
     measure,
     moment_changes,
@@ -256,10 +255,13 @@ def _change_of_y(
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
     slope, offset = vary_together(deviation, slope, offset)
     # 3. They meet x.
+    if domains is not None and not domains.selects:
+        # The transpose sums over the examples of all domains, with zeros for those of others.
+        deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
     dy = _sum_of(
         None if dx is None else spread(domains, multiplier) * dx.astype(multiplier.dtype),
-        None if slope is None else deviation * spread(domains, slope),
-        None if offset is None else spread(domains, offset),
+        None if slope is None else deviation * spread_change(domains, slope),
+        None if offset is None else spread_change(domains, offset),
     )
     return _as_change(dtype, deviation, dy)
 
