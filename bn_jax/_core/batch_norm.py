@@ -32,8 +32,6 @@ from bn_jax._core.merging import merge_centred
 from bn_jax._core.moments import (
     CentredMoments,
     centred_moments,
-    count_of,
-    may_be_empty,
     moments,
     name_moments,
 )
@@ -45,6 +43,10 @@ from bn_jax._core.standardize import (
     make_transform,
     normalize,
     standardize_by_moments,
+)
+from bn_jax._core.sums import (
+    count_of,
+    may_be_empty,
 )
 from bn_jax._core.types import (
     Activation,

@@ -1,7 +1,7 @@
 """Batch norm with statistics, parameters or both by domain.
 
-The norm is `batch_norm`'s, with the domains of the examples among its inputs: `domains.py` says what
-they do there. Weights, of which several domains may have a share in one example, are one norm for
+The norm is that of `batch_norm`, with the domains of the examples among its inputs: `domains.py`
+says what they do there. Weights, of which several domains may have a share in one example, are one norm for
 each domain instead, with the weights in the place of a mask.
 """
 

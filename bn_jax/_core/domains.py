@@ -15,8 +15,9 @@ an example has many positions.
 one domain by the zeros of the others, so that sums which are not finite are taken again, by
 selection. The transpose of a gather adds rows one after the other, with an error that grows with
 the batch. So in a derivative rule, of which reverse mode runs the transpose, each takes the form
-whose transpose is the right one: `spread_change` is a product, and `collect_change` adds rows. There a
-cotangent of an example that is not finite makes the derivatives of all domains so.
+whose transpose is the right one: `spread_change` is a product, and `collect_change` adds rows. In
+reverse mode, a cotangent of one example that is not finite makes the derivatives by the parameters
+of all domains so.
 """
 
 from dataclasses import dataclass, replace

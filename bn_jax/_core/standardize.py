@@ -27,12 +27,14 @@ from bn_jax._core.domains import Domains, own_moments, place, spread, spread_cha
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
-    centre_by,
     measure,
     moment_changes,
     moments_rule,
     name_moments,
     unless_zero,
+)
+from bn_jax._core.sums import (
+    centre_by,
     unshared,
 )
 from bn_jax._core.types import Activation, Transform
