@@ -1,8 +1,8 @@
 """Batch norm with statistics, parameters or both by domain.
 
 The norm is that of `batch_norm`, with the domains of the examples among its inputs: `domains.py`
-says what they do there. Weights, of which several domains may have a share in one example, are one norm for
-each domain instead, with the weights in the place of a mask.
+says what they do there. Weights, by which several domains have a share in an example, make a norm
+for each domain instead, with the weights in the place of a mask.
 """
 
 from collections.abc import Mapping
@@ -149,21 +149,28 @@ def domain_batch_norm(
         dtype=dtype,
     )
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
-    arguments = as_floating("x", x), domain, mask, residual
-    return run_domain_norm(options, mode, params, batch_stats, *arguments)
+    x = as_floating("x", x)
+    inputs, mixture = check_domain_inputs(options, params, batch_stats, x, domain, mask, residual)
+    return run_domain_norm(options, mode, inputs, mixture)
 
 
-def run_domain_norm(
+def check_domain_inputs(
     options: Options,
-    mode: Mode,
     params: Params,
     batch_stats: BatchStats,
     x: jax.Array,
-    domain: jax.Array,
+    domain: jax.Array | None,
     mask: jax.Array | None,
     residual: jax.Array | None,
-) -> tuple[jax.Array, BatchStats]:
-    """Computes `domain_batch_norm` of arguments that are not checked but for x."""
+) -> "tuple[Inputs, Mixture | None]":
+    """Checks the arguments of a call; `domain_batch_norm` says what they must be.
+
+    Returns:
+        The inputs, and the weights of the domains where these are weights. Without a domain, the
+        inputs of a plain batch norm.
+    """
+    if domain is None:
+        return check_inputs(options, params, batch_stats, x, mask, residual), None
     params = as_params(params)
     leading = _leading_axes(options, params, batch_stats, x.shape)
     row = partial(jax.tree.map, lambda leaf, has: leaf[0] if has else leaf)
@@ -173,7 +180,7 @@ def run_domain_norm(
     examples = _axis_of_examples(inputs)
     kind = _check_domain(domain, x.shape[examples], leading.number)
     if kind.is_weights:
-        return _run_weighted(options, mode, inputs, leading, examples, kind.values)
+        return inputs, Mixture(kind.values, leading, examples)
     shares = not leading.batch_stats["mean"]
     index = kind.values
     index = jnp.broadcast_to(index, (x.shape[examples],)) if index.ndim == 0 else index
@@ -186,7 +193,7 @@ def run_domain_norm(
     )
     if shares and not kind.is_known:
         inputs = replace(inputs, mask=_restrict(inputs.mask, domains.known()))
-    return run_norm(options, replace(inputs, domains=domains), mode)
+    return replace(inputs, domains=domains), None
 
 
 class _Leading(NamedTuple):
@@ -329,15 +336,28 @@ def _restrict(mask: jax.Array | None, weights: jax.Array) -> jax.Array:
     return mask.astype(dtype) * weights.astype(dtype)
 
 
-def _run_weighted(
-    options: Options,
-    mode: Mode,
-    inputs: Inputs,
-    leading: _Leading,
-    examples: int,
-    weights: jax.Array,
+class Mixture(NamedTuple):
+    """The weights of the domains, [N, D], which arrays are by domain, and the axis of examples."""
+
+    weights: jax.Array
+    leading: _Leading
+    examples: int
+
+
+def run_domain_norm(
+    options: Options, mode: Mode, inputs: Inputs, mixture: Mixture | None
+) -> tuple[jax.Array, BatchStats]:
+    """Runs the norm of what `check_domain_inputs` returned."""
+    if mixture is None:
+        return run_norm(options, inputs, mode)
+    return _run_mixture(options, mode, inputs, mixture)
+
+
+def _run_mixture(
+    options: Options, mode: Mode, inputs: Inputs, mixture: Mixture
 ) -> tuple[jax.Array, BatchStats]:
     """Runs a norm for each domain, and sums what they give by the weights."""
+    weights, leading, examples = mixture
     shares = not leading.batch_stats["mean"]
     x, mask = inputs.x, inputs.mask
     # Activation and residual come after the sum, and so does the rounding to the dtype of y.

@@ -14,16 +14,16 @@ from flax.core.scope import DenyList, in_filter
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
-from bn_jax._core.batch_norm import run_norm, run_part
+from bn_jax._core.batch_norm import run_part
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import (
     Inputs,
     as_floating,
-    check_inputs,
     features_of,
     mean_dtype,
     statistics_dtype,
 )
+from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -315,6 +315,7 @@ def call_batch_norm(
     residual: jax.Array | None = None,
     update_running_average: bool | None = None,
     correction: Correction | None = None,
+    domain: jax.Array | None = None,
 ) -> jax.Array:
     """Runs the call of a batch norm, ours or Flax's.
 
@@ -326,6 +327,7 @@ def call_batch_norm(
         residual: an array of the shape of `x`, added before the activation.
         update_running_average: whether the running statistics update.
         correction: the correction of a relative of batch norm.
+        domain: the domains of the examples, where the layer has domains.
 
     Returns:
         The normalized array, of the shape of `x`.
@@ -337,30 +339,34 @@ def call_batch_norm(
         _require_batch_stats(layer, mode.update)
     x = as_floating("x", x)
     features = features_of("axis", layer.axis, x)
-    variables = {} if is_untracked else _batch_stats_of(layer, features, x.dtype)
-    params = make_params(layer, features)
+    of_params = of_stats = features
+    if domain is not None:
+        of_params = features if layer.share_params else (layer.num_domains, *features)
+        of_stats = features if layer.share_stats else (layer.num_domains, *features)
+    variables = {} if is_untracked else _batch_stats_of(layer, of_stats, x.dtype)
+    params = make_params(layer, of_params)
     batch_stats: Any = {name: variable.value for name, variable in variables.items()}
     if is_untracked:
-        batch_stats = init_batch_stats(features)  # which nothing reads
+        batch_stats = init_batch_stats(of_stats)  # which nothing reads
     collects = _collects_moments(layer)
     options = Options.of_module(
         layer, correction=correction, describe_layer=partial(_describe, layer)
     )
-    inputs = check_inputs(
-        options,
-        params if state.train_params else jax.lax.stop_gradient(params),
-        cast(BatchStats, batch_stats),
-        x,
-        mask,
-        residual,
-    )
+    params = params if state.train_params else jax.lax.stop_gradient(params)
+    inputs, mixture = check_domain_inputs(options, params, batch_stats, x, domain, mask, residual)
     trains = mode.update or not mode.use_running_average
-    if trains and (collects or layer.has_variable("given_moments", "mean")):
+    collects_or_given = collects or layer.has_variable("given_moments", "mean")
+    if mixture is not None and collects_or_given:
+        raise ValueError(
+            f"{_describe(layer)} got weights of domains, whose moments cannot be collected over "
+            "micro-batches: pass integers as domain, or train on the whole batch."
+        )
+    if trains and collects_or_given:
         y, updated = _train_on_a_part(layer, options, inputs, mode, collects)
     else:
         if collects and layer.is_mutable_collection("batch_stats"):
-            layer.variable("batch_moments", "count", jnp.zeros, features)
-        y, updated = run_norm(options, inputs, mode)
+            layer.variable("batch_moments", "count", jnp.zeros, of_stats)
+        y, updated = run_domain_norm(options, mode, inputs, mixture)
     if mode.update:
         new = cast(dict[str, Any], updated)
         for name, variable in variables.items():
