@@ -23,7 +23,8 @@ def test_linen_and_nnx_are_the_function(kind):
     x = standard_normal(0, (8, 5))
     layer = bn.linen.DomainBatchNorm(num_domains=3, momentum=None, **kind)
     variables = layer.init(jax.random.key(0), x, DOMAIN, use_running_average=False)
-    variables["params"]["scale"] += jnp.arange(5)
+    scale = variables["params"]["scale"]
+    variables["params"]["scale"] = standard_normal(1, scale.shape)
     params, stats = variables["params"], variables["batch_stats"]
     assert params["bias"].shape == ((5,) if "share_params" in kind else (3, 5))
     assert stats["count"].shape == ((5,) if "share_stats" in kind else (3, 5))
@@ -130,7 +131,7 @@ def test_recalibrating_is_by_domain():
         return model.apply(variables, *batch, mutable=["batch_stats"])
 
     stats = bn.recalibrate(forward, split, batches).batch_stats
-    first = x @ split["params"]["Dense_0"]["kernel"] + split["params"]["Dense_0"]["bias"]
+    first = x @ split["params"]["Dense_0"]["kernel"]
     for d in range(2):
         part = first[domain == d]
         assert_close(stats["norm4"]["mean"][d], part.mean(0))
@@ -149,3 +150,31 @@ def test_micro_batches_of_domains_make_one_update():
         )  # fmt: skip
     _, expected = layer.apply(variables, x, DOMAIN, mutable=["batch_stats"])
     assert_close(collected["batch_stats"], expected["batch_stats"])
+
+
+def test_an_audit_says_which_domains_have_no_example():
+    _, variables, x = trained()
+    model, split = Net(num_domains=3), bn.linen.split_batch_norms(variables, 3)
+
+    def forward(variables, batch, train):
+        return model.apply(variables, *batch, train=train, mutable=["batch_stats"])
+
+    report = bn.audit(forward, split, (x, DOMAIN))
+    found = [(one.path, one.message) for one in report.findings if one.kind.startswith("domain")]
+    message = "The batch has no example of domain 1, whose statistics were not examined."
+    assert found == [("norm3", message), ("norm4", message)]
+    assert "not finite" not in [one.kind for one in report.findings]
+    whole = bn.audit(forward, split, (x, jnp.arange(8) % 3))
+    assert not [one for one in whole.findings if one.kind.startswith("domain")]
+
+
+def test_norms_by_domain_are_norms_to_masks_and_freezing():
+    _, variables, x = trained()
+    model, split = Net(num_domains=3), bn.linen.split_batch_norms(variables, 3)
+    mask = bn.optim.norm_params_mask(split["params"])
+    assert mask["norm4"] == {"scale": True, "bias": True}
+    assert not any(jax.tree.leaves(mask["Dense_0"]))
+    frozen = bn.linen.freeze(model.apply)
+    y, updates = frozen(split, x, DOMAIN, train=True, mutable=["batch_stats"])
+    assert_close(y, model.apply(split, x, DOMAIN))
+    assert_close(updates["batch_stats"], split["batch_stats"], tolerance=1e-30)
