@@ -429,7 +429,10 @@ def _start(layout: Layout, inputs: Inputs, examples: Examples) -> jax.Array:
     if layout.reduction.method != "guarded" and not may_be_empty(inputs.x, inputs.mask, domains):
         return jnp.zeros((1,) * examples.x.ndim, inputs.mean_dtype)
     mean = jnp.asarray(inputs.batch_stats["mean"], inputs.mean_dtype)
-    mean = place(inputs.domains, mean, inputs.feature_axes, examples.feature_shape)
+    if inputs.domains is None:
+        mean = mean.reshape(examples.feature_shape)
+    else:
+        mean = place(inputs.domains, mean, inputs.feature_axes, examples.feature_shape)
     return lax.select(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
 
 
@@ -457,7 +460,6 @@ def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, Cent
             learned_by(inputs, examples.feature_shape),
             jnp.asarray(inputs.epsilon, inputs.var_dtype),
             examples.domains,
-            _var_of_none(inputs, examples),
         )
         if examples.domains_of_moments is None:
             measured = measured._replace(count=count_of(layout.reduction, examples.x))
@@ -482,11 +484,6 @@ def _is_plain(layout: Layout, inputs: Inputs) -> bool:
 def _running_var(inputs: Inputs, examples: Examples) -> jax.Array:
     running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype)
     return place(inputs.domains, running_var, inputs.feature_axes, examples.feature_shape)
-
-
-def _var_of_none(inputs: Inputs, examples: Examples) -> jax.Array | None:
-    """Returns the variance of domains without examples, or None where there is no such domain."""
-    return None if examples.domains_of_moments is None else _running_var(inputs, examples)
 
 
 def _transform_by_batch(inputs: Inputs, examples: Examples, measured: CentredMoments) -> Transform:
@@ -524,13 +521,11 @@ def _merge_groups(layout: Layout, inputs: Inputs, measured: CentredMoments) -> C
     """Returns the moments of the whole batch, in the shape of the features."""
     if layout.group_axis is not None:
         measured = merge_centred(layout.group_axis, measured)
-    domains = own_moments(inputs.domains)
-
-    def leaf_of(table: jax.Array) -> jax.Array:
-        if domains is None:
-            return table.reshape(inputs.features)
-        return domains.leaf_of(table, inputs.feature_axes)
-
+    domains = None if inputs.domains is None else own_moments(inputs.domains)
+    if domains is None:
+        leaf_of = partial(jnp.reshape, shape=inputs.features)
+    else:
+        leaf_of = partial(domains.leaf_of, feature_axes=inputs.feature_axes)
     if measured.count.size == 1:
         count = measured.count.reshape(())
     else:

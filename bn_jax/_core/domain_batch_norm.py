@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import is_explicit
@@ -41,6 +40,10 @@ from bn_jax._core.types import (
 
 # From how many positions of an example for each domain on rows are selected.
 POSITIONS_PER_DOMAIN = 16
+WEIGHTS_IN_PARTS = (
+    "{} got weights of domains, whose moments cannot be merged over micro-batches: pass integers, "
+    "or train on the whole batch."
+)
 
 
 def domain_batch_norm(
@@ -263,8 +266,8 @@ class _Domain(NamedTuple):
 
 def _check_domain(domain: Any, examples: int, number: int) -> _Domain:
     values = jnp.asarray(domain)
-    # Under jit, what jnp makes of a NumPy array is traced; the array itself is known.
-    held = domain if isinstance(domain, int | np.ndarray | np.generic) else values
+    # Under jit, what jnp makes of a number or a NumPy array is traced; these themselves are known.
+    held = domain if isinstance(domain, int) or hasattr(domain, "__array__") else values
     is_traced = isinstance(held, jax.core.Tracer) or not getattr(held, "is_fully_addressable", True)
     is_weights = values.ndim == 2 and (
         values.dtype == jnp.bool_ or jnp.issubdtype(values.dtype, jnp.floating)
@@ -289,18 +292,18 @@ def _check_domain(domain: Any, examples: int, number: int) -> _Domain:
         usable = (values >= 0) & jnp.isfinite(values)
         if is_traced:
             values = jnp.where(usable, values, 0)
-        elif not np.all(usable):
+        elif not jax.device_get(usable).all():
             raise ValueError(
                 "domain has weights that are negative or not finite; expected finite weights of at "
                 "least 0."
             )
         return _Domain(values, is_weights=True, is_known=False)
     if not is_traced:
-        unknown = np.asarray(jax.device_get(held))
-        unknown = unknown[(unknown < 0) | (unknown >= number)]
-        if unknown.size:
+        known = [held] if isinstance(held, int) else jax.device_get(held).reshape(-1).tolist()
+        unknown = [value for value in known if not 0 <= value < number]
+        if unknown:
             raise ValueError(
-                f"domain has {unknown.size} values outside of 0 to {number - 1}, {unknown[0]} for "
+                f"domain has {len(unknown)} values outside of 0 to {number - 1}, {unknown[0]} for "
                 f"example; expected the domains of params and batch_stats, which have {number}. "
                 "For examples of no domain, pass weights, jax.nn.one_hot(domain, "
                 f"{number}), or a mask."
@@ -350,11 +353,11 @@ def run_domain_norm(
     """Runs the norm of what `check_domain_inputs` returned."""
     if mixture is None:
         return run_norm(options, inputs, mode)
-    return _run_mixture(options, mode, inputs, mixture)
+    return run_mixture(mixture, options, inputs, mode)
 
 
-def _run_mixture(
-    options: Options, mode: Mode, inputs: Inputs, mixture: Mixture
+def run_mixture(
+    mixture: Mixture, options: Options, inputs: Inputs, mode: Mode
 ) -> tuple[jax.Array, BatchStats]:
     """Runs a norm for each domain, and sums what they give by the weights."""
     weights, leading, examples = mixture

@@ -67,7 +67,7 @@ def lay_out(
     method = choose_method(
         x.dtype, options.use_fast_variance, lie_apart=layout.group_axis is not None
     )
-    domains = own_moments(inputs.domains)
+    domains = None if inputs.domains is None else own_moments(inputs.domains)
     if method == "once" and domains is not None and not domains.selects:
         # Sums by products need the guard for what is not finite.
         method = "guarded"
@@ -106,17 +106,14 @@ class Examples(NamedTuple):
         mask: None, or of the rank of `x`.
         feature_shape: the shape in which per-feature arrays broadcast to `x`.
         domains: the domains of the examples, where there are any.
+        domains_of_moments: the domains, if each has its own moments.
     """
 
     x: jax.Array
     mask: jax.Array | None
     feature_shape: tuple[int, ...]
     domains: Domains | None = None
-
-    @property
-    def domains_of_moments(self) -> Domains | None:
-        """The domains, if each has its own moments."""
-        return own_moments(self.domains)
+    domains_of_moments: Domains | None = None
 
 
 def arrange(layout: Layout, inputs: Inputs) -> Examples:
@@ -126,12 +123,15 @@ def arrange(layout: Layout, inputs: Inputs) -> Examples:
         # JAX differentiates the definition there.
         domains = domains.selecting()
     if axis is None:
-        return Examples(x, mask, shape, domains)
+        of_moments = None if domains is None else own_moments(domains)
+        return Examples(x, mask, shape, domains, of_moments)
     split = partial(split_axis, axis, layout.group_size, number=layout.number)
     in_groups = (*shape[:axis], 1, *shape[axis:])
     if domains is not None:
         domains = domains.split(axis, layout.group_size, layout.number)
-    return Examples(split(x), None if mask is None else split(mask), in_groups, domains)
+    of_moments = None if domains is None else own_moments(domains)
+    mask = None if mask is None else split(mask)
+    return Examples(split(x), mask, in_groups, domains, of_moments)
 
 
 def _reduced_axes(inputs: Inputs) -> tuple[int, ...]:

@@ -262,8 +262,9 @@ def measure(
         return _measure_mean_square(reduction, x, mask, shift)
     if reduction.method == "twice" or reduction.is_mapped:
         return _measure_twice(reduction, x, mask, shift, domains)
-    start = None if reduction.method == "once" else spread(domains, shift)
-    sums = local_sums(reduction, shift.dtype, x, mask, start, domains)
+    start = shift if domains is None else spread(domains, shift)
+    around = None if reduction.method == "once" else start
+    sums = local_sums(reduction, shift.dtype, x, mask, around, domains)
     count, total, square = counted(reduction, x, mask, sums, domains)
     divisor = divisor_of(reduction, x, mask, count, domains)
     delta, mean_square = divide(total, divisor), divide(square, divisor)
@@ -341,8 +342,11 @@ def _measure_twice(
     divisor = divisor_of(reduction, x, mask, count, domains)
     mean = where_counted(mask, x, count, divide(total, divisor), shift, domains)
     unit = _unit_of_squares(static_count(reduction, x.shape), mean)
-    deviation = keep_valid(centre(x, spread(domains, mean), None), mask)
-    squares = absolute_square(deviation * spread(domains, unit).astype(deviation.dtype))
+    of_example, unit_of_example = mean, unit
+    if domains is not None:
+        of_example, unit_of_example = spread(domains, mean), spread(domains, unit)
+    deviation = keep_valid(centre(x, of_example, None), mask)
+    squares = absolute_square(deviation * unit_of_example.astype(deviation.dtype))
     sums = [sum_over(reduction, weigh(part, mask), domains) for part in (deviation, squares)]
     total, square = all_reduce(reduction, *sums)
     delta = divide(total, divisor)
@@ -393,7 +397,8 @@ def _moments_rule_jvp(
         dx: jax.Array | None,
         d_mask: jax.Array | None,
     ) -> MomentChanges:
-        deviation = centre_by(domains, x, measured.shift, measured.delta)
+        deviate = centre if domains is None else partial(centre_by, domains)
+        deviation = deviate(x, measured.shift, measured.delta)
         return moment_changes(reduction, deviation, mask, measured, dx, d_mask, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
@@ -462,13 +467,14 @@ def moment_changes(
     else:
         of_mean = weigh(keep_valid(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
-    sums = [sum_changes(reduction, part, domains) for part in (of_mean, of_var)]
+    add = sum_over if domains is None else sum_changes
+    sums = [add(reduction, part, domains) for part in (of_mean, of_var)]
     if mask is not None and d_mask is not None:
         d_weight = keep_valid(d_mask.astype(of_var.dtype), mask)
         of_weights = 0.5 * (absolute_square(deviation) - spread(domains, measured.var))
         d_mean = d_weight.astype(deviation.dtype) * deviation
-        sums[0] += sum_changes(reduction, d_mean, domains)
-        sums[1] += sum_changes(reduction, d_weight * of_weights, domains)
+        sums[0] += add(reduction, d_mean, domains)
+        sums[1] += add(reduction, d_weight * of_weights, domains)
         sums.append(local_count(reduction, d_weight, deviation.shape, domains))
     # 2. All devices' sums, in one collective.
     totals = all_reduce(reduction, *sums)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from bn_jax._core.axes import Reduction, place_like, reshape_like, vary_together
+from bn_jax._core.axes import Reduction, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
@@ -34,6 +34,7 @@ from bn_jax._core.moments import (
     unless_zero,
 )
 from bn_jax._core.sums import (
+    centre,
     centre_by,
     unshared,
 )
@@ -81,9 +82,15 @@ def _standardize(
 def _apply(
     dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
-    deviation = centre_by(domains, x, transform.shift, transform.delta)
-    y = deviation * spread(domains, _multiplier(transform))
-    return (y if transform.bias is None else y + spread(domains, transform.bias)).astype(dtype)
+    multiplier, bias = _multiplier(transform), transform.bias
+    if domains is None:
+        deviation = centre(x, transform.shift, transform.delta)
+    else:
+        deviation = centre_by(domains, x, transform.shift, transform.delta)
+        multiplier = spread(domains, multiplier)
+        bias = None if bias is None else spread(domains, bias)
+    y = deviation * multiplier
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
@@ -140,7 +147,6 @@ def standardize_by_moments(
     learned: Learned,
     epsilon: jax.Array,
     domains: Domains | None = None,
-    var_of_none: jax.Array | None = None,
 ) -> tuple[jax.Array, CentredMoments]:
     """Standardizes x by its moments, and differentiates both at once.
 
@@ -156,13 +162,13 @@ def standardize_by_moments(
         learned: scale and bias.
         epsilon: a scalar in the dtype of the variance.
         domains: the domains of the examples; what there is for each feature is in tables then.
-        var_of_none: the variance of a domain without examples. No output depends on it.
 
     Returns:
         `y`, of the shape of x, and the moments.
     """
-    measured = measure(reduction, x, None, shift, own_moments(domains))
-    transform = _transform_by(measured, learned, epsilon, var_of_none)
+    measured_by = None if domains is None else own_moments(domains)
+    measured = measure(reduction, x, None, shift, measured_by)
+    transform = _transform_by(measured, learned, epsilon)
     return _apply(dtype, x, transform, domains), measured
 
 
@@ -170,13 +176,13 @@ def standardize_by_moments(
 def _standardize_by_moments_jvp(
     reduction: Reduction, dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, CentredMoments], tuple[jax.Array, CentredMoments]]:
-    x, shift, learned, epsilon, domains, var_of_none = primals
+    x, shift, learned, epsilon, domains = primals
     dx, _, d_learned, d_epsilon = tangents[:4]
-    measured_by = own_moments(domains)
+    measured_by = None if domains is None else own_moments(domains)
     # One after the other, so that a policy that keeps the moments computes y alone again.
     measured = moments_rule(reduction, x, None, shift, measured_by)
     measured = name_moments(measured, None, measured_by)
-    transform = _transform_by(measured, learned, epsilon, var_of_none)
+    transform = _transform_by(measured, learned, epsilon)
     y = _standardize(dtype, x, None, transform, domains)
 
     def differentiate(
@@ -185,39 +191,30 @@ def _standardize_by_moments_jvp(
         learned: Learned,
         epsilon: jax.Array,
         domains: Domains | None,
-        var_of_none: jax.Array | None,
         dx: jax.Array | None,
         d_learned: Learned,
         d_epsilon: jax.Array | None,
     ) -> tuple[jax.Array, MomentChanges]:
         centred_at = unshared((x, measured.shift, measured.delta))
-        measured_by = own_moments(domains)
-        deviation = centre_by(measured_by, *centred_at)
+        measured_by = None if domains is None else own_moments(domains)
+        deviate = centre if measured_by is None else partial(centre_by, measured_by)
+        deviation = deviate(*centred_at)
         changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
-        transform = _transform_by(measured, learned, epsilon, var_of_none)
+        transform = _transform_by(measured, learned, epsilon)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
-        deviation = centre_by(measured_by, *unshared(centred_at))
+        deviation = deviate(*unshared(centred_at))
         return _change_of_y(dtype, deviation, transform, dx, change, domains), changes
 
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
     changes = (unless_zero(dx), Learned(*map(unless_zero, d_learned)), unless_zero(d_epsilon))
-    of_domains = domains, var_of_none
-    dy, d_moments = differentiate(x, measured, learned, epsilon, *of_domains, *changes)
+    dy, d_moments = differentiate(x, measured, learned, epsilon, domains, *changes)
     return (y, measured), (dy, d_moments.of(measured))
 
 
-def _transform_by(
-    measured: CentredMoments,
-    learned: Learned,
-    epsilon: jax.Array,
-    var_of_none: jax.Array | None = None,
-) -> Transform:
-    var = measured.var
-    if var_of_none is not None:
-        var = jnp.where(measured.count > 0, var, place_like(var, var_of_none))
-    return Transform(measured.shift, measured.delta, var + epsilon, *learned)
+def _transform_by(measured: CentredMoments, learned: Learned, epsilon: jax.Array) -> Transform:
+    return Transform(measured.shift, measured.delta, measured.var + epsilon, *learned)
 
 
 def _change_of_y(
@@ -257,13 +254,18 @@ def _change_of_y(
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
     slope, offset = vary_together(deviation, slope, offset)
     # 3. They meet x.
-    if domains is not None and not domains.selects:
-        # The transpose sums over the examples of all domains, with zeros for those of others.
-        deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
+    if domains is not None:
+        multiplier = spread(domains, multiplier)
+        slope, offset = (
+            None if table is None else spread_change(domains, table) for table in (slope, offset)
+        )
+        if not domains.selects:
+            # The transpose sums over the examples of all domains, with zeros for those of others.
+            deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
     dy = _sum_of(
-        None if dx is None else spread(domains, multiplier) * dx.astype(multiplier.dtype),
-        None if slope is None else deviation * spread_change(domains, slope),
-        None if offset is None else spread_change(domains, offset),
+        None if dx is None else multiplier * dx.astype(multiplier.dtype),
+        None if slope is None else deviation * slope,
+        offset,
     )
     return _as_change(dtype, deviation, dy)
 
@@ -327,7 +329,8 @@ def _deviation(
     delta: jax.Array | None,
 ) -> jax.Array:
     """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviation = centre_by(domains, x, shift, delta)
+    deviate = centre if domains is None else partial(centre_by, domains)
+    deviation = deviate(x, shift, delta)
     if mask is None:
         return deviation
     return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
@@ -348,7 +351,11 @@ def learned_by(inputs: Inputs | RowInputs, shape: tuple[int, ...]) -> Learned:
     dtype, axes = inputs.transform_dtype, inputs.feature_axes
     return Learned(
         *(
-            None if array is None else place(inputs.domains, array.astype(dtype), axes, shape)
+            None
+            if array is None
+            else array.astype(dtype).reshape(shape)
+            if inputs.domains is None
+            else place(inputs.domains, array.astype(dtype), axes, shape)
             for array in arrays
         )
     )

@@ -14,16 +14,17 @@ from flax.core.scope import DenyList, in_filter
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
-from bn_jax._core.batch_norm import run_part
+from bn_jax._core.batch_norm import run_norm, run_part
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import (
     Inputs,
     as_floating,
+    check_inputs,
     features_of,
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
+from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, check_domain_inputs, run_mixture
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -324,7 +325,7 @@ def call_batch_norm(
         x: floating-point or complex array that holds the features on `axis`.
         use_running_average: True for evaluation, False for training.
         mask: what enters the statistics.
-        residual: an array of the shape of `x`, added before the activation.
+        residual: an array to add before the activation.
         update_running_average: whether the running statistics update.
         correction: the correction of a relative of batch norm.
         domain: the domains of the examples, where the layer has domains.
@@ -341,8 +342,9 @@ def call_batch_norm(
     features = features_of("axis", layer.axis, x)
     of_params = of_stats = features
     if domain is not None:
-        of_params = features if layer.share_params else (layer.num_domains, *features)
-        of_stats = features if layer.share_stats else (layer.num_domains, *features)
+        by_domain = (layer.num_domains, *features)
+        of_params = features if layer.share_params else by_domain
+        of_stats = features if layer.share_stats else by_domain
     variables = {} if is_untracked else _batch_stats_of(layer, of_stats, x.dtype)
     params = make_params(layer, of_params)
     batch_stats: Any = {name: variable.value for name, variable in variables.items()}
@@ -353,20 +355,22 @@ def call_batch_norm(
         layer, correction=correction, describe_layer=partial(_describe, layer)
     )
     params = params if state.train_params else jax.lax.stop_gradient(params)
-    inputs, mixture = check_domain_inputs(options, params, batch_stats, x, domain, mask, residual)
+    given, mixture = (options, params, batch_stats, x), None
+    if domain is None:
+        inputs = check_inputs(*given, mask, residual)
+    else:
+        inputs, mixture = check_domain_inputs(*given, domain, mask, residual)
     trains = mode.update or not mode.use_running_average
-    collects_or_given = collects or layer.has_variable("given_moments", "mean")
-    if mixture is not None and collects_or_given:
-        raise ValueError(
-            f"{_describe(layer)} got weights of domains, whose moments cannot be collected over "
-            "micro-batches: pass integers as domain, or train on the whole batch."
-        )
-    if trains and collects_or_given:
+    in_parts = collects or layer.has_variable("given_moments", "mean")
+    if mixture is not None and in_parts:
+        raise ValueError(WEIGHTS_IN_PARTS.format(_describe(layer)))
+    if trains and in_parts:
         y, updated = _train_on_a_part(layer, options, inputs, mode, collects)
     else:
         if collects and layer.is_mutable_collection("batch_stats"):
             layer.variable("batch_moments", "count", jnp.zeros, of_stats)
-        y, updated = run_domain_norm(options, mode, inputs, mixture)
+        run = run_norm if mixture is None else partial(run_mixture, mixture)
+        y, updated = run(options, inputs, mode)
     if mode.update:
         new = cast(dict[str, Any], updated)
         for name, variable in variables.items():

@@ -16,8 +16,9 @@ from flax.errors import TraceContextError
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
+from bn_jax._core.batch_norm import run_norm
 from bn_jax._core.batch_renorm import make_correction
-from bn_jax._core.checks import as_floating
+from bn_jax._core.checks import as_floating, check_inputs
 from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import (
@@ -436,10 +437,14 @@ def call_batch_norm(
         describe_layer=partial(_describe, layer),
     )
     params = params if layer.train_params else jax.lax.stop_gradient(params)
-    inputs, mixture = check_domain_inputs(
-        options, params, batch_stats, promoted.x, domain, mask, residual
-    )
-    y, updated = run_domain_norm(options, mode, inputs, mixture)
+    if domain is None:
+        inputs = check_inputs(options, params, batch_stats, promoted.x, mask, residual)
+        y, updated = run_norm(options, inputs, mode)
+    else:
+        inputs, mixture = check_domain_inputs(
+            options, params, batch_stats, promoted.x, domain, mask, residual
+        )
+        y, updated = run_domain_norm(options, mode, inputs, mixture)
     if mode.update:
         _store(layer, variables, updated)
     return y

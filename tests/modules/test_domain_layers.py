@@ -55,7 +55,7 @@ def test_weights_are_taken_by_both():
     assert_close(layer.apply(variables, x, weights, mutable=["batch_stats"]), expected)
     model = bn.nnx.DomainBatchNorm(5, 3, rngs=nnx.Rngs(0))
     assert_close(model(x, weights), expected[0])
-    with pytest.raises(ValueError, match="weights of domains, whose moments cannot be collected"):
+    with pytest.raises(ValueError, match="weights of domains, whose moments cannot be merged"):
         layer.apply(variables, x, weights, mutable=["batch_stats", "batch_moments"])
 
 
