@@ -159,7 +159,8 @@ def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     has_bad_input = _has_bad_input(trained, evaluated, calls, mean.size)
     empty_domains = _empty_domains(attributes.num_domains, trained, evaluated)
     if empty_domains:
-        has_bad_input.reshape(attributes.num_domains, -1)[list(empty_domains)] = False
+        by_domain = has_bad_input.reshape(attributes.num_domains or 1, -1)
+        by_domain[list(empty_domains)] = False
     trained, evaluated = _if_any_value(trained), _if_any_value(evaluated)
     noise = None if evaluated is None else _noise(evaluated, calls, observed.examples)
 

@@ -50,7 +50,7 @@ def domain_batch_norm(
     params: Params,
     batch_stats: BatchStats,
     x: jax.Array,
-    domain: jax.Array,
+    domain: jax.Array | int,
     *,
     use_running_average: bool,
     update_running_average: bool | None = None,
@@ -162,7 +162,7 @@ def check_domain_inputs(
     params: Params,
     batch_stats: BatchStats,
     x: jax.Array,
-    domain: jax.Array | None,
+    domain: jax.Array | int | None,
     mask: jax.Array | None,
     residual: jax.Array | None,
 ) -> "tuple[Inputs, Mixture | None]":

@@ -316,7 +316,7 @@ def call_batch_norm(
     residual: jax.Array | None = None,
     update_running_average: bool | None = None,
     correction: Correction | None = None,
-    domain: jax.Array | None = None,
+    domain: jax.Array | int | None = None,
 ) -> jax.Array:
     """Runs the call of a batch norm, ours or Flax's.
 
@@ -360,11 +360,10 @@ def call_batch_norm(
         inputs = check_inputs(*given, mask, residual)
     else:
         inputs, mixture = check_domain_inputs(*given, domain, mask, residual)
-    trains = mode.update or not mode.use_running_average
     in_parts = collects or layer.has_variable("given_moments", "mean")
     if mixture is not None and in_parts:
         raise ValueError(WEIGHTS_IN_PARTS.format(_describe(layer)))
-    if trains and in_parts:
+    if in_parts and (mode.update or not mode.use_running_average):
         y, updated = _train_on_a_part(layer, options, inputs, mode, collects)
     else:
         if collects and layer.is_mutable_collection("batch_stats"):

@@ -71,7 +71,7 @@ class DomainBatchNorm(BatchNorm):
     def __call__(  # type: ignore[override]
         self,
         x: jax.Array,
-        domain: jax.Array,
+        domain: jax.Array | int,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,

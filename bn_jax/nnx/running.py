@@ -417,7 +417,7 @@ def call_batch_norm(
     residual: jax.Array | None,
     update_running_average: bool | None,
     correction: Correction | None = None,
-    domain: jax.Array | None = None,
+    domain: jax.Array | int | None = None,
 ) -> jax.Array:
     """Runs the call of a batch norm, with `domain` where the layer has domains."""
     mode = _choose_mode(layer, use_running_average, update_running_average)

@@ -3,6 +3,7 @@
 import functools
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from support import assert_close, exact, standard_normal
 import bn_jax as bn
 from benchmarks.hlo import collectives
 
-TRAIN = partial(bn.domain_batch_norm, use_running_average=False)
+TRAIN: Any = partial(bn.domain_batch_norm, use_running_average=False)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -57,7 +58,7 @@ def ours(params, stats, x, *, domain, **options):
     return TRAIN(params, stats, x, domain, **options)
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "1 domain": (1, IMAGES, {}),
     "2 domains": (2, IMAGES, {}),
     "2 domains of rows": (2, ROWS, {}),
@@ -143,8 +144,8 @@ def test_evaluation_takes_the_statistics_of_the_domain(shape, shared):
         stats = {name: leaf[0] for name, leaf in stats.items()}
     y, unchanged = bn.domain_batch_norm(params, stats, x, domain, use_running_average=True)
     for d in range(3):
-        own = {name: leaf[d] for name, leaf in params.items()}
-        running = stats if shared else {name: leaf[d] for name, leaf in stats.items()}
+        own: Any = {name: leaf[d] for name, leaf in params.items()}
+        running: Any = stats if shared else {name: leaf[d] for name, leaf in stats.items()}
         part, _ = bn.batch_norm(own, running, x[domain == d], use_running_average=True)
         assert_close(y[domain == d], part)
     assert_close(unchanged, stats, tolerance=1e-30)
@@ -196,7 +197,7 @@ def test_a_domain_that_is_not_finite_reaches_no_other(shape, poison, dtype):
 
 def define_mixture(params, stats, x, weights):
     """``sum_d weight_d * y_d`` with moments by weights, in double precision."""
-    y, updated = 0, {name: [] for name in stats}
+    y, updated = 0, {name: list[Any]() for name in stats}
     rank = (1,) * (x.ndim - 1)
     for d in range(weights.shape[1]):
         weight = weights[:, d].reshape(-1, *rank)
@@ -276,7 +277,7 @@ def test_features_on_any_axes(axis, shape):
         "scale": standard_normal(1, (2, *features)),
         "bias": standard_normal(2, (2, *features)),
     }
-    stats = bn.init_batch_stats((2, *features))
+    stats: Any = bn.init_batch_stats((2, *features))
     domain = jnp.arange(6) % 2
     y, updated = TRAIN(params, stats, x, domain, axis=axis)
     for d in range(2):
@@ -289,12 +290,12 @@ def test_features_on_any_axes(axis, shape):
 
 def test_measuring_is_by_domain():
     params, stats, x, domain = arguments_of(3, ROWS, absent=(1,))
-    stats = bn.start_measuring(stats)
+    state: Any = bn.start_measuring(stats)
     for part in (slice(0, 10), slice(10, 24)):
-        _, stats = bn.domain_batch_norm(
-            params, stats, x[part], domain[part], use_running_average=True
+        _, state = bn.domain_batch_norm(
+            params, state, x[part], domain[part], use_running_average=True
         )
-    measured = stats["measured"]
+    measured = state["measured"]
     for d in (0, 2):
         expected = bn.moments(x[domain == d], 0)
         assert_close((measured.mean[d], measured.var[d]), (expected.mean, expected.var))
@@ -458,7 +459,7 @@ def test_one_collective_forward_and_one_backward(shape):
             in_specs=(whole, whole, data, data),
             out_specs=out_specs,
         )
-        text = jax.jit(mapped).lower(params, stats, x, domain).compile().as_text()
+        text: Any = jax.jit(mapped).lower(params, stats, x, domain).compile().as_text()
         return [one.kind for one in collectives(text) if not one.guarded]
 
     assert compiled(forward, (data, whole)) == ["all-reduce"]
@@ -491,7 +492,7 @@ def test_reading_by_the_program_of_one_domain():
             y, pull = jax.vjp(lambda p, x: function(p, stats, x, *domain)[0], params, x)
             return y, pull(y)
 
-        cost = jax.jit(step).lower(*arguments).compile().cost_analysis()
+        cost: Any = jax.jit(step).lower(*arguments).compile().cost_analysis()
         return cost["bytes accessed"]
 
     ratio = bytes_of(TRAIN, params, stats, x, domain) / bytes_of(run, *plain, x)

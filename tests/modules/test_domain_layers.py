@@ -1,5 +1,7 @@
 """The modules with domains: plain batch norms on the parts of a batch, and their checkpoints."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from support import assert_close, standard_normal
 import bn_jax as bn
 
 DOMAIN = jnp.asarray([0, 2, 0, 0, 2, 2, 0, 2])
-KINDS = [{}, {"share_params": True}, {"share_stats": True}]
+KINDS: list[Any] = [{}, {"share_params": True}, {"share_stats": True}]
 
 
 def parts_of(x, domain, number=3):
@@ -28,7 +30,7 @@ def test_linen_and_nnx_are_the_function(kind):
     params, stats = variables["params"], variables["batch_stats"]
     assert params["bias"].shape == ((5,) if "share_params" in kind else (3, 5))
     assert stats["count"].shape == ((5,) if "share_stats" in kind else (3, 5))
-    options = {"use_running_average": False, "momentum": None}
+    options: Any = {"use_running_average": False, "momentum": None}
     expected = bn.domain_batch_norm(params, stats, x, DOMAIN, **options)
     y, updates = layer.apply(
         variables, x, DOMAIN, use_running_average=False, mutable=["batch_stats"]
@@ -68,7 +70,7 @@ class Net(nn.Module):
     def __call__(self, x, domain=None, train=False):
         for features in (4, 3):
             x = nn.Dense(features)(x)
-            options = {"use_running_average": not train, "name": f"norm{features}"}
+            options: Any = {"use_running_average": not train, "name": f"norm{features}"}
             if self.num_domains is None:
                 x = bn.linen.BatchNorm(**options)(x)
             else:
@@ -142,7 +144,8 @@ def test_micro_batches_of_domains_make_one_update():
     x = standard_normal(0, (8, 5))
     layer = bn.linen.DomainBatchNorm(num_domains=3, use_running_average=False)
     variables = layer.init(jax.random.key(0), x, DOMAIN)
-    collections, collected = ["batch_stats", "batch_moments"], {}
+    collections = ["batch_stats", "batch_moments"]
+    collected: Any = {}
     for rows in (slice(0, 3), slice(3, 8)):
         _, collected = layer.apply(
             {**variables, **{"batch_moments": collected.get("batch_moments", {})}},
