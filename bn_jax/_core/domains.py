@@ -4,8 +4,9 @@ A table has the rank of x, and domains in place of the examples: of ``x`` of sha
 tables are [D, 1, 1, C], or [1, 1, 1, C] for what the domains share. `spread` takes a row for every
 example, [N, 1, 1, C]; `collect` adds what there is for each example into the row of its domain. One
 is the transpose of the other. Both meet arrays with one value per example and feature, after the
-sums over positions, so that x itself need not be read more often than without domains. (XLA for TPUs
-does not; XLA for CPUs and GPUs fuses the sums of each example less well than those of a batch.)
+sums over positions, so that x itself need not be read more often than without domains. (By XLA for
+TPUs it is not; for CPUs and GPUs, XLA fuses the sums of each example less well than those of a
+batch.)
 
 **By selection.** Both select along an axis of domains and sum: exact, whatever else is NaN. That
 reads the arrays with one value per example and feature once for each domain, which is little where
