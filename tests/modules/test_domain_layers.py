@@ -181,3 +181,15 @@ def test_norms_by_domain_are_norms_to_masks_and_freezing():
     y, updates = frozen(split, x, DOMAIN, train=True, mutable=["batch_stats"])
     assert_close(y, model.apply(split, x, DOMAIN))
     assert_close(updates["batch_stats"], split["batch_stats"], tolerance=1e-30)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_wrong_domain_is_an_error_that_names_it(library):
+    x, wrong = standard_normal(0, (8, 5)), DOMAIN + 1
+    message = r"domain has 4 values outside of 0 to 2, 3 for example"
+    with pytest.raises(ValueError, match=message):
+        if library == "linen":
+            layer = bn.linen.DomainBatchNorm(num_domains=3, use_running_average=False)
+            layer.init(jax.random.key(0), x, wrong)
+        else:
+            bn.nnx.DomainBatchNorm(5, 3, rngs=nnx.Rngs(0))(x, wrong)
