@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         normalize_by_batch,
     )
     from bn_jax._core.batch_renorm import batch_renorm
+    from bn_jax._core.domain_batch_norm import domain_batch_norm
     from bn_jax._core.feature_norms import group_norm, instance_norm, layer_norm, rms_norm
     from bn_jax._core.merging import merge_moments
     from bn_jax._core.moments import moments
@@ -57,6 +58,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "convert",
+    "domain_batch_norm",
     "export_model",
     "fold",
     "group_norm",
@@ -90,6 +92,7 @@ _HOMES = {
     "_audit": ("Audit", "Finding", "Layer", "audit"),
     "_core.batch_norm": ("batch_norm", "identity_params", "init_params", "normalize_by_batch"),
     "_core.batch_renorm": ("batch_renorm",),
+    "_core.domain_batch_norm": ("domain_batch_norm",),
     "_core.feature_norms": ("group_norm", "instance_norm", "layer_norm", "rms_norm"),
     "_core.merging": ("merge_moments",),
     "_core.moments": ("moments",),

@@ -38,6 +38,7 @@ def audit(
       nowhere else. It is not reported if another such bias before it turns out to have an effect.
     - "weight decay": it applies to scale or bias of a norm, according to the mask.
     - "small batch": the variance that training normalizes by is a poor estimate.
+    - "domain without examples": a norm by domain got no example of one.
     - "saturated": the activation after the norm, found in the program and differentiated, passes no
       gradient back: for most values (sigmoid, tanh), or for many units on the whole batch (ReLU
       and similar). A unit that few examples need may seem flat in a small batch.

@@ -71,6 +71,7 @@ class Evidence(NamedTuple):
     var_error: float | None
     # The number of examples in a ghost batch, if training normalizes by parts of the batch.
     ghost_size: int | None
+    empty_domains: tuple[int, ...]  # the domains without a value in the batch
 
     @property
     def is_stale(self) -> bool:
@@ -156,6 +157,10 @@ def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
     calls = observed.calls.get(path)
     trained, evaluated = observed.trained.get(path), observed.evaluated.get(path)
     has_bad_input = _has_bad_input(trained, evaluated, calls, mean.size)
+    empty_domains = _empty_domains(attributes.num_domains, trained, evaluated)
+    if empty_domains:
+        by_domain = has_bad_input.reshape(attributes.num_domains or 1, -1)
+        by_domain[list(empty_domains)] = False
     trained, evaluated = _if_any_value(trained), _if_any_value(evaluated)
     noise = None if evaluated is None else _noise(evaluated, calls, observed.examples)
 
@@ -188,7 +193,19 @@ def _evidence_on(path: str, observed: Observations, scale: Any) -> Evidence:
         in_evaluation=distance_from(evaluated),
         var_error=_var_error(evaluated, noise, share),
         ghost_size=ghost_size,
+        empty_domains=empty_domains,
     )
+
+
+def _empty_domains(
+    number: int | None, trained: Measurement | None, evaluated: Measurement | None
+) -> tuple[int, ...]:
+    """Returns the domains of which the batch has no value, in none of the modes."""
+    measured = [each.values.reshape(number, -1) for each in (trained, evaluated) if each and number]
+    if not measured:
+        return ()
+    has_values = np.any([values.any(1) for values in measured], 0)
+    return tuple(map(int, np.flatnonzero(~has_values)))
 
 
 def _if_any_value(measured: Measurement | None) -> Measurement | None:

@@ -352,6 +352,21 @@ def small_batch(norm: Evidence) -> Iterator[Finding]:
     )
 
 
+def domain_without_examples(norm: Evidence) -> Iterator[Finding]:
+    """Finds the domains of a norm of which the batch has no example."""
+    if not norm.empty_domains:
+        return
+    domains = ", ".join(map(str, norm.empty_domains))
+    noun = "domain" if len(norm.empty_domains) == 1 else "domains"
+    yield Finding(
+        "domain without examples",
+        norm.path,
+        f"The batch has no example of {noun} {domains}, whose statistics were not examined.",
+        "Pass a batch with examples of every domain. If training has none either, the statistics "
+        "stay those that the domain started from: copy another domain's with split_batch_norms.",
+    )
+
+
 def saturated(norm: Evidence) -> Iterator[Finding]:
     """Finds a norm after which an activation passes no gradient back."""
     if norm.calls is None or not norm.calls.finite_output.all():
@@ -450,6 +465,7 @@ NORM_FINDERS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     constant_features,
     bias_without_effect,
     small_batch,
+    domain_without_examples,
     saturated,
     redundant_scale,
 )

@@ -36,6 +36,8 @@ class Attributes(NamedTuple):
 
     epsilon: float = DEFAULT_EPSILON
     virtual_batch_size: int | None = None
+    # How many domains have statistics of their own; None without domains.
+    num_domains: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def attributes_of(layer: Any) -> Attributes:
         epsilon = float(layer.epsilon)
     except jax.errors.ConcretizationTypeError:
         epsilon = DEFAULT_EPSILON  # it is computed by the model
-    return Attributes(epsilon, getattr(layer, "virtual_batch_size", None))
+    num_domains = None if getattr(layer, "share_stats", True) else layer.num_domains
+    return Attributes(epsilon, getattr(layer, "virtual_batch_size", None), num_domains)
 
 
 def note_attributes(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

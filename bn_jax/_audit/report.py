@@ -21,6 +21,7 @@ Kind: TypeAlias = Literal[
     "bias without effect",
     "weight decay",
     "small batch",
+    "domain without examples",
     "saturated",
     "redundant scale",
 ]
@@ -48,7 +49,7 @@ class Finding(NamedTuple):
     Attributes:
         kind: "never updated", "stale", "differs in evaluation", "normalizes by the batch", "not
             finite", "dead features", "bias without effect", "weight decay", "small batch",
-            "saturated" or "redundant scale".
+            "domain without examples", "saturated" or "redundant scale".
         path: the path of the norm in ``batch_stats``, joined by "/", "" for a norm at the top
             level; or the path of a parameter that belongs to no norm.
         message: the fault, with its numbers.

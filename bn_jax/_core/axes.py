@@ -271,6 +271,11 @@ def _explicit_sharding(kind: Any) -> NamedSharding | None:
     return kind.sharding if set(kind.sharding.spec) - {None} else None
 
 
+def is_explicit(values: jax.Array) -> bool:
+    """Tells whether an array is sharded explicitly on some axis."""
+    return _explicit_sharding(jax.typeof(values)) is not None
+
+
 def reshape_like(kind: Any, values: jax.Array) -> jax.Array:
     """Gives values the shape and the explicit sharding of the type of an array."""
     if values.shape == kind.shape:

@@ -26,13 +26,12 @@ from bn_jax._core.checks import (
     check_count_kept,
     check_inputs,
 )
+from bn_jax._core.domains import own_moments, place
 from bn_jax._core.layout import Examples, Layout, arrange, feature_shape_of, lay_out
 from bn_jax._core.merging import merge_centred
 from bn_jax._core.moments import (
     CentredMoments,
     centred_moments,
-    count_of,
-    may_be_empty,
     moments,
     name_moments,
 )
@@ -44,6 +43,10 @@ from bn_jax._core.standardize import (
     make_transform,
     normalize,
     standardize_by_moments,
+)
+from bn_jax._core.sums import (
+    count_of,
+    may_be_empty,
 )
 from bn_jax._core.types import (
     Activation,
@@ -422,10 +425,14 @@ def _run_part(
 
 def _start(layout: Layout, inputs: Inputs, examples: Examples) -> jax.Array:
     """Returns where measuring starts, and what the mean is where nothing entered."""
-    if layout.reduction.method != "guarded" and not may_be_empty(inputs.x, inputs.mask):
+    domains = examples.domains_of_moments
+    if layout.reduction.method != "guarded" and not may_be_empty(inputs.x, inputs.mask, domains):
         return jnp.zeros((1,) * examples.x.ndim, inputs.mean_dtype)
     mean = jnp.asarray(inputs.batch_stats["mean"], inputs.mean_dtype)
-    mean = mean.reshape(examples.feature_shape)
+    if inputs.domains is None:
+        mean = mean.reshape(examples.feature_shape)
+    else:
+        mean = place(inputs.domains, mean, inputs.feature_axes, examples.feature_shape)
     return lax.select(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
 
 
@@ -436,8 +443,9 @@ def measure_batch(layout: Layout, inputs: Inputs) -> CentredMoments:
 
 def _measure_examples(layout: Layout, inputs: Inputs, examples: Examples) -> CentredMoments:
     start = _start(layout, inputs, examples)
-    measured = centred_moments(layout.reduction, examples.x, examples.mask, start)
-    return name_moments(measured, examples.mask)
+    domains = examples.domains_of_moments
+    measured = centred_moments(layout.reduction, examples.x, examples.mask, start, domains)
+    return name_moments(measured, examples.mask, domains)
 
 
 def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, CentredMoments]:
@@ -451,12 +459,15 @@ def _normalize_by_batch(layout: Layout, inputs: Inputs) -> tuple[jax.Array, Cent
             _start(layout, inputs, examples),
             learned_by(inputs, examples.feature_shape),
             jnp.asarray(inputs.epsilon, inputs.var_dtype),
+            examples.domains,
         )
-        count = count_of(layout.reduction, examples.x)
-        return complete(inputs, y), measured._replace(count=count)
+        if examples.domains_of_moments is None:
+            measured = measured._replace(count=count_of(layout.reduction, examples.x))
+        return complete(inputs, y), measured
     measured = _measure_examples(layout, inputs, examples)
     transform = _transform_by_batch(inputs, examples, measured)
-    return normalize(inputs, examples.x, examples.mask, transform), measured
+    y = normalize(inputs, examples.x, examples.mask, transform, examples.domains)
+    return y, measured
 
 
 def _is_plain(layout: Layout, inputs: Inputs) -> bool:
@@ -470,10 +481,15 @@ def _is_plain(layout: Layout, inputs: Inputs) -> bool:
     )
 
 
+def _running_var(inputs: Inputs, examples: Examples) -> jax.Array:
+    running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype)
+    return place(inputs.domains, running_var, inputs.feature_axes, examples.feature_shape)
+
+
 def _transform_by_batch(inputs: Inputs, examples: Examples, measured: CentredMoments) -> Transform:
     var, shape = measured.var, examples.feature_shape
-    if may_be_empty(inputs.x, inputs.mask):
-        running_var = jnp.asarray(inputs.batch_stats["var"], inputs.var_dtype).reshape(shape)
+    if may_be_empty(inputs.x, inputs.mask, examples.domains_of_moments):
+        running_var = _running_var(inputs, examples)
         var = jnp.where(measured.count > 0, var, place_like(var, running_var))
     transform = make_transform(inputs, shape, measured.shift, measured.delta, var)
     if inputs.correction is None:
@@ -489,29 +505,34 @@ def _normalize_by(
     transform = _transform_by(inputs, statistics, shape)
     if correction is not None:
         transform = correction(transform, _transform_by(inputs, inputs.batch_stats, shape))
-    return normalize(inputs, inputs.x, inputs.mask, transform)
+    return normalize(inputs, inputs.x, inputs.mask, transform, inputs.domains)
 
 
 def _transform_by(
     inputs: Inputs, statistics: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Transform:
-    mean = jnp.asarray(statistics["mean"], inputs.mean_dtype).reshape(shape)
-    var = jnp.asarray(statistics["var"], inputs.var_dtype).reshape(shape)
-    return make_transform(inputs, shape, mean, None, var)
+    mean = jnp.asarray(statistics["mean"], inputs.mean_dtype)
+    var = jnp.asarray(statistics["var"], inputs.var_dtype)
+    placed = partial(place, inputs.domains, feature_axes=inputs.feature_axes, shape=shape)
+    return make_transform(inputs, shape, placed(mean), None, placed(var))
 
 
 def _merge_groups(layout: Layout, inputs: Inputs, measured: CentredMoments) -> CentredMoments:
     """Returns the moments of the whole batch, in the shape of the features."""
-    features = inputs.features
     if layout.group_axis is not None:
         measured = merge_centred(layout.group_axis, measured)
+    domains = None if inputs.domains is None else own_moments(inputs.domains)
+    if domains is None:
+        leaf_of = partial(jnp.reshape, shape=inputs.features)
+    else:
+        leaf_of = partial(domains.leaf_of, feature_axes=inputs.feature_axes)
     if measured.count.size == 1:
         count = measured.count.reshape(())
     else:
-        count = jnp.broadcast_to(measured.count, measured.var.shape).reshape(features)
+        count = leaf_of(jnp.broadcast_to(measured.count, measured.var.shape))
     return CentredMoments(
         count=count,
-        shift=measured.shift.reshape(features),
-        delta=None if measured.delta is None else measured.delta.reshape(features),
-        var=measured.var.reshape(features),
+        shift=leaf_of(measured.shift),
+        delta=None if measured.delta is None else leaf_of(measured.delta),
+        var=leaf_of(measured.var),
     )

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import export
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import canonical_groups
+from bn_jax._core.domains import Domains
 from bn_jax._core.types import (
     Activation,
     Axes,
@@ -28,7 +29,16 @@ from bn_jax._core.types import (
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "batch_stats", "x", "mask", "residual", "epsilon", "correction"),
+    data_fields=(
+        "params",
+        "batch_stats",
+        "x",
+        "mask",
+        "residual",
+        "epsilon",
+        "correction",
+        "domains",
+    ),
     meta_fields=(
         "activation",
         "feature_axes",
@@ -58,6 +68,7 @@ class Inputs:
         var_dtype: the real dtype that statistics are computed in.
         mean_dtype: the dtype of the mean, complex if `x` is.
         transform_dtype: the dtype of the mean, scale and bias together, complex if one of them is.
+        domains: the domains of the examples, where parameters or statistics have an axis of them.
     """
 
     params: Params
@@ -73,6 +84,7 @@ class Inputs:
     var_dtype: jnp.dtype
     mean_dtype: jnp.dtype
     transform_dtype: jnp.dtype
+    domains: Domains | None = None
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -147,6 +159,7 @@ class RowInputs:
         transform_dtype: the dtype of the mean, scale and bias together, complex if one of them is.
     """
 
+    domains: ClassVar[None] = None
     params: Params
     x: jax.Array
     mask: jax.Array | None

@@ -24,13 +24,20 @@ from bn_jax._core.checks import (
     size_of_groups,
     statistics_dtype,
 )
-from bn_jax._core.moments import centred_moments, choose_method, may_be_empty, name_moments
+from bn_jax._core.moments import (
+    centred_moments,
+    choose_method,
+    name_moments,
+)
 from bn_jax._core.standardize import (
     finish,
     learned_by,
     make_transform,
     standardize,
     standardize_by_moments,
+)
+from bn_jax._core.sums import (
+    may_be_empty,
 )
 from bn_jax._core.types import (
     Axes,

@@ -15,6 +15,7 @@ from bn_jax._core.checks import (
     examples_of_a_group,
     warn_of_single_value,
 )
+from bn_jax._core.domains import Domains, own_moments
 from bn_jax._core.moments import choose_method
 from bn_jax._core.types import Options
 
@@ -66,6 +67,10 @@ def lay_out(
     method = choose_method(
         x.dtype, options.use_fast_variance, lie_apart=layout.group_axis is not None
     )
+    domains = None if inputs.domains is None else own_moments(inputs.domains)
+    if method == "once" and domains is not None and not domains.selects:
+        # Sums by products need the guard for what is not finite.
+        method = "guarded"
     return layout._replace(reduction=layout.reduction._replace(method=method))
 
 
@@ -100,20 +105,33 @@ class Examples(NamedTuple):
         x: the input; where there are groups, with the batch axis split into two.
         mask: None, or of the rank of `x`.
         feature_shape: the shape in which per-feature arrays broadcast to `x`.
+        domains: the domains of the examples, where there are any.
+        domains_of_moments: the domains, if each has its own moments.
     """
 
     x: jax.Array
     mask: jax.Array | None
     feature_shape: tuple[int, ...]
+    domains: Domains | None = None
+    domains_of_moments: Domains | None = None
 
 
 def arrange(layout: Layout, inputs: Inputs) -> Examples:
     x, mask, shape, axis = inputs.x, inputs.mask, feature_shape_of(inputs), layout.group_axis
+    domains = inputs.domains
+    if domains is not None and layout.reduction.is_mapped:
+        # JAX differentiates the definition there.
+        domains = domains.selecting()
     if axis is None:
-        return Examples(x, mask, shape)
+        of_moments = None if domains is None else own_moments(domains)
+        return Examples(x, mask, shape, domains, of_moments)
     split = partial(split_axis, axis, layout.group_size, number=layout.number)
     in_groups = (*shape[:axis], 1, *shape[axis:])
-    return Examples(split(x), None if mask is None else split(mask), in_groups)
+    if domains is not None:
+        domains = domains.split(axis, layout.group_size, layout.number)
+    of_moments = None if domains is None else own_moments(domains)
+    mask = None if mask is None else split(mask)
+    return Examples(split(x), mask, in_groups, domains, of_moments)
 
 
 def _reduced_axes(inputs: Inputs) -> tuple[int, ...]:

@@ -3,7 +3,13 @@
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax._core.moments import CentredMoments, absolute_square, centre
+from bn_jax._core.moments import (
+    CentredMoments,
+)
+from bn_jax._core.sums import (
+    absolute_square,
+    centre,
+)
 from bn_jax._core.types import Moments
 
 

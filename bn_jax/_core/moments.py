@@ -43,8 +43,8 @@ unit in the last place of the mean (5e-4 at a mean of 1e4) in every output.
 
 from collections.abc import Sequence
 from functools import partial
-from math import ceil, log2, prod
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from math import ceil, log2
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,6 @@ from bn_jax._core.axes import (
     Reduction,
     all_reduce,
     any_group,
-    as_numbers,
     make_common,
     make_reduction,
     place_like,
@@ -73,14 +72,28 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
+from bn_jax._core.domains import Domains, spread
+from bn_jax._core.sums import (
+    Sums,
+    absolute_square,
+    centre,
+    centre_by,
+    counted,
+    divide,
+    divisor_of,
+    keep_valid,
+    local_count,
+    local_sums,
+    sum_changes,
+    sum_over,
+    weigh,
+    where_counted,
+)
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,
     Moments,
 )
-
-Sums: TypeAlias = tuple[jax.Array, ...]
-Values = TypeVar("Values")
 
 # How many variances `delta**2` may be before x is measured again; the derivation is above.
 CANCELLATION_THRESHOLD = 10.0
@@ -200,7 +213,11 @@ def choose_method(dtype: DTypeLike, use_fast_variance: bool, *, lie_apart: bool 
 
 @partial(jax.jit, static_argnums=0)
 def centred_moments(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes moments; every array keeps the rank of `x`.
 
@@ -219,6 +236,8 @@ def centred_moments(
         mask: None, boolean or weights, of the rank of `x`.
         shift: of the rank of `x`, in the dtype of the mean, the same on every device of
             `axis_name` (only type-checked `shard_map` can tell, and then it is made so).
+        domains: the domains of the examples, each with its own moments; `shift` and what is
+            returned are tables then.
 
     Returns:
         `CentredMoments`; where nothing entered, the mean is `shift` and `var` is 0.
@@ -226,50 +245,69 @@ def centred_moments(
     # Compiled as one function, so that an eager call does not compile the guard's branches again,
     # and norms of one shape are traced, differentiated and lowered once.
     if reduction.is_mapped:
-        return measure(reduction, x, mask, shift)
-    return moments_rule(reduction, x, mask, shift)
+        return measure(reduction, x, mask, shift, domains)
+    return moments_rule(reduction, x, mask, shift, domains)
 
 
 def measure(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes `centred_moments` without the rule for their derivative."""
     shift = make_common(reduction, shift)
     if reduction.method == "mean_square":
         return _measure_mean_square(reduction, x, mask, shift)
     if reduction.method == "twice" or reduction.is_mapped:
-        return _measure_twice(reduction, x, mask, shift)
-    start = None if reduction.method == "once" else shift
-    sums = local_sums(reduction, shift.dtype, x, mask, start)
-    count, total, square = counted(reduction, x, mask, sums)
-    divisor = divisor_of(reduction, x, mask, count)
+        return _measure_twice(reduction, x, mask, shift, domains)
+    start = shift if domains is None else spread(domains, shift)
+    around = None if reduction.method == "once" else start
+    sums = local_sums(reduction, shift.dtype, x, mask, around, domains)
+    count, total, square = counted(reduction, x, mask, sums, domains)
+    divisor = divisor_of(reduction, x, mask, count, domains)
     delta, mean_square = divide(total, divisor), divide(square, divisor)
     var = jnp.maximum(mean_square - absolute_square(delta), 0)
     if reduction.method == "once":
-        return CentredMoments(count, where_counted(mask, x, count, delta, shift), None, var)
+        centre_of_all = where_counted(mask, x, count, delta, shift, domains)
+        return CentredMoments(count, centre_of_all, None, var)
     # One predicate for all features. It comes from sums over all devices, so that every device
     # takes the same branch.
-    refine = any_group(reduction, lax.reduce_or(cancels(delta, var), tuple(range(x.ndim))))
+    unsure = cancels(delta, var)
+    if domains is not None and not domains.selects:
+        # A value that is not finite may belong to another domain.
+        unsure |= ~(jnp.isfinite(delta) & jnp.isfinite(var))
+        domains = domains.selecting()
+    refine = any_group(reduction, lax.reduce_or(unsure, tuple(range(x.ndim))))
 
-    def keep(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
+    def keep(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array, domains: Domains | None
+    ) -> Sums:
         return shift, delta, var
 
-    def measure_again(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> Sums:
-        again = _measure_twice(reduction, x, mask, shift, count)
+    def measure_again(
+        x: jax.Array, mask: jax.Array | None, shift: jax.Array, domains: Domains | None
+    ) -> Sums:
+        again = _measure_twice(reduction, x, mask, shift, domains, count)
         return again.shift, cast(jax.Array, again.delta), again.var
 
     # What the branches return must have one shape, and lie on the devices in one way.
     shift = place_like(delta, vary_over(varying_axes(delta), shift))
     # x goes in as it came: a float32 copy of a float16 x would be materialised as an operand.
-    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift))
+    return CentredMoments(count, *lax.cond(refine, measure_again, keep, x, mask, shift, domains))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def moments_rule(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None = None,
 ) -> CentredMoments:
     """Computes `centred_moments` with the rule for their derivative."""
-    return measure(reduction, x, mask, shift)
+    return measure(reduction, x, mask, shift, domains)
 
 
 def _measure_mean_square(
@@ -286,6 +324,7 @@ def _measure_twice(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array,
+    domains: Domains | None,
     count: jax.Array | None = None,
 ) -> CentredMoments:
     """Measures around the mean, and counts if that has not been done.
@@ -297,15 +336,18 @@ def _measure_twice(
     """
     values = weigh(keep_valid(x.astype(shift.dtype), mask), mask)
     if count is None:
-        count, total = counted(reduction, x, mask, (sum_over(reduction, values),))
+        count, total = counted(reduction, x, mask, (sum_over(reduction, values, domains),), domains)
     else:
-        (total,) = all_reduce(reduction, sum_over(reduction, values))
-    divisor = divisor_of(reduction, x, mask, count)
-    mean = where_counted(mask, x, count, divide(total, divisor), shift)
+        (total,) = all_reduce(reduction, sum_over(reduction, values, domains))
+    divisor = divisor_of(reduction, x, mask, count, domains)
+    mean = where_counted(mask, x, count, divide(total, divisor), shift, domains)
     unit = _unit_of_squares(static_count(reduction, x.shape), mean)
-    deviation = keep_valid(centre(x, mean, None), mask)
-    squares = absolute_square(deviation * unit.astype(deviation.dtype))
-    sums = sum_over(reduction, weigh(deviation, mask)), sum_over(reduction, weigh(squares, mask))
+    of_example, unit_of_example = mean, unit
+    if domains is not None:
+        of_example, unit_of_example = spread(domains, mean), spread(domains, unit)
+    deviation = keep_valid(centre(x, of_example, None), mask)
+    squares = absolute_square(deviation * unit_of_example.astype(deviation.dtype))
+    sums = [sum_over(reduction, weigh(part, mask), domains) for part in (deviation, squares)]
     total, square = all_reduce(reduction, *sums)
     delta = divide(total, divisor)
     delta_square = absolute_square(delta * unit.astype(delta.dtype))
@@ -329,9 +371,11 @@ def _unit_of_squares(number: Any, mean: jax.Array) -> jax.Array:
     return jnp.where(size > LARGE_MEAN, jnp.full_like(size, 1 / LARGE_MEAN), usual)
 
 
-def name_moments(measured: CentredMoments, mask: jax.Array | None) -> CentredMoments:
+def name_moments(
+    measured: CentredMoments, mask: jax.Array | None, domains: Domains | None = None
+) -> CentredMoments:
     """Names moments for policies of `jax.checkpoint`, but for a count that is known."""
-    if mask is not None:
+    if mask is not None or domains is not None:
         return named(MOMENTS_NAME, measured)
     centre = named(MOMENTS_NAME, (measured.shift, measured.delta, measured.var))
     return CentredMoments(measured.count, *centre)
@@ -341,23 +385,26 @@ def name_moments(measured: CentredMoments, mask: jax.Array | None) -> CentredMom
 def _moments_rule_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[CentredMoments, CentredMoments]:
-    x, mask, shift = primals
+    x, mask, shift, domains = primals
     dx, d_mask = map(unless_zero, tangents[:2])
-    measured = name_moments(moments_rule(reduction, x, mask, shift), mask)
+    measured = name_moments(moments_rule(reduction, x, mask, shift, domains), mask, domains)
 
     def differentiate(
         x: jax.Array,
         mask: jax.Array | None,
+        domains: Domains | None,
         measured: CentredMoments,
         dx: jax.Array | None,
         d_mask: jax.Array | None,
     ) -> MomentChanges:
-        deviation = centre(x, measured.shift, measured.delta)
-        return moment_changes(reduction, deviation, mask, measured, dx, d_mask)
+        deviate = centre if domains is None else partial(centre_by, domains)
+        deviation = deviate(x, measured.shift, measured.delta)
+        return moment_changes(reduction, deviation, mask, measured, dx, d_mask, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
-    return measured, differentiate(x, mask, measured, dx, d_mask).of(measured)
+    changes = differentiate(x, mask, domains, measured, dx, d_mask)
+    return measured, changes.of(measured)
 
 
 def unless_zero(tangent: Any) -> jax.Array | None:
@@ -392,6 +439,7 @@ def moment_changes(
     measured: CentredMoments,
     dx: jax.Array | None,
     d_mask: jax.Array | None,
+    domains: Domains | None = None,
 ) -> MomentChanges:
     """Differentiates the moments by what they are, not by how they were computed.
 
@@ -406,6 +454,7 @@ def moment_changes(
         measured: the moments.
         dx: the change of x, or None.
         d_mask: the change of the weights, or None.
+        domains: as in `centred_moments`.
 
     Returns:
         The changes.
@@ -418,18 +467,20 @@ def moment_changes(
     else:
         of_mean = weigh(keep_valid(dx.astype(deviation.dtype), mask), mask)
         of_var = _real_product(of_mean, deviation)
-    sums = [sum_over(reduction, of_mean), sum_over(reduction, of_var)]
+    add = sum_over if domains is None else sum_changes
+    sums = [add(reduction, part, domains) for part in (of_mean, of_var)]
     if mask is not None and d_mask is not None:
         d_weight = keep_valid(d_mask.astype(of_var.dtype), mask)
-        of_weights = 0.5 * (absolute_square(deviation) - measured.var)
-        sums[0] += sum_over(reduction, d_weight.astype(deviation.dtype) * deviation)
-        sums[1] += sum_over(reduction, d_weight * of_weights)
-        sums.append(local_count(reduction, d_weight, deviation.shape))
+        of_weights = 0.5 * (absolute_square(deviation) - spread(domains, measured.var))
+        d_mean = d_weight.astype(deviation.dtype) * deviation
+        sums[0] += add(reduction, d_mean, domains)
+        sums[1] += add(reduction, d_weight * of_weights, domains)
+        sums.append(local_count(reduction, d_weight, deviation.shape, domains))
     # 2. All devices' sums, in one collective.
     totals = all_reduce(reduction, *sums)
     # 3. Divided by the count, which is a constant but for the weights. How the count changes the
     # two means is in the sums already: they were taken of deviations.
-    divisor = divisor_of(reduction, deviation, mask, measured.count)
+    divisor = divisor_of(reduction, deviation, mask, measured.count, domains)
     return MomentChanges(
         mean=None if reduction.method == "mean_square" else divide(totals[0], divisor),
         half_var=divide(totals[1], divisor),
@@ -450,125 +501,3 @@ def cancels(delta: jax.Array, var: jax.Array) -> jax.Array:
     """
     kept = absolute_square(delta) <= CANCELLATION_THRESHOLD * var
     return jnp.isfinite(delta) & ~(kept & (var < jnp.inf))
-
-
-def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
-    """Returns ``x - (shift + delta)`` without rounding the sum."""
-    deviation = x.astype(shift.dtype) - shift
-    return deviation if delta is None else deviation - delta
-
-
-def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns ``x - shift`` in a way that XLA does not recognize as the same.
-
-    On a CPU, XLA writes out what two loops share, even `shift` broadcast to the size of x. It does
-    not see that ``x - shift`` and ``x + (-shift)`` are equal. A conversion has no such twin, and is
-    kept apart by a barrier.
-    """
-    if x.dtype != shift.dtype:
-        x = unshared(x)
-    return x.astype(shift.dtype) + (-shift)
-
-
-def absolute_square(values: jax.Array) -> jax.Array:
-    """Returns ``|values|**2``, real."""
-    if jnp.iscomplexobj(values):
-        return lax.square(values.real) + lax.square(values.imag)
-    return lax.square(values)
-
-
-def counted(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, sums: Sums
-) -> tuple[jax.Array, ...]:
-    """Returns the count and the sums over all devices."""
-    if mask is None:
-        return count_of(reduction, x), *all_reduce(reduction, *sums)
-    dtype = statistics_dtype(sums[0].dtype)
-    return all_reduce(reduction, local_count(reduction, mask.astype(dtype), x.shape), *sums)
-
-
-def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
-    """Returns the count of all values of x, of its rank."""
-    dtype, number = statistics_dtype(x.dtype), static_count(reduction, x.shape)
-    if not isinstance(number, int):
-        number = static_count(reduction, as_numbers(x.shape, dtype))
-    return jnp.full((1,) * x.ndim, number, dtype)
-
-
-def divisor_of(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, count: jax.Array
-) -> jax.Array | float:
-    """Returns the count, or 1 where nothing entered; a Python number where it is static."""
-    number = static_count(reduction, x.shape)
-    if mask is None and isinstance(number, int):
-        return float(max(1, number))
-    return jnp.where(count > 0, count, 1)
-
-
-def divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
-    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
-
-
-def local_sums(
-    reduction: Reduction,
-    dtype: jnp.dtype,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations from the shift, or from zero, and their squares."""
-    if shift is None:
-        shift = jnp.zeros((), dtype)
-    start = unshared(x) if x.dtype != dtype else x
-    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
-    return sum_over(reduction, total), sum_over(reduction, square)
-
-
-def unshared(values: Values) -> Values:
-    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
-
-    There, XLA writes out what two loops share, in float32.
-    """
-    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
-    return lax.platform_dependent(
-        jax.tree.map(partial(vary_over, names), values),
-        cpu=lax.optimization_barrier,
-        default=lambda values: values,
-    )
-
-
-def local_count(reduction: Reduction, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
-    sizes = as_numbers(shape, mask.dtype)
-    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
-    unseen = prod((sizes[axis] for axis in reduction.axes if mask.shape[axis] == 1), start=1.0)
-    return sum_over(reduction, mask) * unseen
-
-
-def sum_over(reduction: Reduction, values: jax.Array) -> jax.Array:
-    return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
-
-
-def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
-    return values if mask is None else jnp.where(mask.astype(bool), values, 0)
-
-
-def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    if mask is None or mask.dtype == jnp.bool_:
-        return values
-    return values * mask.astype(values.dtype)
-
-
-def may_be_empty(x: jax.Array, mask: jax.Array | None) -> bool:
-    """Tells whether there may be features to which nothing enters."""
-    return mask is not None or 0 in x.shape
-
-
-def where_counted(
-    mask: jax.Array | None, x: jax.Array, count: jax.Array, mean: jax.Array, otherwise: jax.Array
-) -> jax.Array:
-    """Selects the mean where something entered, which only a mask or an empty array can prevent."""
-    return jnp.where(count > 0, mean, otherwise) if may_be_empty(x, mask) else mean

@@ -23,15 +23,19 @@ from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
 from bn_jax._core.checks import Inputs, RowInputs
+from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
-    centre,
     measure,
     moment_changes,
     moments_rule,
     name_moments,
     unless_zero,
+)
+from bn_jax._core.sums import (
+    centre,
+    centre_by,
     unshared,
 )
 from bn_jax._core.types import Activation, Transform
@@ -39,7 +43,11 @@ from bn_jax._core.types import Activation, Transform
 
 @partial(jax.jit, static_argnums=0)
 def standardize(
-    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike,
+    x: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Computes ``y = (x - mean) * rsqrt(var + epsilon) * scale + bias``.
 
@@ -52,30 +60,44 @@ def standardize(
         mask: None, or boolean or weights of the rank of `x`: a value of `x` that is not finite
             sends no derivative to the parameters where the mask is zero.
         transform: the moments, scale and bias.
+        domains: the domains of the examples, where the transform holds tables.
 
     Returns:
         The array `y`, of the shape of `x`.
     """
-    return _standardize(dtype, x, mask, transform)
+    return _standardize(dtype, x, mask, transform, domains)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(
-    dtype: DTypeLike, x: jax.Array, mask: jax.Array | None, transform: Transform
+    dtype: DTypeLike,
+    x: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
-    return _apply(dtype, x, transform)
+    return _apply(dtype, x, transform, domains)
 
 
-def _apply(dtype: DTypeLike, x: jax.Array, transform: Transform) -> jax.Array:
-    y = centre(x, transform.shift, transform.delta) * _multiplier(transform)
-    return (y if transform.bias is None else y + transform.bias).astype(dtype)
+def _apply(
+    dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
+) -> jax.Array:
+    multiplier, bias = _multiplier(transform), transform.bias
+    if domains is None:
+        deviation = centre(x, transform.shift, transform.delta)
+    else:
+        deviation = centre_by(domains, x, transform.shift, transform.delta)
+        multiplier = spread(domains, multiplier)
+        bias = None if bias is None else spread(domains, bias)
+    y = deviation * multiplier
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(
     dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    x, mask, transform = primals
+    x, mask, transform, domains = primals
     dx, (d_shift, d_delta, d_var, *d_learned) = (
         unless_zero(tangents[0]),
         map(unless_zero, tangents[2]),
@@ -87,16 +109,17 @@ def _standardize_jvp(
         x: jax.Array,
         mask: jax.Array | None,
         transform: Transform,
+        domains: Domains | None,
         dx: jax.Array | None,
         change: Change,
     ) -> jax.Array:
-        deviation = _deviation(*unshared((x, mask, transform.shift, transform.delta)))
-        return _change_of_y(dtype, deviation, transform, dx, change)
+        deviation = _deviation(domains, *unshared((x, mask, transform.shift, transform.delta)))
+        return _change_of_y(dtype, deviation, transform, dx, change, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
-    dy = differentiate(x, mask, transform, dx, change)
-    return standardize(dtype, x, mask, transform), dy
+    dy = differentiate(x, mask, transform, domains, dx, change)
+    return standardize(dtype, x, mask, transform, domains), dy
 
 
 class Change(NamedTuple):
@@ -123,6 +146,7 @@ def standardize_by_moments(
     shift: jax.Array,
     learned: Learned,
     epsilon: jax.Array,
+    domains: Domains | None = None,
 ) -> tuple[jax.Array, CentredMoments]:
     """Standardizes x by its moments, and differentiates both at once.
 
@@ -137,45 +161,55 @@ def standardize_by_moments(
         shift: as in `centred_moments`.
         learned: scale and bias.
         epsilon: a scalar in the dtype of the variance.
+        domains: the domains of the examples; what there is for each feature is in tables then.
 
     Returns:
         `y`, of the shape of x, and the moments.
     """
-    measured = measure(reduction, x, None, shift)
-    return _apply(dtype, x, _transform_by(measured, learned, epsilon)), measured
+    measured_by = None if domains is None else own_moments(domains)
+    measured = measure(reduction, x, None, shift, measured_by)
+    transform = _transform_by(measured, learned, epsilon)
+    return _apply(dtype, x, transform, domains), measured
 
 
 @partial(standardize_by_moments.defjvp, symbolic_zeros=True)
 def _standardize_by_moments_jvp(
     reduction: Reduction, dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, CentredMoments], tuple[jax.Array, CentredMoments]]:
-    x, shift, learned, epsilon = primals
-    dx, _, d_learned, d_epsilon = tangents
+    x, shift, learned, epsilon, domains = primals
+    dx, _, d_learned, d_epsilon = tangents[:4]
+    measured_by = None if domains is None else own_moments(domains)
     # One after the other, so that a policy that keeps the moments computes y alone again.
-    measured = name_moments(moments_rule(reduction, x, None, shift), None)
-    y = _standardize(dtype, x, None, _transform_by(measured, learned, epsilon))
+    measured = moments_rule(reduction, x, None, shift, measured_by)
+    measured = name_moments(measured, None, measured_by)
+    transform = _transform_by(measured, learned, epsilon)
+    y = _standardize(dtype, x, None, transform, domains)
 
     def differentiate(
         x: jax.Array,
         measured: CentredMoments,
         learned: Learned,
         epsilon: jax.Array,
+        domains: Domains | None,
         dx: jax.Array | None,
         d_learned: Learned,
         d_epsilon: jax.Array | None,
     ) -> tuple[jax.Array, MomentChanges]:
         centred_at = unshared((x, measured.shift, measured.delta))
-        changes = moment_changes(reduction, centre(*centred_at), None, measured, dx, None)
+        measured_by = None if domains is None else own_moments(domains)
+        deviate = centre if measured_by is None else partial(centre_by, measured_by)
+        deviation = deviate(*centred_at)
+        changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
         transform = _transform_by(measured, learned, epsilon)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
-        deviation = centre(*unshared(centred_at))
-        return _change_of_y(dtype, deviation, transform, dx, change), changes
+        deviation = deviate(*unshared(centred_at))
+        return _change_of_y(dtype, deviation, transform, dx, change, domains), changes
 
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
     changes = (unless_zero(dx), Learned(*map(unless_zero, d_learned)), unless_zero(d_epsilon))
-    dy, d_moments = differentiate(x, measured, learned, epsilon, *changes)
+    dy, d_moments = differentiate(x, measured, learned, epsilon, domains, *changes)
     return (y, measured), (dy, d_moments.of(measured))
 
 
@@ -189,6 +223,7 @@ def _change_of_y(
     transform: Transform,
     dx: jax.Array | None,
     change: Change,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Returns dy, by the formulas at the head of this file.
 
@@ -198,6 +233,7 @@ def _change_of_y(
         transform: the transform.
         dx: the change of x, or None.
         change: the changes of what the transform is made of.
+        domains: the domains of the examples, where the transform holds tables.
     """
     inverse_deviation = _inverse_deviation(transform)
     # 1. The relative change of rsqrt(var + epsilon).
@@ -205,7 +241,7 @@ def _change_of_y(
     if change.half_var is not None:
         relative = -change.half_var / transform.var_plus_epsilon
         relative = relative.astype(inverse_deviation.dtype)
-    if _has_large_multiplier(transform, deviation):
+    if domains is None and _has_large_multiplier(transform, deviation):
         return _change_in_turn(dtype, deviation, transform, dx, change, relative)
     # 2. The changes of the size of the features.
     multiplier = inverse_deviation
@@ -218,6 +254,14 @@ def _change_of_y(
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
     slope, offset = vary_together(deviation, slope, offset)
     # 3. They meet x.
+    if domains is not None:
+        multiplier = spread(domains, multiplier)
+        slope, offset = (
+            None if table is None else spread_change(domains, table) for table in (slope, offset)
+        )
+        if not domains.selects:
+            # The transpose sums over the examples of all domains, with zeros for those of others.
+            deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
     dy = _sum_of(
         None if dx is None else multiplier * dx.astype(multiplier.dtype),
         None if slope is None else deviation * slope,
@@ -278,10 +322,15 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
 
 
 def _deviation(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array, delta: jax.Array | None
+    domains: Domains | None,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    delta: jax.Array | None,
 ) -> jax.Array:
     """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviation = centre(x, shift, delta)
+    deviate = centre if domains is None else partial(centre_by, domains)
+    deviation = deviate(x, shift, delta)
     if mask is None:
         return deviation
     return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
@@ -299,9 +348,16 @@ def _inverse_deviation(transform: Transform) -> jax.Array:
 def learned_by(inputs: Inputs | RowInputs, shape: tuple[int, ...]) -> Learned:
     """Returns scale and bias in `shape`, of the rank of x."""
     arrays = inputs.params.get("scale"), inputs.params.get("bias")
-    dtype = inputs.transform_dtype
+    dtype, axes = inputs.transform_dtype, inputs.feature_axes
     return Learned(
-        *(None if array is None else array.astype(dtype).reshape(shape) for array in arrays)
+        *(
+            None
+            if array is None
+            else array.astype(dtype).reshape(shape)
+            if inputs.domains is None
+            else place(inputs.domains, array.astype(dtype), axes, shape)
+            for array in arrays
+        )
     )
 
 
@@ -323,7 +379,11 @@ def make_transform(
 
 
 def normalize(
-    inputs: Inputs, examples: jax.Array, mask: jax.Array | None, transform: Transform
+    inputs: Inputs,
+    examples: jax.Array,
+    mask: jax.Array | None,
+    transform: Transform,
+    domains: Domains | None = None,
 ) -> jax.Array:
     """Standardizes, adds the residual and applies the activation.
 
@@ -332,19 +392,24 @@ def normalize(
         examples: its `x`, or that in groups of examples.
         mask: the mask of the examples, of their rank.
         transform: of the rank of the examples.
+        domains: the domains of the examples, where the transform holds tables.
 
     Returns:
         `y`, of the shape of `x`.
     """
 
     def compute(
-        examples: jax.Array, examples_mask: jax.Array | None, transform: Transform
+        examples: jax.Array,
+        examples_mask: jax.Array | None,
+        transform: Transform,
+        domains: Domains | None,
     ) -> jax.Array:
-        return complete(inputs, standardize(inputs.y_dtype, examples, examples_mask, transform))
+        y = standardize(inputs.y_dtype, examples, examples_mask, transform, domains)
+        return complete(inputs, y)
 
     if keeps_input_alone(inputs):
         compute = jax.checkpoint(compute, prevent_cse=False)
-    return compute(examples, mask, transform)
+    return compute(examples, mask, transform, domains)
 
 
 def keeps_input_alone(inputs: Inputs) -> bool:

@@ -56,16 +56,18 @@ from bn_jax._core.checks import (
 )
 from bn_jax._core.moments import (
     CentredMoments,
-    centre,
     centred_moments,
     choose_method,
+    name_moments,
+)
+from bn_jax._core.running import Weight, average, weigh_batch
+from bn_jax._core.sums import (
+    centre,
     divide,
     divisor_of,
     keep_valid,
-    name_moments,
     weigh,
 )
-from bn_jax._core.running import Weight, average, weigh_batch
 from bn_jax._core.types import (
     AxisIndexGroups,
     AxisName,

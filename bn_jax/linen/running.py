@@ -24,6 +24,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
+from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, check_domain_inputs, run_mixture
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -315,6 +316,7 @@ def call_batch_norm(
     residual: jax.Array | None = None,
     update_running_average: bool | None = None,
     correction: Correction | None = None,
+    domain: jax.Array | int | None = None,
 ) -> jax.Array:
     """Runs the call of a batch norm, ours or Flax's.
 
@@ -323,9 +325,10 @@ def call_batch_norm(
         x: floating-point or complex array that holds the features on `axis`.
         use_running_average: True for evaluation, False for training.
         mask: what enters the statistics.
-        residual: an array of the shape of `x`, added before the activation.
+        residual: an array to add before the activation.
         update_running_average: whether the running statistics update.
         correction: the correction of a relative of batch norm.
+        domain: the domains of the examples, where the layer has domains.
 
     Returns:
         The normalized array, of the shape of `x`.
@@ -337,30 +340,36 @@ def call_batch_norm(
         _require_batch_stats(layer, mode.update)
     x = as_floating("x", x)
     features = features_of("axis", layer.axis, x)
-    variables = {} if is_untracked else _batch_stats_of(layer, features, x.dtype)
-    params = make_params(layer, features)
+    of_params = of_stats = features
+    if domain is not None:
+        by_domain = (layer.num_domains, *features)
+        of_params = features if layer.share_params else by_domain
+        of_stats = features if layer.share_stats else by_domain
+    variables = {} if is_untracked else _batch_stats_of(layer, of_stats, x.dtype)
+    params = make_params(layer, of_params)
     batch_stats: Any = {name: variable.value for name, variable in variables.items()}
     if is_untracked:
-        batch_stats = init_batch_stats(features)  # which nothing reads
+        batch_stats = init_batch_stats(of_stats)  # which nothing reads
     collects = _collects_moments(layer)
     options = Options.of_module(
         layer, correction=correction, describe_layer=partial(_describe, layer)
     )
-    inputs = check_inputs(
-        options,
-        params if state.train_params else jax.lax.stop_gradient(params),
-        cast(BatchStats, batch_stats),
-        x,
-        mask,
-        residual,
-    )
-    trains = mode.update or not mode.use_running_average
-    if trains and (collects or layer.has_variable("given_moments", "mean")):
+    params = params if state.train_params else jax.lax.stop_gradient(params)
+    given, mixture = (options, params, batch_stats, x), None
+    if domain is None:
+        inputs = check_inputs(*given, mask, residual)
+    else:
+        inputs, mixture = check_domain_inputs(*given, domain, mask, residual)
+    in_parts = collects or layer.has_variable("given_moments", "mean")
+    if mixture is not None and in_parts:
+        raise ValueError(WEIGHTS_IN_PARTS.format(_describe(layer)))
+    if in_parts and (mode.update or not mode.use_running_average):
         y, updated = _train_on_a_part(layer, options, inputs, mode, collects)
     else:
         if collects and layer.is_mutable_collection("batch_stats"):
-            layer.variable("batch_moments", "count", jnp.zeros, features)
-        y, updated = run_norm(options, inputs, mode)
+            layer.variable("batch_moments", "count", jnp.zeros, of_stats)
+        run = run_norm if mixture is None else partial(run_mixture, mixture)
+        y, updated = run(options, inputs, mode)
     if mode.update:
         new = cast(dict[str, Any], updated)
         for name, variable in variables.items():

@@ -19,6 +19,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from bn_jax._core.batch_norm import run_norm
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import as_floating, check_inputs
+from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import (
     Activation,
@@ -190,7 +191,7 @@ class BatchNorm(RunningNorm, nnx.BatchNorm):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        return _call_batch_norm(
+        return call_batch_norm(
             self,
             x,
             use_running_average,
@@ -396,7 +397,7 @@ class BatchRenorm(BatchNorm):
         correction = make_correction(
             self.r_max if r_max is None else r_max, self.d_max if d_max is None else d_max
         )
-        return _call_batch_norm(
+        return call_batch_norm(
             self,
             x,
             use_running_average,
@@ -407,7 +408,7 @@ class BatchRenorm(BatchNorm):
         )
 
 
-def _call_batch_norm(
+def call_batch_norm(
     layer: BatchNorm,
     x: jax.Array,
     use_running_average: bool | None,
@@ -416,7 +417,9 @@ def _call_batch_norm(
     residual: jax.Array | None,
     update_running_average: bool | None,
     correction: Correction | None = None,
+    domain: jax.Array | int | None = None,
 ) -> jax.Array:
+    """Runs the call of a batch norm, with `domain` where the layer has domains."""
     mode = _choose_mode(layer, use_running_average, update_running_average)
     variables = _batch_stats_of(layer, "mean", "var", "count", "measured")
     batch_stats = cast(BatchStats, {name: variables[name].get_value() for name in variables})
@@ -433,15 +436,15 @@ def _call_batch_norm(
         correction=correction,
         describe_layer=partial(_describe, layer),
     )
-    inputs = check_inputs(
-        options,
-        params if layer.train_params else jax.lax.stop_gradient(params),
-        batch_stats,
-        promoted.x,
-        mask,
-        residual,
-    )
-    y, updated = run_norm(options, inputs, mode)
+    params = params if layer.train_params else jax.lax.stop_gradient(params)
+    if domain is None:
+        inputs = check_inputs(options, params, batch_stats, promoted.x, mask, residual)
+        y, updated = run_norm(options, inputs, mode)
+    else:
+        inputs, mixture = check_domain_inputs(
+            options, params, batch_stats, promoted.x, domain, mask, residual
+        )
+        y, updated = run_domain_norm(options, mode, inputs, mixture)
     if mode.update:
         _store(layer, variables, updated)
     return y

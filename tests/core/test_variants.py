@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from domains import define_domains
 from flax import nnx
 from support import (
     assert_close,
@@ -173,6 +174,10 @@ def renorm(params, stats, x, *, renorm, **options):
     )
 
 
+def by_domain(params, stats, x, *, domain, **options):
+    return bn.domain_batch_norm(params, stats, x, domain, use_running_average=False, **options)
+
+
 TRAIN = partial(bn.batch_norm, use_running_average=False)
 EVALUATE = partial(bn.batch_norm, use_running_average=True)
 
@@ -319,6 +324,14 @@ VARIANTS = {
     "instance norm": Stateless(
         bn.instance_norm, defined={"reduction_axes": 1}, shape=(3, 5, 2), features=(2,),
         epsilon=1e-3, present=("bias",),
+    ),
+    "domains": Variant(
+        by_domain, define_domains, features=(2, 3), domain=np.array([0, 1, 0, 1, 1, 0]),
+        mapped=False,
+    ),
+    "domains of images": Variant(
+        by_domain, define_domains, shape=(4, 8, 4, 2), features=(2, 2), mapped=False,
+        domain=np.array([0, 1, 1, 0]), offset=1e3, activation=jax.nn.silu, momentum=None,
     ),
     "whitening": Whitening(offset=1e3),
     "linen": Variant(by_linen),

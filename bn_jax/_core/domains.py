@@ -1,0 +1,182 @@
+"""Domains: tables with a row for each domain, spread over examples, and sums by domain.
+
+A table has the rank of x, and domains in place of the examples: of ``x`` of shape [N, H, W, C],
+tables are [D, 1, 1, C], or [1, 1, 1, C] for what the domains share. `spread` takes a row for every
+example, [N, 1, 1, C]; `collect` adds what there is for each example into the row of its domain. One
+is the transpose of the other. Both meet arrays with one value per example and feature, after the
+sums over positions, so that x itself need not be read more often than without domains. (By XLA for
+TPUs it is not; for CPUs and GPUs, XLA fuses the sums of each example less well than those of a
+batch.)
+
+**By selection.** Both select along an axis of domains and sum: exact, whatever else is NaN. That
+reads the arrays with one value per example and feature once for each domain, which is little where
+an example has many positions.
+
+**By product.** Where it has few, those arrays are as large as x. Then `spread` is a gather, and
+`collect` a product with the one-hot matrix, in full precision. The product multiplies the NaN of
+one domain by the zeros of the others, so that sums which are not finite are taken again, by
+selection. The transpose of a gather adds rows one after the other, with an error that grows with
+the batch. So in a derivative rule, of which reverse mode runs the transpose, each takes the form
+whose transpose is the right one: `spread_change` is a product, and `collect_change` adds rows. In
+reverse mode, a cotangent of one example that is not finite makes the derivatives by the parameters
+of all domains so.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bn_jax._core.axes import split_axis
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("index",),
+    meta_fields=("number", "axis", "shares_statistics", "selects"),
+)
+@dataclass(frozen=True, kw_only=True)
+class Domains:
+    """The domain of every example.
+
+    Attributes:
+        index: integers of the rank of x, of size 1 on all axes but that of the examples. An example
+            with another index than 0 to ``number - 1`` is of no domain.
+        number: how many domains there are.
+        axis: the axis of the examples.
+        shares_statistics: whether the statistics are those of all domains together.
+        selects: whether rows are selected, instead of gathered and summed by products.
+    """
+
+    index: jax.Array
+    number: int
+    axis: int
+    shares_statistics: bool
+    selects: bool
+
+    def known(self) -> jax.Array:
+        """Tells which examples are of a domain."""
+        return (self.index >= 0) & (self.index < self.number)
+
+    def split(self, axis: int, size: int, number: int | None) -> "Domains":
+        """Returns the domains of examples that are divided into groups along a new axis."""
+        index = split_axis(axis, size, self.index, number)
+        return replace(self, index=index, axis=self.axis + 1, selects=True)
+
+    def selecting(self) -> "Domains":
+        """Returns the same domains, whose rows are selected."""
+        return self if self.selects else replace(self, selects=True)
+
+    def table_of(self, leaf: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
+        """Returns parameters or statistics, [*F] or [D, *F], as a table.
+
+        Args:
+            leaf: the parameters or statistics.
+            feature_axes: the axes of the features in x, where no axis of groups is.
+        """
+        before = sum(axis < self.axis for axis in feature_axes)
+        if leaf.ndim == len(feature_axes):
+            leaf = jnp.expand_dims(leaf, before)
+        else:
+            leaf = jnp.moveaxis(leaf, 0, before)
+        others = [a for a in range(self.index.ndim) if a not in (*feature_axes, self.axis)]
+        return jnp.expand_dims(leaf, others)
+
+    def leaf_of(self, table: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
+        """Returns a table as an array of shape [D, *F]."""
+        others = [a for a in range(table.ndim) if a not in (*feature_axes, self.axis)]
+        return jnp.moveaxis(lax.squeeze(table, others), sum(a < self.axis for a in feature_axes), 0)
+
+    def _index_in_bounds(self) -> jax.Array:
+        """Returns the domains, [N], with `number` for none."""
+        index = self.index.reshape(-1)
+        return jnp.where((index >= 0) & (index < self.number), index, self.number)
+
+    def _one_hot(self, dtype: jnp.dtype) -> jax.Array:
+        numbers = jnp.arange(self.number, dtype=self.index.dtype)[None]
+        return (self.index.reshape(-1, 1) == numbers).astype(dtype)
+
+    def _are_members(self) -> jax.Array:
+        """Tells which example is of which domain; domains are on the axis after the examples."""
+        numbers = jnp.arange(self.number, dtype=self.index.dtype)
+        after = self.index.ndim - self.axis - 1
+        numbers = numbers.reshape((1,) * (self.axis + 1) + (self.number,) + (1,) * after)
+        return jnp.expand_dims(self.index, self.axis + 1) == numbers
+
+
+def own_moments(domains: Domains | None) -> Domains | None:
+    """Returns the domains if each has its own moments, None where all share them."""
+    return None if domains is None or domains.shares_statistics else domains
+
+
+def spread(domains: Domains | None, table: jax.Array) -> jax.Array:
+    """Returns the row of its domain for every example, zeros for an example of none."""
+    if domains is None:
+        return table
+    if domains.selects or table.shape[domains.axis] != domains.number:
+        rows = jnp.expand_dims(table, domains.axis)
+        return _sum_along(domains.axis + 1, jnp.where(domains._are_members(), rows, 0))
+    index = domains._index_in_bounds()
+    return jnp.take(table, index, domains.axis, mode="fill", fill_value=0)
+
+
+def spread_change(domains: Domains | None, table: jax.Array) -> jax.Array:
+    """Computes `spread`, so that its transpose sums as `collect` does."""
+    if domains is None or domains.selects or table.shape[domains.axis] != domains.number:
+        return spread(domains, table)
+    return _multiply(domains._one_hot(table.dtype), 1, table, domains.axis)
+
+
+def collect(domains: Domains, values: jax.Array) -> jax.Array:
+    """Sums what there is for every example by domain."""
+    if domains.selects or values.shape[domains.axis] == 1:
+        values = jnp.expand_dims(values, domains.axis + 1)
+        return _sum_along(domains.axis, jnp.where(domains._are_members(), values, 0))
+    return _multiply(domains._one_hot(values.dtype), 0, values, domains.axis)
+
+
+def collect_change(domains: Domains, values: jax.Array) -> jax.Array:
+    """Computes `collect`, so that its transpose takes rows as `spread` does."""
+    if domains.selects or values.shape[domains.axis] == 1:
+        return collect(domains, values)
+    shape = list(values.shape)
+    shape[domains.axis] = domains.number
+    where = (slice(None),) * domains.axis + (domains._index_in_bounds(),)
+    return jnp.zeros(shape, values.dtype).at[where].add(values, mode="drop")
+
+
+def _multiply(one_hot: jax.Array, contracted: int, values: jax.Array, axis: int) -> jax.Array:
+    """Contracts an axis of values with the one-hot matrix, whose other axis takes its place."""
+    dimensions = (((contracted,), (axis,)), ((), ()))
+    product = lax.dot_general(one_hot, values, dimensions, precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, 0, axis)
+
+
+def _sum_along(axis: int, values: jax.Array) -> jax.Array:
+    return lax.reduce_sum(values, (axis,))
+
+
+def place(
+    domains: Domains | None,
+    leaf: jax.Array,
+    feature_axes: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Returns parameters or statistics so that they broadcast to examples.
+
+    Args:
+        domains: the domains of the examples where they are not in groups, or None.
+        leaf: of shape [*F], or [D, *F] where there are domains.
+        feature_axes: the axes of the features in x.
+        shape: the shape of what there is for each feature; one axis more than x where the examples
+            are in groups.
+
+    Returns:
+        The leaf in `shape`, or a table of its rank.
+    """
+    if domains is None:
+        return leaf.reshape(shape)
+    table = domains.table_of(leaf, feature_axes)
+    return table if table.ndim == len(shape) else jnp.expand_dims(table, domains.axis)

@@ -1,0 +1,193 @@
+"""Sums over examples and positions, over all devices and by domain, with what they are sums of.
+
+Arrays keep the rank of x, so that features on any axes need no extra code.
+"""
+
+from functools import partial
+from math import prod
+from typing import TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bn_jax._compat import varying_axes
+from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
+from bn_jax._core.checks import statistics_dtype
+from bn_jax._core.domains import Domains, collect, collect_change, spread
+
+Sums: TypeAlias = tuple[jax.Array, ...]
+Values = TypeVar("Values")
+
+
+def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
+    """Returns ``x - (shift + delta)`` without rounding the sum."""
+    deviation = x.astype(shift.dtype) - shift
+    return deviation if delta is None else deviation - delta
+
+
+def centre_by(
+    domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
+) -> jax.Array:
+    """Returns ``x - (shift + delta)``, where there are domains by the rows of tables."""
+    if domains is None or shift.shape[domains.axis] == 1:
+        return centre(x, shift, delta)
+    return centre(x, spread(domains, shift), None if delta is None else spread(domains, delta))
+
+
+def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns ``x - shift`` in a way that XLA does not recognize as the same.
+
+    On a CPU, XLA writes out what two loops share, even `shift` broadcast to the size of x. It does
+    not see that ``x - shift`` and ``x + (-shift)`` are equal. A conversion has no such twin, and is
+    kept apart by a barrier.
+    """
+    if x.dtype != shift.dtype:
+        x = unshared(x)
+    return x.astype(shift.dtype) + (-shift)
+
+
+def absolute_square(values: jax.Array) -> jax.Array:
+    """Returns ``|values|**2``, real."""
+    if jnp.iscomplexobj(values):
+        return lax.square(values.real) + lax.square(values.imag)
+    return lax.square(values)
+
+
+def counted(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    sums: Sums,
+    domains: Domains | None = None,
+) -> tuple[jax.Array, ...]:
+    """Returns the count and the sums over all devices."""
+    dtype = statistics_dtype(sums[0].dtype)
+    if mask is not None:
+        count = local_count(reduction, mask.astype(dtype), x.shape, domains)
+    elif domains is not None:
+        count = local_count(reduction, jnp.ones((1,) * x.ndim, dtype), x.shape, domains)
+    else:
+        return count_of(reduction, x), *all_reduce(reduction, *sums)
+    return all_reduce(reduction, count, *sums)
+
+
+def count_of(reduction: Reduction, x: jax.Array) -> jax.Array:
+    """Returns the count of all values of x, of its rank."""
+    dtype, number = statistics_dtype(x.dtype), static_count(reduction, x.shape)
+    if not isinstance(number, int):
+        number = static_count(reduction, as_numbers(x.shape, dtype))
+    return jnp.full((1,) * x.ndim, number, dtype)
+
+
+def divisor_of(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    count: jax.Array,
+    domains: Domains | None = None,
+) -> jax.Array | float:
+    """Returns the count, or 1 where nothing entered; a Python number where it is static."""
+    number = static_count(reduction, x.shape)
+    if mask is None and domains is None and isinstance(number, int):
+        return float(max(1, number))
+    return jnp.where(count > 0, count, 1)
+
+
+def divide(total: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    return total / (divisor if isinstance(divisor, float) else divisor.astype(total.dtype))
+
+
+def local_sums(
+    reduction: Reduction,
+    dtype: jnp.dtype,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array | None,
+    domains: Domains | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums deviations from the shift, or from zero, and their squares."""
+    if shift is None:
+        shift = jnp.zeros((), dtype)
+    start = unshared(x) if x.dtype != dtype else x
+    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
+
+
+def unshared(values: Values) -> Values:
+    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
+
+    There, XLA writes out what two loops share, in float32.
+    """
+    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
+    return lax.platform_dependent(
+        jax.tree.map(partial(vary_over, names), values),
+        cpu=lax.optimization_barrier,
+        default=lambda values: values,
+    )
+
+
+def local_count(
+    reduction: Reduction, mask: jax.Array, shape: tuple[int, ...], domains: Domains | None = None
+) -> jax.Array:
+    """Sums the weights, to size 1 along every feature axis where the mask has size 1."""
+    sizes = as_numbers(shape, mask.dtype)
+    # Domains count their examples, also where the mask is the same for all.
+    unseen_axes = [
+        axis
+        for axis in reduction.axes
+        if mask.shape[axis] == 1 and (domains is None or axis != domains.axis)
+    ]
+    # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
+    unseen = prod((sizes[axis] for axis in unseen_axes), start=1.0)
+    return sum_over(reduction, mask, domains) * unseen
+
+
+def sum_over(reduction: Reduction, values: jax.Array, domains: Domains | None = None) -> jax.Array:
+    """Sums over the reduced axes, which stay with size 1, or by domain, which gives a table."""
+    if domains is None:
+        return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
+    return collect(domains, _sum_over_positions(reduction, values, domains))
+
+
+def sum_changes(
+    reduction: Reduction, values: jax.Array, domains: Domains | None = None
+) -> jax.Array:
+    """Computes `sum_over` by domain in a rule for derivatives."""
+    assert domains is not None
+    return collect_change(domains, _sum_over_positions(reduction, values, domains))
+
+
+def _sum_over_positions(reduction: Reduction, values: jax.Array, domains: Domains) -> jax.Array:
+    positions = tuple([axis for axis in reduction.axes if axis != domains.axis])
+    return lax.expand_dims(lax.reduce_sum(values, positions), positions)
+
+
+def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
+    return values if mask is None else jnp.where(mask.astype(bool), values, 0)
+
+
+def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if mask is None or mask.dtype == jnp.bool_:
+        return values
+    return values * mask.astype(values.dtype)
+
+
+def may_be_empty(x: jax.Array, mask: jax.Array | None, domains: Domains | None = None) -> bool:
+    """Tells whether there may be features to which nothing enters."""
+    return mask is not None or 0 in x.shape or domains is not None
+
+
+def where_counted(
+    mask: jax.Array | None,
+    x: jax.Array,
+    count: jax.Array,
+    mean: jax.Array,
+    otherwise: jax.Array,
+    domains: Domains | None = None,
+) -> jax.Array:
+    """Selects the mean where something entered; only masks, domains and no values prevent that."""
+    return jnp.where(count > 0, mean, otherwise) if may_be_empty(x, mask, domains) else mean
