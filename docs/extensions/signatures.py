@@ -19,7 +19,19 @@ from sphinx.util.typing import ExtensionMetadata, stringify_annotation
 
 # The build needs no network, so that types of these packages are text instead of links.
 EXTERNAL = {
-    *("Figure", "Image", "PIL", "collections", "flax", "jax", "matplotlib", "nn", "nnx", "np"),
+    *(
+        "Axes",
+        "Figure",
+        "Image",
+        "PIL",
+        "collections",
+        "flax",
+        "jax",
+        "matplotlib",
+        "nn",
+        "nnx",
+        "np",
+    ),
     *("numpy", "optax", "os", "pathlib"),
 }
 # Type variables have no entry anywhere.
