@@ -1,8 +1,8 @@
 """What the experiments find about each sub-claim.
 
 ``python -m benchmarks.claims`` runs ``bn-jax reproduce all`` with 16 seeds, which takes about 25
-minutes on 2 cores, prints the verdicts, and writes ``claims.json``. Given a folder that
-``bn-jax reproduce all`` has written, it reads that instead.
+minutes on 2 cores, prints the verdicts, and writes ``claims.json`` and ``claim_curves.json``.
+Given a folder that ``bn-jax reproduce all`` has written, it reads that instead.
 """
 
 import json
@@ -21,8 +21,11 @@ from benchmarks import report
 from bn_jax.lab.experiments.statistics import Interval
 from bn_jax.lab.experiments.verdicts import Verdict
 
-# What is not kept: the curves, which only the figures need.
+# What is not kept of each claim. The curves, which only the pictures need, have their own file.
 LEFT_OUT = "curves", "name", "versions", "platform"
+CURVES = "claim_curves"
+# Significant digits of the curves, more than a picture can show.
+DIGITS = 4
 
 
 def reproduce(folder: Path) -> Path:
@@ -45,7 +48,7 @@ def collect(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the claims have been run with different seeds.
     """
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    records = _read(folder)
     seeds = {tuple(record["seeds"]) for record in records.values()}
     if len(seeds) != 1:
         raise ValueError(f"{folder} has claims with different seeds: {sorted(seeds)}")
@@ -53,9 +56,40 @@ def collect(folder: Path) -> dict[str, Any]:
         "seeds": list(seeds.pop()),
         "claims": {
             name: {key: value for key, value in record.items() if key not in (*LEFT_OUT, "seeds")}
-            for name, record in sorted(records.items(), key=lambda item: item[1]["number"])
+            for name, record in records.items()
         },
     }
+
+
+def collect_curves(folder: Path) -> dict[str, Any]:
+    """Reads the curves of the experiments, with every seed, since pictures compare them in pairs.
+
+    Args:
+        folder: written by ``bn-jax reproduce all``.
+
+    Returns:
+        For each claim, by number, the curves of its picture, rounded to `DIGITS`.
+    """
+    return {name: rounded(record["curves"]) for name, record in _read(folder).items()}
+
+
+def rounded(value: Any) -> Any:
+    """Returns a value of JSON with all its numbers that are not integers rounded to `DIGITS`."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.{DIGITS}g}")
+    # As many digits, without ".0".
+    return int(short) if short.is_integer() and abs(short) < 10**DIGITS else short
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the JSON of every claim, by number."""
+    records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return dict(sorted(records.items(), key=lambda item: item[1]["number"]))
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
@@ -119,7 +153,8 @@ def main() -> None:
     parser.add_argument("results", nargs="?", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        figures = collect(arguments.results or reproduce(Path(folder)))
+        results = arguments.results or reproduce(Path(folder))
+        figures, curves = collect(results), collect_curves(results)
     report.finish(
         "claims",
         arguments.folder,
@@ -127,6 +162,7 @@ def main() -> None:
         figures,
         tables,
     )
+    report.write_compactly(CURVES, arguments.folder, curves)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ def finish(
     print(f"Written to {path}")
 
 
+def write_compactly(name: str, folder: Path, records: Mapping[str, Any]) -> None:
+    """Writes much data of a benchmark into a JSON file of its own, one record a line.
+
+    Args:
+        name: the name of the file, without its ending.
+        folder: the folder of the benchmark's JSON.
+        records: what becomes one object.
+    """
+    path = folder / f"{name}.json"
+    lines = (
+        f"{json.dumps(key)}: {json.dumps(record, separators=(',', ':'))}"
+        for key, record in records.items()
+    )
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"Written to {path}")
+
+
 def read(benchmark: str) -> dict[str, Any]:
     """Reads the committed figures of a benchmark."""
     return json.loads((RESULTS / f"{benchmark}.json").read_text())

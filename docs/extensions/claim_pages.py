@@ -29,7 +29,11 @@ MADE = "% Written by docs/extensions/claims.py from the committed results. Do no
 
 
 def claim_page(
-    name: str, figures: Mapping[str, Any], statements: Sequence[Statement], sources: Sources
+    name: str,
+    figures: Mapping[str, Any],
+    statements: Sequence[Statement],
+    sources: Sources,
+    curves: str,
 ) -> str:
     """Returns the page of a claim.
 
@@ -38,6 +42,7 @@ def claim_page(
         figures: the content of ``claims.json``.
         statements: the content of ``statements.toml``.
         sources: the content of ``sources.toml``.
+        curves: the text alternative of the picture of the curves.
     """
     claim, seeds = figures["claims"][name], len(figures["seeds"])
     parts = [
@@ -47,8 +52,8 @@ def claim_page(
         _verdicts(claim),
         *_attention(claim, seeds),
         _sub_claims(claim, seeds),
-        "## Picture",
-        _picture(name, claim, seeds),
+        "## Pictures",
+        _pictures(name, claim, seeds, curves),
         f"## Protocol\n\n{_sentence(claim['protocol'])}",
         f"## Limits of the small setting\n\n{_sentence(claim['limits'])}",
         f"## What was easy\n\n{_sentence(claim['easy'])}",
@@ -175,22 +180,37 @@ def _star(sub_claim: Mapping[str, Any]) -> str:
     return "\\*" if sub_claim["bound"]["kind"] == "within" else ""
 
 
-def _picture(name: str, claim: Mapping[str, Any], seeds: int) -> str:
-    alternative = describe(claim).replace("\\", "\\\\").replace('"', '\\"')
-    return "\n".join(
+def curves_file(name: str) -> str:
+    """Returns the name of the file with the picture of a claim's curves."""
+    return f"{name}_curves.svg"
+
+
+def _pictures(name: str, claim: Mapping[str, Any], seeds: int, curves: str) -> str:
+    """Returns the claim's own picture, that of its intervals, and how to draw them again."""
+    return "\n\n".join(
         [
-            f"```{{figure}} {name}.svg",
-            f':alt: "{alternative}"',
-            "",
-            f"Estimates of {seeds} seeds with their intervals, one row a setting, in the color "
-            "of its verdict. Light: the bound holds. Darker: the published size, too. A dashed "
-            "line is the smallest effect that would matter.",
-            "```",
-            "",
-            "This picture needs only the committed intervals. "
-            f"`bn-jax reproduce {name}` also draws the curves of all runs.",
+            _picture(
+                curves_file(name),
+                curves,
+                f"Results of {seeds} seeds. Lines and points are means with 95 % intervals, "
+                "unless the picture says otherwise.",
+            ),
+            _picture(
+                f"{name}.svg",
+                describe(claim),
+                f"Estimates of {seeds} seeds with their intervals, one row a setting, in the color "
+                "of its verdict. Light: the bound holds. Darker: the published size, too. A dashed "
+                "line is the smallest effect that would matter.",
+            ),
+            "Both pictures are drawn from the committed results. "
+            f"`bn-jax reproduce {name}` measures and draws them anew.",
         ]
     )
+
+
+def _picture(file: str, alternative: str, caption: str) -> str:
+    escaped = alternative.replace("\\", "\\\\").replace('"', '\\"')
+    return "\n".join([f"```{{figure}} {file}", f':alt: "{escaped}"', "", caption, "```"])
 
 
 def _details(one: Mapping[str, Any]) -> str:
@@ -318,6 +338,7 @@ def _reproduce(name: str, claim: Mapping[str, Any], figures: Mapping[str, Any]) 
         f"bn-jax reproduce --show {name}   # this page as text, without results\n```\n\n"
         f"The experiment is `bn_jax.lab.experiments.{name}`. The figures of this page are in "
         f"`benchmarks/results/claims.json`, measured with {versions}. "
+        "Its curves are in `benchmarks/results/claim_curves.json`. "
         f"[How to cite them](index.md#cite-a-verdict)."
     )
 

@@ -253,9 +253,10 @@ def white_figure(height: float) -> "Figure":
     return Figure(figsize=(WIDTH, height), facecolor="white")
 
 
-def save_svg(figure: "Figure", path: Path) -> None:
+def save_svg(figure: "Figure", path: Path, description: str = "") -> None:
     """Writes a figure so that the same content gives the same file."""
     import matplotlib
 
+    metadata = {"Date": None, **({"Description": description} if description else {})}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata=metadata)

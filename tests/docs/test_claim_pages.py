@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import claim_curves
 import claim_pages
 import claim_pictures
 import claims
@@ -17,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 FIGURES = claims.read_figures()
 STATEMENTS = claims.read_statements()
 SOURCES = claims.read_sources()
+CURVES = claims.read_curves()
+# What the picture of the curves shows, in place of the drawn one.
+SEEN = 'Curves of "it"'
 # One claim of a few sub-claims: identities, equivalences, sides, and several settings.
 SMALL = "scale_invariance"
 TWO = {**FIGURES, "claims": {name: FIGURES["claims"][name] for name in (SMALL, "decoupling")}}
@@ -34,6 +38,7 @@ def site(tmp_path, monkeypatch):
 
     monkeypatch.setattr(claim_pictures, "save_claim", draw)
     monkeypatch.setattr(claim_pictures, "save_forest", draw)
+    monkeypatch.setattr(claim_curves, "save_curves", draw)
     (tmp_path / "index.md").write_text("# By hand\n")
     return tmp_path, drawn
 
@@ -57,7 +62,7 @@ def test_the_committed_results_are_those_of_the_experiments():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_page_has_every_sub_claim_with_its_figures(name):
     claim = FIGURES["claims"][name]
-    page = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES)
+    page = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES, SEEN)
     assert page.startswith(claim_pages.MADE)
     for text in (claim["claim"], claim["source"], claim["limits"], claim["easy"], claim["hard"]):
         assert claim_pages.escape(text)[1:] in page
@@ -74,7 +79,7 @@ def test_a_page_has_every_sub_claim_with_its_figures(name):
             (row,) = [row for row in rows if row.startswith(f"{start}{estimate}")]
             assert f"| {found['verdict']} |" in row
             assert found["seeds_needed"] in row
-    (row,) = re.findall(r"^\| \[.*\| 16 \|$", page.split("## Picture")[0], re.MULTILINE)[:1]
+    (row,) = re.findall(r"^\| \[.*\| 16 \|$", page.split("## Pictures")[0], re.MULTILINE)[:1]
     assert row.count("|") == 8
 
 
@@ -85,14 +90,14 @@ def test_what_markdown_would_read_is_escaped():
 
 
 def test_what_is_not_reproduced_or_open_is_said_first():
-    page = claim_pages.claim_page("hessian", FIGURES, STATEMENTS, SOURCES)
+    page = claim_pages.claim_page("hessian", FIGURES, STATEMENTS, SOURCES, SEEN)
     first = page.split("| sub-claim |")[0]
     assert "Not reproduced here\n" in first and "[16b](#sub-claim-16b)" in first
     assert "Not decided by these seeds" in first and "[16c](#sub-claim-16c)" in first
     assert "[16a]" not in first and "contradict each other" not in first
     figures = copy.deepcopy(TWO)
     figures["claims"][SMALL]["sub_claims"][0]["agree"] = False
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES, SEEN)
     assert "The blocks of seeds contradict each other" in page.split("| sub-claim |")[0]
     assert "contradict each other in 1a." in claim_pages.overview(figures)
 
@@ -101,7 +106,7 @@ def test_rates_at_the_edge_of_the_grid_are_told():
     figures = copy.deepcopy(TWO)
     rates = figures["claims"][SMALL]["rates"]
     rates["an arm"] = {"value": [1.0, 2.0, 8.0], "at_edge": [True, True, False]}
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES, SEEN)
     assert "| an arm | 2 (1 to 8) | 67 % |" in page
     assert "A wider grid might hold a better rate for: an arm." in page
 
@@ -112,7 +117,7 @@ def test_nothing_measured_has_a_page_and_a_picture(tmp_path):
     for setting in figures["claims"][SMALL]["sub_claims"][0]["settings"].values():
         setting |= {"measured": nothing, "verdict": "no measurement"}
     figures["claims"][SMALL]["sub_claims"][0]["verdict"] = "no measurement"
-    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES)
+    page = claim_pages.claim_page(SMALL, figures, STATEMENTS, SOURCES, SEEN)
     assert "| {bdg-dark}`no measurement` | 0 to 1e-10 | nothing |" in page
     claim_pictures.save_claim(figures["claims"][SMALL], tmp_path / "claim.svg")
     assert "no measurement" in (tmp_path / "claim.svg").read_text()
@@ -139,19 +144,23 @@ def test_settings_with_numbers_are_in_their_order():
 
 def test_pages_are_written_where_they_changed_and_removed_with_their_claim(site):
     folder, drawn = site
-    claims.write_pages(folder, TWO, ONE, SOURCES)
+    claims.write_pages(folder, TWO, ONE, SOURCES, CURVES)
     pages = {"scale_invariance.md", "decoupling.md"}
     parts = {"_overview.md", "_exceptions.md", "_forest.md", "_statements.md"}
     assert {path.name for path in folder.glob("*.md")} == {"index.md", *pages, *parts}
-    assert sorted(drawn) == ["decoupling.svg", "forest.svg", "scale_invariance.svg"]
+    assert sorted(drawn) == [
+        *("decoupling.svg", "decoupling_curves.svg", "forest.svg"),
+        *("scale_invariance.svg", "scale_invariance_curves.svg"),
+    ]
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    claims.write_pages(folder, TWO, ONE, SOURCES)
+    claims.write_pages(folder, TWO, ONE, SOURCES, CURVES)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     one = {**TWO, "claims": {SMALL: TWO["claims"][SMALL] | {"easy": "Nothing"}}}
-    claims.write_pages(folder, one, [], {})
+    claims.write_pages(folder, one, [], {}, CURVES)
     assert not (folder / "decoupling.md").exists() and not (folder / "decoupling.svg").exists()
     assert "Nothing." in (folder / "scale_invariance.md").read_text()
-    assert drawn[3:] == ["scale_invariance.svg", "forest.svg"]
+    assert not (folder / "decoupling_curves.svg").exists()
+    assert drawn[5:] == ["scale_invariance.svg", "forest.svg"]
     assert (folder / "index.md").read_text() == "# By hand\n"
 
 
@@ -181,7 +190,9 @@ def test_every_source_of_a_claim_is_a_publication(name):
         one = {"source": part.strip()}
         is_known = bool(claim_pages.cited(one, SOURCES))
         assert is_known != bool(NO_PUBLICATION.match(part.strip())), part
-    section = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES).split("## Sources\n")[1]
+    section = claim_pages.claim_page(name, FIGURES, STATEMENTS, SOURCES, SEEN).split(
+        "## Sources\n"
+    )[1]
     listed = section.split("\n## ")[0].strip().splitlines()
     assert listed == [f"- {claim_pages.escape(one)}" for one in claim_pages.cited(claim, SOURCES)]
 
