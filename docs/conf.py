@@ -73,7 +73,9 @@ autosummary_filename_map = public_names.file_names(public_modules)
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = True
-napoleon_custom_sections = [("Attributes beyond those of Flax", "params_style")]
+napoleon_custom_sections = [
+    (f"Attributes beyond those of {of}", "params_style") for of in ("Flax", "BatchNorm")
+]
 python_maximum_signature_line_length = 88
 
 # Of an example with prompts, the button copies what was typed.

@@ -19,7 +19,7 @@ class DomainBatchNorm(BatchNorm):
     `split_batch_norms` makes its variables from those of a `BatchNorm`, and `select_domain` goes
     back.
 
-    Attributes beyond `BatchNorm`'s:
+    Attributes beyond those of BatchNorm:
         num_domains: how many domains there are.
         share_params: True for one ``scale`` and ``bias`` for all domains.
         share_stats: True for one ``mean`` and ``var``, of all examples together, as in conditional

@@ -245,7 +245,7 @@ class BatchRenorm(BatchNorm):
     computes it, which defines `r` and `d`. It has all attributes of `BatchNorm`, with their
     defaults, and its variables, so that a checkpoint moves between both.
 
-    Attributes beyond `BatchNorm`'s:
+    Attributes beyond those of BatchNorm:
         r_max: the bound of `r`, at least 1.
         d_max: the bound of `d`, at least 0.
 
