@@ -86,6 +86,7 @@ html_theme = "sphinx_book_theme"
 html_title = "bn_jax"
 html_static_path = ["_static"]
 html_css_files = ["bn_jax.css"]
+html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
 html_favicon = "_static/logo.svg"
 html_theme_options = {
