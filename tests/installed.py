@@ -15,7 +15,8 @@ import venv
 from pathlib import Path
 
 USE = """
-import sys, bn_jax as bn, jax.numpy as jnp
+import importlib.metadata, re, sys
+import bn_jax as bn, jax.numpy as jnp
 assert bn.__file__.startswith(sys.prefix), bn.__file__
 x = jnp.array([[1.0], [3.0]])
 y, _ = bn.batch_norm(
@@ -23,6 +24,9 @@ y, _ = bn.batch_norm(
 )
 assert abs(y - jnp.array([[-1.0], [1.0]])).max() < 1e-4
 bn.linen.BatchNorm, bn.nnx.BatchNorm, bn.fold, bn.recalibrate, bn.training
+text = importlib.metadata.metadata("bn-jax")["Description"]
+assert "# bn_jax" in text and "What batch norm computes" in text
+assert not re.search(r"\\]\\((?!\\w+:|#)", text), "a link that leads nowhere"
 print(bn.__version__)
 """
 
