@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.document`` replaces the text between ``<!-- NAME -->`` and ``<!-- end -->``
 by the tables of ``benchmarks/results/NAME.json``. ``<!-- NAME 0 -->`` takes only the first table.
-A module with `READS` makes its
-tables from the JSON files of several benchmarks. The prose is written by hand.
+A module with `READS` makes its tables from the JSON files of several benchmarks. The prose is
+written by hand.
 """
 
 import re
@@ -13,8 +13,7 @@ from pathlib import Path
 from benchmarks import report
 
 PAGES = [
-    Path(__file__).parent / name
-    for name in ("BENCHMARKS.md", "NOTES.md", "../README.md", "../docs/performance.md")
+    Path(__file__).parent / name for name in ("BENCHMARKS.md", "NOTES.md", "../docs/performance.md")
 ]
 _PART = re.compile(r"<!-- (\w+)( \d)? -->\n.*?<!-- end -->", re.DOTALL)
 
