@@ -67,7 +67,8 @@ SIMPLE = Experiment(
 
 @pytest.fixture(autouse=True)
 def simple(monkeypatch, tmp_path):
-    for name in list(EXPERIMENTS):
+    # What is deleted is put back in reverse order.
+    for name in reversed(list(EXPERIMENTS)):
         monkeypatch.delitem(EXPERIMENTS, name)
     monkeypatch.setitem(EXPERIMENTS, "simple", SIMPLE)
     monkeypatch.chdir(tmp_path)

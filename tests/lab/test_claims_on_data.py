@@ -68,7 +68,8 @@ ON_DATA = Experiment(
 
 @pytest.fixture
 def two(monkeypatch, tmp_path):
-    for name in list(EXPERIMENTS):
+    # What is deleted is put back in reverse order.
+    for name in reversed(list(EXPERIMENTS)):
         monkeypatch.delitem(EXPERIMENTS, name)
     monkeypatch.setitem(EXPERIMENTS, "on_data", ON_DATA)
     without = ON_DATA._replace(number=2, name="without", data=None)
