@@ -3,12 +3,18 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from support import COMMAND, environment
 
 from bn_jax.lab import command as cli
 from bn_jax.lab.experiments import EXPERIMENTS, checking, failures, reproducing, statistics
@@ -342,3 +348,46 @@ def test_what_is_printed_without_end_is_cut(monkeypatch):
         for _ in range(9):
             print("abc")
     assert printed.getvalue() == "abc\nabc\nab"
+
+
+def is_running(number):
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{number}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_command(tmp_path, kill):
+    endless = "import os, threading; open(str(os.getpid()), 'w').close(); threading.Event().wait()"
+    write(tmp_path, run=endless)
+    other = (tmp_path / "mine.py").read_text().replace("101", "102").replace('"mine"', '"other"')
+    (tmp_path / "other.py").write_text(other.replace("m1a", "n1a"))
+    command = subprocess.Popen(
+        [*COMMAND, "reproduce", "mine.py", "other.py", "--processes", "2"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def workers():
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+
+    def wait_until(is_so):
+        end = time.monotonic() + 120
+        while not is_so() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert is_so()
+
+    try:
+        wait_until(lambda: len(workers()) == 2)
+        assert all(map(is_running, workers()))
+        command.send_signal(kill)
+        wait_until(lambda: not any(map(is_running, workers())))
+    finally:
+        command.kill()
+        command.wait()
+        for number in filter(is_running, workers()):
+            os.kill(number, signal.SIGKILL)

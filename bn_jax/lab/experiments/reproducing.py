@@ -2,8 +2,11 @@
 
 import difflib
 import multiprocessing
+import multiprocessing.connection
+import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -163,7 +166,9 @@ def reproduce_each(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
-                process.join()
+                # The pool joins it too, and the system tells only one of both that it has ended.
+                while process.is_alive():
+                    process.join(POLL_SECONDS)
             raise
 
 
@@ -195,7 +200,16 @@ def _result_of(future: "Future[Finished | Failed]") -> Finished | Failed:
 def _start_worker(shares: _Shares, setting: Setting) -> None:
     # Ctrl-C reaches all processes of a terminal; the parent process stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["shares"], _worker["setting"] = shares, setting
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent has been killed, which nothing else tells a claim."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 # A queue can only be passed to a worker when it starts; this is where the worker keeps it.
