@@ -58,6 +58,8 @@ def test_slope_of_a_power_law():
     sizes = np.array([4, 8, 16])
     gaps = np.stack([3 / sizes, 2 / sizes**1.5], -1)
     assert batch_noise.slope(sizes, gaps) == pytest.approx([-1, -1.5])
+    gaps[1, 0] = -0.1
+    assert np.isnan(batch_noise.slope(sizes, gaps)).tolist() == [True, False]
 
 
 def test_one_rate_is_the_best_for_all_sizes_together():

@@ -217,12 +217,15 @@ def slope(sizes: Any, gaps: Any) -> Any:
 
     Args:
         sizes: [sizes].
-        gaps: positive, [sizes, seeds].
+        gaps: [sizes, seeds].
 
     Returns:
-        The exponents, [seeds].
+        The exponents, [seeds]; NaN where a gap is not positive.
     """
-    return np.polyfit(np.log(sizes), np.log(gaps), 1)[0]
+    sizes, gaps = np.log(sizes), np.asarray(gaps)
+    logarithms = np.log(np.where(gaps > 0, gaps, np.nan))
+    centred = sizes - sizes.mean()
+    return centred @ logarithms / (centred @ centred)
 
 
 class Losses(NamedTuple):

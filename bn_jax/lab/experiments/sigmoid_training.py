@@ -179,10 +179,11 @@ def steps_to_goal(accuracies: Any) -> Any:
         accuracies: at the start and after every `EVERY` steps, [..., points].
 
     Returns:
-        [...]; infinity where the goal is not reached.
+        [...], at least 1, for easy data may be there at the start; infinity where the goal is not
+        reached.
     """
     reached = np.asarray(accuracies) >= GOAL
-    return np.where(reached.any(-1), reached.argmax(-1) * EVERY, np.inf)
+    return np.where(reached.any(-1), np.maximum(reached.argmax(-1) * EVERY, 1), np.inf)
 
 
 class Comparison(NamedTuple):
@@ -404,7 +405,9 @@ def steadiness(with_norm: Chosen[Any], chosen: Mapping[str, Chosen[Any]]) -> Any
         wandering(np.moveaxis(arm.measured["units"], -1, 1))
         for arm in (with_norm, chosen["no norm"])
     ]
-    return np.exp(np.mean(np.log(distances[0]) - np.log(distances[1]), 1))
+    # Not-a-number where inputs have not moved.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.exp(np.mean(np.log(distances[0]) - np.log(distances[1]), 1))
 
 
 def wandering(inputs: Any) -> Any:
