@@ -61,9 +61,10 @@ notebooks-refresh: $(READY)
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/python notebooks/execute.py --refresh
 
 # The documentation, in build/docs/html; neither the build nor a page needs a network. A warning, a
-# cell that fails, a broken link, or a public name without an entry or a docstring is an error.
-# The examples of docstrings run in `test`.
+# cell or an example of a docstring that fails, a broken link, or a public name without an entry or a
+# docstring is an error.
 docs: $(VENV)/ready-docs
+	$(PYTEST) tests/test_documentation.py -k "docstring or readme"
 	JAX_PLATFORMS=cpu XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs build/docs/html
 
 # The built documentation in headless Chromium, which comes from the system: search, links, errors,
