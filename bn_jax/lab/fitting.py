@@ -16,7 +16,6 @@ from bn_jax import training
 from bn_jax.lab.data import Dataset, batches
 from bn_jax.training import Batch, Evaluation, TrainState
 from bn_jax.training.classification import compile_evaluation, summarize
-from bn_jax.training.compiling import convolution_options, is_on_cpus
 
 __all__ = [
     "Report",
@@ -202,11 +201,7 @@ def _compile_train_step(
 
 @functools.cache
 def _train_step(mesh: Mesh) -> jax.stages.Wrapped:
-    return jax.jit(
-        training.train_step,
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=convolution_options(is_on_cpus(mesh.devices.flat)),
-    )
+    return jax.jit(training.train_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _first_batch(dataset: Dataset, mesh: Mesh, batch_size: int) -> Batch:

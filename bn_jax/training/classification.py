@@ -1,6 +1,5 @@
 """Training and evaluation of a classifier: cross-entropy over the valid examples of a batch."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bn_jax.training.compiling import convolution_options, is_on_cpus
 from bn_jax.training.sharding import Batch
 from bn_jax.training.state import TrainState
 from bn_jax.training.statistics import is_readable, warn_of_initial
@@ -102,7 +100,7 @@ def _run_once(function: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     options = None
     is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     is_optimized = not (is_traced or jax.config.read("jax_disable_most_optimizations"))
-    if is_optimized and is_on_cpus(mesh.devices.flat):
+    if is_optimized and all(device.platform == "cpu" for device in mesh.devices.flat):
         options = {"xla_backend_optimization_level": 1}
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(function, out_shardings=replicated, compiler_options=options)()
@@ -189,22 +187,13 @@ def _variables_of(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-@functools.cache
-def _jitted_measure_model(on_cpus: bool) -> jax.stages.Wrapped:
-    # Of the model alone: a state with another optimizer needs no other program.
-    return jax.jit(_measure_model, static_argnums=0, compiler_options=convolution_options(on_cpus))
-
-
-def _measuring(batch: Batch) -> jax.stages.Wrapped:
-    """Returns the program of `evaluate` for the devices of a batch."""
-    sharding = getattr(batch.x, "sharding", None)
-    devices = jax.devices() if sharding is None else sharding.device_set
-    return _jitted_measure_model(is_on_cpus(devices))
+# Of the model alone: a state with another optimizer needs no other program.
+_jitted_measure_model = jax.jit(_measure_model, static_argnums=0)
 
 
 def jitted_eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Computes what `eval_step` does, in the program that `evaluate` runs."""
-    return _measuring(batch)(state.apply_fn, _variables_of(state), batch)
+    return _jitted_measure_model(state.apply_fn, _variables_of(state), batch)
 
 
 def evaluate(state: TrainState, sharded_batches: Iterable[Batch]) -> Evaluation:
@@ -245,7 +234,7 @@ def compile_evaluation(state: TrainState, batch: Batch) -> None:
         state: the model's state; leaves may be `jax.ShapeDtypeStruct`.
         batch: like the batches to evaluate; leaves as above.
     """
-    _measuring(batch).lower(state.apply_fn, _variables_of(state), batch).compile()
+    _jitted_measure_model.lower(state.apply_fn, _variables_of(state), batch).compile()
 
 
 def summarize(metrics: Sequence[Metrics]) -> Evaluation:

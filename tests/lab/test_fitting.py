@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from bn_jax import linen, training
-from bn_jax.lab import data, fitting, models
+from bn_jax.lab import data, models
 from bn_jax.lab.fitting import fit, make_optimizer
-from bn_jax.training import classification
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -49,25 +48,6 @@ def run(seed=0, state=None, after=None):
             after=after,
         )
     )
-
-
-def test_no_convolution_takes_its_kernel_for_the_image():
-    """XLA's CPU compiler does so where the image is smaller, and then takes ten times as long."""
-    mesh = training.make_mesh(jax.devices()[:1])
-    small = dataset(SIZE)._replace(x=np.zeros((SIZE, 2, 2, 1), np.float32))
-    model = models.ResNet(3, stage_sizes=(1,), widths=(4,))
-    state = training.create_state(model, optax.sgd(0.1), (2, 2, 1), 0, mesh)
-    batch = fitting._first_batch(small, mesh, SIZE)
-    evaluation = classification._measuring(batch)
-    arguments = state.apply_fn, classification._variables_of(state), batch
-    for compiled in (
-        fitting._compile_train_step(state, small, mesh, SIZE),
-        evaluation.lower(*arguments).compile(),
-    ):
-        text = compiled.as_text() or ""
-        assert text.count(" convolution(") >= 3 and "rhs_reversal" not in text
-    by_default = jax.jit(training.train_step).lower(state, batch).compile()
-    assert "rhs_reversal" in (by_default.as_text() or "")
 
 
 def test_fit_reports():
