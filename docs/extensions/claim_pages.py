@@ -203,7 +203,7 @@ def _pictures(name: str, claim: Mapping[str, Any], seeds: int, curves: str) -> s
                 "line is the smallest effect that would matter.",
             ),
             "Both pictures are drawn from the committed results. "
-            f"`bn-jax reproduce {name}` measures and draws them anew.",
+            f"`bn-jax reproduce {name}` measures and draws them again.",
         ]
     )
 
