@@ -27,10 +27,13 @@ DIRECTIONS = {"forward": "C3", "forward + backward": "C0"}
 
 def write_pictures(folder: Path) -> None:
     """Draws the pictures, unless they are there and were drawn from the same figures."""
-    for name, draw in {"numerics": save_accuracy, "layer": save_layers}.items():
-        figures = json.loads((RESULTS / f"{name}.json").read_text())
-        path = folder / {"numerics": "performance_accuracy", "layer": "performance_layers"}[name]
-        claims.draw_once(path.with_suffix(".svg"), figures, draw, Path(__file__))
+    pictures = {
+        "performance_accuracy.svg": ("numerics", save_accuracy),
+        "performance_layers.svg": ("layer", save_layers),
+    }
+    for file, (benchmark, draw) in pictures.items():
+        figures = json.loads((RESULTS / f"{benchmark}.json").read_text())
+        claims.draw_once(folder / file, figures, draw, Path(__file__))
 
 
 def save_accuracy(figures: Mapping[str, Any], path: Path) -> None:
