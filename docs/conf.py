@@ -39,7 +39,7 @@ smartquotes_action = "D"
 # A link to nowhere is a warning. `public_names` says which types are text instead.
 nitpicky = True
 # What a run was started with is a file format of the lab.
-nitpick_ignore = [("py:class", "bn_jax.lab.records.Started")]
+nitpick_ignore = [("py:class", "bn_jax.lab.files.records.Started")]
 
 # Pages with code cells are executed while the site is built; a cell that fails, fails the build.
 nb_execution_mode = "cache"

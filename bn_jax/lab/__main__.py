@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from bn_jax.lab import interrupts, terminal
+from bn_jax.lab.console import interrupts, terminal
 
 __all__ = ["run"]
 

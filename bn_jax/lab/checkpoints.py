@@ -24,11 +24,11 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Sharding
 
-from bn_jax.lab import records
+from bn_jax.lab.files import records
+from bn_jax.lab.files.reading import MOST_BYTES, read_bytes, sha256_of_folder
+from bn_jax.lab.files.records import Origin
+from bn_jax.lab.files.writing import remove
 from bn_jax.lab.fitting import Report
-from bn_jax.lab.reading import MOST_BYTES, read_bytes, sha256_of_folder
-from bn_jax.lab.records import Origin
-from bn_jax.lab.writing import remove
 from bn_jax.training import Evaluation, TrainState
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from bn_jax.lab import terminal
-from bn_jax.lab.arguments import (
+from bn_jax.lab.console import terminal
+from bn_jax.lab.console.arguments import (
     FOR_FILES_OF_RUNS,
     FOR_SAVED_RUNS,
     check_choice,
@@ -23,7 +23,9 @@ from bn_jax.lab.arguments import (
     new_picture,
     require,
 )
-from bn_jax.lab.choices import ARM_NAMES, MODELS
+from bn_jax.lab.console.choices import ARM_NAMES, MODELS
+from bn_jax.lab.distributed.launchers import check_launch
+from bn_jax.lab.distributed.supervision import supervise
 from bn_jax.lab.errors import (
     INTERRUPTED,
     CommandError,
@@ -32,8 +34,6 @@ from bn_jax.lab.errors import (
     print_error,
     print_warning,
 )
-from bn_jax.lab.launchers import check_launch
-from bn_jax.lab.supervision import supervise
 
 try:
     import typer
@@ -109,7 +109,7 @@ def main() -> NoReturn:
     except Exception as error:
         if not is_distributed():
             raise
-        from bn_jax.lab import launch
+        from bn_jax.lab.distributed import launch
 
         launch.stop_if_lost(error, "nothing was saved")
         traceback.print_exc()
@@ -259,7 +259,8 @@ def train(
     if launched.is_distributed:
         supervise()
     require(*FOR_FILES_OF_RUNS, "jax")
-    from bn_jax.lab import trainer, watching
+    from bn_jax.lab import trainer
+    from bn_jax.lab.training import watching
 
     wanted = watching.Wanted(progress, log is not None)
     if resume is not None:
@@ -300,7 +301,8 @@ def evaluate(
 ) -> None:
     """Evaluate the best arm of a saved run."""
     require(*FOR_SAVED_RUNS)
-    from bn_jax.lab import launch, runs
+    from bn_jax.lab import runs
+    from bn_jax.lab.distributed import launch
 
     evaluation = runs.evaluate_run(runs.read_run(run), launch.one_device(), data_file)
     name = "test" if data_file is None else str(data_file)
@@ -328,7 +330,9 @@ def predict(
 ) -> None:
     """Predict the classes of images by the best arm of a saved run."""
     require(*FOR_SAVED_RUNS)
-    from bn_jax.lab import launch, prediction, runs, tables
+    from bn_jax.lab import prediction, runs
+    from bn_jax.lab.console import tables
+    from bn_jax.lab.distributed import launch
 
     saved = runs.read_run(run)
     file_out = None if out is None else new_file(out, out)
@@ -375,7 +379,9 @@ def recalibrate(
     if not 0 <= prior < 1:
         raise CommandError(f"--prior: received {prior}, expected 0 to below 1; choose one of these")
     require(*FOR_SAVED_RUNS, "matplotlib")
-    from bn_jax.lab import launch, runs, tables
+    from bn_jax.lab import runs
+    from bn_jax.lab.console import tables
+    from bn_jax.lab.distributed import launch
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "recalibrated"))
@@ -406,7 +412,9 @@ def fold(
     The program is exported for CPU, CUDA and TPU, with its parameters.
     """
     require(*FOR_SAVED_RUNS)
-    from bn_jax.lab import launch, runs, tables
+    from bn_jax.lab import runs
+    from bn_jax.lab.console import tables
+    from bn_jax.lab.distributed import launch
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "folded"))
@@ -440,7 +448,9 @@ def export(
     parameters, and a README with the lines that load and call it.
     """
     require(*FOR_SAVED_RUNS)
-    from bn_jax.lab import deployment, launch, runs
+    from bn_jax.lab import runs
+    from bn_jax.lab.commands import deployment
+    from bn_jax.lab.distributed import launch
 
     saved = runs.read_run(run)
     names = None
@@ -475,7 +485,8 @@ def audit(
     Each is reported with advice.
     """
     require(*FOR_SAVED_RUNS, "matplotlib")
-    from bn_jax.lab import launch, runs
+    from bn_jax.lab import runs
+    from bn_jax.lab.distributed import launch
 
     saved = runs.read_run(run)
     folder = new_folder(out, _beside(run, "audit"))
@@ -532,7 +543,7 @@ def convert(
     if not file.name:
         raise CommandError(f"FILE: received {file}, expected a safetensors file; give its path")
     file_out = new_file(out, file.with_name(f"{file.stem}-flax.safetensors"))
-    from bn_jax.lab import converting
+    from bn_jax.lab.commands import converting
 
     converted = converting.convert_file(
         file, file_out, library=library, like_file=like, names_file=names, transposed=transposed
@@ -616,7 +627,8 @@ def reproduce(
 ) -> None:
     """Test published claims about batch normalization."""
     require("jax", "rich", "matplotlib", "sklearn", "filelock")
-    from bn_jax.lab import findings, reproduction, tables
+    from bn_jax.lab.commands import findings, reproduction
+    from bn_jax.lab.console import tables
     from bn_jax.lab.experiments import parallel
 
     if show_list:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bn_jax.lab.arguments import are_distinct_names
-from bn_jax.lab.array_checks import (
+from bn_jax.lab.console.arguments import are_distinct_names
+from bn_jax.lab.datasets.array_checks import (
     Array,
     FloatArray,
     IntArray,
@@ -21,8 +21,8 @@ from bn_jax.lab.array_checks import (
     check_memory,
     check_not_swapped,
 )
-from bn_jax.lab.elements import read_element
-from bn_jax.lab.reading import open_regular
+from bn_jax.lab.datasets.elements import read_element
+from bn_jax.lab.files.reading import open_regular
 from bn_jax.training import Batch, pad_batch
 
 __all__ = [

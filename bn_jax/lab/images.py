@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bn_jax.lab.arguments import require
-from bn_jax.lab.array_checks import (
+from bn_jax.lab.console.arguments import require
+from bn_jax.lab.data import Dataset, NamedDataset
+from bn_jax.lab.datasets.array_checks import (
     Array,
     FloatArray,
     Sizes,
     check_images,
     check_memory,
 )
-from bn_jax.lab.data import Dataset, NamedDataset
-from bn_jax.lab.reading import open_regular
+from bn_jax.lab.files.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image

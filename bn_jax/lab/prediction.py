@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from bn_jax.lab import data, images, problem, runs
-from bn_jax.lab.array_checks import FloatArray, check_shape
+from bn_jax.lab import data, images, runs
+from bn_jax.lab.datasets import problem
+from bn_jax.lab.datasets.array_checks import FloatArray, check_shape
 from bn_jax.lab.errors import CommandError
 from bn_jax.lab.fitting import shard_dataset
 from bn_jax.training import TrainState

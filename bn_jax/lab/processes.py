@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bn_jax.lab.launchers import has_launcher
+from bn_jax.lab.distributed.launchers import has_launcher
 
 __all__ = ["CONNECTION_TIMEOUT", "connect", "disconnect", "from_first", "gather"]
 

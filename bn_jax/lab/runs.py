@@ -22,15 +22,17 @@ from bn_jax import convert, training
 from bn_jax._audit import Audit, audit
 from bn_jax._fold import Folded, fold
 from bn_jax._recalibrate import Recalibration, recalibrate
-from bn_jax.lab import checkpoints, data, folders, problem, records
-from bn_jax.lab.advice import with_commands
-from bn_jax.lab.arms import make_model
-from bn_jax.lab.array_checks import check_shape
+from bn_jax.lab import checkpoints, data
+from bn_jax.lab.console.advice import with_commands
+from bn_jax.lab.datasets import problem
+from bn_jax.lab.datasets.array_checks import check_shape
 from bn_jax.lab.errors import CommandError, print_warning
+from bn_jax.lab.files import folders, records
+from bn_jax.lab.files.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
+from bn_jax.lab.files.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.files.writing import save_picture, staged, write_json
 from bn_jax.lab.fitting import abstract_state, shard_dataset
-from bn_jax.lab.reading import MOST_BYTES, sha256_of_file, sha256_of_folder
-from bn_jax.lab.records import ARMS, NO_NORM, PER_DEVICE, SYNCHRONIZED
-from bn_jax.lab.writing import save_picture, staged, write_json
+from bn_jax.lab.training.arms import make_model
 from bn_jax.training.classification import jitted_eval_step
 
 __all__ = [

@@ -13,28 +13,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bn_jax import training
-from bn_jax.lab import (
-    checkpoints,
-    fitting,
-    launch,
-    problem,
-    processes,
-    results,
-    runs,
-    unfinished,
-    watching,
-)
-from bn_jax.lab.ahead import prepare_ahead
-from bn_jax.lab.arguments import LARGEST, new_folder, require
-from bn_jax.lab.choices import ARM_NAMES, ARMS, MODELS
+from bn_jax.lab import checkpoints, fitting, processes, runs
+from bn_jax.lab.console.arguments import LARGEST, new_folder, require
+from bn_jax.lab.console.choices import ARM_NAMES, ARMS, MODELS
+from bn_jax.lab.console.progress import ShowReports
 from bn_jax.lab.data import Dataset, NamedDataset
+from bn_jax.lab.datasets import problem
+from bn_jax.lab.datasets.problem import Problem
+from bn_jax.lab.distributed import launch
+from bn_jax.lab.distributed.launchers import Launch
 from bn_jax.lab.errors import CommandError, advise, print_warning
-from bn_jax.lab.launchers import Launch
-from bn_jax.lab.problem import Problem
-from bn_jax.lab.progress import ShowReports
-from bn_jax.lab.records import Config, Origin, Started, batch_sizes
-from bn_jax.lab.results import Result
-from bn_jax.lab.watching import Wanted
+from bn_jax.lab.files.records import Config, Origin, Started, batch_sizes
+from bn_jax.lab.training import results, unfinished, watching
+from bn_jax.lab.training.ahead import prepare_ahead
+from bn_jax.lab.training.results import Result
+from bn_jax.lab.training.watching import Wanted
 
 __all__ = ["Request", "resume", "start"]
 

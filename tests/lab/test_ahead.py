@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from bn_jax.lab.ahead import prepare_ahead
+from bn_jax.lab.training.ahead import prepare_ahead
 
 
 def test_each_item_comes_in_its_order_with_what_was_prepared():

@@ -11,8 +11,9 @@ from compiling import compiled_programs
 from support import assert_close, bars
 
 from bn_jax import training
-from bn_jax.lab import arms, fitting, runs
-from bn_jax.lab.choices import ARM_NAMES, ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab import fitting, runs
+from bn_jax.lab.console.choices import ARM_NAMES, ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.training import arms
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from support import small_disk
 
-from bn_jax.lab import arguments, command, launchers
+from bn_jax.lab import command
+from bn_jax.lab.console import arguments
+from bn_jax.lab.distributed import launchers
 from bn_jax.lab.errors import CommandError
 
 LINUX = pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is that of Linux")

@@ -18,8 +18,8 @@ from support import far_from_initial, small_disk
 
 from bn_jax import linen, training
 from bn_jax.lab import checkpoints, models
+from bn_jax.lab.files.records import ARMS, Config, Origin, Started
 from bn_jax.lab.fitting import Report
-from bn_jax.lab.records import ARMS, Config, Origin, Started
 
 NORMS = {
     "none": None,

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from bn_jax.lab import command as cli
-from bn_jax.lab import data, reproduction
+from bn_jax.lab import data
+from bn_jax.lab.commands import reproduction
 from bn_jax.lab.experiments import EXPERIMENTS, labelled, parallel, reproducing, sweeps
 from bn_jax.lab.experiments.labelled import Labelled, Needs, Split
 from bn_jax.lab.experiments.verdicts import Above, Experiment, Result, Setting, SubClaim

@@ -17,7 +17,9 @@ from support import COMMAND, TRAIN, bars, copy_of, environment, files, run_proce
 from test_logs import scalars_of
 
 from bn_jax import linen, training
-from bn_jax.lab import checkpoints, fitting, models, processes, progress, results, runs, trainer
+from bn_jax.lab import checkpoints, fitting, models, processes, runs, trainer
+from bn_jax.lab.console import progress
+from bn_jax.lab.training import results
 
 RESULTS = {"checkpoint", "curves.png", "epochs.csv", "metrics.json", "test.npz"}
 

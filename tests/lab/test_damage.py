@@ -17,9 +17,11 @@ import pytest
 from support import bars, copy_of, flip, make_small_resnet, numbers_of, run_command
 
 from bn_jax import training
-from bn_jax.lab import checkpoints, fitting, records, runs, unfinished
+from bn_jax.lab import checkpoints, fitting, runs
 from bn_jax.lab.errors import CommandError
-from bn_jax.lab.reading import sha256_of_folder
+from bn_jax.lab.files import records
+from bn_jax.lab.files.reading import sha256_of_folder
+from bn_jax.lab.training import unfinished
 
 EPOCHS = 4
 ARMS = (runs.NO_NORM, runs.SYNCHRONIZED)

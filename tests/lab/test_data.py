@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import bars
 
-from bn_jax.lab import data, oddities, problem
+from bn_jax.lab import data
+from bn_jax.lab.datasets import oddities, problem
 from bn_jax.lab.errors import CommandError
 
 

@@ -18,7 +18,7 @@ from support import assert_close
 
 from bn_jax import linen
 from bn_jax.lab import command as cli
-from bn_jax.lab import reproduction
+from bn_jax.lab.commands import reproduction
 from bn_jax.lab.experiments import (
     EXPERIMENTS,
     corruptions,

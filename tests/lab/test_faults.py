@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from support import bars, copy_of, make_small_resnet, numbers_of, run_command, small_disk
 
-from bn_jax.lab import checkpoints, records, runs, unfinished, writing
+from bn_jax.lab import checkpoints, runs
 from bn_jax.lab.errors import CommandError
+from bn_jax.lab.files import records, writing
+from bn_jax.lab.training import unfinished
 
 ROOT = Path(runs.__file__).parents[2]
 ARMS = (runs.NO_NORM, runs.SYNCHRONIZED)

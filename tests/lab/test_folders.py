@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bn_jax.lab import folders
+from bn_jax.lab.files import folders
 
 
 def make(folder, *names):

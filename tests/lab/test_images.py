@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from support import bars
 
-from bn_jax.lab import array_checks, data, images, problem
+from bn_jax.lab import data, images
+from bn_jax.lab.datasets import array_checks, problem
 from bn_jax.lab.errors import CommandError
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from support import bars, make_small_resnet, numbers_of, run_command
 
-from bn_jax.lab import command, interrupts, runs
+from bn_jax.lab import command, runs
+from bn_jax.lab.console import interrupts
 
 TRAIN = (
     *("train", "--arm", "synchronized", "--epochs", "2", "--batch-size", "8", "--devices", "1"),
@@ -82,13 +83,13 @@ def test_ctrl_c_while_importing(tmp_path, module):
 
 
 PHASES = {
-    "loading": ("bn_jax.lab.problem", "load", False),
-    "finding devices": ("bn_jax.lab.launch", "make_mesh", False),
+    "loading": ("bn_jax.lab.datasets.problem", "load", False),
+    "finding devices": ("bn_jax.lab.distributed.launch", "make_mesh", False),
     "compiling": ("bn_jax.lab.fitting", "compile_programs", True),
     "training": ("bn_jax.lab.fitting", "_take_steps", True),
     "saving": ("bn_jax.lab.checkpoints", "sha256_of_folder", True),
-    "writing results": ("bn_jax.lab.results", "draw_curves", True),
-    "printing results": ("bn_jax.lab.tables", "print_arms", True),
+    "writing results": ("bn_jax.lab.training.results", "draw_curves", True),
+    "printing results": ("bn_jax.lab.console.tables", "print_arms", True),
 }
 
 

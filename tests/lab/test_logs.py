@@ -12,7 +12,8 @@ import pytest
 from support import TRAIN, bars, environment
 
 from bn_jax import training
-from bn_jax.lab import fitting, logs
+from bn_jax.lab import fitting
+from bn_jax.lab.training import logs
 
 STEPS = 6
 # A group of five steps and one of one step; the epochs of 42 examples in batches of 8.

@@ -140,7 +140,7 @@ def test_a_cpu_takes_chunks_and_an_accelerator_all_runs(monkeypatch):
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 COUNT = """
 import jax, os
-import benchmarks.sweep, bn_jax.lab.reproduction
+import benchmarks.sweep, bn_jax.lab.commands.reproduction
 from bn_jax.lab.experiments import parallel
 {before}
 parallel.request_devices()

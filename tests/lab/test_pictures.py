@@ -11,7 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from bn_jax import training
-from bn_jax.lab import curves, fitting, records, results, runs
+from bn_jax.lab import fitting, runs
+from bn_jax.lab.files import records
+from bn_jax.lab.training import curves, results
 
 GROUPS = (5, 5, 3)
 

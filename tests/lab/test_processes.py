@@ -53,7 +53,8 @@ def supervise_and_patch():
     supervise()
     from pathlib import Path
     from support import make_small_resnet
-    from bn_jax.lab import checkpoints, fitting, processes, results, runs
+    from bn_jax.lab import checkpoints, fitting, processes, runs
+    from bn_jax.lab.training import results
     runs.make_model = make_small_resnet
     Path(f"{os.getppid()}.child").write_text(str(os.getpid()))
     what, when = os.environ.get("FAULT", "nothing never").split()

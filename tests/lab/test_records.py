@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bn_jax.lab import reading, records
-from bn_jax.lab.records import Config, Metrics, Origin, SavedPosition, Started
+from bn_jax.lab.files import reading, records
+from bn_jax.lab.files.records import Config, Metrics, Origin, SavedPosition, Started
 
 CONFIG = {
     "data": "images.npz",

@@ -15,9 +15,13 @@ from support import assert_close, bars, copy_of, files
 
 import bn_jax as bn
 from bn_jax import linen, training
-from bn_jax.lab import advice, data, models, problem, records, results, runs, writing
+from bn_jax.lab import data, models, runs
+from bn_jax.lab.console import advice
+from bn_jax.lab.datasets import problem
 from bn_jax.lab.errors import CommandError
+from bn_jax.lab.files import records, writing
 from bn_jax.lab.fitting import fit, make_optimizer, shard_dataset
+from bn_jax.lab.training import results
 
 ARM = runs.SYNCHRONIZED
 

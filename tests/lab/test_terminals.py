@@ -17,8 +17,11 @@ from safetensors.numpy import save_file
 from support import COMMAND, TRAIN, environment, run_process
 
 from bn_jax import training
-from bn_jax.lab import findings, progress, results, runs, tables
+from bn_jax.lab import runs
+from bn_jax.lab.commands import findings
+from bn_jax.lab.console import progress, tables
 from bn_jax.lab.experiments import EXPERIMENTS
+from bn_jax.lab.training import results
 
 if sys.platform == "win32":
     pytest.skip("descriptors and terminals are those of POSIX", allow_module_level=True)
@@ -71,7 +74,7 @@ def test_any_terminal_gets_help_and_errors(tmp_path, variables):
 
 SPELLING = """
 import sys
-from bn_jax.lab import terminal
+from bn_jax.lab.console import terminal
 terminal.prepare()
 print(sys.argv[1])
 """
@@ -141,7 +144,7 @@ def test_a_reader_that_has_ended_is_no_error(tmp_path):
 
 # Occupies what a closed standard output leaves free, and prints there.
 DESCRIPTORS = """
-from bn_jax.lab import terminal
+from bn_jax.lab.console import terminal
 terminal.prepare()
 with open("file", "w") as file:
     print("to standard output", flush=True)
@@ -162,7 +165,7 @@ def test_a_file_does_not_become_the_standard_output(tmp_path):
 # Descriptors of processes that this one starts are those of its own.
 NON_BLOCKING = """
 import os, sys
-from bn_jax.lab import terminal
+from bn_jax.lab.console import terminal
 os.set_blocking(1, False)
 terminal.prepare()
 print("x" * 1_000_000)
@@ -178,7 +181,7 @@ def test_a_pipe_that_does_not_block_gets_everything(tmp_path):
 
 
 WITHOUT_HOME = """
-from bn_jax.lab import terminal
+from bn_jax.lab.console import terminal
 terminal.prepare()
 import matplotlib.figure
 matplotlib.figure.Figure().savefig("figure.png")
@@ -298,7 +301,7 @@ def test_losses_of_any_size_are_short(monkeypatch, capsys):
 # --- bars ---------------------------------------------------------------------------------------
 
 BARS = """
-from bn_jax.lab import progress, terminal
+from bn_jax.lab.console import progress, terminal
 
 class Record:
     def __init__(self, **fields):

@@ -25,7 +25,7 @@ from bn_jax.lab.experiments.verdicts import (
     SubClaim,
     Within,
 )
-from bn_jax.lab.writing import to_json
+from bn_jax.lab.files.writing import to_json
 
 BOUNDS = Identity, Above, Below, Within, NotTestable
 TEXTS = "name", "claim", "source", "protocol", "limits", "easy", "hard"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bn_jax.lab import data
-from bn_jax.lab.array_checks import check_bytes
+from bn_jax.lab.datasets.array_checks import check_bytes
 
 # Of ten classes; an accuracy that a claim on digits names is as far above it as `level` says.
 CHANCE = 0.1

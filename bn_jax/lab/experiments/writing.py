@@ -26,7 +26,7 @@ from bn_jax.lab.experiments.verdicts import (
     SubClaim,
     describe_seeds,
 )
-from bn_jax.lab.writing import staged, write_json
+from bn_jax.lab.files.writing import staged, write_json
 
 VALUES = "values.csv"
 COLUMNS = "claim", "sub_claim", "arm", "setting", "seed", "value"

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from bn_jax.lab.experiments.verdicts import Experiment
     from bn_jax.lab.prediction import Predictions
-    from bn_jax.lab.results import Result
     from bn_jax.lab.runs import Change, Figures
+    from bn_jax.lab.training.results import Result
 
 __all__ = [
     "format_loss",
@@ -35,7 +35,7 @@ def format_loss(loss: float) -> str:
 
 def print_arms(results: "Mapping[str, Result]") -> None:
     """Prints the results of a training, an arm in each row."""
-    from bn_jax.lab.results import REPORT_EVERY, TARGET
+    from bn_jax.lab.training.results import REPORT_EVERY, TARGET
 
     table = _numbers(
         "arm",

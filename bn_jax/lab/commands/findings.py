@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bn_jax.lab import tables
+from bn_jax.lab.console import tables
 from bn_jax.lab.experiments.figures import decisive
 from bn_jax.lab.experiments.statistics import Interval
 from bn_jax.lab.experiments.verdicts import Verdict

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from bn_jax.lab import interrupts, locking
+from bn_jax.lab.console import interrupts
 from bn_jax.lab.errors import CommandError
+from bn_jax.lab.files import locking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

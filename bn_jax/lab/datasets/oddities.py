@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bn_jax.lab.array_checks import FloatArray, describe_shape
 from bn_jax.lab.data import Dataset, NamedDataset, Splits
+from bn_jax.lab.datasets.array_checks import FloatArray, describe_shape
 
 __all__ = ["FEW_EXAMPLES", "LARGE_SIDE", "find_oddities"]
 

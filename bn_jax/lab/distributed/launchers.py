@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from bn_jax.lab.arguments import LARGEST, check_range
+from bn_jax.lab.console.arguments import LARGEST, check_range
 from bn_jax.lab.errors import CommandError
 
 __all__ = ["Launch", "check_launch", "has_launcher", "launched_processes"]

@@ -14,15 +14,17 @@ import jax
 from jax.sharding import Mesh
 
 from bn_jax import training
-from bn_jax.lab import checkpoints, records, runs, tables
-from bn_jax.lab.choices import MODEL_NAMES
-from bn_jax.lab.curves import draw_curves
+from bn_jax.lab import checkpoints, runs
+from bn_jax.lab.console import tables
+from bn_jax.lab.console.choices import MODEL_NAMES
 from bn_jax.lab.data import Dataset, save_npz
+from bn_jax.lab.datasets.problem import Problem
+from bn_jax.lab.files import records
+from bn_jax.lab.files.reading import sha256_of_file, sha256_of_folder
+from bn_jax.lab.files.records import Config
+from bn_jax.lab.files.writing import save_picture, staged
 from bn_jax.lab.fitting import Report
-from bn_jax.lab.problem import Problem
-from bn_jax.lab.reading import sha256_of_file, sha256_of_folder
-from bn_jax.lab.records import Config
-from bn_jax.lab.writing import save_picture, staged
+from bn_jax.lab.training.curves import draw_curves
 
 __all__ = [
     "TARGET",

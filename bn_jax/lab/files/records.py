@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field
 
-from bn_jax.lab.arguments import are_distinct_names
-from bn_jax.lab.choices import ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
-from bn_jax.lab.reading import read_bytes, read_json
+from bn_jax.lab.console.arguments import are_distinct_names
+from bn_jax.lab.console.choices import ARMS, MODELS, NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.files.reading import read_bytes, read_json
 
 __all__ = [
     "ARMS",

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bn_jax.lab.choices import ARMS
+from bn_jax.lab.console.choices import ARMS
 
 __all__ = ["describe", "is_finished", "is_unfinished"]
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from bn_jax.lab.tables import format_loss
-from bn_jax.lab.terminal import is_animated
+from bn_jax.lab.console.tables import format_loss
+from bn_jax.lab.console.terminal import is_animated
 
 if TYPE_CHECKING:
     from rich.console import Console

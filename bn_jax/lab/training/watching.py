@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bn_jax.lab import fitting, logs, progress
+from bn_jax.lab import fitting
+from bn_jax.lab.console import progress
+from bn_jax.lab.console.progress import ShowReports
+from bn_jax.lab.files.records import Config
 from bn_jax.lab.fitting import Report
-from bn_jax.lab.progress import ShowReports
-from bn_jax.lab.records import Config
+from bn_jax.lab.training import logs
 
 __all__ = ["DEFAULT", "EPOCHS", "LOG", "Wanted", "continued", "watch"]
 

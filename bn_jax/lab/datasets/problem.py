@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
-from bn_jax.lab import data, images, oddities
+from bn_jax.lab import data, images
+from bn_jax.lab.datasets import oddities
 from bn_jax.lab.errors import CommandError
 
 __all__ = ["Problem", "Source", "Trained", "describe_ignored", "load", "load_labelled"]

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from bn_jax.lab import checkpoints, folders, locking, records
+from bn_jax.lab import checkpoints
 from bn_jax.lab.data import NamedDataset, save_npz
 from bn_jax.lab.errors import CommandError, print_warning
-from bn_jax.lab.records import ARMS, Origin, Started
-from bn_jax.lab.writing import made
+from bn_jax.lab.files import folders, locking, records
+from bn_jax.lab.files.records import ARMS, Origin, Started
+from bn_jax.lab.files.writing import made
 
 __all__ = ["begin", "checkpoints_of", "hold", "kept", "newest_usable", "read"]
 

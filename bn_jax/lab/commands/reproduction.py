@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bn_jax.lab import interrupts, launch, problem, progress
-from bn_jax.lab.arguments import check_range
+from bn_jax.lab.console import interrupts, progress
+from bn_jax.lab.console.arguments import check_range
 from bn_jax.lab.data import NamedDataset
+from bn_jax.lab.datasets import problem
+from bn_jax.lab.distributed import launch
 from bn_jax.lab.errors import INTERRUPTED, CommandError
 from bn_jax.lab.experiments import extensions, failures, forest, labelled, writing
 from bn_jax.lab.experiments.labelled import Labelled
 from bn_jax.lab.experiments.reproducing import Choice, choose, reproduce_each
 from bn_jax.lab.experiments.verdicts import Experiment, Setting
 from bn_jax.lab.experiments.writing import Outcome
-from bn_jax.lab.reading import MOST_BYTES, read_json
-from bn_jax.lab.writing import staged
+from bn_jax.lab.files.reading import MOST_BYTES, read_json
+from bn_jax.lab.files.writing import staged
 
 __all__ = [
     "Reproduced",

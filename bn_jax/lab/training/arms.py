@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from bn_jax import linen
 from bn_jax.lab import models
-from bn_jax.lab.choices import NO_NORM, PER_DEVICE, SYNCHRONIZED
+from bn_jax.lab.console.choices import NO_NORM, PER_DEVICE, SYNCHRONIZED
 
 __all__ = ["make_model"]
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from bn_jax import training
 from bn_jax.lab import processes
+from bn_jax.lab.distributed.launchers import Launch
 from bn_jax.lab.errors import INTERRUPTED, CommandError, abort, advise, is_distributed
-from bn_jax.lab.launchers import Launch
 
 __all__ = ["agree", "explain_failures", "make_mesh", "one_device", "start_backend", "stop_if_lost"]
 

@@ -1,0 +1,1 @@
+"""Commands whose work is done in the lab alone: convert, export, reproduce."""

@@ -1,0 +1,1 @@
+"""Files that hold runs: read without trust, written whole or not at all, sealed and locked."""

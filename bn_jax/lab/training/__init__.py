@@ -1,0 +1,1 @@
+"""Parts of a training: its arms, what it records and draws, and how it is resumed."""
