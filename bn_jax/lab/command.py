@@ -195,13 +195,14 @@ def train(
         ),
     ] = None,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="small, a ResNet of 3 stages; resnet18, for images of less than 64 pixels with a "
-            "3x3 stem; or mlp, 2 dense layers of 256.",
+            help="small, a ResNet of 3 stages; tiny, of 2 stages; resnet18, for images of less "
+            "than 64 pixels with a 3x3 stem; or mlp, 2 dense layers of 256. Default: small, or "
+            "tiny for images of less than 9 pixels.",
         ),
-    ] = MODELS[0],
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -249,7 +250,8 @@ def train(
     check_range("--seed", seed, 0, 2**32 - 1, "choose one of these")
     for name in arm or ():
         check_choice("--arm", name, list(ARM_NAMES))
-    check_choice("--model", model, MODELS)
+    if model is not None:
+        check_choice("--model", model, MODELS)
     launched = check_launch(coordinator, num_processes, process_id)
     if log is not None:
         check_choice("--log", log, LOGS)

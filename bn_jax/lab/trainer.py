@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from bn_jax import training
 from bn_jax.lab import checkpoints, fitting, processes, runs
 from bn_jax.lab.console.arguments import LARGEST, new_folder, require
-from bn_jax.lab.console.choices import ARM_NAMES, ARMS, MODELS
+from bn_jax.lab.console.choices import ARM_NAMES, ARMS
 from bn_jax.lab.console.progress import ShowReports
 from bn_jax.lab.data import Dataset, NamedDataset
 from bn_jax.lab.datasets import problem
@@ -26,6 +26,7 @@ from bn_jax.lab.errors import CommandError, advise, print_warning
 from bn_jax.lab.files.records import Config, Origin, Started, batch_sizes
 from bn_jax.lab.training import results, unfinished, watching
 from bn_jax.lab.training.ahead import prepare_ahead
+from bn_jax.lab.training.arms import choose_model
 from bn_jax.lab.training.results import Result
 from bn_jax.lab.training.watching import Wanted
 
@@ -46,7 +47,7 @@ class Request(NamedTuple):
             `data.npz`; see `problem.load`.
         folder: new, for the run.
         arms: names of `choices.ARM_NAMES`. None: all.
-        model: one of `choices.MODELS`.
+        model: one of `choices.MODELS`. None: `arms.choose_model` chooses.
     """
 
     data: problem.Source
@@ -57,7 +58,7 @@ class Request(NamedTuple):
     learning_rate: float = 0.1
     seed: int = 0
     arms: Sequence[str] | None = None
-    model: str = MODELS[0]
+    model: str | None = None
 
     @property
     def data_file(self) -> Path | None:
@@ -132,7 +133,7 @@ def start(request: Request, launched: Launch = ALONE, wanted: Wanted = watching.
         learning_rate=request.learning_rate,
         seed=request.seed,
         arms=choose_arms(request.arms),
-        model=request.model,
+        model=request.model or choose_model(loaded.splits.train.x.shape[1:]),
     )
     started = Started(
         config=config,

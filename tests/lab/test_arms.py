@@ -120,7 +120,8 @@ BAD_NAMES = {
     ),
     "--model": (
         ["--model", "resnet-18"],
-        "--model: received resnet-18, expected small or resnet18 or mlp; did you mean resnet18?",
+        "--model: received resnet-18, expected small or tiny or resnet18 or mlp; did you mean "
+        "resnet18?",
     ),
     "--arm with --resume": (["--resume", "run", "--arm", "none"], "--arm: not allowed with --res"),
     "--model with --resume": (["--resume", "run", "--model", "mlp"], "--model: not allowed with"),
@@ -159,6 +160,20 @@ def test_resnet18_is_that_of_torchvision_for_large_images_and_keeps_small_ones()
     for shape in [(8, 8, 1), (63, 224, 3), (1, 16, 1)]:
         _, variables = initial("resnet18", SYNCHRONIZED, shape)
         assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, shape[-1], 64)
+
+
+@pytest.mark.parametrize(("side", "last"), [(5, 3), (8, 4), (9, 3), (12, 3), (28, 7)])
+def test_no_kernel_of_the_default_network_is_larger_than_its_image(side, last):
+    """XLA for CPUs computes a 3x3 convolution of a 2x2 image slowly."""
+    made, _ = initial(arms.choose_model((side, 28, 1)), SYNCHRONIZED, (side, 28, 1))
+    x = np.zeros((1, side, 28, 1), np.float32)
+    _, state = jax.eval_shape(
+        lambda: made.init_with_output(jax.random.key(0), x, train=False, capture_intermediates=True)
+    )
+    heights = [
+        leaf.shape[1] for leaf in jax.tree.leaves(state["intermediates"]) if len(leaf.shape) == 4
+    ]
+    assert min(heights) == last
 
 
 def test_mlp_is_dense_layers_with_norms():

@@ -70,7 +70,7 @@ def test_metrics(trained):
         "learning_rate": 0.05,
         "seed": 0,
         "arms": list(runs.ARMS),
-        "model": "small",
+        "model": "tiny",
     }
     assert metrics["versions"]["jax"] == jax.__version__
     assert metrics["data"]["examples"] == {"train": 42, "validation": 6, "test": 12}

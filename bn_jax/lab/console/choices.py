@@ -13,5 +13,10 @@ ARM_NAMES = {"none": NO_NORM, "per-device": PER_DEVICE, "synchronized": SYNCHRON
 ARMS = tuple(ARM_NAMES.values())
 """The arms of a training: the same model, with its norms in three ways."""
 # How a picture names them, by the names that the command line takes.
-MODEL_NAMES = {"small": "Small ResNet", "resnet18": "ResNet-18", "mlp": "MLP"}
+MODEL_NAMES = {
+    "small": "Small ResNet",
+    "tiny": "Tiny ResNet",
+    "resnet18": "ResNet-18",
+    "mlp": "MLP",
+}
 MODELS = tuple(MODEL_NAMES)
