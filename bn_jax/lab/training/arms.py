@@ -36,8 +36,8 @@ def make_model(
         per_device: examples on each device, which per-device batch norm normalizes together.
         model: one of `choices.MODELS`. "small" is a residual network with three stages of two
             blocks, "tiny" one without the third. "mlp" is a `bn_jax.lab.models.MLP`. "resnet18"
-            is `bn_jax.lab.models.ResNet18`, padded as PyTorch pads. For images with fewer than 64 pixels on a side, its stem is the
-            3x3 convolution that keeps their size.
+            is `bn_jax.lab.models.ResNet18`, padded as PyTorch pads. For images with fewer than 64
+            pixels on a side, its stem is the 3x3 convolution that keeps their size.
         image_shape: [H, W, C] of an image.
 
     Returns:
