@@ -362,6 +362,16 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def reproduce(monkeypatch, *arguments):
+    """Runs `bn-jax reproduce` in this process, and returns its code."""
+    from bn_jax.lab import command
+
+    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return stopped.value.code or 0
+
+
 # --- the package itself -------------------------------------------------------------------------
 
 PACKAGE = Path(__file__).parent.parent / "bn_jax"

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support import COMMAND, environment
+from support import COMMAND, environment, reproduce
 
-from bn_jax.lab import command as cli
 from bn_jax.lab.experiments import EXPERIMENTS, checking, failures, reproducing, statistics
 from bn_jax.lab.experiments.labelled import Split
 from bn_jax.lab.experiments.verdicts import (
@@ -80,13 +79,6 @@ def simple(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
-
-
 ODD = "class Odd(Exception):\n    def __str__(self): raise ValueError\n"
 FAILURES = {
     "raises": ({"run": "1 / 0"}, "line 6: ZeroDivisionError: division by zero"),
@@ -133,7 +125,7 @@ def test_a_claim_that_fails_is_one_line_and_others_run(tmp_path, monkeypatch, ca
     placed, message = FAILURES[case]
     write(tmp_path, **placed)
     arguments = ("mine.py", "simple", "--seeds", 4, "--processes", 1, "--out", "found")
-    assert run_command(monkeypatch, *arguments) == 1
+    assert reproduce(monkeypatch, *arguments) == 1
     printed = capsys.readouterr()
     expected = rf"bn-jax: error: mine.py[,:] {message}.*; the claim mine failed, the whole trace is"
     assert re.match(expected, printed.err) and printed.err.count("\n") == 1
@@ -152,7 +144,7 @@ def test_other_processes_say_the_same(tmp_path, monkeypatch, capsys):
         )
     )
     arguments = ("mine.py", "other.py", "--seeds", 4, "--processes", 2, "--out", "found")
-    assert run_command(monkeypatch, *arguments) == 1
+    assert reproduce(monkeypatch, *arguments) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("bn-jax: error: mine.py, line 6: KeyboardInterrupt; the claim")
     assert printed.err.count("\n") == 1 and "101 other: 1 of 1 reproduced\n" in printed.out
@@ -171,7 +163,7 @@ def test_what_cannot_be_sent_is_said(tmp_path):
 def test_a_file_that_cannot_be_loaded_stops_no_other_claim(tmp_path, monkeypatch, capsys):
     write(tmp_path, more="(")
     arguments = ("mine.py", "simple", "--seeds", 4, "--processes", 1, "--out", "found")
-    assert run_command(monkeypatch, *arguments) == 1
+    assert reproduce(monkeypatch, *arguments) == 1
     printed = capsys.readouterr()
     assert (
         printed.err
@@ -194,22 +186,22 @@ class Entry(NamedTuple):
 def test_a_broken_package_stops_no_claim_of_others(monkeypatch, capsys):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry()])
     line = "the claim package:EXPERIMENT of an installed package cannot be loaded (SystemExit: 0); "
-    assert run_command(monkeypatch, "--list") == 0
+    assert reproduce(monkeypatch, "--list") == 0
     assert capsys.readouterr().err.startswith(f"bn-jax: warning: {line}")
     options = ("--seeds", 4, "--processes", 1, "--out")
-    assert run_command(monkeypatch, "simple", *options, "named") == 0
+    assert reproduce(monkeypatch, "simple", *options, "named") == 0
     assert capsys.readouterr().err == ""
-    assert run_command(monkeypatch, "all", *options, "all") == 1
+    assert reproduce(monkeypatch, "all", *options, "all") == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(f"bn-jax: error: {line}") and printed.err.count("\n") == 1
     assert "1 simple: 1 of 1 reproduced\n" in printed.out
-    assert run_command(monkeypatch, "broken", *options, "broken") == 2
+    assert reproduce(monkeypatch, "broken", *options, "broken") == 2
     assert capsys.readouterr().err.startswith(f"bn-jax: error: NAME: {line}")
 
 
 def test_without_its_figure_the_results_of_a_claim_are_kept(tmp_path, monkeypatch, capsys):
     write(tmp_path, draw="curves['y']")
-    assert run_command(monkeypatch, "mine.py", "--seeds", 4, "--out", "found") == 1
+    assert reproduce(monkeypatch, "mine.py", "--seeds", 4, "--out", "found") == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("bn-jax: error: mine.py, line 10: KeyError: 'y'; its figure is m")
     assert printed.err.count("\n") == 1 and "1 sub-claims: 1 reproduced" in printed.out
@@ -222,7 +214,7 @@ def test_without_its_figure_the_results_of_a_claim_are_kept(tmp_path, monkeypatc
 
 def test_what_a_claim_prints_is_in_its_log(tmp_path, monkeypatch, capsys):
     write(tmp_path, run="print('one'); print('two', file=sys.stderr)")
-    assert run_command(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
+    assert reproduce(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
     printed = capsys.readouterr()
     expected = "bn-jax: warning: the claim mine printed 2 lines, which found/mine.log has\n"
     assert printed.err == expected and "one" not in printed.out
@@ -236,19 +228,19 @@ def test_texts_are_neither_markup_nor_formulas(tmp_path, monkeypatch, capsys):
         '"mean"', '"[/i] $_$"', 1
     )
     (tmp_path / "mine.py").write_text(text)
-    assert run_command(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
+    assert reproduce(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
     printed = capsys.readouterr()
     assert printed.err == "" and "m1a  [/i] $_$" in printed.out
-    assert run_command(monkeypatch, "--show", "mine.py", "--results", "found") == 0
+    assert reproduce(monkeypatch, "--show", "mine.py", "--results", "found") == 0
     assert "[/b]" in capsys.readouterr().out
     monkeypatch.setitem(EXPERIMENTS, "simple", SIMPLE._replace(claim="[/b] $"))
-    assert run_command(monkeypatch, "--list") == 0
+    assert reproduce(monkeypatch, "--list") == 0
     assert "[/b] $" in capsys.readouterr().out
 
 
 def test_not_a_number_is_no_measurement_and_no_failure(tmp_path, monkeypatch, capsys):
     write(tmp_path, run="return Result({'m1a': np.nan * setting.chosen}, {'x': [np.nan]})")
-    assert run_command(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
+    assert reproduce(monkeypatch, "mine.py", "--processes", 1, "--out", "found") == 0
     printed = capsys.readouterr()
     assert "Without a measurement, NaN: m1a\n" in printed.out and printed.err == ""
 
@@ -256,15 +248,15 @@ def test_not_a_number_is_no_measurement_and_no_failure(tmp_path, monkeypatch, ca
 def test_claims_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch, capsys):
     write(tmp_path)
     (tmp_path / "other.py").write_text((tmp_path / "mine.py").read_text())
-    assert run_command(monkeypatch, "mine.py", "other.py") == 2
+    assert reproduce(monkeypatch, "mine.py", "other.py") == 2
     assert "two are named 'mine'" in capsys.readouterr().err
     # The same file twice is one claim.
-    assert run_command(monkeypatch, "mine.py", "mine.py", "--seeds", 4, "--out", "found") == 0
+    assert reproduce(monkeypatch, "mine.py", "mine.py", "--seeds", 4, "--out", "found") == 0
 
 
 def test_show_is_about_one_claim(monkeypatch, capsys):
     monkeypatch.setitem(EXPERIMENTS, "second", SIMPLE._replace(number=2, name="second"))
-    assert run_command(monkeypatch, "--show", "all") == 2
+    assert reproduce(monkeypatch, "--show", "all") == 2
     expected = "bn-jax: error: --show: received all, expected one claim; give its name\n"
     assert capsys.readouterr().err == expected
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import reproduce
 
-from bn_jax.lab import command as cli
 from bn_jax.lab import data
 from bn_jax.lab.commands import reproduction
 from bn_jax.lab.experiments import EXPERIMENTS, labelled, parallel, reproducing, sweeps
@@ -79,18 +79,11 @@ def two(monkeypatch, tmp_path):
     data.save_npz(Path("mine.npz"), make_dataset(60, 3))
 
 
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_record_names_the_data(two, monkeypatch, capsys, processes):
     options = ("--seeds", 3, "--processes", processes, "--data", "mine.npz", "--out", "found")
     extra = ("all",) if processes == 1 else ("on_data",)
-    assert run_command(monkeypatch, *extra, *options) == 0
+    assert reproduce(monkeypatch, *extra, *options) == 0
     printed = capsys.readouterr()
     found = json.loads(Path("found/on_data.json").read_text())
     assert found["data"].pop("sha256").isalnum()
@@ -117,12 +110,12 @@ def test_the_record_names_the_data(two, monkeypatch, capsys, processes):
         expected = "--data does not concern without, which train on no data or only on the digits"
         assert printed.err.startswith(f"bn-jax: warning: {expected}")
         assert printed.err.count("\n") == 1 and not Path("found/without.json").exists()
-    assert run_command(monkeypatch, "--show", "1", "--results", "found") == 0
+    assert reproduce(monkeypatch, "--show", "1", "--results", "found") == 0
     assert "On mine.npz in the place of the digits" in capsys.readouterr().out
 
 
 def test_the_record_of_the_digits_names_them(two, monkeypatch, capsys):
-    assert run_command(monkeypatch, "all", "--seeds", 2, "--processes", 1, "--out", "found") == 0
+    assert reproduce(monkeypatch, "all", "--seeds", 2, "--processes", 1, "--out", "found") == 0
     found, without = (
         json.loads(Path(f"found/{name}.json").read_text()) for name in ("on_data", "without")
     )
@@ -147,7 +140,7 @@ def test_the_record_of_the_digits_names_them(two, monkeypatch, capsys):
 def test_data_that_do_not_fit(two, monkeypatch, capsys, names, examples, code, message):
     data.save_npz(Path("mine.npz"), make_dataset(examples, 2))
     options = ("--data", "mine.npz", "--seeds", 2, "--out", "found")
-    assert run_command(monkeypatch, *names, *options) == code
+    assert reproduce(monkeypatch, *names, *options) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert len(errors) == 1 and not Path("found").exists()
     (line,) = errors
@@ -172,7 +165,7 @@ def test_a_bad_file_is_one_line(two, monkeypatch, capsys, case):
         path.write_bytes(content)
     elif content is not None:
         np.savez(path, **content)
-    assert run_command(monkeypatch, "on_data", "--data", "mine.npz", "--out", "found") == 2
+    assert reproduce(monkeypatch, "on_data", "--data", "mine.npz", "--out", "found") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.match(f"bn-jax: error: {message}", error), error

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support import assert_close
+from support import assert_close, reproduce
 
 from bn_jax import linen
 from bn_jax.lab import command as cli
@@ -116,13 +116,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "other", other)
 
 
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["bn-jax", "reproduce", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_reproduce_writes_json_and_a_figure_for_each_claim(
     tiny, tmp_path, monkeypatch, capsys, processes
@@ -130,7 +123,7 @@ def test_reproduce_writes_json_and_a_figure_for_each_claim(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ("other", "1", "tiny", "--seeds", 4, "--first-seed", 10, "--out", "found")
-    assert run_command(monkeypatch, *arguments, "--processes", processes) == 0
+    assert reproduce(monkeypatch, *arguments, "--processes", processes) == 0
     names = {path.name for path in (tmp_path / "found").iterdir()}
     pictures = {"tiny.png", "other.png", "forest.png"}
     assert names == {"tiny.json", "other.json", "values.csv", *pictures}
@@ -178,7 +171,7 @@ def test_a_line_for_every_sub_claim_fits_80_columns(tiny, tmp_path, monkeypatch,
     monkeypatch.setenv("COLUMNS", "80")
     for seeds in (2, 16):
         arguments = ("1", "--seeds", seeds, "--out", tmp_path / f"found{seeds}")
-        assert run_command(monkeypatch, *arguments) == 0
+        assert reproduce(monkeypatch, *arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         assert sum(line.startswith("1") and line[1] in "abc" for line in lines) == 3
         assert max(map(len, lines[1:6])) <= 80
@@ -188,12 +181,12 @@ def test_a_line_for_every_sub_claim_fits_80_columns(tiny, tmp_path, monkeypatch,
 
 
 def test_show_prints_all_about_a_claim_before_and_after_it_ran(tiny, tmp_path, monkeypatch, capsys):
-    assert run_command(monkeypatch, "--show", "tiny") == 0
+    assert reproduce(monkeypatch, "--show", "tiny") == 0
     printed = capsys.readouterr().out
     for text in ("1 tiny: A claim (Somebody 2026)", "1a: The mean", "5 (R)", "some limits"):
         assert text in printed
     reproducing.reproduce(TINY, Setting(4, 10), tmp_path)
-    assert run_command(monkeypatch, "--show", "1", "--results", tmp_path) == 0
+    assert reproduce(monkeypatch, "--show", "1", "--results", tmp_path) == 0
     printed = capsys.readouterr().out
     for text in (
         "1b not reproduced: It is 5",
@@ -208,11 +201,11 @@ def test_show_needs_a_claim_and_its_results(tiny, tmp_path, monkeypatch, capsys)
     for content in (None, "{}", "[", "[1]", '{"name": "other"}'):
         if content is not None:
             (tmp_path / "tiny.json").write_text(content)
-        assert run_command(monkeypatch, "--show", "tiny", "--results", tmp_path) == 2
+        assert reproduce(monkeypatch, "--show", "tiny", "--results", tmp_path) == 2
         assert "tiny.json cannot be read (" in capsys.readouterr().err
-    assert run_command(monkeypatch, "--results", tmp_path) == 2
+    assert reproduce(monkeypatch, "--results", tmp_path) == 2
     assert "--results: needs --show NAME" in capsys.readouterr().err
-    assert run_command(monkeypatch, "--show", "nothing") == 2
+    assert reproduce(monkeypatch, "--show", "nothing") == 2
 
 
 def test_the_command_asks_for_a_device_per_core_before_jax_starts(tiny, tmp_path, monkeypatch):
@@ -224,9 +217,9 @@ def test_the_command_asks_for_a_device_per_core_before_jax_starts(tiny, tmp_path
     )
     nothing = reproduction.Reproduced([], [], [])
     monkeypatch.setattr(reproduction, "reproduce", lambda *given, **options: nothing)
-    assert run_command(monkeypatch, "all", "--out", tmp_path / "found") == 0
+    assert reproduce(monkeypatch, "all", "--out", tmp_path / "found") == 0
     assert asked == ["devices", "processes"]
-    assert run_command(monkeypatch, "--list") == 0
+    assert reproduce(monkeypatch, "--list") == 0
     assert len(asked) == 2
 
 
@@ -237,7 +230,7 @@ def test_the_verdict_changes_no_exit_code(tiny, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(EXPERIMENTS, "tiny", failing)
     arguments = ("all", "--quick", "--processes", 1, "--out", tmp_path / "found")
-    assert run_command(monkeypatch, *arguments) == 0
+    assert reproduce(monkeypatch, *arguments) == 0
     (mean, same, _) = json.loads((tmp_path / "found/tiny.json").read_text())["sub_claims"]
     assert mean["verdict"] == "not reproduced"
     # What an experiment does not return was not measured.
@@ -261,7 +254,7 @@ def test_bad_input_is_said_in_one_line(tiny, tmp_path, monkeypatch, capsys, argu
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here/file").touch()
-    assert run_command(monkeypatch, *arguments) == 2
+    assert reproduce(monkeypatch, *arguments) == 2
     printed = capsys.readouterr()
     assert re.fullmatch(rf"bn-jax: error: {message}.*\n", printed.err)
     assert printed.out == ""
@@ -270,7 +263,7 @@ def test_bad_input_is_said_in_one_line(tiny, tmp_path, monkeypatch, capsys, argu
 
 def test_list_names_every_claim(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    assert run_command(monkeypatch, "--list") == 0
+    assert reproduce(monkeypatch, "--list") == 0
     printed = capsys.readouterr().out
     for one in EXPERIMENTS.values():
         assert re.search(rf"{one.number} .*{one.name}", printed)
@@ -282,7 +275,7 @@ def test_what_was_found_before_an_interruption_is_kept(tiny, tmp_path, monkeypat
 
     monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=interrupt))
     arguments = ("all", "--processes", 1, "--out", tmp_path / "found")
-    assert run_command(monkeypatch, *arguments) == 130
+    assert reproduce(monkeypatch, *arguments) == 130
     names = {path.name for path in (tmp_path / "found").iterdir()}
     assert names == {"tiny.json", "tiny.png", "values.csv"}
     assert "interrupted; 1 of 2 claims are in" in capsys.readouterr().err
@@ -323,7 +316,7 @@ def test_processes_run_alike_show_how_far_they_are_and_are_stopped(tmp_path):
 def test_a_process_that_dies_is_said(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(EXPERIMENTS, "other", EXPERIMENTS["other"]._replace(run=run_to_death))
     arguments = ("all", "--processes", 2, "--out", tmp_path / "found")
-    assert run_command(monkeypatch, *arguments) == 1
+    assert reproduce(monkeypatch, *arguments) == 1
     assert (
         "a process died, perhaps for lack of memory: try --processes 1; " in capsys.readouterr().err
     )
@@ -465,11 +458,11 @@ def test_a_claim_in_a_file(tiny, tmp_path, monkeypatch, capsys, processes):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     arguments = ("mine.py", "tiny", "--seeds", 8, "--processes", processes, "--out", "found")
-    assert run_command(monkeypatch, *arguments) == 0
+    assert reproduce(monkeypatch, *arguments) == 0
     printed = capsys.readouterr().out
     assert "101 largest_value: 2 of 2 reproduced\n" in printed
     assert (tmp_path / "found/largest_value.png").exists()
-    assert run_command(monkeypatch, "--show", "mine.py", "--results", "found") == 0
+    assert reproduce(monkeypatch, "--show", "mine.py", "--results", "found") == 0
     assert "m1b reproduced: of more values, none reaches sqrt(n - 1)" in capsys.readouterr().out
 
 
@@ -490,7 +483,7 @@ def test_a_file_without_a_claim_is_said_in_one_line(
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
-    assert run_command(monkeypatch, "mine.py") == 2
+    assert reproduce(monkeypatch, "mine.py") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bn-jax: error: NAME: {message}") and error.count("\n") == 1
 
