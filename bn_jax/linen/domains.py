@@ -278,9 +278,7 @@ def _count_domains(norm: Mapping[str, Any], features: int) -> int | None:
     return longest[-features - 1] if len(longest) > features else None
 
 
-def _change_norms(
-    change: Change, variables: Mapping[str, Any], norms: set[str]
-) -> dict[str, Any]:
+def _change_norms(change: Change, variables: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
     """Applies a function to the arrays of the batch norms at some paths, boxed or not."""
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:

@@ -14,7 +14,7 @@ from flax.core.scope import DenyList, in_filter
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
-from bn_jax._core.batch_norm import run_part
+from bn_jax._core.batch_norm import run_norm, run_part
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import (
     Inputs,
@@ -24,7 +24,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, run_domain_norm
+from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, run_mixture
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -50,11 +50,10 @@ class BatchNorm(nn.BatchNorm):
     Parameters are ``scale`` and ``bias``, of the sizes of the feature axes, in `param_dtype`. The
     collection ``batch_stats`` holds ``mean`` and ``var`` in float32 (float64 for double precision;
     the mean of complex input is complex, where Flax's changes its dtype at the first update).
-    Statistics in half precision, from a checkpoint or a cast of the whole tree, become float32 at
-    the first update; `bn_jax.promote_batch_stats` casts them before a scan. A checkpoint of Flax's
-    layer loads into this one and the other way round. While initializing, nothing is updated and
-    `axis_name` need not exist; nor need it under `jit`, plain or sharded, where statistics are
-    global (`bn_jax.batch_norm` has the rule).
+    Statistics in half precision become float32 at the first update; `bn_jax.promote_batch_stats`
+    casts them before a scan. A checkpoint of Flax's layer loads into this one and the other way
+    round. While initializing, nothing is updated and `axis_name` need not exist; nor need it under
+    `jit`, plain or sharded, where statistics are global (`bn_jax.batch_norm` has the rule).
 
     Two more collections support splitting one batch over several calls, as
     `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is named as mutable
@@ -369,7 +368,8 @@ def call_batch_norm(
     else:
         if collects and layer.is_mutable_collection("batch_stats"):
             layer.variable("batch_moments", "count", jnp.zeros, of_stats)
-        y, updated = run_domain_norm(options, mode, inputs, mixture)
+        run = run_norm if mixture is None else partial(run_mixture, mixture)
+        y, updated = run(options, inputs, mode)
     if mode.update:
         new = cast(dict[str, Any], updated)
         for name, variable in variables.items():

@@ -307,9 +307,10 @@ def _change_norms(
             axis = jnp.ndim(jax.tree.leaves(value)[0]) - (1 if is_added else 2)
             variable.set_value(jax.tree.map(change_array, value))
             if is_added:
-                variable.add_axis(axis, None)
+                nnx.spmd.add_axis(variable, axis, {nnx.PARTITION_NAME: None})
             else:
-                variable.remove_axis(axis, None)
+                names = variable.get_metadata().get("out_sharding") or (None,) * (axis + 1)
+                nnx.spmd.remove_axis(variable, axis, {nnx.PARTITION_NAME: names[axis]})
 
 
 def _choose_domain(layer: DomainBatchNorm, domain: Any) -> Any:
