@@ -47,9 +47,9 @@ def from_library(
     by ``1 - momentum**counter``, as Equinox does in evaluation; Haiku stores them divided. A linear
     layer after a flattened image needs its inputs reordered by hand: channels come first in PyTorch
     and Equinox, last in Flax. A `DomainBatchNorm` takes the norms of a `ModuleList` of PyTorch, or
-    of timm's `SplitBatchNorm2d`, whose own arrays are those of domain 0. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
-    counterpart in other libraries. Unstack them first, with ``jax.tree.map(lambda a: a[i],
-    stacked)`` for each if they are stacked along axis 0.
+    of timm's `SplitBatchNorm2d`, whose own arrays are those of domain 0. Layers stacked by
+    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries. Unstack them
+    first, with ``jax.tree.map(lambda a: a[i], stacked)`` for each if they are stacked along axis 0.
 
     Args:
         arrays: the arrays by their keys, as the docstring of `bn_jax.convert` describes: of NumPy
