@@ -33,7 +33,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, domain=None, train=False):
         for index in range(2):
-            x = nn.Conv(SIZE, (2, 2), name=f"conv{index}")(x)
+            x = nn.Conv(SIZE, (2, 2), use_bias=False, name=f"conv{index}")(x)
             options: Any = {"use_running_average": not train, "name": f"norm{index}"}
             options["momentum"] = self.momentum
             if self.num_domains is None:
@@ -203,14 +203,29 @@ def test_views_and_selected_models_of_nnx_are_folded():
         assert_close(of_view.apply(of_view.params, x), expected)
 
 
-def test_a_domain_among_the_inputs_is_an_obstacle_that_is_named():
-    x, variables = images(), linen_variables()
-    folded = bn.fold(lambda variables, x, d: Net(2).apply(variables, x, d), variables, x, DOMAIN)
-    assert_close(folded.apply(folded.params, x, DOMAIN), Net(2).apply(variables, x, DOMAIN))
-    assert "0 of 2 norms folded" in str(folded)
-    assert len(folded.report.kept) == 2
-    print(folded.report)
-    assert "domain" in str(folded.report)
+@pytest.mark.parametrize("shape", [(6, SIZE), (6, 8, 8, SIZE)])
+def test_a_domain_among_the_inputs_is_an_obstacle_that_is_named(shape):
+    # Rows are gathered for few positions, and selected for many.
+    layer = bn.linen.DomainBatchNorm(num_domains=2, use_running_average=True)
+    x, domain = standard_normal(0, shape), np.arange(6) % 2
+    variables = layer.init(jax.random.key(0), x, domain)
+    folded = bn.fold(layer.apply, variables, x, domain)
+    assert_close(folded.apply(folded.params, x, domain), layer.apply(variables, x, domain))
+    assert "0 of 1 norms folded" in str(folded)
+    assert "An argument of the model selects its statistics." in str(folded.report)
+
+
+def test_the_norm_of_an_embedding_is_no_norm_by_domain():
+    # Its variance is a sum over selected features, and not one of the values selected.
+    def model(variables, x, index):
+        row = variables["table"][index]
+        scaled = (row - row.mean()) * jax.lax.rsqrt(jnp.sum(row**2) + 1e-5)
+        return x + scaled * variables["scale"]
+
+    variables = {"table": standard_normal(0, (5, SIZE)), "scale": jnp.ones(SIZE)}
+    folded = bn.fold(model, variables, jnp.ones(SIZE), jnp.asarray(2))
+    assert "selects its statistics" not in str(folded.report)
+    assert "It normalizes by its input" in str(folded.report)
 
 
 # --- freezing -------------------------------------------------------------------------------------
