@@ -1,7 +1,7 @@
 """Norms that are no affine steps by known values: what they normalize by, and their paths."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 import jax.numpy as jnp
 
@@ -41,7 +41,7 @@ def selected_leaves(program: Program, value: int) -> tuple[str, ...]:
     return tuple(path for known in _selected(program, value) for path in program.leaf_paths(known))
 
 
-def selected_norm(program: Program, equation: Equation, rooted: Collection[int]) -> tuple[str, ...]:
+def selected_norm(program: Program, equation: Equation, rooted: Set[int]) -> tuple[str, ...]:
     """Returns the paths of the variables of a norm, if an equation is the scaling in one.
 
     It scales what a selected mean has been taken off by what is selected from known values that

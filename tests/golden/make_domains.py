@@ -41,9 +41,9 @@ def run(model, domains):
 def split_batch_norm(momentum):
     """The `SplitBatchNorm2d` of timm, between two convolutions."""
     # This module of timm needs PyTorch alone, the package torchvision as well.
-    (folder,) = util.find_spec("timm").submodule_search_locations
-    path = Path(folder) / "layers" / "split_batchnorm.py"
-    spec = util.spec_from_file_location("split_batchnorm", path)
+    package: Any = util.find_spec("timm")
+    path = Path(package.submodule_search_locations[0]) / "layers" / "split_batchnorm.py"
+    spec: Any = util.spec_from_file_location("split_batchnorm", path)
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return net(module.SplitBatchNorm2d(FEATURES, momentum=momentum, num_splits=DOMAINS))
