@@ -87,6 +87,21 @@ def test_stacked_norms_have_the_axis_of_domains_before_their_features(axes):
         assert_close(plain.apply(one, x[:, d == DOMAIN]), y[:, d == DOMAIN])
 
 
+def test_what_stacked_norms_share_is_told_by_the_number_of_domains():
+    stats: Any = random_like(bn.init_batch_stats((3, 4)))
+    variables = {"params": random_like(bn.init_params((3, 4)), 5), "batch_stats": stats}
+    for kind, domains in (
+        ({"share_params": True}, "batch_stats"),
+        ({"share_stats": True}, "params"),
+    ):
+        split = bn.linen.split_batch_norms(variables, 2, num_feature_axes=1, **kind)
+        found = {name: jax.tree.leaves(split[name])[0].shape for name in split}
+        assert found[domains] == (3, 2, 4)
+        assert set(found.values()) == {(3, 2, 4), (3, 4)}
+        one = bn.linen.select_domain(split, 1, num_feature_axes=1)
+        chex.assert_trees_all_equal(one, variables)
+
+
 def test_more_axes_than_one_are_an_error_that_says_what_to_pass():
     stats: Any = bn.init_batch_stats((3, 4))
     variables = {"batch_stats": {"norm": stats}}
