@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from bn_jax.linen.running import BatchNorm, call_batch_norm
 
 # What becomes of an array: a function of the path of its norm, its name there, and the array.
 Change: TypeAlias = Callable[[str, str, Any], Any]
-_PARAMS = ("scale", "bias")
+# The arrays of a norm in each collection; `measured` has several.
+_ARRAYS = {"params": ("scale", "bias"), "batch_stats": ("mean", "var", "count", "measured")}
 
 
 class DomainBatchNorm(BatchNorm):
@@ -139,7 +141,7 @@ def split_batch_norms(
     features = _count_feature_axes(arrays, num_feature_axes, others=0)
 
     def split(path: str, name: str, leaf: Any) -> Any:
-        if share_params if name in _PARAMS else share_stats:
+        if share_params if name in _ARRAYS["params"] else share_stats:
             return leaf
         axis = jnp.ndim(_value_of(leaf)) - features
         repeated = jnp.repeat(jnp.expand_dims(_value_of(leaf), axis), number, axis)
@@ -281,19 +283,20 @@ def _count_domains(norm: Mapping[str, Any], features: int) -> int | None:
 def _change_norms(change: Change, variables: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
     """Applies a function to the arrays of the batch norms at some paths, boxed or not."""
 
-    def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
+    def visit(names: tuple[str, ...], keys: tuple[Any, ...], leaf: Any) -> Any:
         parts = [format_path((key,)) for key in keys]
-        for end in range(len(parts)):
+        for end, name in enumerate(parts):
             path = "/".join(parts[:end])
-            # What is inside of `measured` is an array of the norm, too.
-            if path in norms and (parts[end] == "measured" or end == len(parts) - 1):
-                return change(path, parts[end], leaf)
+            if path in norms and name in names:
+                return change(path, name, leaf)
         return leaf
 
     changed = {
-        name: jax.tree.map_with_path(visit, variables[name], is_leaf=_is_box)
-        for name in ("params", "batch_stats")
-        if name in variables
+        collection: jax.tree.map_with_path(
+            partial(visit, names), variables[collection], is_leaf=_is_box
+        )
+        for collection, names in _ARRAYS.items()
+        if collection in variables
     }
     return {**variables, **changed}
 

@@ -154,6 +154,12 @@ def test_only_norms_change_however_deep_they_are_and_whatever_they_lack():
     assert shapes(params["stage"]) == [{"norm": {"bias": (2, 3)}}, {"scale": (3,)}]
     assert shapes((params["layer_norm"], params["scale"])) == ({"scale": (3,)}, (3,))
     assert split["cache"] is variables["cache"]
+    # What a user's norm holds beside the arrays of a batch norm stays, too.
+    own = {"mean": jnp.ones(3), "var": jnp.ones(3), "other": jnp.ones(3)}
+    given = {"scale": jnp.ones(3), "other": jnp.ones(3), "dense": {"scale": jnp.ones(3)}}
+    of_user = bn.linen.split_batch_norms({"batch_stats": own, "params": given}, 2)
+    assert shapes(of_user["batch_stats"]) == {**by_domain, "other": (3,)}
+    assert shapes(of_user["params"]) == {"scale": (2, 3), "other": (3,), "dense": {"scale": (3,)}}
     without = {"batch_stats": {"norm": norm}}
     assert set(bn.linen.split_batch_norms(without, 2)) == {"batch_stats"}
 
