@@ -9,10 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bn_jax._compat import as_set_view
 from bn_jax.nnx.patching import become, find_norms
 from bn_jax.nnx.running import BatchNorm, call_batch_norm
 
 M = TypeVar("M")
+
+
+def _set_view(
+    layer: Any, use_running_average: bool | None = None, domain: jax.Array | int | None = None
+) -> None:
+    """Sets the mode of a view and the domains of its calls; `nnx.view` calls it."""
+    if use_running_average is not None:
+        layer.use_running_average = use_running_average
+    if domain is not None:
+        is_array = isinstance(domain, jax.Array | np.ndarray)
+        layer.domain = nnx.data(domain) if is_array else nnx.static(domain)
 
 
 class DomainBatchNorm(BatchNorm):
@@ -118,21 +130,7 @@ class DomainBatchNorm(BatchNorm):
             domain=_choose_domain(self, domain),
         )
 
-    def set_view(
-        self,
-        use_running_average: bool | None = None,
-        domain: jax.Array | int | None = None,
-    ) -> None:
-        """Sets attributes of a new view; `nnx.view` calls it.
-
-        Args:
-            use_running_average: True for evaluation, False for training.
-            domain: the domains, for calls that give none.
-        """
-        super().set_view(use_running_average)
-        if domain is not None:
-            is_array = isinstance(domain, jax.Array | np.ndarray)
-            self.domain = nnx.data(domain) if is_array else nnx.static(domain)
+    set_view = as_set_view(_set_view, nnx.BatchNorm.set_view)
 
 
 def split_batch_norms(
