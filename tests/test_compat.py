@@ -1,6 +1,7 @@
 """Each entry of `bn_jax/_compat.py` does what it says in the installed JAX."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,8 @@ class Switched(nnx.Module):
 
 
 def test_a_view_sets_what_is_used_and_refuses_the_rest():
-    module = nnx.List([Switched(), nnx.Dropout(0.5)])
-    view = nnx.view(module, switch="on", deterministic=True)
+    module: Any = nnx.List([Switched(), nnx.Dropout(0.5)])
+    view: Any = nnx.view(module, switch="on", deterministic=True)
     assert (view[0].switch, view[1].deterministic, module[0].switch) == ("on", True, None)
     with pytest.raises(ValueError, match="Unused keys found"):
         nnx.view(module, swich="on")

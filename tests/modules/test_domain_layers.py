@@ -206,7 +206,8 @@ def test_one_domain_of_a_batch_is_that_of_every_example(kind, evaluates):
     for given in (variables,) if evaluates else (variables, moments):
 
         def loss(variables, domain):
-            return jnp.sum(jnp.sin(layer.apply(variables, x, domain, update_running_average=False)))
+            y: Any = layer.apply(variables, x, domain, update_running_average=False)
+            return jnp.sum(jnp.sin(y))
 
         expected = jax.value_and_grad(loss)(given, jnp.full(8, 2))
         for domain in (2, np.int64(2), jnp.asarray(2)):
