@@ -3,7 +3,9 @@
 Each has a test in `tests/test_compat.py`, so that a release that changes one is noticed there.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
@@ -65,3 +67,26 @@ def bind(equation: extend_core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
         outputs = primitive.bind(*functions, *values, **params)
     return list(outputs) if primitive.multiple_results else [outputs]
+
+
+def as_set_view(function: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the method `set_view` of an NNX module, as the installed Flax calls it.
+
+    Flax 0.12.4 passes all keywords of `nnx.view`, and wants those back that are not used. Later
+    releases pass what the signature names.
+
+    Args:
+        function: takes the module, and keywords that it uses.
+        original: `set_view` of a module of Flax's.
+    """
+    kinds = {parameter.kind for parameter in inspect.signature(original).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return function
+    used = set(inspect.signature(function).parameters)
+
+    @wraps(function)
+    def set_view(module: Any, **keywords: Any) -> dict[str, Any]:
+        function(module, **{name: keywords[name] for name in used & set(keywords)})
+        return {name: keywords[name] for name in keywords if name not in used}
+
+    return set_view

@@ -1,10 +1,12 @@
 """Each entry of `bn_jax/_compat.py` does what it says in the installed JAX."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
@@ -97,3 +99,23 @@ def test_bind_computes_every_equation(function):
     assert jnp.array_equal(total(run(x)), total(function(x)))
     expected = jax.grad(lambda x: total(function(x)))(x)
     assert jnp.array_equal(jax.grad(lambda x: total(run(x)))(x), expected)
+
+
+class Switched(nnx.Module):
+    """A module with a switch."""
+
+    def __init__(self):
+        self.switch = None
+
+    def _set(self, switch=None):
+        self.switch = switch
+
+    set_view = _compat.as_set_view(_set, nnx.Dropout.set_view)
+
+
+def test_a_view_sets_what_is_used_and_refuses_the_rest():
+    module: Any = nnx.List([Switched(), nnx.Dropout(0.5)])
+    view: Any = nnx.view(module, switch="on", deterministic=True)
+    assert (view[0].switch, view[1].deterministic, module[0].switch) == ("on", True, None)
+    with pytest.raises(ValueError, match="Unused keys found"):
+        nnx.view(module, swich="on")

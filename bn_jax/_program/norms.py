@@ -7,6 +7,7 @@ from bn_jax._program.formulas import broadcast_root, formula_of
 from bn_jax._program.obstacles import (
     leaves_after,
     selected_leaves,
+    selected_norm,
     unknown_root,
     whitening_leaves,
 )
@@ -65,6 +66,8 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
             taken.update(norms[-1].steps)
         elif (root := unknown_root(program, equation)) is not None:
             norms.append(_by_unknown(program, index, root))
+        elif leaves := selected_norm(program, equation, rooted):
+            norms.append(_with_obstacle(equation, home_of(leaves), "selection", "a domain norm"))
         elif leaves := whitening_leaves(program, index, matrices):
             norms.append(_with_obstacle(equation, home_of(leaves), "whitening", "a whitening norm"))
         else:

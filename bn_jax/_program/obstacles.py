@@ -1,7 +1,7 @@
 """Norms that are no affine steps by known values: what they normalize by, and their paths."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 import jax.numpy as jnp
 
@@ -36,10 +36,43 @@ def selected_leaves(program: Program, value: int) -> tuple[str, ...]:
     """Returns the paths of the variables that a value is selected from by an argument.
 
     Empty where the value depends on an argument in any other way. A selection is an index, a slice,
-    a choice, or a product with numbers made of integers, such as a one-hot code.
+    a choice, a sum of choices, or a product with numbers made of integers, such as a one-hot code.
     """
+    return tuple(path for known in _selected(program, value) for path in program.leaf_paths(known))
+
+
+def selected_norm(program: Program, equation: Equation, rooted: Set[int]) -> tuple[str, ...]:
+    """Returns the paths of the variables of a norm, if an equation is the scaling in one.
+
+    It scales what a selected mean has been taken off by what is selected from known values that
+    come through a root. Otherwise the result is empty.
+    """
+    if equation.name not in ("mul", "div") or any(map(program.is_known, equation.inputs)):
+        return ()
+    pairs = [tuple(equation.inputs)]
+    if equation.name == "mul":
+        pairs.append(pairs[0][::-1])
+    for data, factor in pairs:
+        if rooted.isdisjoint(known := _selected(program, factor)):
+            continue
+        before = _before_layout(program, data)
+        if before is not None and before.name == "sub" and _selected(program, before.inputs[1]):
+            return tuple(path for value in known for path in program.leaf_paths(value))
+    return ()
+
+
+def _before_layout(program: Program, value: int) -> Equation | None:
+    """Returns the equation that makes a value, up to its layout."""
+    equation = program.producer(value)
+    while equation is not None and equation.name in LAYOUT:
+        equation = program.producer(equation.inputs[0])
+    return equation
+
+
+def _selected(program: Program, value: int) -> tuple[int, ...]:
+    """Returns the known values that a value is selected from, or none; see `selected_leaves`."""
     if program.is_known(value):
-        return program.leaf_paths(value)
+        return (value,) if program.origins[value] else ()
     equation = program.producer(value)
     if equation is None:
         return ()
@@ -52,10 +85,15 @@ def selected_leaves(program: Program, value: int) -> tuple[str, ...]:
         parts = equation.inputs[1:]
     elif equation.name == PRODUCT:
         parts = [one for one in equation.inputs if not _is_code(program, one)]
+    elif equation.name == "reduce_sum":
+        # A sum of anything else, as in the variance of an embedding, is no selection.
+        chosen = _before_layout(program, equation.inputs[0])
+        if chosen is None or chosen.name != "select_n":
+            return ()
     elif equation.name not in ELEMENTWISE | LAYOUT:
         return ()
-    found = [selected_leaves(program, part) for part in parts if not _is_constant(program, part)]
-    return tuple(path for paths in found for path in paths) if all(found) else ()
+    found = [_selected(program, part) for part in parts if not _is_constant(program, part)]
+    return tuple(known for values in found for known in values) if all(found) else ()
 
 
 def _is_constant(program: Program, value: int) -> bool:

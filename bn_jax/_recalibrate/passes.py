@@ -82,6 +82,9 @@ def recalibrate(
     the `n` examples in `batches`, as Schneider et al. count, are ``prior = N / (N + n)``. AdaBN (Li
     et al.) keeps nothing, ``prior=0``.
 
+    A norm by domain measures each domain by its own examples, and a domain without any keeps its
+    statistics.
+
     Each batch is one compiled step, and its moments are merged in double precision on the host;
     memory does not grow with the number of batches. All transfers are explicit, so that
     ``jax.transfer_guard("disallow")`` allows them. Flax's norms are measured like those of
@@ -117,8 +120,8 @@ def recalibrate(
         it is frozen or because `forward` does not reach it, keeps its statistics, and so does a
         feature that no batch enters; the printed text says which. A single valid value that is not
         finite keeps its whole batch out of the feature; the text says how many values were left out
-        of which norms. A ``count`` of batches becomes the number
-        of batches here, divided by ``1 - prior``, so that later updates still weigh all batches the
+        of which norms. A ``count`` of batches becomes the number of batches here that had values of
+        the feature, divided by ``1 - prior``, so that later updates still weigh all batches the
         same.
 
     Raises:
@@ -287,7 +290,8 @@ def _depends_on_statistics(model: _Model, statistics: Any, batch: Any, measured:
     It measures the batch a second time, with other statistics than the old ones and the batch's.
     """
     changed = {path: _changed(pooling.as_double(norm)) for path, norm in measured.items()}
-    others = pooling.replace_statistics(statistics, Passed(changed, 1, {}), statistics, 0.0)
+    passed = pooling.NOTHING.with_batch(changed)
+    others = pooling.replace_statistics(statistics, passed, statistics, 0.0)
     again = fetch(model.with_statistics(others)(batch, 0))
     return not all(
         pooling.is_measured_again(norm, again[path])

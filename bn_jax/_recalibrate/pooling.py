@@ -37,31 +37,36 @@ class Passed(NamedTuple):
         pools: all measurements of each norm together, by path.
         batches: the number of batches.
         left_out: of how many batches values were left out, by path, where of any.
+        entered: how many batches had values of each feature, by path.
     """
 
     pools: Pools
     batches: int
     left_out: Mapping[str, int]
+    entered: Mapping[str, Array]
 
     def with_batch(self, measured: Pools) -> "Passed":
         """Returns the same with the measurements of a further batch, which are on the host."""
         left_out = {path: 1 for path, norm in measured.items() if np.any(norm.left_out)}
-        return merge([self, Passed(pooled({}, measured), 1, left_out)])
+        entered = {path: np.asarray(norm.count > 0, int) for path, norm in measured.items()}
+        return merge([self, Passed(pooled({}, measured), 1, left_out, entered)])
 
 
-NOTHING = Passed({}, 0, {})
+NOTHING = Passed({}, 0, {}, {})
 
 
 def merge(parts: Iterable[Passed]) -> Passed:
     """Returns what parts of the batches have measured together."""
     pools: Pools = {}
     left_out: Counter[str] = Counter()
+    entered: dict[str, Array] = {}
     batches = 0
     for part in parts:
         pools = pooled(pools, part.pools)
         left_out.update(part.left_out)
+        entered |= {path: entered.get(path, 0) + number for path, number in part.entered.items()}
         batches += part.batches
-    return Passed(pools, batches, dict(left_out))
+    return Passed(pools, batches, dict(left_out), entered)
 
 
 def pooled(pools: Pools, measured: Pools) -> Pools:
@@ -128,7 +133,8 @@ def replace_statistics(batch_stats: Any, passed: Passed, initial: Any, prior: fl
         pool = passed.pools.get(format_path(path))
         if not is_batch_stats(node) or pool is None:
             return node
-        new = _mixed(_population(pool), statistics_in(initial_node), passed.batches, prior)
+        entered = passed.entered[format_path(path)]
+        new = _mixed(_population(pool), statistics_in(initial_node), entered, prior)
 
         def choose(keys: Any, old: Any) -> Any:
             name = format_path(keys[:1])
@@ -142,7 +148,7 @@ def replace_statistics(batch_stats: Any, passed: Passed, initial: Any, prior: fl
     return jax.tree.map_with_path(replace, batch_stats, initial, is_leaf=is_batch_stats)
 
 
-def _mixed(measured: Statistics, initial: Statistics, batches: int, prior: float) -> Statistics:
+def _mixed(measured: Statistics, initial: Statistics, entered: Array, prior: float) -> Statistics:
     """Returns measured and initial statistics mixed by their shares, and the new count."""
     old = {name: in_double(initial[name]) for name in measured}
     is_usable = np.isfinite(old["mean"]) & np.isfinite(old["var"])
@@ -151,7 +157,7 @@ def _mixed(measured: Statistics, initial: Statistics, batches: int, prior: float
         name: share * np.where(is_usable, old[name], 0) + (1 - share) * new
         for name, new in measured.items()
     }
-    return mixed | {"count": batches / (1 - share)}
+    return mixed | {"count": entered / (1 - share)}
 
 
 def _population(pool: Measured) -> Statistics:

@@ -24,7 +24,9 @@ def read(
     """Returns a leaf for Flax from the arrays of a library."""
     array = arrays[leaf.key]
     if leaf.is_count:
-        return np.full(leaf.shape, array, leaf.dtype)
+        # One for a norm, or one for each of its domains.
+        counts = array.reshape(array.shape + (1,) * (len(leaf.shape) - array.ndim))
+        return np.array(np.broadcast_to(counts, leaf.shape), leaf.dtype)
     if leaf.is_kernel and array.shape == shape_in_library(leaf, layout):
         array = _flipped(array.transpose(_axes(leaf, layout)), leaf, layout)
     dtype = _dtype_in_flax(array.dtype, leaf, dtype)
@@ -39,13 +41,15 @@ def read(
 def write(leaf: Leaf, array: np.ndarray, layout: Layout) -> np.ndarray:
     """Returns the array of a library for a leaf of Flax."""
     if leaf.is_count:
-        counts = np.unique(array)
-        if len(counts) > 1:
-            raise ValueError(
-                f"{leaf.path} has the counts {counts.tolist()}, expected the same for all "
-                "features, as in PyTorch: features that met a batch that was not finite lag behind."
-            )
-        return np.array(counts[0], np.int64)
+        rows = array.reshape(len(array) if leaf.by_domain else 1, -1)
+        for row in rows:
+            if (row != row[0]).any():
+                raise ValueError(
+                    f"{leaf.path} has the counts {np.unique(row).tolist()}, expected the same for "
+                    "all features, as in PyTorch: features that met a batch that was not finite "
+                    "lag behind."
+                )
+        return np.array(rows[:, 0].reshape(shape_in_library(leaf, layout)), np.int64)
     array = array.reshape(leaf.merged)
     if leaf.is_kernel:
         array = _flipped(array, leaf, layout).transpose(np.argsort(_axes(leaf, layout)))
@@ -55,7 +59,7 @@ def write(leaf: Leaf, array: np.ndarray, layout: Layout) -> np.ndarray:
 def shape_in_library(leaf: Leaf, layout: Layout) -> tuple[int, ...]:
     """Returns the shape of a leaf in another library, as far as the leaf determines it."""
     if leaf.is_count:
-        return ()
+        return leaf.shape[:1] if leaf.by_domain else ()
     if not leaf.is_kernel:
         return leaf.merged
     return tuple(leaf.merged[axis] for axis in np.argsort(_axes(leaf, layout)))

@@ -38,6 +38,11 @@ class Leaf(NamedTuple):
         return self.name == "kernel" and len(self.merged) > 1
 
     @property
+    def by_domain(self) -> bool:
+        """Whether it is a running statistic with more than one axis, the first of domains."""
+        return (self.name in ("mean", "var") or self.is_count) and len(self.shape) > 1
+
+    @property
     def is_transposed(self) -> bool:
         """Whether it is the kernel of a transposed convolution."""
         return self.is_kernel and self.kind is not None and self.kind.name == "ConvTranspose"

@@ -35,6 +35,14 @@ class Alternative(NamedTuple):
     layer: str = ""  # the last part of the layer's path in the library; empty: any
 
 
+class NormsOfDomains(NamedTuple):
+    """Where a library keeps the norms of several domains, which are one norm here."""
+
+    # The template of the path of each norm after the first ones; ``{number}`` counts from 0.
+    others: str
+    first: tuple[str, ...] = ()  # the templates of the paths of the first norms
+
+
 class Layout(NamedTuple):
     """How a library lays out its arrays, and what it calls the attributes of a batch norm."""
 
@@ -63,6 +71,7 @@ class Layout(NamedTuple):
     needs_like: bool = False  # whether shapes depend on more than the variables of Flax know
     alternatives: tuple[Alternative, ...] = ()
     keeps_dense_axes: bool = False  # whether kernels of `DenseGeneral` have the axes that Flax has
+    domains: tuple[NormsOfDomains, ...] = ()  # where the norms of several domains may be
 
 
 _PYTORCH = Layout(
@@ -84,6 +93,10 @@ _PYTORCH = Layout(
     source="model.state_dict()",
     momentum_weighs_new=True,
     running_var_ddof=1,
+    domains=(
+        NormsOfDomains("{}.aux_bn.{number}", ("{}",)),  # SplitBatchNorm2d of timm
+        NormsOfDomains("{}.{number}"),  # ModuleList
+    ),
 )
 
 _KERAS = Layout(

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from bn_jax._paths import list_layers
 from bn_jax.convert.arrays import as_array, flatten, require_mapping, unflatten, variables_of
 from bn_jax.convert.dense import pack, unpack
+from bn_jax.convert.domains import layers_by_domain, parts_of, stack, unstack
 from bn_jax.convert.kernels import (
     as_transposed,
     fits,
@@ -45,9 +46,10 @@ def from_library(
     and ``out_proj`` of PyTorch's ``MultiheadAttention``. The stored averages of Equinox are divided
     by ``1 - momentum**counter``, as Equinox does in evaluation; Haiku stores them divided. A linear
     layer after a flattened image needs its inputs reordered by hand: channels come first in PyTorch
-    and Equinox, last in Flax. Layers stacked by `flax.linen.scan` or `flax.linen.vmap` have no
-    counterpart in other libraries. Unstack them first, with ``jax.tree.map(lambda a: a[i],
-    stacked)`` for each if they are stacked along axis 0.
+    and Equinox, last in Flax. A `DomainBatchNorm` takes the norms of a `ModuleList` of PyTorch, or
+    of timm's `SplitBatchNorm2d`, whose own arrays are those of domain 0. Layers stacked by
+    `flax.linen.scan` or `flax.linen.vmap` have no counterpart in other libraries. Unstack them
+    first, with ``jax.tree.map(lambda a: a[i], stacked)`` for each if they are stacked along axis 0.
 
     Args:
         arrays: the arrays by their keys, as the docstring of `bn_jax.convert` describes: of NumPy
@@ -105,6 +107,7 @@ def from_library(
     flat = {key: as_array(key, value) for key, value in flatten(arrays).items()}
     leaves = leaves_of(like, layout, names, transposed, _shapes(flat))
     flat = unpack(flat, [leaf.key for leaf in leaves])
+    flat = stack(flat, parts_of(flat, leaves, layout))
     _require_agreement("arrays", leaves, flat, layout)
     if transposed is None and names is not resnet_names:  # a ResNet has no such layers
         _require_known_convolutions(leaves, layout, is_received=True)
@@ -138,7 +141,8 @@ def to_library(
         transposed: as in `from_library`.
         like: the arrays that the library's model has now; the result has their keys and shapes.
             Haiku and Equinox need it, because their shapes depend on more than the variables of
-            Flax know; so does a `DenseGeneral` that has no bias to tell its axes. It also supplies
+            Flax know; so does a `DenseGeneral` that has no bias to tell its axes, and a
+            `DomainBatchNorm`. It also supplies
             what Flax does not have (``num_batches_tracked`` unless averages are cumulative, the
             counters of Haiku and Equinox) for norms whose statistics have not changed since.
             Otherwise that is 0 in PyTorch, and so high in Haiku and Equinox that their division by
@@ -175,11 +179,15 @@ def to_library(
         )
     if flat is not None:
         flat = unpack(flat, [leaf.key for leaf in leaves])
+        order, parts = list(flat), parts_of(flat, leaves, layout)
+        flat = stack(flat, parts)
         _require_agreement("like", leaves, flat, layout)
     if transposed is None and names is not resnet_names:
         _require_known_convolutions(leaves, layout, is_received=flat is not None)
     if flat is None and not layout.keeps_dense_axes:
         _require_known_inputs(leaves)
+    if flat is None and layout.domains:
+        _require_no_domains(leaves)
     values = jax.tree.leaves(variables_of(variables))
     written = {
         leaf.key: write(leaf, as_array(leaf.path, value), layout)
@@ -187,8 +195,10 @@ def to_library(
     }
     _add_extras(written, leaves, layout)
     if flat is not None:
-        written = {key: written[key].reshape(np.shape(array)) for key, array in flat.items()}
+        written = {key: _in_shape(written[key], np.shape(array)) for key, array in flat.items()}
         _keep_unchanged(written, flat, leaves, layout, momentum)
+        written = unstack(written, parts)
+        written = {key: written[key] for key in order}
     written = pack(written)
     return unflatten(written) if library == "haiku" else written
 
@@ -213,6 +223,21 @@ def _require_known_inputs(leaves: list[Leaf]) -> None:
                 "DenseGeneral, are its inputs. Pass the arrays of the library's model, "
                 "initialized or trained: like=arrays."
             )
+
+
+def _require_no_domains(leaves: list[Leaf]) -> None:
+    for mean in layers_by_domain(leaves).values():
+        raise ValueError(
+            f"like is missing: nothing else tells where the norms of the domains of {mean.module}, "
+            f"with a mean of shape {mean.shape}, are in the library: in a list, or in a "
+            "SplitBatchNorm2d. Pass the arrays of the library's model, initialized or trained: "
+            "like=arrays."
+        )
+
+
+def _in_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    # What is new for each norm is new for each of its domains.
+    return array.reshape(shape) if array.ndim else np.broadcast_to(array, shape).copy()
 
 
 def _warn_if_untrained(
@@ -321,6 +346,11 @@ def _require_agreement(
         lines.append(
             "Norms without running statistics in PyTorch have none here either, made with "
             "attributes_from_library('pytorch', track_running_stats=False)."
+        )
+    if any(shapes[leaf.key] == leaf.merged[1:] for leaf in misshaped if leaf.by_domain):
+        lines.append(
+            "A norm without domains is no DomainBatchNorm: convert into variables of the model "
+            "without domains, and split them by split_batch_norms."
         )
     if missing:
         lines.append(f"missing from {name}, {len(missing)} in all:")

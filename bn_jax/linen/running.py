@@ -24,7 +24,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, check_domain_inputs, run_mixture
+from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, run_mixture
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -39,6 +39,7 @@ from bn_jax._core.types import (
     WhiteningStats,
 )
 from bn_jax._core.whitening import WhiteningOptions, init_whitening_stats, run_whitening
+from bn_jax._modules import domain_inputs
 from bn_jax.linen.frozen import rule_for, rules
 
 
@@ -49,11 +50,10 @@ class BatchNorm(nn.BatchNorm):
     Parameters are ``scale`` and ``bias``, of the sizes of the feature axes, in `param_dtype`. The
     collection ``batch_stats`` holds ``mean`` and ``var`` in float32 (float64 for double precision;
     the mean of complex input is complex, where Flax's changes its dtype at the first update).
-    Statistics in half precision, from a checkpoint or a cast of the whole tree, become float32 at
-    the first update; `bn_jax.promote_batch_stats` casts them before a scan. A checkpoint of Flax's
-    layer loads into this one and the other way round. While initializing, nothing is updated and
-    `axis_name` need not exist; nor need it under `jit`, plain or sharded, where statistics are
-    global (`bn_jax.batch_norm` has the rule).
+    Statistics in half precision become float32 at the first update; `bn_jax.promote_batch_stats`
+    casts them before a scan. A checkpoint of Flax's layer loads into this one and the other way
+    round. While initializing, nothing is updated and `axis_name` need not exist; nor need it under
+    `jit`, plain or sharded, where statistics are global (`bn_jax.batch_norm` has the rule).
 
     Two more collections support splitting one batch over several calls, as
     `bn_jax.training.accumulated_train_step` does. Where ``batch_moments`` is named as mutable
@@ -359,7 +359,7 @@ def call_batch_norm(
     if domain is None:
         inputs = check_inputs(*given, mask, residual)
     else:
-        inputs, mixture = check_domain_inputs(*given, domain, mask, residual)
+        inputs, mixture = domain_inputs(mode, *given, domain, mask, residual)
     in_parts = collects or layer.has_variable("given_moments", "mean")
     if mixture is not None and in_parts:
         raise ValueError(WEIGHTS_IN_PARTS.format(_describe(layer)))

@@ -1,6 +1,6 @@
 """Flax NNX modules, and functions that patch NNX models from outside."""
 
-from bn_jax.nnx.domains import DomainBatchNorm
+from bn_jax.nnx.domains import DomainBatchNorm, select_domain, split_batch_norms
 from bn_jax.nnx.patching import freeze, replace_norms, unfreeze
 from bn_jax.nnx.running import BatchNorm, BatchRenorm, WhiteningNorm
 from bn_jax.nnx.stateless import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -16,5 +16,7 @@ __all__ = [
     "WhiteningNorm",
     "freeze",
     "replace_norms",
+    "select_domain",
+    "split_batch_norms",
     "unfreeze",
 ]

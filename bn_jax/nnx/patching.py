@@ -125,7 +125,7 @@ def replace_norms_in_place(model: Any) -> bool:
         ours = _REPLACEMENTS.get(type(layer))
         has_norms |= ours is not None or isinstance(layer, _OURS)
         if ours is not None:
-            _become(layer, ours)
+            become(layer, ours)
     return has_norms
 
 
@@ -141,7 +141,7 @@ def _subclasses_in(model: Any) -> str:
     return f"; {', '.join(sorted(derived))} must derive from the norms of bn_jax.nnx, not Flax's"
 
 
-def _become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
+def become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
     """Makes a layer of Flax's one of ours.
 
     The object must stay the same: containers, other layers that share it and an `nnx.Optimizer`
@@ -156,16 +156,39 @@ def _become(layer: nnx.Module, ours: type[nnx.Module]) -> None:
 
 def _running_norms(model: Any, patterns: tuple[str, ...]) -> list[RunningNorm]:
     """Returns the norms with statistics of which a path, or one around it, matches a pattern."""
+    about_none = (
+        "expected an nnx.Module, or a tree of them, with a BatchNorm, BatchRenorm or WhiteningNorm "
+        "in it. Pass the model that holds the norms; norms without running statistics, such as "
+        "LayerNorm, have nothing to freeze."
+    )
+    norms: list[RunningNorm] = []
+    for path, layer in find_norms(model, patterns, (nnx.BatchNorm, WhiteningNorm), about_none):
+        if not isinstance(layer, RunningNorm):
+            raise TypeError(
+                f"{path!r} is a {type(layer).__module__}.{type(layer).__name__}, "
+                "which cannot be frozen: call bn_jax.nnx.replace_norms(model) first; derive "
+                "your own classes from bn_jax.nnx.BatchNorm."
+            )
+        norms.append(layer)
+    return norms
+
+
+def find_norms(
+    model: Any, patterns: tuple[str, ...], kinds: tuple[type, ...], about_none: str
+) -> list[tuple[str, Any]]:
+    """Returns the norms of some kinds, with their paths, that glob patterns match.
+
+    Args:
+        model: a module, or a tree of them.
+        patterns: of paths of norms, or of modules around them; none for every norm.
+        kinds: the classes.
+        about_none: what the error for a model without such norms says to do.
+    """
     _require_modules(model)
-    kinds = (nnx.BatchNorm, WhiteningNorm)
     layers = [(path, node) for path, node in _nodes(model) if isinstance(node, kinds)]
     if not layers:
-        raise ValueError(
-            "model has no batch norm: expected an nnx.Module, or a tree of them, with a BatchNorm, "
-            "BatchRenorm or WhiteningNorm in it. Pass the model that holds the norms; norms "
-            "without running statistics, such as LayerNorm, have nothing to freeze."
-        )
-    norms: list[RunningNorm] = []
+        raise ValueError(f"model has no batch norm: {about_none}")
+    found: list[tuple[str, Any]] = []
     for pattern in patterns or ("*",):
         matching = [(path, layer) for path, layer in layers if matches(pattern, path)]
         if not matching:
@@ -174,15 +197,8 @@ def _running_norms(model: Any, patterns: tuple[str, ...]) -> list[RunningNorm]:
                 f"paths {sorted({path for path, _ in layers})}. Pass patterns of these, "
                 "or of modules around them."
             )
-        for path, layer in matching:
-            if not isinstance(layer, RunningNorm):
-                raise TypeError(
-                    f"{path!r} is a {type(layer).__module__}.{type(layer).__name__}, "
-                    "which cannot be frozen: call bn_jax.nnx.replace_norms(model) first; derive "
-                    "your own classes from bn_jax.nnx.BatchNorm."
-                )
-            norms.append(layer)
-    return norms
+        found += matching
+    return found
 
 
 def _require_modules(model: Any) -> None:

@@ -19,7 +19,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from bn_jax._core.batch_norm import run_norm
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import as_floating, check_inputs
-from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
+from bn_jax._core.domain_batch_norm import run_domain_norm
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import (
     Activation,
@@ -31,6 +31,7 @@ from bn_jax._core.types import (
     WhiteningStats,
 )
 from bn_jax._core.whitening import WhiteningOptions, init_whitening_stats, run_whitening
+from bn_jax._modules import domain_inputs
 from bn_jax.nnx.stateless import params_of, promote
 
 
@@ -441,9 +442,8 @@ def call_batch_norm(
         inputs = check_inputs(options, params, batch_stats, promoted.x, mask, residual)
         y, updated = run_norm(options, inputs, mode)
     else:
-        inputs, mixture = check_domain_inputs(
-            options, params, batch_stats, promoted.x, domain, mask, residual
-        )
+        given = (options, params, batch_stats, promoted.x)
+        inputs, mixture = domain_inputs(mode, *given, domain, mask, residual)
         y, updated = run_domain_norm(options, mode, inputs, mixture)
     if mode.update:
         _store(layer, variables, updated)
@@ -458,6 +458,12 @@ def _choose_mode(
         return Mode(use_running_average=True, update=False)
     use, update = use_running_average, update_running_average
     use = layer.use_running_average if use is None else use
+    if not isinstance(use, bool | None) and jnp.result_type(use) != jnp.bool_:
+        raise TypeError(
+            f"use_running_average of {_describe(layer)} is {use}, expected True, False or None. "
+            "Domains are for bn_jax.nnx.DomainBatchNorm: where the model hands them on, leave its "
+            "norms as they are, and call model(x, 1) for one domain."
+        )
     update = layer.update_running_average if update is None else update
     if use is None:
         kind = type(layer).__name__

@@ -193,3 +193,25 @@ def test_a_wrong_domain_is_an_error_that_names_it(library):
             layer.init(jax.random.key(0), x, wrong)
         else:
             bn.nnx.DomainBatchNorm(5, 3, rngs=nnx.Rngs(0))(x, wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_one_domain_of_a_batch_is_that_of_every_example(kind, evaluates):
+    x = standard_normal(0, (8, 5))
+    layer = bn.linen.DomainBatchNorm(num_domains=3, use_running_average=evaluates, **kind)
+    variables = layer.init(jax.random.key(0), x, DOMAIN)
+    variables = jax.tree.map(lambda leaf: leaf + standard_normal(1, leaf.shape) ** 2, variables)
+    moments = {**variables, "given_moments": variables["batch_stats"]}
+    for given in (variables,) if evaluates else (variables, moments):
+
+        def loss(variables, domain):
+            y: Any = layer.apply(variables, x, domain, update_running_average=False)
+            return jnp.sum(jnp.sin(y))
+
+        expected = jax.value_and_grad(loss)(given, jnp.full(8, 2))
+        for domain in (2, np.int64(2), jnp.asarray(2)):
+            assert_close(jax.value_and_grad(loss)(given, domain), expected)
+        traced = jax.jit(jax.value_and_grad(loss))
+        assert_close(traced(given, 2), expected)
+        assert_close(jax.jit(lambda given: jax.value_and_grad(loss)(given, 2))(given), expected)
