@@ -362,6 +362,17 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def only_claims(monkeypatch, *claims):
+    """Makes these the claims that there are, until the test ends."""
+    from bn_jax.lab.experiments import EXPERIMENTS
+
+    # What is deleted is put back in reverse order.
+    for name in reversed(list(EXPERIMENTS)):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    for claim in claims:
+        monkeypatch.setitem(EXPERIMENTS, claim.name, claim)
+
+
 def reproduce(monkeypatch, *arguments):
     """Runs `bn-jax reproduce` in this process, and returns its code."""
     from bn_jax.lab import command

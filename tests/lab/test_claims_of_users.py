@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support import COMMAND, environment, reproduce
+from support import COMMAND, environment, only_claims, reproduce
 
 from bn_jax.lab.experiments import EXPERIMENTS, checking, failures, reproducing, statistics
 from bn_jax.lab.experiments.labelled import Split
@@ -72,10 +72,7 @@ SIMPLE = Experiment(
 
 @pytest.fixture(autouse=True)
 def simple(monkeypatch, tmp_path):
-    # What is deleted is put back in reverse order.
-    for name in reversed(list(EXPERIMENTS)):
-        monkeypatch.delitem(EXPERIMENTS, name)
-    monkeypatch.setitem(EXPERIMENTS, "simple", SIMPLE)
+    only_claims(monkeypatch, SIMPLE)
     monkeypatch.chdir(tmp_path)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import reproduce
+from support import only_claims, reproduce
 
 from bn_jax.lab import data
 from bn_jax.lab.commands import reproduction
@@ -69,12 +69,7 @@ ON_DATA = Experiment(
 
 @pytest.fixture
 def two(monkeypatch, tmp_path):
-    # What is deleted is put back in reverse order.
-    for name in reversed(list(EXPERIMENTS)):
-        monkeypatch.delitem(EXPERIMENTS, name)
-    monkeypatch.setitem(EXPERIMENTS, "on_data", ON_DATA)
-    without = ON_DATA._replace(number=2, name="without", data=None)
-    monkeypatch.setitem(EXPERIMENTS, "without", without)
+    only_claims(monkeypatch, ON_DATA, ON_DATA._replace(number=2, name="without", data=None))
     monkeypatch.chdir(tmp_path)
     data.save_npz(Path("mine.npz"), make_dataset(60, 3))
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support import assert_close, reproduce
+from support import assert_close, only_claims, reproduce
 
 from bn_jax import linen
 from bn_jax.lab import command as cli
@@ -109,11 +109,7 @@ TINY = Experiment(
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name in list(EXPERIMENTS):
-        monkeypatch.delitem(EXPERIMENTS, name)
-    other = TINY._replace(number=2, name="other")
-    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
-    monkeypatch.setitem(EXPERIMENTS, "other", other)
+    only_claims(monkeypatch, TINY, TINY._replace(number=2, name="other"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

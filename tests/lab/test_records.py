@@ -87,7 +87,7 @@ BAD_CONFIGS = [
     ("arms", [records.NO_NORM] * 2, "expected some of no normalization"),
     ("arms", list(records.ARMS[::-1]), "in this order"),
     ("arms", records.NO_NORM, "received 'no normalization', expected a valid tuple"),
-    ("model", "big", "received 'big', expected one of small, resnet18, mlp"),
+    ("model", "big", "received 'big', expected one of small, tiny, resnet18, mlp"),
     ("model", {"a": "b"}, "received {'a': 'b'}, expected a valid string"),
     ("data", 5, "received 5, expected a valid string"),
     ("momentum", 0.9, "received 0.9, expected no such key; another version of bn-jax may have"),
