@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ INVERTED, BACKGROUND, SAME = SHIFTS = "inverted", "background", "unchanged"
 SHIFTED = INVERTED, BACKGROUND
 # Of the background, in deviations of all pixels: the contrast of the image, and the noise.
 CONTRAST, NOISE = 0.5, 0.5
+# Of the images, in the functions that own statistics undo.
+FACTORS = CONTRAST, -1.0
 # Which domains a batch holds.
 MIXED, BY_TURNS, SOURCE = ORDERS = "mixed", "one domain at a time", "first domain alone"
 
@@ -258,46 +260,57 @@ def train_arm(
 
 
 def affine_errors(
-    setting: Setting, factor: float, sign: float | None = None
+    setting: Setting, factors: Sequence[float], signs: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Compares the logits of images and of an affine function of them, without training.
+    """Compares the logits of images and of affine functions of them, without training.
 
     The norms are random. The second domain is ``factor * x + background``, with its own statistics
     in every norm. In the first norm its scale is multiplied by the sign of the factor.
 
     Args:
         setting: the seeds, and the data.
-        factor: of the images.
-        sign: by which to multiply the scale instead.
+        factors: of the images, [factors].
+        signs: by which to multiply the scale instead, [factors].
 
     Returns:
-        The largest differences of a logit, relative to the largest logit, in float64, [seeds].
+        The largest differences of a logit, relative to the largest logit, in float64, [factors,
+        seeds].
     """
-    sign = float(np.sign(factor)) if sign is None else sign
+    of_scales = np.sign(factors) if signs is None else np.asarray(signs)
     norm = partial(BY_DOMAIN, epsilon=NO_EPSILON)
     model = DomainMLP(norm, setting.num_classes, dtype=jnp.float64)
 
     def of_seed(seed: jax.Array, x: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(seed), 2 * len(model.widths) + 2)
         variables = model.init(keys[0], x[:1], FIRST, False)
-        params = dict(variables["params"])
+        norms = {}
         for index, width in enumerate(model.widths):
             scale = jax.random.uniform(keys[2 * index + 1], (width,), jnp.float64, 0.5, 2.0)
             bias = jax.random.normal(keys[2 * index + 2], (width,), jnp.float64)
-            scales = jnp.stack([scale, scale * (sign if index == 0 else 1.0)])
-            params[f"norm{index}"] = {"scale": scales, "bias": jnp.stack([bias, bias])}
-        variables = {**variables, "params": params}
-        changed = factor * x + jax.random.normal(keys[-1], x.shape[-1:], jnp.float64)
-        adapted = adapt(model, adapt(model, variables, x, FIRST), changed, SECOND)
-        return logits_of(model, adapted, x, FIRST), logits_of(model, adapted, changed, SECOND)
+            norms[f"norm{index}"] = {"scale": jnp.stack([scale] * 2), "bias": jnp.stack([bias] * 2)}
+        background = jax.random.normal(keys[-1], (1, x.shape[-1]), jnp.float64)
+        variables = {**variables, "params": {**variables["params"], **norms}}
+        variables = adapt(model, variables, x, FIRST)
+
+        def of_factor(given: tuple[jax.Array, jax.Array]) -> Any:
+            factor, sign = given
+            changed = factor * x + background
+            first = norms["norm0"]["scale"].at[SECOND].multiply(sign)
+            params = {**variables["params"], "norm0": {**norms["norm0"], "scale": first}}
+            adapted = adapt(model, {**variables, "params": params}, changed)
+            return logits_of(model, adapted, changed, SECOND)
+
+        given = jnp.asarray(factors, jnp.float64), jnp.asarray(of_scales, jnp.float64)
+        return logits_of(model, variables, x, FIRST), jax.lax.map(of_factor, given)
 
     with jax.enable_x64(True):
         x = np.asarray(load_parts(setting).test.x, np.float64)
-        first, second = map(np.asarray, map_runs(of_seed, setting.chosen, x))
-    return np.array([relative_error(b, a) for a, b in zip(first, second, strict=True)])
+        of_seeds = zip(*map(np.asarray, map_runs(of_seed, setting.chosen, x)), strict=True)
+        errors = [[relative_error(one, clean) for one in changed] for clean, changed in of_seeds]
+    return np.array(errors).T
 
 
-Measured = Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]]
+Measured: TypeAlias = Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]]
 
 
 def compare(measured: Measured) -> dict[str, Any]:
@@ -349,18 +362,15 @@ def run(setting: Setting) -> Result:
         arm: {place: of_place.measured for place, of_place in of_arm.items()}
         for arm, of_arm in chosen.items()
     }
-    exact = {f"factor {factor:g}": affine_errors(setting, factor) for factor in (CONTRAST, -1.0)}
+    exact = zip(FACTORS, affine_errors(setting, FACTORS), strict=True)
     whole = setting.labelled.split
     of_source = whole._replace(trained=whole.trained // 2)
     return Result(
-        values={**compare(measured), "31h": exact},
-        curves={
-            "accuracy": {
-                f"{arm}, {order}, {shift}": values
-                for arm, of_arm in measured.items()
-                for (shift, order), values in of_arm.items()
-            }
+        values={
+            **compare(measured),
+            "31h": {f"factor {factor:g}": errors for factor, errors in exact},
         },
+        curves=_curves(measured),
         series=list(_series(measured)),
         rates={
             f"{arm}, {order}, {shift}": of_place.rate
@@ -391,35 +401,42 @@ def _series(measured: Measured) -> list[Series]:
     return found
 
 
+def _curves(measured: Measured) -> dict[str, Any]:
+    """Returns accuracies [shifts, seeds] by arm and order, and with new and old statistics."""
+    old, new = "statistics of the first domain", "statistics of the second domain"
+    of_source = [measured[STATISTICS][shift, SOURCE] for shift in SHIFTS]
+    return {
+        "both": {
+            f"{arm}, {order}": [
+                measured[arm][shift, order]["by domain"].mean(-1) for shift in SHIFTS
+            ]
+            for arm, (_, orders) in ARMS.items()
+            for order in orders
+            if order != SOURCE
+        },
+        "second": {
+            old: [of_shift["by first"] for of_shift in of_source],
+            new: [of_shift["adapted"] for of_shift in of_source],
+        },
+    }
+
+
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws the accuracies of all arms: with both domains, and with the first one alone."""
-    both, source = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    accuracy = curves["accuracy"]
-
-    def mean(arm: str, order: str, shift: str) -> Any:
-        return np.mean(accuracy[f"{arm}, {order}, {shift}"]["by domain"], -1)
-
-    trained = [(arm, order) for arm in ARMS for order in ARMS[arm].orders if order != SOURCE]
+    both, second = figure.subplots(1, 2, width_ratios=(1.6, 1))
     at = np.arange(len(SHIFTS))
-    shifts = np.linspace(-0.25, 0.25, len(trained))
-    for shift, (arm, order) in zip(shifts, trained, strict=True):
-        values = [mean(arm, order, name) for name in SHIFTS]
-        points(both, at + shift, values, f"{arm}, {order}", capsize=2)
-    lines = (
-        ("by first", "statistics of the first domain"),
-        ("adapted", "statistics of the second domain"),
-    )
-    for shift, (name, label) in zip((-0.1, 0.1), lines, strict=True):
-        of_shifts = [accuracy[f"{STATISTICS}, {SOURCE}, {kind}"][name] for kind in SHIFTS]
-        points(source, at + shift, of_shifts, label)
-    both.set_ylabel("test accuracy, mean of both domains (%)")
-    source.set(ylabel="test accuracy, second domain (%)", ylim=(-3, 130), yticks=range(0, 101, 20))
-    both.set_ylim(both.get_ylim()[0], 100)
-    for axes in (both, source):
+    for axes, lines, width in ((both, curves["both"], 0.25), (second, curves["second"], 0.1)):
+        shifts = np.linspace(-width, width, len(lines))
+        for shift, (label, values) in zip(shifts, lines.items(), strict=True):
+            points(axes, at + shift, values, label, capsize=2)
         axes.set_xticks(at, SHIFTS)
         axes.set_xlabel("what the second domain does to an image")
+    both.set_ylabel("test accuracy, mean of both domains (%)")
+    both.set_ylim(both.get_ylim()[0], 100)
+    second.set_ylabel("test accuracy, second domain, trained on the first domain alone (%)")
+    second.set(ylim=(-3, 130), yticks=range(0, 101, 20))
     both.legend(loc="lower right", fontsize="small")
-    source.legend(loc="upper left", fontsize="small", title="trained on the first domain alone")
+    second.legend(loc="upper left", fontsize="small")
 
 
 def _more_accurate(key: str, label: str, statement: str, arms: Sequence[str]) -> SubClaim:
@@ -533,7 +550,16 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy="",
-    hard="",
+    easy=(
+        "The loss by one running average where batches hold one domain at a time, which running "
+        "averages by domain avoid, and adaptation to another background without labels."
+    ),
+    hard=(
+        "In mixed batches, shared norms lose less than a point. Own statistics alone do not help "
+        "with inverted images, for the signs of all features stay opposite; scale and bias by "
+        "domain do. Adaptation without labels fails there for the same reason. Batches of one "
+        "domain at a time train slightly better than mixed ones here, so that the equivalence is "
+        "open."
+    ),
     data=Needs(trained=2 * BATCH_SIZE),
 )
