@@ -145,10 +145,7 @@ def measure(
     test, span = digits.test, pixels[1] - pixels[0]
     found = {"loss": cross_entropy(logits_of(model, variables, test.x, CLEAN), test.y)}
     for name, domain in (("clean", CLEAN), ("adversarial", ADVERSARIAL)):
-
-        def logits(x: jax.Array, domain: int = domain) -> Any:
-            return logits_of(model, variables, x, domain)
-
+        logits = partial(logits_of, model, variables, domain=domain)
         attacked = attack(logits, test, size * span, pixels, *IN_TESTS)
         for kind, x in (("clean images", test.x), ("attacked images", attacked)):
             batch = Batch(x, test.y, domain)
