@@ -345,7 +345,7 @@ def compare(measured: Measured) -> dict[str, Any]:
         "31i": {
             f"{MIXED}, {STATISTICS}": mean(STATISTICS, SAME) - mean(SHARED, SAME),
             f"{MIXED}, {BOTH}": mean(BOTH, SAME) - mean(SHARED, SAME),
-            BY_TURNS: mean(SHARED, SAME, BY_TURNS) - mean(STATISTICS, SAME, BY_TURNS),
+            BY_TURNS: mean(STATISTICS, SAME, BY_TURNS) - mean(SHARED, SAME, BY_TURNS),
             "adapted": of_source(SAME, "adapted") - of_source(SAME, "by first"),
         },
     }
