@@ -429,8 +429,8 @@ EXPERIMENT = Experiment(
     ),
     hard=(
         "The harm of one norm and the gain over clean images alone do not appear at the same size. "
-        "Changes of 10 % do no harm with one norm, and the auxiliary norm gains. Changes of 30 % "
-        "do harm with one norm; the auxiliary norm avoids it, and gains nothing."
+        "With changes of 10 %, one norm shows no harm, and the auxiliary norm gains. With changes "
+        "of 30 %, one norm does harm; the auxiliary norm avoids it, and shows no gain."
     ),
     data=Needs(trained=BATCH_SIZE),
 )

@@ -551,14 +551,14 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     easy=(
-        "The loss by one running average where batches hold one domain at a time, which running "
-        "averages by domain avoid, and adaptation to another background without labels."
+        "The accuracy that one running average loses where batches hold one domain at a time, and "
+        "that running averages by domain keep. Adaptation to another background without labels."
     ),
     hard=(
-        "In mixed batches, shared norms lose less than a point. Own statistics alone do not help "
-        "with inverted images, for the signs of all features stay opposite; scale and bias by "
-        "domain do. Adaptation without labels fails there for the same reason. Batches of one "
-        "domain at a time train slightly better than mixed ones here, so that the equivalence is "
+        "In mixed batches, shared norms lose about a point. Own statistics alone show no gain with "
+        "inverted images, whose features have opposite signs; scale and bias by domain mend that. "
+        "Adaptation without labels fails there for the same reason. On the background, batches of "
+        "one domain at a time train slightly better than mixed ones, so that the equivalence is "
         "open."
     ),
     data=Needs(trained=2 * BATCH_SIZE),
