@@ -54,7 +54,8 @@ def test_every_claim_has_an_experiment():
     folder = Path(cli.__file__).parent / "experiments"
     shared = {"__init__", "extensions", "figures", "forest", "nets", "parallel", "reproducing"}
     shared |= {"selection", "statistics", "sweeps", "verdicts", "writing"}
-    shared |= {"digit_corruptions", "expressive_power", "labelled", "checking", "failures"}
+    shared |= {"digit_corruptions", "domain_nets", "expressive_power", "labelled", "checking"}
+    shared |= {"failures"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(EXPERIMENTS)
     for name, one in EXPERIMENTS.items():
         assert one.name == name and one.run.__module__ == f"bn_jax.lab.experiments.{name}"

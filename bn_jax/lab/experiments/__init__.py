@@ -4,6 +4,7 @@ from bn_jax.lab.experiments import (
     absorption_with_padding,
     adversarial_examples,
     affine_only,
+    auxiliary_batch_norms,
     batch_leakage,
     batch_noise,
     corruptions,
@@ -14,6 +15,7 @@ from bn_jax.lab.experiments import (
     high_order_effects,
     large_rates,
     normalizer_free,
+    norms_by_domain,
     not_gaussian,
     orthogonal_representations,
     precise_statistics,
@@ -67,6 +69,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         orthogonal_representations,
         adversarial_examples,
         normalizer_free,
+        auxiliary_batch_norms,
+        norms_by_domain,
     )
 }
 """All experiments by name, in the order of their claims."""
