@@ -18,7 +18,7 @@ PYTEST := XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --di
 COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 
 TIMED := numerics offsets layer step startup sweep inference attempts device demo
-COMPILED := memory compiled scale
+COMPILED := memory placement compiled scale
 
 .PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser package bench bench-refresh floors oldest zoo zoo-refresh environments clean
 

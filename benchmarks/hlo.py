@@ -13,6 +13,10 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+CONVOLUTION, CONVOLUTION_AND_SUMS, SUMS = "convolution", "convolution and sums", "sums"
+ELEMENTWISE, MOVE = "elementwise", "copies between memories"
+# What kernels do, by what they contain. Anything else, such as max pooling, counts as elementwise.
+WORK = (CONVOLUTION, CONVOLUTION_AND_SUMS, SUMS, ELEMENTWISE, MOVE)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -88,12 +92,16 @@ class Kernel(NamedTuple):
         read: bytes that it reads from main memory.
         written: bytes that it writes to main memory.
         types: the arrays that it reads and writes, in any memory.
+        anywhere: bytes that it reads and writes, in any memory.
+        does: what it computes, one of `WORK`.
     """
 
     kind: str
     read: int
     written: int
     types: tuple[str, ...]
+    anywhere: int
+    does: str
 
 
 def kernels(compiled_text: str) -> list[Kernel]:
@@ -113,21 +121,46 @@ def kernels(compiled_text: str) -> list[Kernel]:
         if computation in inside:
             continue
         instructions = _instructions(lines)
-        for instruction in instructions.values():
+        called = _called(lines)
+        for name, instruction in instructions.items():
             kind = instruction.kind
             if kind in _FREE or kind.endswith("-done"):
                 continue
-            operands = [instructions[name].type for name in instruction.operands]
+            operands = [instructions[operand].type for operand in instruction.operands]
             written = instruction.type
             if kind.endswith("-start"):
                 # The result of a start also names its operand.
                 written = _split_tuple(written)[0 if kind == "copy-start" else 1]
             read = sum(map(_main_memory, operands))
+            read_anywhere = sum(map(_all_memory, operands))
             if kind in ("slice", "slice-start", "dynamic-slice"):
-                read = min(read, sum(size for _, size in _arrays(written)))
+                read, read_anywhere = (
+                    min(size, _all_memory(written)) for size in (read, read_anywhere)
+                )
             types = tuple(one for text in (*operands, written) for one in _types(text))
-            found.append(Kernel(kind, read, _main_memory(written), types))
+            contents = {kind} | _kinds(computations.get(called.get(name, ""), []))
+            found.append(
+                Kernel(
+                    kind,
+                    read,
+                    _main_memory(written),
+                    types,
+                    read_anywhere + _all_memory(written),
+                    _work(kind, contents),
+                )
+            )
     return found
+
+
+def _work(kind: str, contents: set[str]) -> str:
+    """Returns what a kernel of this kind does, one of `WORK`."""
+    # The custom call joins the slices of an array that was copied in slices.
+    if kind in ("copy", "copy-start", "slice-start", "custom-call"):
+        return MOVE
+    sums = "reduce" in contents
+    if "convolution" in contents:
+        return CONVOLUTION_AND_SUMS if sums else CONVOLUTION
+    return SUMS if sums else ELEMENTWISE
 
 
 def traffic(compiled_text: str) -> int:
@@ -167,6 +200,23 @@ def _arrays(text: str) -> list[tuple[int, int]]:
         (_elements(shape), _elements(shape) * _itemsize(dtype))
         for dtype, shape, _ in _ARRAY.findall(text)
     ]
+
+
+def _called(lines: list[str]) -> dict[str, str]:
+    """Returns the computation that each fusion of a computation runs."""
+    return {
+        match[1]: fused[1]
+        for line in lines
+        if (match := _INSTRUCTION.match(line)) and (fused := re.search(r"calls=%([\w.\-]+)", line))
+    }
+
+
+def _kinds(lines: list[str]) -> set[str]:
+    return {match[3] for line in lines if (match := _INSTRUCTION.match(line))}
+
+
+def _all_memory(text: str) -> int:
+    return sum(size for _, size in _arrays(text))
 
 
 def _main_memory(text: str) -> int:

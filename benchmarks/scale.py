@@ -65,7 +65,8 @@ class Program(NamedTuple):
         arguments: bytes of the arguments on each device.
         outputs: bytes of the results on each device.
         temporary: bytes of everything else in the main memory of each device.
-        accessed: bytes that each device reads and writes, including branches.
+        accessed: bytes that each device reads and writes, as the compiler counts them: in main
+            memory and in on-chip memory, with branches, and with copies between the memories.
         program: its hash from `identify`.
     """
 

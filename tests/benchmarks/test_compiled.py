@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import bn_jax as bn
-from benchmarks import compiled, compilers, document, memory, report, scale
+from benchmarks import compiled, compilers, document, memory, placement, report, scale
 from benchmarks.compiled import FLAX, NORMS, OURS, ROWS, Network, Row, floor, load, make_program
 from benchmarks.compilers import (
     H200,
@@ -22,7 +22,14 @@ from benchmarks.compilers import (
     read,
     remembered,
 )
-from benchmarks.hlo import Kernel, collectives, kernels, traffic
+from benchmarks.hlo import (
+    MOVE,
+    SUMS,
+    Kernel,
+    collectives,
+    kernels,
+    traffic,
+)
 from bn_jax.training import DATA_AXIS
 
 COMMITTED = load(report.read("compiled"))
@@ -77,10 +84,10 @@ ENTRY %main (x: bf16[100,8], k: f32[50]) -> f32[8] {
 
 def test_kernels_are_counted_by_what_they_move_in_main_memory():
     assert kernels(PROGRAM) == [
-        Kernel("copy", 1600, 0, ("bf16[100,8]", "bf16[100,8]")),
-        Kernel("fusion", 0, 0, ("bf16[100,8]", "f32[8]")),
-        Kernel("copy-start", 0, 32, ("f32[8]", "f32[8]")),
-        Kernel("slice-start", 40, 0, ("f32[50]", "f32[10]")),
+        Kernel("copy", 1600, 0, ("bf16[100,8]", "bf16[100,8]"), 3200, MOVE),
+        Kernel("fusion", 0, 0, ("bf16[100,8]", "f32[8]"), 1632, SUMS),
+        Kernel("copy-start", 0, 32, ("f32[8]", "f32[8]"), 64, MOVE),
+        Kernel("slice-start", 40, 0, ("f32[50]", "f32[10]"), 80, MOVE),
     ]
     assert traffic(PROGRAM) == 1672
 
@@ -118,7 +125,7 @@ def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):
     for chip, module in ((V5E, "libtpu"), (H200, "cuda")):
         with pytest.raises(SystemExit, match=rf"{module}.* not installed.*'\.\[bench\]'"):
             mesh_of(chip)
-    for benchmark in (compiled, memory, scale):
+    for benchmark in (compiled, memory, placement, scale):
         with pytest.raises(SystemExit, match="libtpu"):
             benchmark.main()
 
