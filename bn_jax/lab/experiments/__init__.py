@@ -6,6 +6,7 @@ from bn_jax.lab.experiments import (
     affine_only,
     batch_leakage,
     batch_noise,
+    conditional_norm,
     corruptions,
     decoupling,
     ghost_batches,
@@ -67,6 +68,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         orthogonal_representations,
         adversarial_examples,
         normalizer_free,
+        conditional_norm,
     )
 }
 """All experiments by name, in the order of their claims."""
