@@ -13,6 +13,7 @@ from bn_jax.lab.experiments import (
     gradient_explosion,
     hessian,
     high_order_effects,
+    joint_batch,
     large_rates,
     normalizer_free,
     not_gaussian,
@@ -69,6 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         adversarial_examples,
         normalizer_free,
         conditional_norm,
+        joint_batch,
     )
 }
 """All experiments by name, in the order of their claims."""

@@ -461,7 +461,7 @@ def run(setting: Setting) -> Result:
         },
         curves={
             "recognized": {**shares, **of_new.measured, REAL: test},
-            "images": _mosaic(setting, [arms[arm]["images"][0] for arm in ARMS[:3]]),
+            "images": _side_by_side(setting, [arms[arm]["images"][0] for arm in ARMS[:3]]),
         },
         series=[
             *(Series("32a", arm, "recognized (%)", values) for arm, values in shares.items()),
@@ -477,27 +477,28 @@ def run(setting: Setting) -> Result:
     )
 
 
-def _mosaic(setting: Setting, images: Any) -> Any:
-    """Returns images as one picture: a row for each arm, a column for each class."""
+def _side_by_side(setting: Setting, images: Any) -> Any:
+    """Returns an image of each class side by side, for each arm, [arms, height, all widths]."""
     shape = setting.labelled.image_shape
     of_arms = np.asarray(images).reshape(len(images), -1, *shape).mean(-1)
-    return np.concatenate([np.concatenate(list(of_arm), -1) for of_arm in of_arms], 0)
+    return np.concatenate(list(np.moveaxis(of_arms, 1, 0)), -1)
 
 
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws an image of each class by three arms, and the shares that are recognized."""
-    left, right = figure.subplots(1, 2)
-    picture = np.asarray(curves["images"], np.float64)
-    left.imshow(picture, cmap="gray_r")
-    height = len(picture) / 3
-    left.set_yticks([height * (0.5 + row) for row in range(3)], ARMS[:3])
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    rows = np.pad(
+        np.asarray(curves["images"], np.float64), ((0, 0), (1, 1), (0, 0)), constant_values=np.nan
+    )
+    left.imshow(rows.reshape(-1, rows.shape[-1]), cmap="gray_r")
+    left.set_yticks([rows.shape[1] * (0.5 + row) for row in range(len(rows))], ARMS[: len(rows)])
     left.set(xticks=[], xlabel="an image of each class, first seed")
     names = [*ARMS, *OF_NEW, REAL]
     shares = [curves["recognized"][name] for name in names]
     points(right, range(len(names)), shares, horizontal=True)
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
-    right.set(xlabel="recognized as the class that was asked for (%)", xlim=(0, 102))
+    right.set(xlabel="recognized as the class asked for (%)", xlim=(0, 102))
 
 
 def _in_points(
