@@ -594,7 +594,14 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     draw=draw,
-    easy="",
-    hard="",
+    easy=(
+        "That scale and bias carry the class as well as an input does, and that statistics carry "
+        "none."
+    ),
+    hard=(
+        "A new class: its row makes most of its images recognizable, but fewer than training with "
+        "the other classes does. The weights have seen nine classes, which is little to learn from "
+        "what a row can say."
+    ),
     data=Needs(per_class=IN_BATCH, per_class_tested=2),
 )
