@@ -99,6 +99,22 @@ def test_a_generator_knows_its_class_by_scale_and_bias_or_by_its_input(two_class
         assert abs(found[1] - found[0]) < 1.5
 
 
+@pytest.mark.parametrize("arm", conditional_norm.ARMS)
+def test_arms_have_rows_for_classes_where_they_say(arm):
+    generator = Generator(3, 7, arm, (5,))
+    noise, classes = jnp.zeros((2, conditional_norm.NOISE)), jnp.zeros(2, int)
+    shapes = jax.eval_shape(lambda: generator.init(jax.random.key(0), noise, classes, True))
+    has_rows = {
+        "params": arm in (conditional_norm.CONDITIONAL, conditional_norm.SHUFFLED),
+        "batch_stats": arm == conditional_norm.STATISTICS,
+    }
+    for collection, by_class in has_rows.items():
+        for leaf in jax.tree.leaves(shapes[collection]["norm0"]):
+            assert leaf.shape == ((7, 5) if by_class else (5,))
+    inputs = conditional_norm.NOISE + 7 * (arm == conditional_norm.CONCATENATED)
+    assert shapes["params"]["Dense_0"]["kernel"].shape == (inputs, 5)
+
+
 def test_a_new_class_changes_its_row_alone(two_classes):
     generator, new = Generator(3, 3, conditional_norm.CONDITIONAL, (5,)), jnp.array([1])
     key = jax.random.key(0)

@@ -160,11 +160,8 @@ def draw_rows(setting: Setting, labels: Any, classes: Any, steps: int, purpose: 
         setting: the seeds, and the size of the run.
         labels: of all examples, [seeds, n].
         classes: [seeds, classes].
-        steps: the number of batches; fewer in a quick run.
+        steps: the number of batches, [seeds, steps, classes, IN_BATCH]; fewer in a quick run.
         purpose: a number, for other batches than those of another purpose.
-
-    Returns:
-        Indices [seeds, steps, classes, IN_BATCH].
     """
     steps = steps // QUICK if setting.quick else steps
 
@@ -212,9 +209,6 @@ def train(
         classes: of the batches, [classes].
         variables: None: all parameters are trained, in training mode. Else those to begin from, in
             which nothing but scale and bias of these classes is trained, in evaluation mode.
-
-    Returns:
-        The variables after the last step.
     """
     x = jnp.asarray(trial.digits.train.x)
     labels = jnp.repeat(classes, IN_BATCH)
@@ -333,7 +327,7 @@ def train_arm(
 
 
 class _New(NamedTuple):
-    """The classes of a seed: one, and the others, and batches of the one."""
+    """The classes of a seed, one and the others, and batches of the one."""
 
     one: Any
     others: Any
@@ -346,8 +340,8 @@ def train_new_class(
     """Trains without one class, another for every seed, and then its scale and bias alone.
 
     Returns:
-        At the rate that is best for all seeds, by `OF_NEW`, percentages of images of the new class
-        that are recognized, [seeds].
+        At the rate that is best for all seeds, by `OF_NEW`, how often images of the new class are
+        recognized, [seeds], in percent.
     """
     classes = setting.num_classes
     generator = Generator(digits.train.x.shape[-1], classes, CONDITIONAL)
@@ -487,9 +481,8 @@ def _side_by_side(setting: Setting, images: Any) -> Any:
 def draw(figure: "Figure", curves: Mapping[str, Any]) -> None:
     """Draws an image of each class by three arms, and the shares that are recognized."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    rows = np.pad(
-        np.asarray(curves["images"], np.float64), ((0, 0), (1, 1), (0, 0)), constant_values=np.nan
-    )
+    rows = np.asarray(curves["images"], np.float64)
+    rows = np.pad(rows, ((0, 0), (1, 1), (0, 0)), constant_values=np.nan)
     left.imshow(rows.reshape(-1, rows.shape[-1]), cmap="gray_r")
     left.set_yticks([rows.shape[1] * (0.5 + row) for row in range(len(rows))], ARMS[: len(rows)])
     left.set(xticks=[], xlabel="an image of each class, first seed")
