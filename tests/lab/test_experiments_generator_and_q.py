@@ -120,7 +120,7 @@ def test_a_new_class_changes_its_row_alone(two_classes):
     key = jax.random.key(0)
     noise = jnp.zeros((1, conditional_norm.NOISE))
     start = jax.jit(lambda: generator.init(key, noise, jnp.zeros(1, int), True))()
-    scale = jnp.arange(15.0).reshape(3, 5)
+    scale = jnp.arange(15.0).reshape(3, 5) ** 2
     start["params"]["norm0"]["scale"] = scale
     averaged = conditional_norm.with_average_row(start, jnp.array([0, 2]), 1)
     expected = np.stack([scale[0], (scale[0] + scale[2]) / 2, scale[2]])
