@@ -1,6 +1,7 @@
 """What the claims on conditional norms and on the joint batch make of their inputs."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def test_images_are_recognized_by_the_classifier():
     drawn = jax.random.normal(jax.random.key(0), (3, 40, 4))
     classifier = jax.jit(lambda x: model.init(jax.random.key(1), x, train=False))(drawn[0])
     found = jax.jit(lambda drawn: conditional_norm.recognized(3, classifier, drawn))(drawn)
-    answers = [np.argmax(model.apply(classifier, images, train=False), -1) for images in drawn]
+    logits: Any = [model.apply(classifier, images, train=False) for images in drawn]
+    answers = [np.argmax(of_class, -1) for of_class in logits]
     expected = [100 * np.mean(answer == label) for label, answer in enumerate(answers)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert np.ptp(expected) > 1
@@ -246,7 +248,7 @@ def test_arms_differ_by_the_statistics_of_the_next_pairs(systems, arm):
     batch = joint_batch.draw_transitions(systems[1.0], jax.random.key(0), 30)
     init = jax.jit(lambda seed: model.init(jax.random.key(seed), batch.pairs, train=False))
     variables, target = init(1), init(2)
-    compute = jax.jit(lambda *given: joint_batch.values(arm, model, *given, batch))
+    compute = jax.jit(lambda given, target: joint_batch.values(arm, model, given, target, batch))
     now, later, updated = compute(variables, target)
     x, of_next = exact(batch.pairs), exact(batch.next_pairs)
     kernel = exact(variables["params"]["dense0"]["kernel"])
