@@ -22,7 +22,13 @@ CLASSES, SHAPE = 12, (6, 7, 2)
 # So many that every class is in every part as often as any claim needs.
 EXAMPLES = 4000
 WITH_DATA = [name for name, one in EXPERIMENTS.items() if one.data is not None]
-WITHOUT = "gradient_explosion", "decoupling", "vanishing_gradients", "orthogonal_representations"
+WITHOUT = (
+    "gradient_explosion",
+    "decoupling",
+    "vanishing_gradients",
+    "orthogonal_representations",
+    "joint_batch",
+)
 
 
 def make_dataset(examples=2000, classes=CLASSES):

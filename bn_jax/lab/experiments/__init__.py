@@ -7,12 +7,14 @@ from bn_jax.lab.experiments import (
     auxiliary_batch_norms,
     batch_leakage,
     batch_noise,
+    conditional_norm,
     corruptions,
     decoupling,
     ghost_batches,
     gradient_explosion,
     hessian,
     high_order_effects,
+    joint_batch,
     large_rates,
     normalizer_free,
     norms_by_domain,
@@ -71,6 +73,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         normalizer_free,
         auxiliary_batch_norms,
         norms_by_domain,
+        conditional_norm,
+        joint_batch,
     )
 }
 """All experiments by name, in the order of their claims."""
