@@ -14,7 +14,7 @@ size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g
 
 import operator
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ from bn_jax._core.sums import (
     unshared,
 )
 from bn_jax._core.types import Activation, Transform
+
+
+# x, its mask, and the mean as the unevaluated sum of two arrays.
+Centred: TypeAlias = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -82,15 +86,22 @@ def _standardize(
 def _apply(
     dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
-    multiplier, bias = _multiplier(transform), transform.bias
     if domains is None:
         deviation = centre(x, transform.shift, transform.delta)
     else:
         deviation = centre_by(domains, x, transform.shift, transform.delta)
+    return _affine(deviation, transform, domains).astype(dtype)
+
+
+def _affine(
+    deviation: jax.Array, transform: Transform, domains: Domains | None = None
+) -> jax.Array:
+    multiplier, bias = _multiplier(transform), transform.bias
+    if domains is not None:
         multiplier = spread(domains, multiplier)
         bias = None if bias is None else spread(domains, bias)
     y = deviation * multiplier
-    return (y if bias is None else y + bias).astype(dtype)
+    return y if bias is None else y + bias
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
@@ -113,8 +124,11 @@ def _standardize_jvp(
         dx: jax.Array | None,
         change: Change,
     ) -> jax.Array:
-        deviation = _deviation(domains, *unshared((x, mask, transform.shift, transform.delta)))
-        return _change_of_y(dtype, deviation, transform, dx, change, domains)
+        given = unshared((x, mask, transform.shift, transform.delta))
+        if mask is None:
+            deviation = _deviation(domains, given)
+            return _change_of_y(dtype, deviation, transform, dx, change, domains)
+        return _masked_change(dtype, given, transform, dx, change, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
@@ -136,6 +150,92 @@ class Learned(NamedTuple):
 
     scale: jax.Array | None
     bias: jax.Array | None
+
+
+def _masked_change(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    """Returns dy, zero where the mask leaves out a value whose y is not finite.
+
+    There the cotangent may be NaN, and nothing of it may reach a sum.
+    """
+    operands = given, transform, dx, change, domains
+    if domains is None and _has_large_multiplier(transform, given[0]):
+        return _change_of_usable(dtype, *operands)
+    # Rematerialized, or the branches would keep arrays of the size of x.
+    by_platform = (_change_with_plain_sums, _change_of_usable)
+    on_cpu, elsewhere = (
+        jax.checkpoint(partial(branch, dtype), prevent_cse=False) for branch in by_platform
+    )
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+
+def _usable(
+    deviation: jax.Array, mask: jax.Array, transform: Transform, domains: Domains | None
+) -> jax.Array:
+    return mask.astype(bool) | jnp.isfinite(_affine(deviation, transform, domains))
+
+
+def _change_of_usable(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], transform, domains)
+    # What is not usable is a product of zeros, in forward mode too.
+    deviation = jnp.where(usable, deviation, 0)
+    dy = _change_of_y(dtype, deviation, transform, dx, change, domains)
+    return jnp.where(usable, dy, 0)
+
+
+def _change_with_plain_sums(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    """Computes `_change_of_usable` with sums over all values, as XLA fuses sums on a CPU.
+
+    Where the mask hides something that is not finite, which is rare, these sums are zero, and
+    those by selection are added.
+    """
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], transform, domains)
+    dy = _wide_change(deviation, transform, dx, Change(None, None, None, None), domains)
+    dy = None if dy is None else jnp.where(usable, dy, 0)
+    if not jax.tree.leaves(change):
+        return _as_change(dtype, deviation, dy)
+    given, transform = unshared((given, transform))
+    y = _affine(_deviation(domains, given), transform, domains)
+    hides = ~jnp.isfinite(lax.reduce_sum(y, tuple(range(y.ndim))))
+    kept = jax.tree.map(lambda leaf: jnp.where(hides, 0, leaf), change)
+    given, transform = unshared((given, transform))
+    plain = _wide_change(_deviation(domains, given), transform, None, kept, domains)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def change_of_usable(given: Centred, transform: Transform, change: Change) -> jax.Array:
+        return _change_of_usable(deviation.dtype, given, transform, None, change, domains)
+
+    hidden = lax.cond(
+        hides,
+        change_of_usable,
+        lambda *_: jnp.zeros_like(deviation),
+        given,
+        transform,
+        change,
+    )
+    return _as_change(dtype, deviation, _sum_of(dy, plain, hidden))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -225,10 +325,21 @@ def _change_of_y(
     change: Change,
     domains: Domains | None = None,
 ) -> jax.Array:
-    """Returns dy, by the formulas at the head of this file.
+    """Returns dy in the dtype and the shape of y."""
+    dy = _wide_change(deviation, transform, dx, change, domains)
+    return _as_change(dtype, deviation, dy)
+
+
+def _wide_change(
+    deviation: jax.Array,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None = None,
+) -> jax.Array | None:
+    """Returns dy, by the formulas at the head of this file; None where nothing changes.
 
     Args:
-        dtype: the dtype of y.
         deviation: ``x - mean``.
         transform: the transform.
         dx: the change of x, or None.
@@ -242,7 +353,7 @@ def _change_of_y(
         relative = -change.half_var / transform.var_plus_epsilon
         relative = relative.astype(inverse_deviation.dtype)
     if domains is None and _has_large_multiplier(transform, deviation):
-        return _change_in_turn(dtype, deviation, transform, dx, change, relative)
+        return _change_in_turn(deviation, transform, dx, change, relative)
     # 2. The changes of the size of the features.
     multiplier = inverse_deviation
     if transform.scale is not None:
@@ -262,22 +373,20 @@ def _change_of_y(
         if not domains.selects:
             # The transpose sums over the examples of all domains, with zeros for those of others.
             deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
-    dy = _sum_of(
+    return _sum_of(
         None if dx is None else multiplier * dx.astype(multiplier.dtype),
         None if slope is None else deviation * slope,
         offset,
     )
-    return _as_change(dtype, deviation, dy)
 
 
 def _change_in_turn(
-    dtype: DTypeLike,
     deviation: jax.Array,
     transform: Transform,
     dx: jax.Array | None,
     change: Change,
     relative: jax.Array | None,
-) -> jax.Array:
+) -> jax.Array | None:
     """Differentiates the normalization, and then scale and bias, as in a layer norm.
 
     The multiplier is as large as x, and so would be its change.
@@ -296,8 +405,7 @@ def _change_in_turn(
     )
     if dy is not None and scale is not None:
         dy = dy * scale
-    dy = _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
-    return _as_change(dtype, deviation, dy)
+    return _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
 
 
 def _sum_of(*terms: jax.Array | None) -> jax.Array | None:
@@ -321,19 +429,10 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     return is_large and all(leaf.shape != x.shape for leaf in leaves)
 
 
-def _deviation(
-    domains: Domains | None,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array,
-    delta: jax.Array | None,
-) -> jax.Array:
-    """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviate = centre if domains is None else partial(centre_by, domains)
-    deviation = deviate(x, shift, delta)
-    if mask is None:
-        return deviation
-    return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
+def _deviation(domains: Domains | None, given: Centred) -> jax.Array:
+    """Returns ``x - mean``."""
+    x, _, shift, delta = given
+    return centre(x, shift, delta) if domains is None else centre_by(domains, x, shift, delta)
 
 
 def _multiplier(transform: Transform) -> jax.Array:
@@ -424,6 +523,9 @@ def complete(inputs: Inputs, y: jax.Array) -> jax.Array:
     """Gives standardized examples the shape of x, and adds the residual and the activation."""
     if y.shape != inputs.x.shape:
         y = reshape_like(jax.typeof(inputs.x), y)
+    if inputs.activation is None and inputs.residual is None:
+        # The derivative of `standardize` knows the mask.
+        return y
     return finish(y, inputs.mask, inputs.activation, inputs.residual)
 
 

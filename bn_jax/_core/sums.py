@@ -109,10 +109,59 @@ def local_sums(
     """Sums deviations from the shift, or from zero, and their squares."""
     if shift is None:
         shift = jnp.zeros((), dtype)
-    start = unshared(x) if x.dtype != dtype else x
+    if mask is None or mask.shape == x.shape or 0 not in reduction.axes:
+        return _sums_of_all(reduction, x, mask, shift, domains)
+    # The same for all branches, as the shards of a mesh need it.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves((x, mask, shift))))
+    x, mask, shift = (vary_over(names, values) for values in (x, mask, shift))
+    return lax.platform_dependent(
+        x,
+        mask,
+        shift,
+        domains,
+        cpu=partial(_sums_by_product, reduction),
+        default=partial(_sums_of_all, reduction),
+    )
+
+
+def _sums_of_all(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    start = unshared(x) if x.dtype != shift.dtype else x
     total = weigh(keep_valid(centre(start, shift, None), mask), mask)
     square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
     return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
+
+
+def _sums_by_product(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums as XLA fuses sums on a CPU: with products by the weights, and no selection.
+
+    A product keeps the NaN of what the mask leaves out. Then the sums are taken again, by
+    selection.
+    """
+    start = unshared(x) if x.dtype != shift.dtype else x
+    weights = mask.astype(jnp.zeros((), shift.dtype).real.dtype)
+    total = centre(start, shift, None) * weights.astype(shift.dtype)
+    # The weights of each sum are broadcast apart, or the broadcast would be written out.
+    square = absolute_square(centre_apart(start, shift)) * lax.optimization_barrier(weights)
+    sums = sum_over(reduction, total, domains), sum_over(reduction, square, domains)
+    finite = [jnp.all(jnp.isfinite(part)) for part in sums]
+    return lax.cond(
+        finite[0] & finite[1],
+        lambda *_: sums,
+        lambda *given: _sums_of_all(reduction, *given),
+        *(x, mask, shift, domains),
+    )
 
 
 def unshared(values: Values) -> Values:
