@@ -40,7 +40,6 @@ from bn_jax._core.sums import (
 )
 from bn_jax._core.types import Activation, Transform
 
-
 # x, its mask, and the mean as the unevaluated sum of two arrays.
 Centred: TypeAlias = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]
 
@@ -96,12 +95,15 @@ def _apply(
 def _affine(
     deviation: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
-    multiplier, bias = _multiplier(transform), transform.bias
-    if domains is not None:
-        multiplier = spread(domains, multiplier)
-        bias = None if bias is None else spread(domains, bias)
-    y = deviation * multiplier
-    return y if bias is None else y + bias
+    y = _scaled(deviation, transform, domains)
+    if transform.bias is None:
+        return y
+    return y + (transform.bias if domains is None else spread(domains, transform.bias))
+
+
+def _scaled(deviation: jax.Array, transform: Transform, domains: Domains | None) -> jax.Array:
+    multiplier = _multiplier(transform)
+    return deviation * (multiplier if domains is None else spread(domains, multiplier))
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
@@ -160,25 +162,20 @@ def _masked_change(
     change: Change,
     domains: Domains | None,
 ) -> jax.Array:
-    """Returns dy, zero where the mask leaves out a value whose y is not finite.
+    """Returns dy where there is a mask.
 
-    There the cotangent may be NaN, and nothing of it may reach a sum.
+    The mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of
+    it may reach a sum.
     """
     operands = given, transform, dx, change, domains
     if domains is None and _has_large_multiplier(transform, given[0]):
         return _change_of_usable(dtype, *operands)
-    # Rematerialized, or the branches would keep arrays of the size of x.
-    by_platform = (_change_with_plain_sums, _change_of_usable)
+    # Rematerialized, or each way would keep arrays of the size of x.
     on_cpu, elsewhere = (
-        jax.checkpoint(partial(branch, dtype), prevent_cse=False) for branch in by_platform
+        jax.checkpoint(partial(way, dtype), prevent_cse=False)
+        for way in (_change_by_plain_sums, _change_of_usable)
     )
     return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-
-def _usable(
-    deviation: jax.Array, mask: jax.Array, transform: Transform, domains: Domains | None
-) -> jax.Array:
-    return mask.astype(bool) | jnp.isfinite(_affine(deviation, transform, domains))
 
 
 def _change_of_usable(
@@ -189,15 +186,15 @@ def _change_of_usable(
     change: Change,
     domains: Domains | None,
 ) -> jax.Array:
+    """Returns dy, zero where the mask hides what is not finite."""
     deviation = _deviation(domains, given)
     usable = _usable(deviation, given[1], transform, domains)
-    # What is not usable is a product of zeros, in forward mode too.
     deviation = jnp.where(usable, deviation, 0)
     dy = _change_of_y(dtype, deviation, transform, dx, change, domains)
     return jnp.where(usable, dy, 0)
 
 
-def _change_with_plain_sums(
+def _change_by_plain_sums(
     dtype: DTypeLike,
     given: Centred,
     transform: Transform,
@@ -205,37 +202,58 @@ def _change_with_plain_sums(
     change: Change,
     domains: Domains | None,
 ) -> jax.Array:
-    """Computes `_change_of_usable` with sums over all values, as XLA fuses sums on a CPU.
+    """Computes `_change_of_usable` so that its transpose sums without selecting.
 
-    Where the mask hides something that is not finite, which is rare, these sums are zero, and
-    those by selection are added.
+    XLA for CPUs writes out what is selected before it is summed. So all values are summed, and only
+    where the mask hides what is not finite, which is rare, those sums are dropped for sums of what
+    is usable.
     """
+    # 1. What reaches x is no sum.
     deviation = _deviation(domains, given)
     usable = _usable(deviation, given[1], transform, domains)
     dy = _wide_change(deviation, transform, dx, Change(None, None, None, None), domains)
     dy = None if dy is None else jnp.where(usable, dy, 0)
     if not jax.tree.leaves(change):
         return _as_change(dtype, deviation, dy)
+    # 2. One sum tells whether something is hidden; that it may overflow by itself does not matter.
     given, transform = unshared((given, transform))
-    y = _affine(_deviation(domains, given), transform, domains)
-    hides = ~jnp.isfinite(lax.reduce_sum(y, tuple(range(y.ndim))))
+    everything = _scaled(_deviation(domains, given), transform, domains)
+    hides = ~jnp.isfinite(lax.reduce_sum(everything, tuple(range(everything.ndim))))
+    # 3. The sums of all values. A second derivative by x must not meet the NaN either.
+    given, transform = unshared((given, transform))
+    deviation = _deviation(domains, given)
+    deviation = jnp.where(usable, deviation, lax.stop_gradient(deviation))
     kept = jax.tree.map(lambda leaf: jnp.where(hides, 0, leaf), change)
-    given, transform = unshared((given, transform))
-    plain = _wide_change(_deviation(domains, given), transform, None, kept, domains)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def change_of_usable(given: Centred, transform: Transform, change: Change) -> jax.Array:
-        return _change_of_usable(deviation.dtype, given, transform, None, change, domains)
-
-    hidden = lax.cond(
+    of_all = _wide_change(deviation, transform, None, kept, domains)
+    # 4. The sums of what is usable.
+    of_usable = lax.cond(
         hides,
-        change_of_usable,
+        jax.checkpoint(partial(_change_in_branch, deviation.dtype), prevent_cse=False),
         lambda *_: jnp.zeros_like(deviation),
-        given,
-        transform,
-        change,
+        *(given, transform, change, domains),
     )
-    return _as_change(dtype, deviation, _sum_of(dy, plain, hidden))
+    return _as_change(dtype, deviation, _sum_of(dy, of_all, of_usable))
+
+
+def _change_in_branch(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    return _change_of_usable(dtype, given, transform, None, change, domains)
+
+
+def _usable(
+    deviation: jax.Array, mask: jax.Array | None, transform: Transform, domains: Domains | None
+) -> jax.Array:
+    """Tells which values are valid, or finite when they are normalized.
+
+    Without the bias: what is the same as y, a GPU would share with the forward pass, and keep.
+    """
+    assert mask is not None
+    return mask.astype(bool) | jnp.isfinite(_scaled(deviation, transform, domains))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
