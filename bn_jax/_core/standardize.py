@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
+from bn_jax._core.barriers import unshared
 from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
@@ -36,7 +37,6 @@ from bn_jax._core.moments import (
 from bn_jax._core.sums import (
     centre,
     centre_by,
-    unshared,
 )
 from bn_jax._core.types import Activation, Transform
 
@@ -320,6 +320,8 @@ def _standardize_by_moments_jvp(
         changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
+        if domains is not None:
+            measured, learned = unshared((measured, learned))
         transform = _transform_by(measured, learned, epsilon)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
         deviation = deviate(*unshared(centred_at))

@@ -5,7 +5,7 @@ Arrays keep the rank of x, so that features on any axes need no extra code.
 
 from functools import partial
 from math import prod
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from jax import lax
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
 from bn_jax._core.checks import statistics_dtype
+from bn_jax._core.barriers import unshared
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
 Sums: TypeAlias = tuple[jax.Array, ...]
-Values = TypeVar("Values")
 
 
 def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -161,20 +161,6 @@ def _sums_by_product(
         lambda *_: sums,
         lambda *given: _sums_of_all(reduction, *given),
         *(x, mask, shift, domains),
-    )
-
-
-def unshared(values: Values) -> Values:
-    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
-
-    There, XLA writes out what two loops share, in float32.
-    """
-    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
-    return lax.platform_dependent(
-        jax.tree.map(partial(vary_over, names), values),
-        cpu=lax.optimization_barrier,
-        default=lambda values: values,
     )
 
 
