@@ -1,10 +1,12 @@
-"""Barriers that keep XLA for CPUs from writing out what several loops share."""
+"""What keeps programs for CPUs cheap: barriers, and conditions that stay conditions under `vmap`."""
 
 from functools import partial
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import vary_over
@@ -24,3 +26,21 @@ def unshared(values: Values) -> Values:
         cpu=lax.optimization_barrier,
         default=lambda values: values,
     )
+
+
+@custom_vmap
+def of_any(predicate: jax.Array) -> jax.Array:
+    """Returns a boolean; under `vmap`, whether it is true of any example.
+
+    JAX turns a condition that differs between the examples of a `vmap` into both branches and a
+    selection, which cannot be transposed.
+    """
+    return predicate
+
+
+@of_any.def_vmap
+def _of_any_example(
+    axis_size: int, in_batched: list[bool], predicate: jax.Array
+) -> tuple[jax.Array, bool]:
+    del axis_size
+    return of_any(jnp.any(predicate, 0) if in_batched[0] else predicate), False

@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
-from bn_jax._core.barriers import unshared
+from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
@@ -218,7 +218,8 @@ def _change_by_plain_sums(
     # 2. One sum tells whether something is hidden; that it may overflow by itself does not matter.
     given, transform = unshared((given, transform))
     everything = _scaled(_deviation(domains, given), transform, domains)
-    hides = ~jnp.isfinite(lax.reduce_sum(everything, tuple(range(everything.ndim))))
+    total = lax.stop_gradient(lax.reduce_sum(everything, tuple(range(everything.ndim))))
+    hides = of_any(~jnp.isfinite(total))
     # 3. The sums of all values. A second derivative by x must not meet the NaN either.
     given, transform = unshared((given, transform))
     deviation = _deviation(domains, given)

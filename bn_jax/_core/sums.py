@@ -14,7 +14,7 @@ from jax import lax
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
 from bn_jax._core.checks import statistics_dtype
-from bn_jax._core.barriers import unshared
+from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
 Sums: TypeAlias = tuple[jax.Array, ...]
@@ -157,9 +157,9 @@ def _sums_by_product(
     sums = sum_over(reduction, total, domains), sum_over(reduction, square, domains)
     finite = [jnp.all(jnp.isfinite(part)) for part in sums]
     return lax.cond(
-        finite[0] & finite[1],
-        lambda *_: sums,
+        of_any(~(finite[0] & finite[1])),
         lambda *given: _sums_of_all(reduction, *given),
+        lambda *_: sums,
         *(x, mask, shift, domains),
     )
 
