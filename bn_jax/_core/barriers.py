@@ -1,4 +1,4 @@
-"""What keeps programs for CPUs cheap: barriers, and conditions that stay conditions under `vmap`."""
+"""What keeps programs for CPUs cheap: barriers, and conditions that `vmap` does not split."""
 
 from functools import partial
 from typing import TypeVar

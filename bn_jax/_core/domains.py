@@ -33,7 +33,6 @@ from jax import lax
 
 from bn_jax._core.axes import split_axis
 
-
 # Up to how many domains of rows are taken in turn, by platform.
 IN_TURN_ON_TPU, IN_TURN_ON_GPU = 16, 4
 # A function of domains and a table, or values.
@@ -50,8 +49,9 @@ class Domains:
     """The domain of every example.
 
     Attributes:
-        index: integers of the rank of x, of size 1 on all axes but that of the examples. An example
-            with another index than 0 to ``number - 1`` is of no domain.
+        index: integers of the rank of x, of size 1 on all axes but that of the examples, and there
+            too where all examples are of one domain. An example with another index than 0 to
+            ``number - 1`` is of no domain.
         number: how many domains there are.
         axis: the axis of the examples.
         shares_statistics: whether the statistics are those of all domains together.
@@ -63,6 +63,10 @@ class Domains:
     axis: int
     shares_statistics: bool
     selects: bool
+
+    def tell_apart(self, axis: int) -> bool:
+        """Tells whether examples along an axis may be of different domains."""
+        return self.index.shape[axis] != 1
 
     def known(self) -> jax.Array:
         """Tells which examples are of a domain."""

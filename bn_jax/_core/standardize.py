@@ -85,25 +85,15 @@ def _standardize(
 def _apply(
     dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
+    multiplier, bias = _multiplier(transform), transform.bias
     if domains is None:
         deviation = centre(x, transform.shift, transform.delta)
     else:
         deviation = centre_by(domains, x, transform.shift, transform.delta)
-    return _affine(deviation, transform, domains).astype(dtype)
-
-
-def _affine(
-    deviation: jax.Array, transform: Transform, domains: Domains | None = None
-) -> jax.Array:
-    y = _scaled(deviation, transform, domains)
-    if transform.bias is None:
-        return y
-    return y + (transform.bias if domains is None else spread(domains, transform.bias))
-
-
-def _scaled(deviation: jax.Array, transform: Transform, domains: Domains | None) -> jax.Array:
-    multiplier = _multiplier(transform)
-    return deviation * (multiplier if domains is None else spread(domains, multiplier))
+        multiplier = spread(domains, multiplier)
+        bias = None if bias is None else spread(domains, bias)
+    y = deviation * multiplier
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
@@ -152,109 +142,6 @@ class Learned(NamedTuple):
 
     scale: jax.Array | None
     bias: jax.Array | None
-
-
-def _masked_change(
-    dtype: DTypeLike,
-    given: Centred,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    domains: Domains | None,
-) -> jax.Array:
-    """Returns dy where there is a mask.
-
-    The mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of
-    it may reach a sum.
-    """
-    operands = given, transform, dx, change, domains
-    if domains is None and _has_large_multiplier(transform, given[0]):
-        return _change_of_usable(dtype, *operands)
-    # Rematerialized, or each way would keep arrays of the size of x.
-    on_cpu, elsewhere = (
-        jax.checkpoint(partial(way, dtype), prevent_cse=False)
-        for way in (_change_by_plain_sums, _change_of_usable)
-    )
-    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-
-def _change_of_usable(
-    dtype: DTypeLike,
-    given: Centred,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    domains: Domains | None,
-) -> jax.Array:
-    """Returns dy, zero where the mask hides what is not finite."""
-    deviation = _deviation(domains, given)
-    usable = _usable(deviation, given[1], transform, domains)
-    deviation = jnp.where(usable, deviation, 0)
-    dy = _change_of_y(dtype, deviation, transform, dx, change, domains)
-    return jnp.where(usable, dy, 0)
-
-
-def _change_by_plain_sums(
-    dtype: DTypeLike,
-    given: Centred,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    domains: Domains | None,
-) -> jax.Array:
-    """Computes `_change_of_usable` so that its transpose sums without selecting.
-
-    XLA for CPUs writes out what is selected before it is summed. So all values are summed, and only
-    where the mask hides what is not finite, which is rare, those sums are dropped for sums of what
-    is usable.
-    """
-    # 1. What reaches x is no sum.
-    deviation = _deviation(domains, given)
-    usable = _usable(deviation, given[1], transform, domains)
-    dy = _wide_change(deviation, transform, dx, Change(None, None, None, None), domains)
-    dy = None if dy is None else jnp.where(usable, dy, 0)
-    if not jax.tree.leaves(change):
-        return _as_change(dtype, deviation, dy)
-    # 2. One sum tells whether something is hidden; that it may overflow by itself does not matter.
-    given, transform = unshared((given, transform))
-    everything = _scaled(_deviation(domains, given), transform, domains)
-    total = lax.stop_gradient(lax.reduce_sum(everything, tuple(range(everything.ndim))))
-    hides = of_any(~jnp.isfinite(total))
-    # 3. The sums of all values. A second derivative by x must not meet the NaN either.
-    given, transform = unshared((given, transform))
-    deviation = _deviation(domains, given)
-    deviation = jnp.where(usable, deviation, lax.stop_gradient(deviation))
-    kept = jax.tree.map(lambda leaf: jnp.where(hides, 0, leaf), change)
-    of_all = _wide_change(deviation, transform, None, kept, domains)
-    # 4. The sums of what is usable.
-    of_usable = lax.cond(
-        hides,
-        jax.checkpoint(partial(_change_in_branch, deviation.dtype), prevent_cse=False),
-        lambda *_: jnp.zeros_like(deviation),
-        *(given, transform, change, domains),
-    )
-    return _as_change(dtype, deviation, _sum_of(dy, of_all, of_usable))
-
-
-def _change_in_branch(
-    dtype: DTypeLike,
-    given: Centred,
-    transform: Transform,
-    change: Change,
-    domains: Domains | None,
-) -> jax.Array:
-    return _change_of_usable(dtype, given, transform, None, change, domains)
-
-
-def _usable(
-    deviation: jax.Array, mask: jax.Array | None, transform: Transform, domains: Domains | None
-) -> jax.Array:
-    """Tells which values are valid, or finite when they are normalized.
-
-    Without the bias: what is the same as y, a GPU would share with the forward pass, and keep.
-    """
-    assert mask is not None
-    return mask.astype(bool) | jnp.isfinite(_scaled(deviation, transform, domains))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -346,46 +233,58 @@ def _change_of_y(
     change: Change,
     domains: Domains | None = None,
 ) -> jax.Array:
-    """Returns dy in the dtype and the shape of y."""
-    dy = _wide_change(deviation, transform, dx, change, domains)
-    return _as_change(dtype, deviation, dy)
-
-
-def _wide_change(
-    deviation: jax.Array,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    domains: Domains | None = None,
-) -> jax.Array | None:
-    """Returns dy, by the formulas at the head of this file; None where nothing changes.
+    """Returns dy, by the formulas at the head of this file.
 
     Args:
+        dtype: the dtype of y.
         deviation: ``x - mean``.
         transform: the transform.
         dx: the change of x, or None.
         change: the changes of what the transform is made of.
         domains: the domains of the examples, where the transform holds tables.
     """
-    inverse_deviation = _inverse_deviation(transform)
-    # 1. The relative change of rsqrt(var + epsilon).
-    relative = None
-    if change.half_var is not None:
-        relative = -change.half_var / transform.var_plus_epsilon
-        relative = relative.astype(inverse_deviation.dtype)
     if domains is None and _has_large_multiplier(transform, deviation):
-        return _change_in_turn(deviation, transform, dx, change, relative)
-    # 2. The changes of the size of the features.
-    multiplier = inverse_deviation
-    if transform.scale is not None:
-        multiplier = multiplier * transform.scale
+        dy = _change_in_turn(deviation, transform, dx, change)
+    else:
+        dy = _change_along(_make_line(deviation, transform, change), deviation, dx, domains)
+    return _as_change(dtype, deviation, dy)
+
+
+class Line(NamedTuple):
+    """``dy = multiplier * dx + slope * deviation + offset``, of the size of the features.
+
+    Slope and offset are None where nothing changes them.
+    """
+
+    multiplier: jax.Array
+    slope: jax.Array | None
+    offset: jax.Array | None
+
+
+def _relative_change(transform: Transform, change: Change) -> jax.Array | None:
+    """Returns the relative change of ``rsqrt(var + epsilon)``."""
+    if change.half_var is None:
+        return None
+    relative = -change.half_var / transform.var_plus_epsilon
+    return relative.astype(transform.shift.dtype)
+
+
+def _make_line(x: jax.Array, transform: Transform, change: Change) -> Line:
+    inverse_deviation, multiplier = _inverse_deviation(transform), _multiplier(transform)
+    relative = _relative_change(transform, change)
     slope = _sum_of(
         None if relative is None else multiplier * relative,
         None if change.scale is None else change.scale * inverse_deviation,
     )
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
-    slope, offset = vary_together(deviation, slope, offset)
-    # 3. They meet x.
+    return Line(multiplier, *vary_together(x, slope, offset))
+
+
+def _change_along(
+    line: Line, deviation: jax.Array, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array | None:
+    """Returns dy, None where nothing changes."""
+    multiplier, slope, offset = line
     if domains is not None:
         multiplier = spread(domains, multiplier)
         slope, offset = (
@@ -402,11 +301,7 @@ def _wide_change(
 
 
 def _change_in_turn(
-    deviation: jax.Array,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    relative: jax.Array | None,
+    deviation: jax.Array, transform: Transform, dx: jax.Array | None, change: Change
 ) -> jax.Array | None:
     """Differentiates the normalization, and then scale and bias, as in a layer norm.
 
@@ -415,7 +310,7 @@ def _change_in_turn(
     factor = _inverse_deviation(transform)
     offset = None if change.mean is None else -factor * change.mean
     relative, offset, d_scale, d_bias = vary_together(
-        deviation, relative, offset, change.scale, change.bias
+        deviation, _relative_change(transform, change), offset, change.scale, change.bias
     )
     normalized = deviation * factor
     factor, scale = unshared((factor, transform.scale))
@@ -427,6 +322,108 @@ def _change_in_turn(
     if dy is not None and scale is not None:
         dy = dy * scale
     return _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
+
+
+def _masked_change(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    """Returns dy where there is a mask.
+
+    The mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of
+    it may reach a sum.
+    """
+    x, mask = given[:2]
+    if domains is None and _has_large_multiplier(transform, x):
+        deviation = _deviation(domains, given)
+        usable = _usable(deviation, mask, _multiplier(transform), domains)
+        dy = _change_in_turn(jnp.where(usable, deviation, 0), transform, dx, change)
+        return _as_change(dtype, x, None if dy is None else jnp.where(usable, dy, 0))
+    operands = given, _make_line(x, transform, change), dx, domains
+    # Rematerialized, or each way would keep arrays of the size of x.
+    by_selection, by_plain_sums = (
+        jax.checkpoint(partial(way, dtype), prevent_cse=False)
+        for way in (_change_by_selection, _change_by_plain_sums)
+    )
+    # Groups of examples that may lie on different devices decide nothing together.
+    if transform.shift.shape[0] != 1 and (domains is None or domains.axis != 0):
+        return by_selection(*operands)
+    return lax.platform_dependent(*operands, cpu=by_plain_sums, default=by_selection)
+
+
+def _change_by_selection(
+    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array:
+    """Returns dy, zero where the mask hides what is not finite."""
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], line.multiplier, domains)
+    dy = _change_along(line, jnp.where(usable, deviation, 0), dx, domains)
+    return _as_change(dtype, deviation, None if dy is None else jnp.where(usable, dy, 0))
+
+
+def _change_by_plain_sums(
+    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array:
+    """Computes `_change_by_selection` so that its transpose sums without selecting.
+
+    XLA for CPUs writes out what is selected before it is summed. So all values are summed, and only
+    where the mask hides what is not finite, which is rare, those sums are dropped for sums of what
+    is usable. In forward mode, dy is not finite where y is not.
+    """
+    multiplier, slope, offset = line
+    # 1. What reaches x is no sum.
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], multiplier, domains)
+    dy = _change_along(Line(multiplier, None, None), deviation, dx, domains)
+    dy = None if dy is None else jnp.where(usable, dy, 0)
+    if slope is None and offset is None:
+        return _as_change(dtype, deviation, dy)
+    # 2. One sum tells whether something is hidden. It may overflow by itself, which does no harm.
+    given, multiplier = unshared((given, multiplier))
+    total = jnp.sum(_scale(_deviation(domains, given), multiplier, domains))
+    hides = of_any(~jnp.isfinite(lax.stop_gradient(total)))
+    # 3. The sums of all values. A second derivative by x must not meet the NaN either.
+    given, multiplier = unshared((given, multiplier))
+    deviation = _deviation(domains, given)
+    deviation = jnp.where(usable, deviation, lax.stop_gradient(deviation))
+    kept = jax.tree.map(lambda table: jnp.where(hides, 0, table), (slope, offset))
+    of_all = _change_along(Line(multiplier, *kept), deviation, None, domains)
+    # 4. The sums of what is usable.
+    of_usable = lax.cond(
+        hides,
+        jax.checkpoint(partial(_change_in_branch, deviation.dtype), prevent_cse=False),
+        lambda *_: jnp.zeros_like(deviation),
+        *(given, Line(multiplier, slope, offset), domains),
+    )
+    return _as_change(dtype, deviation, _sum_of(dy, of_all, of_usable))
+
+
+def _change_in_branch(
+    dtype: DTypeLike, given: Centred, line: Line, domains: Domains | None
+) -> jax.Array:
+    return _change_by_selection(dtype, given, line, None, domains)
+
+
+def _usable(
+    deviation: jax.Array,
+    mask: jax.Array | None,
+    multiplier: jax.Array,
+    domains: Domains | None,
+) -> jax.Array:
+    """Tells which values are valid, or finite when they are normalized.
+
+    Without the bias: what is the same as y, a GPU would share with the forward pass, and keep.
+    """
+    assert mask is not None
+    return mask.astype(bool) | jnp.isfinite(_scale(deviation, multiplier, domains))
+
+
+def _scale(deviation: jax.Array, multiplier: jax.Array, domains: Domains | None) -> jax.Array:
+    return deviation * (multiplier if domains is None else spread(domains, multiplier))
 
 
 def _sum_of(*terms: jax.Array | None) -> jax.Array | None:

@@ -13,8 +13,8 @@ from jax import lax
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
-from bn_jax._core.checks import statistics_dtype
 from bn_jax._core.barriers import of_any, unshared
+from bn_jax._core.checks import statistics_dtype
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
 Sums: TypeAlias = tuple[jax.Array, ...]
@@ -106,9 +106,21 @@ def local_sums(
     shift: jax.Array | None,
     domains: Domains | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations from the shift, or from zero, and their squares."""
+    """Sums deviations from the shift, or from zero, and their squares.
+
+    Args:
+        reduction: what to sum over.
+        dtype: of the sums.
+        x: the values.
+        mask: the mask, or None.
+        shift: the shift, a table where there are domains; None for zero.
+        domains: the domains, for sums of each, or None.
+    """
     if shift is None:
         shift = jnp.zeros((), dtype)
+    if domains is not None and domains.number == 1 and domains.tell_apart(domains.axis):
+        # A mask is cheaper.
+        mask, domains = restrict(mask, domains.known()), None
     if mask is None or mask.shape == x.shape or 0 not in reduction.axes:
         return _sums_of_all(reduction, x, mask, shift, domains)
     # The same for all branches, as the shards of a mesh need it.
@@ -132,9 +144,18 @@ def _sums_of_all(
     domains: Domains | None,
 ) -> tuple[jax.Array, jax.Array]:
     start = unshared(x) if x.dtype != shift.dtype else x
-    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    first, second = _starts(domains, shift)
+    total = weigh(keep_valid(centre(start, first, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, second), mask)), mask)
     return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
+
+
+def _starts(domains: Domains | None, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the shift of each example for both sums."""
+    if domains is None or shift.ndim == 0 or shift.shape[domains.axis] == 1:
+        return shift, shift
+    # Gathered for each sum, or XLA for CPUs would write out the rows of all examples.
+    return spread(domains, shift), spread(domains, unshared(shift))
 
 
 def _sums_by_product(
@@ -151,9 +172,10 @@ def _sums_by_product(
     """
     start = unshared(x) if x.dtype != shift.dtype else x
     weights = mask.astype(jnp.zeros((), shift.dtype).real.dtype)
-    total = centre(start, shift, None) * weights.astype(shift.dtype)
+    first, second = _starts(domains, shift)
+    total = centre(start, first, None) * weights.astype(shift.dtype)
     # The weights of each sum are broadcast apart, or the broadcast would be written out.
-    square = absolute_square(centre_apart(start, shift)) * lax.optimization_barrier(weights)
+    square = absolute_square(centre_apart(start, second)) * lax.optimization_barrier(weights)
     sums = sum_over(reduction, total, domains), sum_over(reduction, square, domains)
     finite = [jnp.all(jnp.isfinite(part)) for part in sums]
     return lax.cond(
@@ -173,7 +195,7 @@ def local_count(
     unseen_axes = [
         axis
         for axis in reduction.axes
-        if mask.shape[axis] == 1 and (domains is None or axis != domains.axis)
+        if mask.shape[axis] == 1 and (domains is None or not domains.tell_apart(axis))
     ]
     # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
     unseen = prod((sizes[axis] for axis in unseen_axes), start=1.0)
@@ -196,13 +218,25 @@ def sum_changes(
 
 
 def _sum_over_positions(reduction: Reduction, values: jax.Array, domains: Domains) -> jax.Array:
-    positions = tuple([axis for axis in reduction.axes if axis != domains.axis])
+    positions = tuple([axis for axis in reduction.axes if not domains.tell_apart(axis)])
     return lax.expand_dims(lax.reduce_sum(values, positions), positions)
 
 
 def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
     return values if mask is None else jnp.where(mask.astype(bool), values, 0)
+
+
+def restrict(mask: jax.Array | None, weights: jax.Array) -> jax.Array:
+    """Returns the mask times weights or booleans of the same rank."""
+    if mask is None:
+        return weights
+    if weights.dtype == jnp.bool_:
+        return jnp.where(weights, mask, jnp.zeros_like(mask))
+    if mask.dtype == jnp.bool_:
+        return jnp.where(mask, weights, 0)
+    dtype = jnp.promote_types(mask.dtype, weights.dtype)
+    return mask.astype(dtype) * weights.astype(dtype)
 
 
 def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:
