@@ -118,8 +118,7 @@ def local_sums(
     """
     if shift is None:
         shift = jnp.zeros((), dtype)
-    if domains is not None and domains.number == 1 and domains.tell_apart(domains.axis):
-        # A mask is cheaper.
+    if domains is not None and _is_mask_of_rows(reduction, domains):
         mask, domains = restrict(mask, domains.known()), None
     if mask is None or mask.shape == x.shape or 0 not in reduction.axes:
         return _sums_of_all(reduction, x, mask, shift, domains)
@@ -134,6 +133,12 @@ def local_sums(
         cpu=partial(_sums_by_product, reduction),
         default=partial(_sums_of_all, reduction),
     )
+
+
+def _is_mask_of_rows(reduction: Reduction, domains: Domains) -> bool:
+    """Tells whether one domain is summed over rows, of which no sums over positions come first."""
+    is_one = domains.number == 1 and domains.tell_apart(domains.axis)
+    return is_one and reduction.axes == (domains.axis,)
 
 
 def _sums_of_all(
