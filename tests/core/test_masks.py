@@ -64,7 +64,8 @@ def test_second_derivatives_of_the_masked_are_those_of_the_subset(outer, poison)
 
     def loss(params, x, mask):
         y, _ = TRAIN(params, stats, x, mask=mask)
-        return jnp.sum(jnp.sin(y if mask is None else jnp.where(mask, y, 0)) ** 2)
+        squares = jnp.sin(y) ** 2
+        return jnp.sum(squares if mask is None else jnp.where(mask, squares, 0))
 
     def second(x, mask):
         by_both = outer(jax.grad(loss, (0, 1)), (0, 1))
@@ -80,6 +81,22 @@ def test_second_derivatives_of_the_masked_are_those_of_the_subset(outer, poison)
         assert not by_x[:, ~valid].any()
     assert_close(of_x[1][valid][:, :, valid], expected_of_x[1], tolerance=1e-4)
     assert not of_x[1][~valid].any()
+
+
+def test_a_gradient_penalty_does_not_meet_what_is_masked():
+    x, (params, stats) = standard_normal(42, (6, 2)), make_state((2,))
+    mask = jnp.array([True, False, True, True, False, True])[:, None]
+
+    def loss(params, x):
+        y, _ = TRAIN(params, stats, x, mask=mask)
+        return jnp.sum(jnp.where(mask, jnp.sin(y) ** 2, 0))
+
+    def penalty(x):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(loss)(params, x)))
+
+    found = jax.grad(penalty)(jnp.where(mask, x, jnp.nan))
+    assert_close(found, jax.grad(penalty)(x), tolerance=1e-5)
+    assert found.any()
 
 
 @pytest.mark.parametrize("poison", [0.0, np.nan])
