@@ -105,6 +105,8 @@ def local_sums(
     mask: jax.Array | None,
     shift: jax.Array | None,
     domains: Domains | None = None,
+    *,
+    by_selection: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums deviations from the shift, or from zero, and their squares.
 
@@ -115,24 +117,22 @@ def local_sums(
         mask: the mask, or None.
         shift: the shift, a table where there are domains; None for zero.
         domains: the domains, for sums of each, or None.
+        by_selection: whether to select by the mask in any case, and not to multiply by it.
     """
     if shift is None:
         shift = jnp.zeros((), dtype)
     if domains is not None and _is_mask_of_rows(reduction, domains):
         mask, domains = restrict(mask, domains.known()), None
-    if mask is None or mask.shape == x.shape or 0 not in reduction.axes:
-        return _sums_of_all(reduction, x, mask, shift, domains)
-    # The same for all branches, as the shards of a mesh need it.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves((x, mask, shift))))
-    x, mask, shift = (vary_over(names, values) for values in (x, mask, shift))
-    return lax.platform_dependent(
-        x,
-        mask,
-        shift,
-        domains,
-        cpu=partial(_sums_by_product, reduction),
-        default=partial(_sums_of_all, reduction),
-    )
+    # A mask as large as x is as expensive to multiply by. Where the examples are in groups, or are
+    # normalized alone, no group may decide for the others: they may lie on different devices.
+    by_selection = by_selection or 0 not in reduction.axes
+    if mask is not None and mask.shape != x.shape and not by_selection:
+        return _sums_by_platform(reduction, x, mask, shift, domains)
+    start = unshared(x) if x.dtype != dtype else x
+    first, second = (shift, shift) if domains is None else _starts(domains, shift)
+    total = weigh(keep_valid(centre(start, first, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, second), mask)), mask)
+    return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
 def _is_mask_of_rows(reduction: Reduction, domains: Domains) -> bool:
@@ -141,26 +141,39 @@ def _is_mask_of_rows(reduction: Reduction, domains: Domains) -> bool:
     return is_one and reduction.axes == (domains.axis,)
 
 
-def _sums_of_all(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array,
-    domains: Domains | None,
-) -> tuple[jax.Array, jax.Array]:
-    start = unshared(x) if x.dtype != shift.dtype else x
-    first, second = _starts(domains, shift)
-    total = weigh(keep_valid(centre(start, first, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, second), mask)), mask)
-    return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
-
-
-def _starts(domains: Domains | None, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _starts(domains: Domains, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the shift of each example for both sums."""
-    if domains is None or shift.ndim == 0 or shift.shape[domains.axis] == 1:
+    if shift.ndim == 0 or shift.shape[domains.axis] == 1:
         return shift, shift
     # Gathered for each sum, or XLA for CPUs would write out the rows of all examples.
     return spread(domains, shift), spread(domains, unshared(shift))
+
+
+def _sums_by_platform(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    # Both ways return sums that vary over the same axes, as the shards of a mesh need it.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, (x, mask, shift)))
+    x, mask, shift = (vary_over(names, values) for values in (x, mask, shift))
+    return lax.platform_dependent(
+        *(x, mask, shift, domains),
+        cpu=partial(_sums_by_product, reduction),
+        default=partial(_sums_by_selection, reduction),
+    )
+
+
+def _sums_by_selection(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    return local_sums(reduction, shift.dtype, x, mask, shift, domains, by_selection=True)
 
 
 def _sums_by_product(
@@ -177,7 +190,7 @@ def _sums_by_product(
     """
     start = unshared(x) if x.dtype != shift.dtype else x
     weights = mask.astype(jnp.zeros((), shift.dtype).real.dtype)
-    first, second = _starts(domains, shift)
+    first, second = (shift, shift) if domains is None else _starts(domains, shift)
     total = centre(start, first, None) * weights.astype(shift.dtype)
     # The weights of each sum are broadcast apart, or the broadcast would be written out.
     square = absolute_square(centre_apart(start, second)) * lax.optimization_barrier(weights)
@@ -185,7 +198,7 @@ def _sums_by_product(
     finite = [jnp.all(jnp.isfinite(part)) for part in sums]
     return lax.cond(
         of_any(~(finite[0] & finite[1])),
-        lambda *given: _sums_of_all(reduction, *given),
+        lambda *given: _sums_by_selection(reduction, *given),
         lambda *_: sums,
         *(x, mask, shift, domains),
     )
