@@ -270,7 +270,9 @@ def _relative_change(transform: Transform, change: Change) -> jax.Array | None:
 
 
 def _make_line(x: jax.Array, transform: Transform, change: Change) -> Line:
-    inverse_deviation, multiplier = _inverse_deviation(transform), _multiplier(transform)
+    multiplier = inverse_deviation = _inverse_deviation(transform)
+    if transform.scale is not None:
+        multiplier = multiplier * transform.scale
     relative = _relative_change(transform, change)
     slope = _sum_of(
         None if relative is None else multiplier * relative,
