@@ -18,7 +18,7 @@ PYTEST := XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --di
 COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 
 TIMED := numerics offsets layer step startup sweep inference attempts device demo
-COMPILED := memory placement compiled scale
+COMPILED := memory placement compiled scale domains
 
 .PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser package bench bench-refresh floors oldest zoo zoo-refresh environments clean
 
@@ -99,7 +99,7 @@ bench-refresh: $(LAB)/ready
 
 # What the compilers of accelerators say; elsewhere these tests skip.
 floors: $(LAB)/ready
-	BN_JAX_COMPILERS=1 JAX_PLATFORMS=cpu $(LAB)/bin/python -m pytest tests/benchmarks/test_compiled.py
+	BN_JAX_COMPILERS=1 JAX_PLATFORMS=cpu $(LAB)/bin/python -m pytest tests/benchmarks/test_compiled.py tests/benchmarks/test_bytes_of_domains.py
 
 # The lower bounds of pyproject.toml, installed exactly and tested.
 oldest: $(OLDEST)/ready

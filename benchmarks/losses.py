@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks import compiled, inference, layer, memory, startup
+from benchmarks import compiled, domains, inference, layer, memory, startup
 from benchmarks.timing import Timing
 
 # The benchmarks whose figures `tables` takes, in its order.
-READS = "layer", "step", "startup", "inference", "compiled", "memory"
+READS = "layer", "step", "startup", "inference", "compiled", "memory", "domains"
 # Ratios that print as 1.00 are no loss.
 LEAST = 1.005
 # Of a wall-clock time, how it compares with the disturbances of the machine.
@@ -44,6 +44,7 @@ def tables(
     of_inference: Mapping[str, Any],
     of_compiled: Mapping[str, Any],
     of_memory: Mapping[str, Any],
+    of_domains: Mapping[str, Any],
 ) -> list[Table]:
     """Returns two tables: where Flax is better, and which library is the fastest.
 
@@ -54,6 +55,7 @@ def tables(
         of_inference: as above.
         of_compiled: as above.
         of_memory: as above.
+        of_domains: as above.
     """
     losses = [
         *_of_layer(of_layer),
@@ -62,6 +64,7 @@ def tables(
         *_of_inference(of_inference),
         *_of_compiled(of_compiled),
         *_of_memory(of_memory),
+        *_of_masks(of_domains),
     ]
     table = Table(title="Where bn_jax takes more than Flax, the largest first", box=SIMPLE_HEAD)
     table.add_column("measured")
@@ -152,6 +155,14 @@ def _of_memory(figures: Mapping[str, Any]) -> Iterator[Loss]:
             yield _counted("temporary memory", case, arms[arm].temporary, flax.temporary)
             yield _counted("bytes moved", case, arms[arm].moved, flax.moved)
             yield _counted("operations", case, arms[arm].flops, flax.flops)
+
+
+def _of_masks(figures: Mapping[str, Any]) -> Iterator[Loss]:
+    for row, cases in domains.load(figures).items():
+        for case, of_flax in ((domains.PLAIN, domains.FLAX), (domains.MASK, domains.FLAX_MASK)):
+            for passes in domains.PASSES:
+                name = f"{case}, {row.inputs}, {row.dtype}, {row.chip}, {passes}"
+                yield _counted("bytes moved", name, cases[case][passes], cases[of_flax][passes])
 
 
 def _fastest(figures: Mapping[str, Any]) -> Table:

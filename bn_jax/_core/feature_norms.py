@@ -30,7 +30,6 @@ from bn_jax._core.moments import (
     name_moments,
 )
 from bn_jax._core.standardize import (
-    finish,
     learned_by,
     make_transform,
     standardize,
@@ -321,4 +320,4 @@ def _normalize(reduction: Reduction, rows: RowInputs) -> jax.Array:
     measured = name_moments(centred_moments(reduction, x, mask, start), mask)
     var = jnp.where(measured.count > 0, measured.var, 1)
     transform = make_transform(rows, shape, measured.shift, measured.delta, var)
-    return finish(standardize(rows.y_dtype, x, mask, transform), mask)
+    return standardize(rows.y_dtype, x, mask, transform)

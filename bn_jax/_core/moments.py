@@ -262,8 +262,7 @@ def measure(
         return _measure_mean_square(reduction, x, mask, shift)
     if reduction.method == "twice" or reduction.is_mapped:
         return _measure_twice(reduction, x, mask, shift, domains)
-    start = shift if domains is None else spread(domains, shift)
-    around = None if reduction.method == "once" else start
+    around = None if reduction.method == "once" else shift
     sums = local_sums(reduction, shift.dtype, x, mask, around, domains)
     count, total, square = counted(reduction, x, mask, sums, domains)
     divisor = divisor_of(reduction, x, mask, count, domains)

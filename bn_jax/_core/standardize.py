@@ -14,7 +14,7 @@ size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g
 
 import operator
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
+from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
@@ -36,9 +37,11 @@ from bn_jax._core.moments import (
 from bn_jax._core.sums import (
     centre,
     centre_by,
-    unshared,
 )
 from bn_jax._core.types import Activation, Transform
+
+# x, its mask, and the mean as the unevaluated sum of two arrays.
+Centred: TypeAlias = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,8 +116,11 @@ def _standardize_jvp(
         dx: jax.Array | None,
         change: Change,
     ) -> jax.Array:
-        deviation = _deviation(domains, *unshared((x, mask, transform.shift, transform.delta)))
-        return _change_of_y(dtype, deviation, transform, dx, change, domains)
+        given = unshared((x, mask, transform.shift, transform.delta))
+        if mask is None:
+            deviation = _deviation(domains, given)
+            return _change_of_y(dtype, deviation, transform, dx, change, domains)
+        return _masked_change(dtype, given, transform, dx, change, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
@@ -202,6 +208,8 @@ def _standardize_by_moments_jvp(
         changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
+        if domains is not None:
+            measured, learned = unshared((measured, learned))
         transform = _transform_by(measured, learned, epsilon)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
         deviation = deviate(*unshared(centred_at))
@@ -235,25 +243,50 @@ def _change_of_y(
         change: the changes of what the transform is made of.
         domains: the domains of the examples, where the transform holds tables.
     """
-    inverse_deviation = _inverse_deviation(transform)
-    # 1. The relative change of rsqrt(var + epsilon).
-    relative = None
-    if change.half_var is not None:
-        relative = -change.half_var / transform.var_plus_epsilon
-        relative = relative.astype(inverse_deviation.dtype)
     if domains is None and _has_large_multiplier(transform, deviation):
-        return _change_in_turn(dtype, deviation, transform, dx, change, relative)
-    # 2. The changes of the size of the features.
-    multiplier = inverse_deviation
+        dy = _change_in_turn(deviation, transform, dx, change)
+    else:
+        dy = _change_along(_make_line(deviation, transform, change), deviation, dx, domains)
+    return _as_change(dtype, deviation, dy)
+
+
+class Line(NamedTuple):
+    """``dy = multiplier * dx + slope * deviation + offset``, of the size of the features.
+
+    Slope and offset are None where nothing changes them.
+    """
+
+    multiplier: jax.Array
+    slope: jax.Array | None
+    offset: jax.Array | None
+
+
+def _relative_change(transform: Transform, change: Change) -> jax.Array | None:
+    """Returns the relative change of ``rsqrt(var + epsilon)``."""
+    if change.half_var is None:
+        return None
+    relative = -change.half_var / transform.var_plus_epsilon
+    return relative.astype(transform.shift.dtype)
+
+
+def _make_line(x: jax.Array, transform: Transform, change: Change) -> Line:
+    multiplier = inverse_deviation = _inverse_deviation(transform)
     if transform.scale is not None:
         multiplier = multiplier * transform.scale
+    relative = _relative_change(transform, change)
     slope = _sum_of(
         None if relative is None else multiplier * relative,
         None if change.scale is None else change.scale * inverse_deviation,
     )
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
-    slope, offset = vary_together(deviation, slope, offset)
-    # 3. They meet x.
+    return Line(multiplier, *vary_together(x, slope, offset))
+
+
+def _change_along(
+    line: Line, deviation: jax.Array, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array | None:
+    """Returns dy, None where nothing changes."""
+    multiplier, slope, offset = line
     if domains is not None:
         multiplier = spread(domains, multiplier)
         slope, offset = (
@@ -262,22 +295,16 @@ def _change_of_y(
         if not domains.selects:
             # The transpose sums over the examples of all domains, with zeros for those of others.
             deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
-    dy = _sum_of(
+    return _sum_of(
         None if dx is None else multiplier * dx.astype(multiplier.dtype),
         None if slope is None else deviation * slope,
         offset,
     )
-    return _as_change(dtype, deviation, dy)
 
 
 def _change_in_turn(
-    dtype: DTypeLike,
-    deviation: jax.Array,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    relative: jax.Array | None,
-) -> jax.Array:
+    deviation: jax.Array, transform: Transform, dx: jax.Array | None, change: Change
+) -> jax.Array | None:
     """Differentiates the normalization, and then scale and bias, as in a layer norm.
 
     The multiplier is as large as x, and so would be its change.
@@ -285,7 +312,7 @@ def _change_in_turn(
     factor = _inverse_deviation(transform)
     offset = None if change.mean is None else -factor * change.mean
     relative, offset, d_scale, d_bias = vary_together(
-        deviation, relative, offset, change.scale, change.bias
+        deviation, _relative_change(transform, change), offset, change.scale, change.bias
     )
     normalized = deviation * factor
     factor, scale = unshared((factor, transform.scale))
@@ -296,8 +323,109 @@ def _change_in_turn(
     )
     if dy is not None and scale is not None:
         dy = dy * scale
-    dy = _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
-    return _as_change(dtype, deviation, dy)
+    return _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
+
+
+def _masked_change(
+    dtype: DTypeLike,
+    given: Centred,
+    transform: Transform,
+    dx: jax.Array | None,
+    change: Change,
+    domains: Domains | None,
+) -> jax.Array:
+    """Returns dy where there is a mask.
+
+    The mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of
+    it may reach a sum.
+    """
+    x, mask = given[:2]
+    if domains is None and _has_large_multiplier(transform, x):
+        deviation = _deviation(domains, given)
+        usable = _usable(deviation, mask, _multiplier(transform), domains)
+        dy = _change_in_turn(jnp.where(usable, deviation, 0), transform, dx, change)
+        return _as_change(dtype, x, None if dy is None else jnp.where(usable, dy, 0))
+    operands = given, _make_line(x, transform, change), dx, domains
+    # Rematerialized, or each way would keep arrays of the size of x.
+    by_selection, by_plain_sums = (
+        jax.checkpoint(partial(way, dtype), prevent_cse=False)
+        for way in (_change_by_selection, _change_by_plain_sums)
+    )
+    # Groups of examples that may lie on different devices decide nothing together.
+    if transform.shift.shape[0] != 1 and (domains is None or domains.axis != 0):
+        return by_selection(*operands)
+    return lax.platform_dependent(*operands, cpu=by_plain_sums, default=by_selection)
+
+
+def _change_by_selection(
+    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array:
+    """Returns dy, zero where the mask hides what is not finite."""
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], line.multiplier, domains)
+    dy = _change_along(line, jnp.where(usable, deviation, 0), dx, domains)
+    return _as_change(dtype, deviation, None if dy is None else jnp.where(usable, dy, 0))
+
+
+def _change_by_plain_sums(
+    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
+) -> jax.Array:
+    """Computes `_change_by_selection` so that its transpose sums without selecting.
+
+    XLA for CPUs writes out what is selected before it is summed. So all values are summed, and only
+    where the mask hides what is not finite, which is rare, those sums are dropped for sums of what
+    is usable. In forward mode, dy is not finite where y is not.
+    """
+    multiplier, slope, offset = line
+    # 1. What reaches x is no sum.
+    deviation = _deviation(domains, given)
+    usable = _usable(deviation, given[1], multiplier, domains)
+    dy = _change_along(Line(multiplier, None, None), deviation, dx, domains)
+    dy = None if dy is None else jnp.where(usable, dy, 0)
+    if slope is None and offset is None:
+        return _as_change(dtype, deviation, dy)
+    # 2. One sum tells whether something is hidden. It may overflow by itself, which does no harm.
+    given, multiplier = unshared((given, multiplier))
+    total = jnp.sum(_scale(_deviation(domains, given), multiplier, domains))
+    hides = of_any(~jnp.isfinite(lax.stop_gradient(total)))
+    # 3. The sums of all values. A second derivative by x must not meet the NaN either.
+    given, multiplier = unshared((given, multiplier))
+    deviation = _deviation(domains, given)
+    deviation = jnp.where(usable, deviation, lax.stop_gradient(deviation))
+    kept = jax.tree.map(lambda table: jnp.where(hides, 0, table), (slope, offset))
+    of_all = _change_along(Line(multiplier, *kept), deviation, None, domains)
+    # 4. The sums of what is usable.
+    of_usable = lax.cond(
+        hides,
+        jax.checkpoint(partial(_change_in_branch, deviation.dtype), prevent_cse=False),
+        lambda *_: jnp.zeros_like(deviation),
+        *(given, Line(multiplier, slope, offset), domains),
+    )
+    return _as_change(dtype, deviation, _sum_of(dy, of_all, of_usable))
+
+
+def _change_in_branch(
+    dtype: DTypeLike, given: Centred, line: Line, domains: Domains | None
+) -> jax.Array:
+    return _change_by_selection(dtype, given, line, None, domains)
+
+
+def _usable(
+    deviation: jax.Array,
+    mask: jax.Array | None,
+    multiplier: jax.Array,
+    domains: Domains | None,
+) -> jax.Array:
+    """Tells which values are valid, or finite when they are normalized.
+
+    Without the bias: what is the same as y, a GPU would share with the forward pass, and keep.
+    """
+    assert mask is not None
+    return mask.astype(bool) | jnp.isfinite(_scale(deviation, multiplier, domains))
+
+
+def _scale(deviation: jax.Array, multiplier: jax.Array, domains: Domains | None) -> jax.Array:
+    return deviation * (multiplier if domains is None else spread(domains, multiplier))
 
 
 def _sum_of(*terms: jax.Array | None) -> jax.Array | None:
@@ -321,19 +449,10 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     return is_large and all(leaf.shape != x.shape for leaf in leaves)
 
 
-def _deviation(
-    domains: Domains | None,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array,
-    delta: jax.Array | None,
-) -> jax.Array:
-    """Returns ``x - mean``, with zero for what is masked and not finite."""
-    deviate = centre if domains is None else partial(centre_by, domains)
-    deviation = deviate(x, shift, delta)
-    if mask is None:
-        return deviation
-    return jnp.where(mask.astype(bool) | jnp.isfinite(deviation), deviation, 0)
+def _deviation(domains: Domains | None, given: Centred) -> jax.Array:
+    """Returns ``x - mean``."""
+    x, _, shift, delta = given
+    return centre(x, shift, delta) if domains is None else centre_by(domains, x, shift, delta)
 
 
 def _multiplier(transform: Transform) -> jax.Array:
@@ -424,6 +543,9 @@ def complete(inputs: Inputs, y: jax.Array) -> jax.Array:
     """Gives standardized examples the shape of x, and adds the residual and the activation."""
     if y.shape != inputs.x.shape:
         y = reshape_like(jax.typeof(inputs.x), y)
+    if inputs.activation is None and inputs.residual is None:
+        # The derivative of `standardize` knows the mask.
+        return y
     return finish(y, inputs.mask, inputs.activation, inputs.residual)
 
 

@@ -5,7 +5,7 @@ Arrays keep the rank of x, so that features on any axes need no extra code.
 
 from functools import partial
 from math import prod
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from jax import lax
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
+from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.checks import statistics_dtype
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
 Sums: TypeAlias = tuple[jax.Array, ...]
-Values = TypeVar("Values")
 
 
 def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -105,27 +105,102 @@ def local_sums(
     mask: jax.Array | None,
     shift: jax.Array | None,
     domains: Domains | None = None,
+    *,
+    by_selection: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations from the shift, or from zero, and their squares."""
+    """Sums deviations from the shift, or from zero, and their squares.
+
+    Args:
+        reduction: what to sum over.
+        dtype: of the sums.
+        x: the values.
+        mask: the mask, or None.
+        shift: the shift, a table where there are domains; None for zero.
+        domains: the domains, for sums of each, or None.
+        by_selection: whether to select by the mask in any case, and not to multiply by it.
+    """
     if shift is None:
         shift = jnp.zeros((), dtype)
+    if domains is not None and _is_mask_of_rows(reduction, domains):
+        mask, domains = restrict(mask, domains.known()), None
+    # A mask as large as x is as expensive to multiply by. Where the examples are in groups, or are
+    # normalized alone, no group may decide for the others: they may lie on different devices.
+    by_selection = by_selection or 0 not in reduction.axes
+    if mask is not None and mask.shape != x.shape and not by_selection:
+        return _sums_by_platform(reduction, x, mask, shift, domains)
     start = unshared(x) if x.dtype != dtype else x
-    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    first, second = (shift, shift) if domains is None else _starts(domains, shift)
+    total = weigh(keep_valid(centre(start, first, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, second), mask)), mask)
     return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
-def unshared(values: Values) -> Values:
-    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
+def _is_mask_of_rows(reduction: Reduction, domains: Domains) -> bool:
+    """Tells whether one domain is summed over rows, of which no sums over positions come first."""
+    is_one = domains.number == 1 and domains.tell_apart(domains.axis)
+    return is_one and reduction.axes == (domains.axis,)
 
-    There, XLA writes out what two loops share, in float32.
-    """
-    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
+
+def _starts(domains: Domains, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the shift of each example for both sums."""
+    if shift.ndim == 0 or shift.shape[domains.axis] == 1:
+        return shift, shift
+    # Gathered for each sum, or XLA for CPUs would write out the rows of all examples.
+    return spread(domains, shift), spread(domains, unshared(shift))
+
+
+def _sums_by_platform(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    # Both ways return sums that vary over the same axes, as the shards of a mesh need it.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, (x, mask, shift)))
+    x, mask, shift = (vary_over(names, values) for values in (x, mask, shift))
     return lax.platform_dependent(
-        jax.tree.map(partial(vary_over, names), values),
-        cpu=lax.optimization_barrier,
-        default=lambda values: values,
+        *(x, mask, shift, domains),
+        cpu=partial(_sums_by_product, reduction),
+        default=partial(_sums_by_selection, reduction),
+    )
+
+
+def _sums_by_selection(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    return local_sums(reduction, shift.dtype, x, mask, shift, domains, by_selection=True)
+
+
+def _sums_by_product(
+    reduction: Reduction,
+    x: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array,
+    domains: Domains | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums as XLA fuses sums on a CPU: with products by the weights, and no selection.
+
+    A product keeps the NaN of what the mask leaves out. Then the sums are taken again, by
+    selection.
+    """
+    start = unshared(x) if x.dtype != shift.dtype else x
+    weights = mask.astype(jnp.zeros((), shift.dtype).real.dtype)
+    first, second = (shift, shift) if domains is None else _starts(domains, shift)
+    total = centre(start, first, None) * weights.astype(shift.dtype)
+    # The weights of each sum are broadcast apart, or the broadcast would be written out.
+    square = absolute_square(centre_apart(start, second)) * lax.optimization_barrier(weights)
+    sums = sum_over(reduction, total, domains), sum_over(reduction, square, domains)
+    finite = [jnp.all(jnp.isfinite(part)) for part in sums]
+    return lax.cond(
+        of_any(~(finite[0] & finite[1])),
+        lambda *given: _sums_by_selection(reduction, *given),
+        lambda *_: sums,
+        *(x, mask, shift, domains),
     )
 
 
@@ -138,7 +213,7 @@ def local_count(
     unseen_axes = [
         axis
         for axis in reduction.axes
-        if mask.shape[axis] == 1 and (domains is None or axis != domains.axis)
+        if mask.shape[axis] == 1 and (domains is None or not domains.tell_apart(axis))
     ]
     # A float: as an integer, more than 2**31 positions would not fit into the int32 of JAX.
     unseen = prod((sizes[axis] for axis in unseen_axes), start=1.0)
@@ -161,13 +236,25 @@ def sum_changes(
 
 
 def _sum_over_positions(reduction: Reduction, values: jax.Array, domains: Domains) -> jax.Array:
-    positions = tuple([axis for axis in reduction.axes if axis != domains.axis])
+    positions = tuple([axis for axis in reduction.axes if not domains.tell_apart(axis)])
     return lax.expand_dims(lax.reduce_sum(values, positions), positions)
 
 
 def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Zeroes what the mask leaves out, by selection: a product would keep its NaN."""
     return values if mask is None else jnp.where(mask.astype(bool), values, 0)
+
+
+def restrict(mask: jax.Array | None, weights: jax.Array) -> jax.Array:
+    """Returns the mask times weights or booleans of the same rank."""
+    if mask is None:
+        return weights
+    if weights.dtype == jnp.bool_:
+        return jnp.where(weights, mask, jnp.zeros_like(mask))
+    if mask.dtype == jnp.bool_:
+        return jnp.where(mask, weights, 0)
+    dtype = jnp.promote_types(mask.dtype, weights.dtype)
+    return mask.astype(dtype) * weights.astype(dtype)
 
 
 def weigh(values: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -91,6 +91,14 @@ def test_a_compiled_program_that_moves_more_is_listed():
     assert ("bytes moved", case) in [row[:2] for row in of(compiled=figures)[0]]
 
 
+def test_a_mask_that_moves_more_is_listed():
+    figures = copy.deepcopy(READ["domains"])
+    figures["rows"][0]["cases"]["mask"]["forward"]["moved"] *= 9
+    row = ("bytes moved", "mask, images, float32, CPU, forward")
+    assert row not in [one[:2] for one in of()[0]]
+    assert row in [one[:2] for one in of(domains=figures)[0]]
+
+
 def test_the_fastest_library_of_each_shape_is_counted():
     of_layer = layer.load(READ["layer"])
     table = of()[1]

@@ -17,6 +17,8 @@ from support import assert_close, exact, standard_normal
 
 import bn_jax as bn
 from benchmarks.hlo import collectives
+from bn_jax._core import domains as domains_file
+from bn_jax._core.domains import Domains
 
 TRAIN: Any = partial(bn.domain_batch_norm, use_running_average=False)
 
@@ -163,6 +165,23 @@ def test_an_example_of_no_domain(shape):
         assert_close((y[2:], updated), expected)
 
 
+@pytest.mark.parametrize("poison", [0.0, np.nan, 3e38])
+@pytest.mark.parametrize("shape", [IMAGES, ROWS])
+def test_one_domain_and_examples_of_none(shape, poison):
+    params, stats, x, domain = arguments_of(1, shape)
+    absent = jnp.arange(len(x)) % 3 == 0
+    domain = jnp.where(absent, -1, domain)
+    x = jnp.where(absent.reshape(-1, *(1,) * (len(shape) - 1)), poison, x)
+    y, updated = jax.jit(TRAIN)(params, stats, x, domain)
+    own, running = jax.tree.map(lambda leaf: leaf[0], (params, stats))
+    expected_y, expected = bn.batch_norm(own, running, x[~absent], use_running_average=False)
+    assert_close(y[~absent], expected_y)
+    assert_close({name: leaf[0] for name, leaf in updated.items()}, expected)
+    assert np.isfinite(poison) == (not jnp.isnan(y[absent]).any())
+    if poison == 0:
+        assert not y[absent].any()
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 3e19])
 @pytest.mark.parametrize("shape", [IMAGES, ROWS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -263,6 +282,69 @@ def test_one_domain_for_the_batch():
     expected = TRAIN(params, stats, x, jnp.full(len(x), 2))
     assert_close(TRAIN(params, stats, x, 2), expected)
     assert_close(jax.jit(TRAIN)(params, stats, x, 2), expected)
+    assert_close(jax.jit(TRAIN)(params, stats, x, jnp.int32(2)), expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_traced_domain_for_the_batch(shared, size):
+    params, stats, x, _ = arguments_of(3, ROWS)
+    stats = {name: leaf[0] for name, leaf in stats.items()} if shared else stats
+    options = {"virtual_batch_size": size, "mask": jnp.arange(24)[:, None] % 5 > 0}
+    run = jax.jit(partial(with_gradients, ours, **options))
+    for one in (1, -1):
+        found = run(params, stats, x, domain=jnp.int32(one))
+        assert_close(found, run(params, stats, x, domain=jnp.full(len(x), one)))
+    (_, (y, updated), _) = found
+    assert not y.any()
+    assert_close(updated, stats, tolerance=1e-30)
+
+
+def test_the_only_domain_costs_no_selection():
+    params, stats, x, _ = arguments_of(1, IMAGES)
+    known = partial(TRAIN, domain=np.zeros(12, int))
+    found = str(jax.make_jaxpr(known)(params, stats, x))
+    # What tells examples apart has an axis of their size.
+    assert not re.search(r"(bool|pred)\[12,", found)
+    assert re.search(r"bool\[12,", str(jax.make_jaxpr(TRAIN)(params, stats, x, jnp.zeros(12, int))))
+
+
+WAYS_OF_ROWS = {
+    "rows": ((domains_file._gather, domains_file._multiply_table), domains_file._select_in_turn),
+    "sums": ((domains_file._add_rows, domains_file._multiply_values), domains_file._sum_in_turn),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OF_ROWS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_in_turn_are_rows_at_once(way, axis):
+    """Programs for a TPU take the one way, those for a CPU the other."""
+    index = jnp.expand_dims(jnp.array([0, 2, -1, 1, 2, 3, 0]), 1 - axis)
+    domains = Domains(index=index, number=3, axis=axis, shares_statistics=False, selects=False)
+    at_once, in_turn = WAYS_OF_ROWS[way]
+    given = standard_normal(3, (3 if way == "rows" else 7, 4))
+    given = given if axis == 0 else given.T
+    for other in at_once:
+        expected, pull = jax.vjp(partial(other, domains), given)
+        found, pull_in_turn = jax.vjp(partial(in_turn, domains), given)
+        assert_close(found, expected)
+        assert_close(pull_in_turn(jnp.cos(found)), pull(jnp.cos(found)))
+
+
+def test_a_program_takes_rows_in_turn_where_that_is_cheap():
+    def lowered(number, platform):
+        params, stats, x, domain = arguments_of(number, (32, 3))
+        traced = jax.jit(TRAIN).trace(params, stats, x, domain)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    few, many = domains_file.IN_TURN_ON_GPU, domains_file.IN_TURN_ON_TPU
+    products = {
+        (number, platform): lowered(number, platform).count("stablehlo.dot_general")
+        for number in (few, many, many + 1)
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert all((count > 0) == (case not in {(few, "cuda"), (few, "tpu"), (many, "tpu")})
+               for case, count in products.items())  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ NORMALIZE: Any = bn.normalize_by_batch
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
-@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
 def test_masked_is_the_subset(poison, dtype):
     x, (params, stats) = standard_normal(11, (8, 2, 3)) + 1, make_state((3,))
@@ -54,6 +54,76 @@ def test_masked_is_the_subset(poison, dtype):
     assert_close(of_params, expected_of_params)
     assert_close(of_x[valid], expected_of_x)
     assert (of_x[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("poison", [0.0, np.nan])
+def test_second_derivatives_of_the_masked_are_those_of_the_subset(outer, poison):
+    x, (params, stats) = standard_normal(39, (6, 2)), make_state((2,))
+    valid = np.array([1, 0, 1, 1, 0, 1], bool)
+
+    def loss(params, x, mask):
+        y, _ = TRAIN(params, stats, x, mask=mask)
+        squares = jnp.sin(y) ** 2
+        return jnp.sum(squares if mask is None else jnp.where(mask, squares, 0))
+
+    def second(x, mask):
+        by_both = outer(jax.grad(loss, (0, 1)), (0, 1))
+        return jax.jit(by_both)(params, x, mask)
+
+    mask = jnp.asarray(valid)[:, None]
+    of_params, of_x = second(jnp.where(mask, x, poison), mask)
+    expected_of_params, expected_of_x = second(x[valid], None)
+    for name in ("scale", "bias"):
+        assert_close(of_params[name][0], expected_of_params[name][0], tolerance=1e-4)
+        by_x = of_params[name][1]
+        assert_close(by_x[:, valid], expected_of_params[name][1], tolerance=1e-4)
+        assert not by_x[:, ~valid].any()
+    assert_close(of_x[1][valid][:, :, valid], expected_of_x[1], tolerance=1e-4)
+    assert not of_x[1][~valid].any()
+
+
+def test_a_gradient_penalty_does_not_meet_what_is_masked():
+    x, (params, stats) = standard_normal(42, (6, 2)), make_state((2,))
+    mask = jnp.array([True, False, True, True, False, True])[:, None]
+
+    def loss(params, x):
+        y, _ = TRAIN(params, stats, x, mask=mask)
+        return jnp.sum(jnp.where(mask, jnp.sin(y) ** 2, 0))
+
+    def penalty(x):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(loss)(params, x)))
+
+    found = jax.grad(penalty)(jnp.where(mask, x, jnp.nan))
+    assert_close(found, jax.grad(penalty)(x), tolerance=1e-5)
+    assert found.any()
+
+
+@pytest.mark.parametrize("poison", [0.0, np.nan])
+def test_vmap_of_the_masked(poison):
+    x, (params, stats) = standard_normal(40, (2, 3, 6, 2)), make_state((2,))
+    masks = standard_normal(41, (2, 3, 6, 1)) > -0.5
+    poisoned = x.at[1, 1].set(jnp.where(masks[1, 1], x[1, 1], poison))
+
+    def loss(params, x, mask):
+        y, updated = TRAIN(params, stats, x, mask=mask)
+        return jnp.sum(jnp.sin(jnp.where(mask, y, 0)) * jnp.arange(12.0).reshape(6, 2)), updated
+
+    one = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    mapped = jax.vmap(jax.vmap(one, (None, 0, 0)), (None, 0, 0))
+    found = jax.jit(mapped)(params, poisoned, masks)
+    for index in np.ndindex(2, 3):
+        expected = one(params, x[index], masks[index])
+        chosen = jax.tree.map(lambda leaf, index=index: leaf[index], found)
+        assert_close(chosen, expected, tolerance=1e-5)
+
+    def total(params, x):
+        return jnp.sum(jax.vmap(jax.vmap(loss, (None, 0, 0)), (None, 0, 0))(params, x, masks)[0])
+
+    of_params, of_x = jax.jit(jax.grad(total, (0, 1)))(params, poisoned)
+    by_example, expected_of_x = found[1]
+    assert_close(of_params, jax.tree.map(lambda leaf: leaf.sum((0, 1)), by_example))
+    assert_close(of_x, expected_of_x)
 
 
 def test_masked_is_the_subset_in_forward_mode():
