@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from domains import define_domains
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from test_variants import (
     Stateless,
     Variant,
     Whitening,
+    by_domain,
     by_linen,
     by_nnx,
     define,
@@ -60,6 +62,13 @@ class Whole(Whitening):
 
 
 ROWS = {"shape": (3, 2), "features": (2,)}
+# Of the examples of each member.
+DOMAINS = np.array([0, 1, 1])
+
+
+def define_domains_of_members(params, stats, x):
+    return define_domains(params, stats, x, domain=np.tile(DOMAINS, len(x) // len(DOMAINS)))
+
 
 NORMS = {
     "batch norm": Variant(**ROWS, momentum=None, running_var_ddof=1),
@@ -70,6 +79,12 @@ NORMS = {
     ),
     "batch renorm": Variant(renorm, **ROWS, renorm=(1.2, 0.5)),
     "whitening": Whole(),
+    "domains": Variant(
+        partial(by_domain, domain=DOMAINS),
+        flattened(define_domains_of_members),
+        shape=(3, 2),
+        features=(2, 2),
+    ),
     "layer norm": Stateless(bn.layer_norm, **ROWS, **defined_over(reduction_axes=(0, -1))),
     "rms norm": Stateless(
         bn.rms_norm,

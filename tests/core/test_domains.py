@@ -554,13 +554,23 @@ def test_one_collective_forward_and_one_backward(shape):
     assert compiled(gradient, (whole, data)) == ["all-reduce"] * 2
 
 
-def test_a_symbolic_batch_is_exported():
-    params, stats, x, domain = arguments_of(3, ROWS)
+@pytest.mark.parametrize(("shape", "sizes"), [(ROWS, "n"), (IMAGES, "n, h, w")])
+@pytest.mark.parametrize("number", [1, 3])
+def test_symbolic_sizes_are_exported(number, shape, sizes):
+    params, stats, x, domain = arguments_of(number, shape)
     shapes = jax.eval_shape(lambda: (params, stats))
-    (size,) = jax.export.symbolic_shape("n")
-    specs = [jax.ShapeDtypeStruct((size, 3), x.dtype), jax.ShapeDtypeStruct((size,), jnp.int32)]
-    exported = jax.export.export(jax.jit(TRAIN))(*shapes, *specs)
-    assert_close(exported.call(params, stats, x, domain), TRAIN(params, stats, x, domain))
+    symbols = jax.export.symbolic_shape(sizes)
+    specs = [
+        jax.ShapeDtypeStruct((*symbols, 3), x.dtype),
+        jax.ShapeDtypeStruct(symbols[:1], jnp.int32),
+    ]
+
+    def differentiated(params, stats, x, domain):
+        return with_gradients(ours, params, stats, x, domain=domain)
+
+    exported = jax.export.export(jax.jit(differentiated))(*shapes, *specs)
+    found = exported.call(params, stats, x, domain)
+    assert_close(found, differentiated(params, stats, x, domain))
 
 
 def test_reading_by_the_program_of_one_domain():

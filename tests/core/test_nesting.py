@@ -64,7 +64,7 @@ def double_precision():
 SHORT = ("batch norm", "vmap with a name", True, ("checkpoint", "scan"))
 # A norm with state, one without, and the one that JAX differentiates for the most part. The others
 # share their moments with these, and are mapped by `vmap` alone.
-IN_MAPS = ["batch norm", "layer norm", "whitening"]
+IN_MAPS = ["batch norm", "layer norm", "whitening", "domains"]
 CASES = [
     SHORT,
     *(("batch norm", kind, False, tuple(NESTINGS)) for kind in MAPS),
