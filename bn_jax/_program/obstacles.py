@@ -36,7 +36,8 @@ def selected_leaves(program: Program, value: int) -> tuple[str, ...]:
     """Returns the paths of the variables that a value is selected from by an argument.
 
     Empty where the value depends on an argument in any other way. A selection is an index, a slice,
-    a choice, a sum of choices, or a product with numbers made of integers, such as a one-hot code.
+    a choice, a sum of choices, or a product with numbers made of integers, such as a one-hot code;
+    or one of these on each platform.
     """
     return tuple(path for known in _selected(program, value) for path in program.leaf_paths(known))
 
@@ -89,6 +90,12 @@ def _selected(program: Program, value: int) -> tuple[int, ...]:
         # A sum of anything else, as in the variance of an embedding, is no selection.
         chosen = _before_layout(program, equation.inputs[0])
         if chosen is None or chosen.name != "select_n":
+            return ()
+    elif equation.options.get("branches_platforms") is not None:
+        # A choice of the platform, each branch of which selects.
+        parts = [one for one in equation.inputs if program.is_known(one)]
+        number = equation.outputs.index(value)
+        if not all(_selected(body, body.outputs[number]) for body in equation.bodies):
             return ()
     elif equation.name not in ELEMENTWISE | LAYOUT:
         return ()

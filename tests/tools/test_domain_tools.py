@@ -228,6 +228,30 @@ def test_the_norm_of_an_embedding_is_no_norm_by_domain():
     assert "It normalizes by its input" in str(folded.report)
 
 
+@pytest.mark.parametrize("selects", [True, False])
+def test_a_choice_of_the_platform_selects_if_each_branch_does(selects):
+    def gather(table, index):
+        return table[index]
+
+    def other(table, index):
+        return table[index] if selects else table[0] * jnp.cos(index)
+
+    def model(variables, x, index):
+        def row(name):
+            return jax.lax.platform_dependent(variables[name], index, tpu=other, default=gather)
+
+        return (x - row("mean")) * row("root") * variables["scale"]
+
+    def norm(variables, x, index):
+        root = jax.lax.rsqrt(variables["var"] + 1e-5)
+        return model({**variables, "root": root}, x, index)
+
+    table = standard_normal(0, (5, SIZE))
+    variables = {"mean": table, "var": jnp.abs(table), "scale": jnp.ones(SIZE)}
+    folded = bn.fold(norm, variables, jnp.ones(SIZE), jnp.asarray(2))
+    assert ("selects its statistics" in str(folded.report)) == selects
+
+
 # --- freezing -------------------------------------------------------------------------------------
 
 
