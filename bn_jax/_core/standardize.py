@@ -14,7 +14,7 @@ size of `x` leaves two reductions over the batch to the transposed rule, ``sum(g
 
 import operator
 from functools import partial, reduce
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
-from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.checks import Inputs, RowInputs
 from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
 from bn_jax._core.moments import (
@@ -37,11 +36,9 @@ from bn_jax._core.moments import (
 from bn_jax._core.sums import (
     centre,
     centre_by,
+    unshared,
 )
 from bn_jax._core.types import Activation, Transform
-
-# x, its mask, and the mean as the unevaluated sum of two arrays.
-Centred: TypeAlias = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -116,11 +113,16 @@ def _standardize_jvp(
         dx: jax.Array | None,
         change: Change,
     ) -> jax.Array:
-        given = unshared((x, mask, transform.shift, transform.delta))
-        if mask is None:
-            deviation = _deviation(domains, given)
+        alone, valid, shift, delta = unshared((x, mask, transform.shift, transform.delta))
+        deviation = _deviation(domains, alone, shift, delta)
+        if valid is None:
             return _change_of_y(dtype, deviation, transform, dx, change, domains)
-        return _masked_change(dtype, given, transform, dx, change, domains)
+        # The mask may hide values whose y is not finite. There the cotangent may be NaN, and
+        # nothing of it may reach a sum.
+        usable = _usable(deviation, valid, transform, domains)
+        deviation = jnp.where(usable, deviation, 0)
+        dy = _change_of_y(dtype, deviation, transform, dx, change, domains)
+        return jnp.where(usable, dy, 0)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
@@ -244,32 +246,8 @@ def _change_of_y(
         domains: the domains of the examples, where the transform holds tables.
     """
     if domains is None and _has_large_multiplier(transform, deviation):
-        dy = _change_in_turn(deviation, transform, dx, change)
-    else:
-        dy = _change_along(_make_line(deviation, transform, change), deviation, dx, domains)
-    return _as_change(dtype, deviation, dy)
-
-
-class Line(NamedTuple):
-    """``dy = multiplier * dx + slope * deviation + offset``, of the size of the features.
-
-    Slope and offset are None where nothing changes them.
-    """
-
-    multiplier: jax.Array
-    slope: jax.Array | None
-    offset: jax.Array | None
-
-
-def _relative_change(transform: Transform, change: Change) -> jax.Array | None:
-    """Returns the relative change of ``rsqrt(var + epsilon)``."""
-    if change.half_var is None:
-        return None
-    relative = -change.half_var / transform.var_plus_epsilon
-    return relative.astype(transform.shift.dtype)
-
-
-def _make_line(x: jax.Array, transform: Transform, change: Change) -> Line:
+        return _as_change(dtype, deviation, _change_in_turn(deviation, transform, dx, change))
+    # 1. What changes of the size of the features.
     multiplier = inverse_deviation = _inverse_deviation(transform)
     if transform.scale is not None:
         multiplier = multiplier * transform.scale
@@ -279,14 +257,8 @@ def _make_line(x: jax.Array, transform: Transform, change: Change) -> Line:
         None if change.scale is None else change.scale * inverse_deviation,
     )
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
-    return Line(multiplier, *vary_together(x, slope, offset))
-
-
-def _change_along(
-    line: Line, deviation: jax.Array, dx: jax.Array | None, domains: Domains | None
-) -> jax.Array | None:
-    """Returns dy, None where nothing changes."""
-    multiplier, slope, offset = line
+    slope, offset = vary_together(deviation, slope, offset)
+    # 2. It meets x.
     if domains is not None:
         multiplier = spread(domains, multiplier)
         slope, offset = (
@@ -295,11 +267,20 @@ def _change_along(
         if not domains.selects:
             # The transpose sums over the examples of all domains, with zeros for those of others.
             deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
-    return _sum_of(
+    dy = _sum_of(
         None if dx is None else multiplier * dx.astype(multiplier.dtype),
         None if slope is None else deviation * slope,
         offset,
     )
+    return _as_change(dtype, deviation, dy)
+
+
+def _relative_change(transform: Transform, change: Change) -> jax.Array | None:
+    """Returns the relative change of ``rsqrt(var + epsilon)``."""
+    if change.half_var is None:
+        return None
+    relative = -change.half_var / transform.var_plus_epsilon
+    return relative.astype(transform.shift.dtype)
 
 
 def _change_in_turn(
@@ -326,106 +307,15 @@ def _change_in_turn(
     return _sum_of(dy, None if d_scale is None else normalized * d_scale, d_bias)
 
 
-def _masked_change(
-    dtype: DTypeLike,
-    given: Centred,
-    transform: Transform,
-    dx: jax.Array | None,
-    change: Change,
-    domains: Domains | None,
-) -> jax.Array:
-    """Returns dy where there is a mask.
-
-    The mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of
-    it may reach a sum.
-    """
-    x, mask = given[:2]
-    if domains is None and _has_large_multiplier(transform, x):
-        deviation = _deviation(domains, given)
-        usable = _usable(deviation, mask, _multiplier(transform), domains)
-        dy = _change_in_turn(jnp.where(usable, deviation, 0), transform, dx, change)
-        return _as_change(dtype, x, None if dy is None else jnp.where(usable, dy, 0))
-    operands = given, _make_line(x, transform, change), dx, domains
-    # Rematerialized, or each way would keep arrays of the size of x.
-    by_selection, by_plain_sums = (
-        jax.checkpoint(partial(way, dtype), prevent_cse=False)
-        for way in (_change_by_selection, _change_by_plain_sums)
-    )
-    # Groups of examples that may lie on different devices decide nothing together.
-    if transform.shift.shape[0] != 1 and (domains is None or domains.axis != 0):
-        return by_selection(*operands)
-    return lax.platform_dependent(*operands, cpu=by_plain_sums, default=by_selection)
-
-
-def _change_by_selection(
-    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
-) -> jax.Array:
-    """Returns dy, zero where the mask hides what is not finite."""
-    deviation = _deviation(domains, given)
-    usable = _usable(deviation, given[1], line.multiplier, domains)
-    dy = _change_along(line, jnp.where(usable, deviation, 0), dx, domains)
-    return _as_change(dtype, deviation, None if dy is None else jnp.where(usable, dy, 0))
-
-
-def _change_by_plain_sums(
-    dtype: DTypeLike, given: Centred, line: Line, dx: jax.Array | None, domains: Domains | None
-) -> jax.Array:
-    """Computes `_change_by_selection` so that its transpose sums without selecting.
-
-    XLA for CPUs writes out what is selected before it is summed. So all values are summed, and only
-    where the mask hides what is not finite, which is rare, those sums are dropped for sums of what
-    is usable. In forward mode, dy is not finite where y is not.
-    """
-    multiplier, slope, offset = line
-    # 1. What reaches x is no sum.
-    deviation = _deviation(domains, given)
-    usable = _usable(deviation, given[1], multiplier, domains)
-    dy = _change_along(Line(multiplier, None, None), deviation, dx, domains)
-    dy = None if dy is None else jnp.where(usable, dy, 0)
-    if slope is None and offset is None:
-        return _as_change(dtype, deviation, dy)
-    # 2. One sum tells whether something is hidden. It may overflow by itself, which does no harm.
-    given, multiplier = unshared((given, multiplier))
-    total = jnp.sum(_scale(_deviation(domains, given), multiplier, domains))
-    hides = of_any(~jnp.isfinite(lax.stop_gradient(total)))
-    # 3. The sums of all values. A second derivative by x must not meet the NaN either.
-    given, multiplier = unshared((given, multiplier))
-    deviation = _deviation(domains, given)
-    deviation = jnp.where(usable, deviation, lax.stop_gradient(deviation))
-    kept = jax.tree.map(lambda table: jnp.where(hides, 0, table), (slope, offset))
-    of_all = _change_along(Line(multiplier, *kept), deviation, None, domains)
-    # 4. The sums of what is usable.
-    of_usable = lax.cond(
-        hides,
-        jax.checkpoint(partial(_change_in_branch, deviation.dtype), prevent_cse=False),
-        lambda *_: jnp.zeros_like(deviation),
-        *(given, Line(multiplier, slope, offset), domains),
-    )
-    return _as_change(dtype, deviation, _sum_of(dy, of_all, of_usable))
-
-
-def _change_in_branch(
-    dtype: DTypeLike, given: Centred, line: Line, domains: Domains | None
-) -> jax.Array:
-    return _change_by_selection(dtype, given, line, None, domains)
-
-
 def _usable(
-    deviation: jax.Array,
-    mask: jax.Array | None,
-    multiplier: jax.Array,
-    domains: Domains | None,
+    deviation: jax.Array, mask: jax.Array, transform: Transform, domains: Domains | None
 ) -> jax.Array:
     """Tells which values are valid, or finite when they are normalized.
 
     Without the bias: what is the same as y, a GPU would share with the forward pass, and keep.
     """
-    assert mask is not None
-    return mask.astype(bool) | jnp.isfinite(_scale(deviation, multiplier, domains))
-
-
-def _scale(deviation: jax.Array, multiplier: jax.Array, domains: Domains | None) -> jax.Array:
-    return deviation * (multiplier if domains is None else spread(domains, multiplier))
+    multiplier = spread(domains, _multiplier(transform))
+    return mask.astype(bool) | jnp.isfinite(deviation * multiplier)
 
 
 def _sum_of(*terms: jax.Array | None) -> jax.Array | None:
@@ -449,9 +339,10 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     return is_large and all(leaf.shape != x.shape for leaf in leaves)
 
 
-def _deviation(domains: Domains | None, given: Centred) -> jax.Array:
+def _deviation(
+    domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
+) -> jax.Array:
     """Returns ``x - mean``."""
-    x, _, shift, delta = given
     return centre(x, shift, delta) if domains is None else centre_by(domains, x, shift, delta)
 
 

@@ -5,7 +5,7 @@ Arrays keep the rank of x, so that features on any axes need no extra code.
 
 from functools import partial
 from math import prod
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from jax import lax
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
-from bn_jax._core.barriers import of_any, unshared
 from bn_jax._core.checks import statistics_dtype
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
 Sums: TypeAlias = tuple[jax.Array, ...]
+Values = TypeVar("Values")
 
 
 def centre(x: jax.Array, shift: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -105,8 +105,6 @@ def local_sums(
     mask: jax.Array | None,
     shift: jax.Array | None,
     domains: Domains | None = None,
-    *,
-    by_selection: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums deviations from the shift, or from zero, and their squares.
 
@@ -117,17 +115,11 @@ def local_sums(
         mask: the mask, or None.
         shift: the shift, a table where there are domains; None for zero.
         domains: the domains, for sums of each, or None.
-        by_selection: whether to select by the mask in any case, and not to multiply by it.
     """
     if shift is None:
         shift = jnp.zeros((), dtype)
     if domains is not None and _is_mask_of_rows(reduction, domains):
         mask, domains = restrict(mask, domains.known()), None
-    # A mask as large as x is as expensive to multiply by. Where the examples are in groups, or are
-    # normalized alone, no group may decide for the others: they may lie on different devices.
-    by_selection = by_selection or 0 not in reduction.axes
-    if mask is not None and mask.shape != x.shape and not by_selection:
-        return _sums_by_platform(reduction, x, mask, shift, domains)
     start = unshared(x) if x.dtype != dtype else x
     first, second = (shift, shift) if domains is None else _starts(domains, shift)
     total = weigh(keep_valid(centre(start, first, None), mask), mask)
@@ -149,58 +141,17 @@ def _starts(domains: Domains, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     return spread(domains, shift), spread(domains, unshared(shift))
 
 
-def _sums_by_platform(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array,
-    shift: jax.Array,
-    domains: Domains | None,
-) -> tuple[jax.Array, jax.Array]:
-    # Both ways return sums that vary over the same axes, as the shards of a mesh need it.
-    names: frozenset[str] = frozenset().union(*map(varying_axes, (x, mask, shift)))
-    x, mask, shift = (vary_over(names, values) for values in (x, mask, shift))
-    return lax.platform_dependent(
-        *(x, mask, shift, domains),
-        cpu=partial(_sums_by_product, reduction),
-        default=partial(_sums_by_selection, reduction),
-    )
+def unshared(values: Values) -> Values:
+    """Returns the values behind a barrier on a CPU, so that XLA does not share work on them.
 
-
-def _sums_by_selection(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array,
-    shift: jax.Array,
-    domains: Domains | None,
-) -> tuple[jax.Array, jax.Array]:
-    return local_sums(reduction, shift.dtype, x, mask, shift, domains, by_selection=True)
-
-
-def _sums_by_product(
-    reduction: Reduction,
-    x: jax.Array,
-    mask: jax.Array,
-    shift: jax.Array,
-    domains: Domains | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sums as XLA fuses sums on a CPU: with products by the weights, and no selection.
-
-    A product keeps the NaN of what the mask leaves out. Then the sums are taken again, by
-    selection.
+    There, XLA writes out what two loops share, in float32.
     """
-    start = unshared(x) if x.dtype != shift.dtype else x
-    weights = mask.astype(jnp.zeros((), shift.dtype).real.dtype)
-    first, second = (shift, shift) if domains is None else _starts(domains, shift)
-    total = centre(start, first, None) * weights.astype(shift.dtype)
-    # The weights of each sum are broadcast apart, or the broadcast would be written out.
-    square = absolute_square(centre_apart(start, second)) * lax.optimization_barrier(weights)
-    sums = sum_over(reduction, total, domains), sum_over(reduction, square, domains)
-    finite = [jnp.all(jnp.isfinite(part)) for part in sums]
-    return lax.cond(
-        of_any(~(finite[0] & finite[1])),
-        lambda *given: _sums_by_selection(reduction, *given),
-        lambda *_: sums,
-        *(x, mask, shift, domains),
+    # A barrier makes all of them vary over the same mesh axes, and so must the other branch.
+    names: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves(values)))
+    return lax.platform_dependent(
+        jax.tree.map(partial(vary_over, names), values),
+        cpu=lax.optimization_barrier,
+        default=lambda values: values,
     )
 
 

@@ -11,6 +11,7 @@ from benchmarks.domains import (
     CASES,
     CPU,
     DOMAINS,
+    FLAX_MASK,
     KNOWN,
     MASK,
     PASSES,
@@ -43,10 +44,11 @@ def test_the_committed_figures_are_complete():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
-def test_a_mask_costs_at_most_a_tenth(row):
-    forward, both = (ratio(COMMITTED[row], MASK, passes) for passes in PASSES)
-    assert forward <= 1.02
-    assert both <= (1.11 if row.chip == CPU else 1.02)
+def test_a_mask_costs_nothing_where_selections_are_fused(row):
+    for passes in PASSES:
+        assert ratio(COMMITTED[row], MASK, passes) <= (2.01 if row.chip == CPU else 1.02)
+        # On a CPU, as with Flax.
+        assert COMMITTED[row][MASK][passes] <= COMMITTED[row][FLAX_MASK][passes]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
@@ -54,9 +56,9 @@ def test_one_domain_costs_what_a_batch_norm_does(row):
     for passes in PASSES:
         found = of(COMMITTED[row], passes)
         assert max(found[KNOWN], found[SCALAR]) <= 1.02
-        # By XLA for CPUs, the gradient of rows is selected before it is summed.
-        is_written = row.chip == CPU and row.inputs == "rows" and passes == PASSES[1]
-        assert found["1"] <= (1.45 if is_written else 1.05)
+        # Of rows, a traced domain is a mask.
+        is_mask = row.chip == CPU and row.inputs == "rows"
+        assert found["1"] <= (2.01 if is_mask else 1.05)
 
 
 @pytest.mark.parametrize("row", IMAGES, ids=" ".join)
