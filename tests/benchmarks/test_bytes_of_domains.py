@@ -48,7 +48,7 @@ def test_a_mask_costs_nothing_where_selections_are_fused(row):
     for passes in PASSES:
         assert ratio(COMMITTED[row], MASK, passes) <= (2.01 if row.chip == CPU else 1.02)
         # On a CPU, as with Flax.
-        assert COMMITTED[row][MASK][passes] <= COMMITTED[row][FLAX_MASK][passes]
+        assert COMMITTED[row][MASK][passes] <= 1.002 * COMMITTED[row][FLAX_MASK][passes]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
