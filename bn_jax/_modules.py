@@ -1,45 +1,21 @@
-"""What Linen and NNX modules share: the norms without state, and the domain of a whole batch."""
+"""What Linen and NNX modules share: the norms without state, and checks of arguments."""
 
-from dataclasses import replace
-from functools import partial
+import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bn_jax._core.checks import Inputs
-from bn_jax._core.domain_batch_norm import Mixture, check_domain_inputs
 from bn_jax._core.feature_norms import normalize_groups, normalize_instances, normalize_rows
-from bn_jax._core.types import BatchStats, Mode, Options, Params
+from bn_jax._core.types import Options, Params
 
 
-def domain_inputs(
-    mode: Mode,
-    options: Options,
-    params: Params,
-    batch_stats: BatchStats,
-    x: jax.Array,
-    domain: Any,
-    mask: jax.Array | None,
-    residual: jax.Array | None,
-) -> tuple[Inputs, Mixture | None]:
-    """Returns what `check_domain_inputs` does, or less where one domain evaluates alone.
-
-    If a known domain is that of the whole batch, and nothing updates, the inputs are those of a
-    plain batch norm with the rows of this domain: nothing is spread over examples, and `fold` finds
-    an affine function of each feature.
-    """
-    inputs, mixture = check_domain_inputs(options, params, batch_stats, x, domain, mask, residual)
-    is_one = mixture is None and jnp.ndim(domain) == 0
-    if not is_one or isinstance(domain, jax.core.Tracer) or mode.update:
-        return inputs, mixture
-    if not mode.use_running_average or not getattr(domain, "is_fully_addressable", True):
-        return inputs, mixture
-    rank, index = len(inputs.feature_axes), int(domain)
-    row = partial(jax.tree.map, lambda leaf: leaf[index] if jnp.ndim(leaf) > rank else leaf)
-    rows = {"params": row(inputs.params), "batch_stats": row(inputs.batch_stats)}
-    return replace(inputs, domains=None, **rows), None
+def number_of_domains(num_domains: Any) -> int:
+    """Returns how many domains norms are split into."""
+    number = operator.index(num_domains)
+    if number < 1:
+        raise ValueError(f"num_domains={num_domains}; expected an integer of at least 1.")
+    return number
 
 
 def feature_options(layer: Any, dtype: DTypeLike | None) -> Options:

@@ -157,11 +157,13 @@ def domain_batch_norm(
     )
     mode = choose_mode(batch_stats, use_running_average, update_running_average, initializing)
     x = as_floating("x", x)
-    inputs, mixture = check_domain_inputs(options, params, batch_stats, x, domain, mask, residual)
+    given = (options, params, batch_stats, x)
+    inputs, mixture = check_domain_inputs(mode, *given, domain, mask, residual)
     return run_domain_norm(options, mode, inputs, mixture)
 
 
 def check_domain_inputs(
+    mode: Mode,
     options: Options,
     params: Params,
     batch_stats: BatchStats,
@@ -174,18 +176,26 @@ def check_domain_inputs(
 
     Returns:
         The inputs, and the weights of the domains where these are weights. Without a domain, the
-        inputs of a plain batch norm.
+        inputs of a plain batch norm. So it is where a whole batch is evaluated by a known domain,
+        with the rows of this domain: nothing is spread over examples, and `fold` finds an affine
+        function of each feature.
     """
     if domain is None:
         return check_inputs(options, params, batch_stats, x, mask, residual), None
     params = as_params(params)
     leading = _leading_axes(options, params, batch_stats, x.shape)
-    row = partial(jax.tree.map, lambda leaf, has: leaf[0] if has else leaf)
-    one_domain = row(params, leading.params), row(batch_stats, leading.batch_stats)
-    inputs = check_inputs(options, *one_domain, x, mask, residual)
-    inputs = replace(inputs, params=params, batch_stats=batch_stats)
+
+    def check(number: int) -> Inputs:
+        row = partial(jax.tree.map, lambda leaf, has: leaf[number] if has else leaf)
+        one_domain = row(params, leading.params), row(batch_stats, leading.batch_stats)
+        return check_inputs(options, *one_domain, x, mask, residual)
+
+    inputs = check(0)
     examples = _axis_of_examples(inputs)
     kind = _check_domain(domain, x.shape[examples], leading.number)
+    if kind.is_known and jnp.ndim(domain) == 0 and mode.use_running_average and not mode.update:
+        return check(int(domain)), None
+    inputs = replace(inputs, params=params, batch_stats=batch_stats)
     if kind.is_weights:
         return inputs, Mixture(kind.values, leading, examples)
     shares = not leading.batch_stats["mean"]

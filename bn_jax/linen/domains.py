@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from bn_jax._modules import number_of_domains
 from bn_jax._paths import batch_stats_by_path, format_path, matches
 from bn_jax.linen.running import BatchNorm, call_batch_norm
 
@@ -134,9 +135,7 @@ def split_batch_norms(
         >>> split["batch_stats"]["var"].shape, split["params"]["scale"].shape
         ((2, 3), (2, 3))
     """
-    number = operator.index(num_domains)
-    if number < 1:
-        raise ValueError(f"num_domains={num_domains}; expected an integer of at least 1.")
+    number = number_of_domains(num_domains)
     arrays = _norm_arrays(variables, paths)
     features = _count_feature_axes(arrays, num_feature_axes, others=0)
 

@@ -24,7 +24,7 @@ from bn_jax._core.checks import (
     mean_dtype,
     statistics_dtype,
 )
-from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, run_mixture
+from bn_jax._core.domain_batch_norm import WEIGHTS_IN_PARTS, check_domain_inputs, run_mixture
 from bn_jax._core.merging import merge_moments
 from bn_jax._core.running import init_batch_stats, update_batch_stats
 from bn_jax._core.types import (
@@ -39,7 +39,6 @@ from bn_jax._core.types import (
     WhiteningStats,
 )
 from bn_jax._core.whitening import WhiteningOptions, init_whitening_stats, run_whitening
-from bn_jax._modules import domain_inputs
 from bn_jax.linen.frozen import rule_for, rules
 
 
@@ -359,7 +358,7 @@ def call_batch_norm(
     if domain is None:
         inputs = check_inputs(*given, mask, residual)
     else:
-        inputs, mixture = domain_inputs(mode, *given, domain, mask, residual)
+        inputs, mixture = check_domain_inputs(mode, *given, domain, mask, residual)
     in_parts = collects or layer.has_variable("given_moments", "mean")
     if mixture is not None and in_parts:
         raise ValueError(WEIGHTS_IN_PARTS.format(_describe(layer)))

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from bn_jax._compat import as_set_view
+from bn_jax._modules import number_of_domains
 from bn_jax.nnx.patching import become, find_norms
 from bn_jax.nnx.running import BatchNorm, call_batch_norm
 
@@ -179,9 +180,7 @@ def split_batch_norms(
         >>> model.layers[0].mean[...].tolist()
         [[0.0], [1.0]]
     """
-    number = operator.index(num_domains)
-    if number < 1:
-        raise ValueError(f"num_domains={num_domains}; expected an integer of at least 1.")
+    number = number_of_domains(num_domains)
     copy = nnx.clone(model)
     norms = _splittable(copy, paths)
 

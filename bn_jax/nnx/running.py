@@ -19,7 +19,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from bn_jax._core.batch_norm import run_norm
 from bn_jax._core.batch_renorm import make_correction
 from bn_jax._core.checks import as_floating, check_inputs
-from bn_jax._core.domain_batch_norm import run_domain_norm
+from bn_jax._core.domain_batch_norm import check_domain_inputs, run_domain_norm
 from bn_jax._core.running import promote_batch_stats
 from bn_jax._core.types import (
     Activation,
@@ -31,7 +31,6 @@ from bn_jax._core.types import (
     WhiteningStats,
 )
 from bn_jax._core.whitening import WhiteningOptions, init_whitening_stats, run_whitening
-from bn_jax._modules import domain_inputs
 from bn_jax.nnx.stateless import params_of, promote
 
 
@@ -443,7 +442,7 @@ def call_batch_norm(
         y, updated = run_norm(options, inputs, mode)
     else:
         given = (options, params, batch_stats, promoted.x)
-        inputs, mixture = domain_inputs(mode, *given, domain, mask, residual)
+        inputs, mixture = check_domain_inputs(mode, *given, domain, mask, residual)
         y, updated = run_domain_norm(options, mode, inputs, mixture)
     if mode.update:
         _store(layer, variables, updated)
