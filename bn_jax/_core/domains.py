@@ -20,25 +20,28 @@ reverse mode, a cotangent of one example that is not finite makes the derivative
 of all domains so.
 
 **In turn.** For a few domains of rows, a selection for each domain is cheaper than both where XLA
-fuses it: on TPUs all of them read x once, on GPUs once for each domain. XLA for CPUs writes out
-what it selects before it sums it.
+fuses it: on TPUs up to nine domains read x once together, on GPUs each of them does. XLA for CPUs
+writes out what it selects before it sums it, but for the sums of `sum_together`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bn_jax._core.axes import split_axis
+from bn_jax._core.blocks import spread_together
 
-# Up to how many domains of rows are taken in turn, by platform.
-IN_TURN_ON_TPU, IN_TURN_ON_GPU = 16, 4
-# A function of domains and a table, or values.
-Way: TypeAlias = Callable[["Domains", jax.Array], jax.Array]
+# Up to how many domains of rows are taken in turn, by platform: tables spread over examples, and
+# sums of one array.
+SPREAD_IN_TURN = {"tpu": 16}
+COLLECTED_IN_TURN = {"tpu": 16, "cuda": 2}
+# A function of domains, and of what has rows for them or for examples.
+Way: TypeAlias = Callable[..., Any]
 
 
 @partial(
@@ -103,14 +106,26 @@ class Domains:
         others = [a for a in range(table.ndim) if a not in (*feature_axes, self.axis)]
         return jnp.moveaxis(lax.squeeze(table, others), sum(a < self.axis for a in feature_axes), 0)
 
-    def _by_platform(self, in_turn: Way, at_once: Way) -> Way:
-        """Returns the way that is the cheapest where the program will run."""
-        ways: dict[str, Way] = {}
-        if self.number <= IN_TURN_ON_TPU:
-            ways["tpu"] = in_turn
-        if self.number <= IN_TURN_ON_GPU:
-            ways["cuda"] = in_turn
+    def by_platform(self, in_turn: Way, at_once: Way, most: Mapping[str, int]) -> Way:
+        """Returns the way that is the cheapest where the program will run.
+
+        Args:
+            in_turn: takes the domains one after the other.
+            at_once: does not.
+            most: up to how many domains are taken in turn, by platform.
+        """
+        ways = {platform: in_turn for platform, number in most.items() if self.number <= number}
         return partial(lax.platform_dependent, default=at_once, **ways) if ways else at_once
+
+    def are_of(self, number: int) -> jax.Array:
+        """Tells which examples are of one domain."""
+        return self.index == number
+
+    def row_of(self, table: jax.Array, number: int) -> jax.Array:
+        """Returns the row of one domain, or what the domains share."""
+        if table.ndim == 0 or table.shape[self.axis] == 1:
+            return table
+        return lax.slice_in_dim(table, number, number + 1, axis=self.axis)
 
     def _index_in_bounds(self) -> jax.Array:
         """Returns the domains, [N], with `number` for none."""
@@ -141,14 +156,28 @@ def spread(domains: Domains | None, table: jax.Array) -> jax.Array:
     if domains.selects or table.shape[domains.axis] != domains.number:
         rows = jnp.expand_dims(table, domains.axis)
         return _sum_along(domains.axis + 1, jnp.where(domains._are_members(), rows, 0))
-    return domains._by_platform(_select_in_turn, _gather)(domains, table)
+    return domains.by_platform(_select_in_turn, _gather, SPREAD_IN_TURN)(domains, table)
 
 
-def spread_change(domains: Domains | None, table: jax.Array) -> jax.Array:
+def spread_change(domains: Domains, table: jax.Array) -> jax.Array:
     """Computes `spread`, so that its transpose sums as `collect` does."""
-    if domains is None or domains.selects or table.shape[domains.axis] != domains.number:
+    if domains.selects or table.shape[domains.axis] != domains.number:
         return spread(domains, table)
-    return domains._by_platform(_select_in_turn, _multiply_table)(domains, table)
+    return domains.by_platform(_select_in_turn, _multiply_table, COLLECTED_IN_TURN)(domains, table)
+
+
+def spread_changes(
+    domains: Domains, like: jax.Array, first: jax.Array, second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `spread_change` of two tables for x, an array of the shape of `like`.
+
+    One domain of some examples is a mask, so that the transpose takes both sums together.
+    """
+    if domains.number > 1 or not domains.tell_apart(domains.axis):
+        return spread_change(domains, first), spread_change(domains, second)
+    first, second = spread_together(like, first, second)
+    known = domains.are_of(0)
+    return jnp.where(known, first, 0), jnp.where(known, second, 0)
 
 
 def collect(domains: Domains, values: jax.Array) -> jax.Array:
@@ -156,14 +185,14 @@ def collect(domains: Domains, values: jax.Array) -> jax.Array:
     if domains.selects or values.shape[domains.axis] == 1:
         values = jnp.expand_dims(values, domains.axis + 1)
         return _sum_along(domains.axis, jnp.where(domains._are_members(), values, 0))
-    return domains._by_platform(_sum_in_turn, _multiply_values)(domains, values)
+    return domains.by_platform(_sum_in_turn, _multiply_values, COLLECTED_IN_TURN)(domains, values)
 
 
 def collect_change(domains: Domains, values: jax.Array) -> jax.Array:
     """Computes `collect`, so that its transpose takes rows as `spread` does."""
     if domains.selects or values.shape[domains.axis] == 1:
         return collect(domains, values)
-    return domains._by_platform(_sum_in_turn, _add_rows)(domains, values)
+    return domains.by_platform(_sum_in_turn, _add_rows, COLLECTED_IN_TURN)(domains, values)
 
 
 def _gather(domains: Domains, table: jax.Array) -> jax.Array:
@@ -181,13 +210,12 @@ def _add_rows(domains: Domains, values: jax.Array) -> jax.Array:
 def _select_in_turn(domains: Domains, table: jax.Array) -> jax.Array:
     rows = jnp.zeros((), table.dtype)
     for number in range(domains.number):
-        row = lax.slice_in_dim(table, number, number + 1, axis=domains.axis)
-        rows = jnp.where(domains.index == number, row, rows)
+        rows = jnp.where(domains.are_of(number), domains.row_of(table, number), rows)
     return rows
 
 
 def _sum_in_turn(domains: Domains, values: jax.Array) -> jax.Array:
-    parts = [jnp.where(domains.index == number, values, 0) for number in range(domains.number)]
+    parts = [jnp.where(domains.are_of(number), values, 0) for number in range(domains.number)]
     sums = [jnp.sum(part, domains.axis, keepdims=True) for part in parts]
     return lax.concatenate(sums, domains.axis)
 

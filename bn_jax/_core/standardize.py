@@ -22,8 +22,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from bn_jax._core.axes import Reduction, reshape_like, vary_together
+from bn_jax._core.blocks import spread_together
 from bn_jax._core.checks import Inputs, RowInputs
-from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change
+from bn_jax._core.domains import Domains, own_moments, place, spread, spread_change, spread_changes
 from bn_jax._core.moments import (
     CentredMoments,
     MomentChanges,
@@ -36,6 +37,7 @@ from bn_jax._core.moments import (
 from bn_jax._core.sums import (
     centre,
     centre_by,
+    keep_valid,
     unshared,
 )
 from bn_jax._core.types import Activation, Transform
@@ -115,14 +117,8 @@ def _standardize_jvp(
     ) -> jax.Array:
         alone, valid, shift, delta = unshared((x, mask, transform.shift, transform.delta))
         deviation = _deviation(domains, alone, shift, delta)
-        if valid is None:
-            return _change_of_y(dtype, deviation, transform, dx, change, domains)
-        # The mask may hide values whose y is not finite. There the cotangent may be NaN, and
-        # nothing of it may reach a sum.
-        usable = _usable(deviation, valid, transform, domains)
-        deviation = jnp.where(usable, deviation, 0)
-        dy = _change_of_y(dtype, deviation, transform, dx, change, domains)
-        return jnp.where(usable, dy, 0)
+        usable = None if valid is None else _usable(deviation, valid, transform, domains)
+        return _change_of_y(dtype, deviation, transform, dx, change, domains, usable)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
@@ -234,8 +230,12 @@ def _change_of_y(
     dx: jax.Array | None,
     change: Change,
     domains: Domains | None = None,
+    usable: jax.Array | None = None,
 ) -> jax.Array:
     """Returns dy, by the formulas at the head of this file.
+
+    A mask may hide values whose y is not finite. There the cotangent may be NaN, and nothing of it
+    may reach a sum.
 
     Args:
         dtype: the dtype of y.
@@ -244,9 +244,12 @@ def _change_of_y(
         dx: the change of x, or None.
         change: the changes of what the transform is made of.
         domains: the domains of the examples, where the transform holds tables.
+        usable: where there is a mask, the values that have a derivative.
     """
+    deviation = keep_valid(deviation, usable)
     if domains is None and _has_large_multiplier(transform, deviation):
-        return _as_change(dtype, deviation, _change_in_turn(deviation, transform, dx, change))
+        dy = _change_in_turn(deviation, transform, dx, change)
+        return keep_valid(_as_change(dtype, deviation, dy), usable)
     # 1. What changes of the size of the features.
     multiplier = inverse_deviation = _inverse_deviation(transform)
     if transform.scale is not None:
@@ -261,18 +264,38 @@ def _change_of_y(
     # 2. It meets x.
     if domains is not None:
         multiplier = spread(domains, multiplier)
-        slope, offset = (
-            None if table is None else spread_change(domains, table) for table in (slope, offset)
-        )
-        if not domains.selects:
-            # The transpose sums over the examples of all domains, with zeros for those of others.
-            deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
+    slope, offset = _spread_both(deviation, slope, offset, domains, is_masked=usable is not None)
+    if domains is not None and not domains.selects:
+        # The transpose sums over the examples of all domains, with zeros for those of others.
+        deviation = jnp.where(jnp.isfinite(deviation), deviation, 0)
     dy = _sum_of(
         None if dx is None else multiplier * dx.astype(multiplier.dtype),
         None if slope is None else deviation * slope,
         offset,
     )
-    return _as_change(dtype, deviation, dy)
+    return keep_valid(_as_change(dtype, deviation, dy), usable)
+
+
+def _spread_both(
+    deviation: jax.Array,
+    slope: jax.Array | None,
+    offset: jax.Array | None,
+    domains: Domains | None,
+    *,
+    is_masked: bool,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns slope and offset for every example, or so that they broadcast to all of them."""
+    if slope is not None and offset is not None:
+        if domains is not None:
+            return spread_changes(domains, deviation, slope, offset)
+        if is_masked:
+            return spread_together(deviation, slope, offset)
+    if domains is None:
+        return slope, offset
+    slope, offset = (
+        None if one is None else spread_change(domains, one) for one in (slope, offset)
+    )
+    return slope, offset
 
 
 def _relative_change(transform: Transform, change: Change) -> jax.Array | None:

@@ -331,20 +331,31 @@ def test_rows_in_turn_are_rows_at_once(way, axis):
         assert_close(pull_in_turn(jnp.cos(found)), pull(jnp.cos(found)))
 
 
-def test_a_program_takes_rows_in_turn_where_that_is_cheap():
-    def lowered(number, platform):
-        params, stats, x, domain = arguments_of(number, (32, 3))
-        traced = jax.jit(TRAIN).trace(params, stats, x, domain)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+# Up to how many domains of rows a program takes in turn, for the sums of its forward pass and for
+# those of its backward pass.
+MOST_IN_TURN = {
+    ("cpu", 32): (1, 1),
+    ("cpu", 1024): (4, 1),
+    ("cuda", 32): (4, 2),
+    ("tpu", 32): (16, 16),
+}
 
-    few, many = domains_file.IN_TURN_ON_GPU, domains_file.IN_TURN_ON_TPU
-    products = {
-        (number, platform): lowered(number, platform).count("stablehlo.dot_general")
-        for number in (few, many, many + 1)
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert all((count > 0) == (case not in {(few, "cuda"), (few, "tpu"), (many, "tpu")})
-               for case, count in products.items())  # fmt: skip
+
+@pytest.mark.parametrize(("platform", "rows"), MOST_IN_TURN)
+def test_a_program_takes_rows_in_turn_where_that_is_cheap(platform, rows):
+    def gradient(params, stats, x, domain):
+        return jax.grad(lambda params: jnp.sum(TRAIN(params, stats, x, domain)[0]))(params)
+
+    def products(function, number):
+        traced = jax.jit(function).trace(*arguments_of(number, (rows, 3)))
+        lowered = traced.lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.dot_general")
+
+    forward, backward = MOST_IN_TURN[platform, rows]
+    for number in {forward, forward + 1, backward, backward + 1}:
+        expected = 2 * (number > forward)
+        assert products(TRAIN, number) == expected
+        assert products(gradient, number) == expected + 2 * (number > backward)
 
 
 @pytest.mark.parametrize(
