@@ -17,7 +17,7 @@ COMPILE_QUICKLY := --xla_cpu_use_fusion_emitters=false
 PYTEST := XLA_FLAGS=$(COMPILE_QUICKLY) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 COMPUTING := tests/core/test_moments.py tests/core/test_standardize.py
 
-TIMED := numerics offsets layer step startup sweep inference attempts device demo
+TIMED := numerics offsets layer step startup sweep inference attempts selections device demo
 COMPILED := memory placement compiled scale domains
 
 .PHONY: demo test exhaustive flax-tests lint format claims notebooks notebooks-refresh docs browser package bench bench-refresh floors oldest zoo zoo-refresh environments clean

@@ -44,10 +44,9 @@ def test_the_committed_figures_are_complete():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
-def test_a_mask_costs_nothing_where_selections_are_fused(row):
+def test_a_mask_costs_nothing(row):
     for passes in PASSES:
-        assert ratio(COMMITTED[row], MASK, passes) <= (2.01 if row.chip == CPU else 1.02)
-        # On a CPU, as with Flax.
+        assert ratio(COMMITTED[row], MASK, passes) <= 1.02
         assert COMMITTED[row][MASK][passes] <= 1.002 * COMMITTED[row][FLAX_MASK][passes]
 
 
@@ -55,10 +54,7 @@ def test_a_mask_costs_nothing_where_selections_are_fused(row):
 def test_one_domain_costs_what_a_batch_norm_does(row):
     for passes in PASSES:
         found = of(COMMITTED[row], passes)
-        assert max(found[KNOWN], found[SCALAR]) <= 1.02
-        # Of rows, a traced domain is a mask.
-        is_mask = row.chip == CPU and row.inputs == "rows"
-        assert found["1"] <= (2.01 if is_mask else 1.05)
+        assert max(found[KNOWN], found[SCALAR], found["1"]) <= 1.02
 
 
 @pytest.mark.parametrize("row", IMAGES, ids=" ".join)
@@ -68,11 +64,20 @@ def test_domains_of_images_meet_the_goal(row):
         assert max(found[number] for number in DOMAINS) <= 1.3
 
 
-def test_few_domains_of_rows_meet_the_goal_on_a_tpu():
-    for row in (row for row in ROWS if row.chip == V5E and row.inputs == "rows"):
-        for passes in PASSES:
-            found = of(COMMITTED[row], passes)
-            assert max(found[number] for number in DOMAINS if number != "16") <= 1.3
+# The bytes of domains of rows, relative to a batch norm, forward and with the backward pass.
+# NOTES.md says what keeps some of them above 1.3.
+MOST = {
+    CPU: {"2": (1.0, 1.2), "4": (1.3, 1.32), "16": (2.1, 1.7)},
+    H200: {"2": (1.35, 1.3), "4": (2.05, 2.05), "16": (3.9, 2.8)},
+    V5E: {"2": (1.02, 1.02), "4": (1.02, 1.02), "16": (1.4, 1.2)},
+}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.inputs == "rows"], ids=" ".join)
+def test_domains_of_rows_move_no_more_than_the_notes_say(row):
+    for number, most in MOST[row.chip].items():
+        for passes, bound in zip(PASSES, most, strict=True):
+            assert ratio(COMMITTED[row], number, passes) <= bound
 
 
 @pytest.mark.parametrize("case", CASES)
