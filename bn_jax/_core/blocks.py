@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax._compat import varying_axes
-from bn_jax._core.axes import is_explicit, split_axis, vary_over
+from bn_jax._core.axes import is_explicit, split_axis
 
 # The most rows of a block, in both directions, and arrays that one loop sums: with more, XLA does
 # not vectorize it.
@@ -61,8 +60,7 @@ def sum_together(axes: Sequence[int], *values: jax.Array) -> Arrays:
 
 
 def _sum_blocks(axis: int, blocks: Sequence[jax.Array]) -> Arrays:
-    names = frozenset[str]().union(*map(varying_axes, blocks))
-    zeros = tuple([vary_over(names, jnp.zeros((), part.dtype)) for part in blocks])
+    zeros = tuple([jnp.zeros((), part.dtype) for part in blocks])
 
     def add(first: Arrays, second: Arrays) -> Arrays:
         return tuple(map(operator.add, first, second))

@@ -1,5 +1,6 @@
 """Batches large enough for sums over blocks of rows, which a CPU takes in one loop."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -236,18 +237,22 @@ def passes(number=None):
     return forward, backward
 
 
-def kind_of(number, rows):
-    shape, dtype = ((rows, 1), bool) if number is None else ((rows,), jnp.int32)
-    return jax.ShapeDtypeStruct(shape, dtype)
+def kind_of(number, shape):
+    """A mask or domains of all examples."""
+    if number is None:
+        return jax.ShapeDtypeStruct((shape[0], *(1 for _ in shape[1:])), bool)
+    return jax.ShapeDtypeStruct(shape[:1], jnp.int32)
 
 
 @fuses_reductions
-def test_nothing_of_the_size_of_x_is_written_but_the_results():
-    for number in (None, 1):
-        _, backward = passes(number)
-        x = jax.ShapeDtypeStruct((4096, 3), jnp.float32)
-        text = jax.jit(backward).lower(x, kind_of(number, 4096), x).compile().as_text()
-        assert written_out(text, x.shape) == ["f32", "f32"]
+@pytest.mark.parametrize("number", [None, 1])
+@pytest.mark.parametrize("shape", [(4096, 3), (16, 8, 8, 3)])
+def test_nothing_of_the_size_of_x_is_written_but_the_results(shape, number):
+    _, backward = passes(number)
+    x, which = jax.ShapeDtypeStruct(shape, jnp.float32), kind_of(number, shape)
+    text = jax.jit(backward).lower(x, which, x).compile().as_text() or ""
+    sizes = {x.shape, (shape[0], 1, *shape[1:]), (math.prod(shape[:-1]), 3)}
+    assert [kind for size in sizes for kind in written_out(text, size)] == ["f32", "f32"]
 
 
 @pytest.mark.parametrize("make_mesh", [automatic_mesh, explicit_mesh])
@@ -259,11 +264,10 @@ def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, number):
     if regime == "shard_map":
         forward = jax.shard_map(forward, mesh=mesh, in_specs=specs[:2], out_specs=(P("data"), P()))
         backward = jax.shard_map(backward, mesh=mesh, in_specs=specs, out_specs=specs[:2])
-    rows = 1024 * DEVICES
-    x, which = jax.ShapeDtypeStruct((rows, 3), jnp.float32), kind_of(number, rows)
+    x = jax.ShapeDtypeStruct((1024 * DEVICES, 3), jnp.float32)
     given = [
         jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=NamedSharding(mesh, P("data")))
-        for one in (x, which, x)
+        for one in (x, kind_of(number, x.shape), x)
     ]
     with jax.set_mesh(mesh):
         texts = [
@@ -277,7 +281,7 @@ def test_one_all_reduce_forward_and_one_backward(regime, make_mesh, number):
 def test_only_a_cpu_spreads_two_arrays_as_one():
     _, backward = passes()
     x = jax.ShapeDtypeStruct(ROWS, jnp.float32)
-    traced = jax.jit(backward).trace(x, kind_of(None, ROWS[0]), x)
+    traced = jax.jit(backward).trace(x, kind_of(None, ROWS), x)
     texts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "cuda", "tpu")
