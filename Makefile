@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 PACKAGE := build/package
 # What the lower bounds are tested with: what reads JAX and Flax closely.
 CORE_TESTS := $(addprefix tests/core/test_,moments.py standardize.py batch_norm.py masks.py activation.py \
-	running_statistics.py devices.py collectives.py axis_names.py) \
+	running_statistics.py devices.py collectives.py axis_names.py blocks.py) \
 	$(addprefix tests/modules/test_,layers.py transforms.py linen.py linen_freezing.py nnx.py nnx_freezing.py \
 	flax_compat.py flax_changes.py) \
 	$(addprefix tests/tools/test_,optim.py programs.py fold.py recalibrate.py audit.py)

@@ -13,13 +13,13 @@ from benchmarks.domains import CPU, FLAX, MASK, PASSES, PLAIN
 from benchmarks.selections import DTYPES, MASKS, NUMBERS, WAYS, measure, ratios, tables, time_masks
 
 FIGURES = report.read("selections")
-PRODUCTS, EACH, IN_ONE, IN_BLOCKS, COMPLEX = WAYS
+PRODUCTS, EACH, IN_ONE, IN_BLOCKS, COMPLEX, OVER_AXES = WAYS
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_way_computes_the_sums_of_each_domain(way):
-    x, shift = standard_normal(0, (64, 3)), standard_normal(1, (4, 3))
-    domain = np.random.default_rng(2).integers(0, 4, 64)
+    x, shift = standard_normal(0, (2048, 3)), standard_normal(1, (4, 3))
+    domain = np.random.default_rng(2).integers(0, 4, 2048)
     deviation = exact(x) - exact(shift)[domain]
     expected = [
         np.stack([values[domain == number].sum(0) for number in range(4)])
@@ -48,6 +48,7 @@ def test_what_the_notes_say_of_the_ways():
     for number in NUMBERS[:-1]:
         assert abs(h200[EACH][str(number)] - number) < 0.1
         assert roomy[EACH][str(number)] < 1.1
+    assert h200[IN_ONE]["16"] is None and h200[OVER_AXES]["16"] < 1.2
     # A TPU reads x once for up to nine domains.
     assert v5e[EACH]["4"] < 1.1 < 1.9 < v5e[EACH]["16"] < 2.1
 
