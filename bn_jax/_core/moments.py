@@ -396,8 +396,7 @@ def _moments_rule_jvp(
         dx: jax.Array | None,
         d_mask: jax.Array | None,
     ) -> MomentChanges:
-        deviate = centre if domains is None else partial(centre_by, domains)
-        deviation = deviate(x, measured.shift, measured.delta)
+        deviation = centre_by(domains, x, measured.shift, measured.delta)
         return moment_changes(reduction, deviation, mask, measured, dx, d_mask, domains)
 
     # Rematerialized, or a scan would keep the float32 deviation for the backward pass beside x.

@@ -34,12 +34,7 @@ from bn_jax._core.moments import (
     name_moments,
     unless_zero,
 )
-from bn_jax._core.sums import (
-    centre,
-    centre_by,
-    keep_valid,
-    unshared,
-)
+from bn_jax._core.sums import centre_by, keep_valid, unshared
 from bn_jax._core.types import Activation, Transform
 
 
@@ -84,15 +79,9 @@ def _standardize(
 def _apply(
     dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
-    multiplier, bias = _multiplier(transform), transform.bias
-    if domains is None:
-        deviation = centre(x, transform.shift, transform.delta)
-    else:
-        deviation = centre_by(domains, x, transform.shift, transform.delta)
-        multiplier = spread(domains, multiplier)
-        bias = None if bias is None else spread(domains, bias)
-    y = deviation * multiplier
-    return (y if bias is None else y + bias).astype(dtype)
+    deviation = centre_by(domains, x, transform.shift, transform.delta)
+    y = deviation * spread(domains, _multiplier(transform))
+    return (y if transform.bias is None else y + spread(domains, transform.bias)).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)
@@ -116,7 +105,7 @@ def _standardize_jvp(
         change: Change,
     ) -> jax.Array:
         alone, valid, shift, delta = unshared((x, mask, transform.shift, transform.delta))
-        deviation = _deviation(domains, alone, shift, delta)
+        deviation = centre_by(domains, alone, shift, delta)
         usable = None if valid is None else _usable(deviation, valid, transform, domains)
         return _change_of_y(dtype, deviation, transform, dx, change, domains, usable)
 
@@ -201,8 +190,7 @@ def _standardize_by_moments_jvp(
     ) -> tuple[jax.Array, MomentChanges]:
         centred_at = unshared((x, measured.shift, measured.delta))
         measured_by = None if domains is None else own_moments(domains)
-        deviate = centre if measured_by is None else partial(centre_by, measured_by)
-        deviation = deviate(*centred_at)
+        deviation = centre_by(measured_by, *centred_at)
         changes = moment_changes(reduction, deviation, None, measured, dx, None, measured_by)
         d_half_var = changes.half_var if d_epsilon is None else changes.half_var + 0.5 * d_epsilon
         change = Change(changes.mean, d_half_var, *d_learned)
@@ -210,7 +198,7 @@ def _standardize_by_moments_jvp(
             measured, learned = unshared((measured, learned))
         transform = _transform_by(measured, learned, epsilon)
         # On a CPU the sums and the result each compute it; elsewhere they share it.
-        deviation = deviate(*unshared(centred_at))
+        deviation = centre_by(measured_by, *unshared(centred_at))
         return _change_of_y(dtype, deviation, transform, dx, change, domains), changes
 
     differentiate = jax.checkpoint(differentiate, prevent_cse=False)
@@ -262,8 +250,7 @@ def _change_of_y(
     offset = _sum_of(None if change.mean is None else -multiplier * change.mean, change.bias)
     slope, offset = vary_together(deviation, slope, offset)
     # 2. It meets x.
-    if domains is not None:
-        multiplier = spread(domains, multiplier)
+    multiplier = spread(domains, multiplier)
     slope, offset = _spread_both(deviation, slope, offset, domains, is_masked=usable is not None)
     if domains is not None and not domains.selects:
         # The transpose sums over the examples of all domains, with zeros for those of others.
@@ -360,13 +347,6 @@ def _has_large_multiplier(transform: Transform, x: jax.Array) -> bool:
     # Of shapes, not of numbers of values: symbolic ones cannot be ordered.
     is_large = jnp.broadcast_shapes(*(leaf.shape for leaf in leaves)) == x.shape
     return is_large and all(leaf.shape != x.shape for leaf in leaves)
-
-
-def _deviation(
-    domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
-) -> jax.Array:
-    """Returns ``x - mean``."""
-    return centre(x, shift, delta) if domains is None else centre_by(domains, x, shift, delta)
 
 
 def _multiplier(transform: Transform) -> jax.Array:

@@ -31,9 +31,15 @@ def centre_by(
     domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
 ) -> jax.Array:
     """Returns ``x - (shift + delta)``, where there are domains by the rows of tables."""
-    if domains is None or shift.shape[domains.axis] == 1:
-        return centre(x, shift, delta)
-    return centre(x, spread(domains, shift), None if delta is None else spread(domains, delta))
+    of_example = partial(_spread_centre, domains)
+    return centre(x, of_example(shift), None if delta is None else of_example(delta))
+
+
+def _spread_centre(domains: Domains | None, table: jax.Array) -> jax.Array:
+    """Returns the row of each example, or what all examples share."""
+    if domains is None or table.ndim == 0 or table.shape[domains.axis] == 1:
+        return table
+    return spread(domains, table)
 
 
 def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -122,13 +128,17 @@ def local_sums(
     if domains is not None and _is_mask(reduction, x, domains):
         mask, domains = restrict(mask, domains.known()), None
     if domains is not None and not domains.selects:
-        in_turn, at_once = (partial(way, reduction) for way in (_sum_in_turn, _sum_at_once))
+        in_turn, at_once = (partial(way, reduction) for way in (_sum_in_turn, _sum_by_product))
         ways = domains.by_platform(in_turn, at_once, _most_in_turn(reduction, x))
         return cast(tuple[jax.Array, jax.Array], ways(domains, x, mask, shift))
     if mask is not None and domains is None:
         total, square = sum_together(reduction.axes, *_select(x, mask, shift))
         return total, square
-    return _sum_at_once(reduction, domains, x, mask, shift)
+    start = unshared(x) if x.dtype != dtype else x
+    shift = _spread_centre(domains, shift)
+    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
+    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
 def _is_mask(reduction: Reduction, x: jax.Array, domains: Domains) -> bool:
@@ -152,18 +162,15 @@ def _most_in_turn(reduction: Reduction, x: jax.Array) -> dict[str, int]:
     return most | {"cpu": 4} if _has_blocks(reduction, x) else most
 
 
-def _sum_at_once(
+def _sum_by_product(
     reduction: Reduction,
-    domains: Domains | None,
+    domains: Domains,
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums deviations and squares, where there are domains by the ways of `collect`."""
-    start = unshared(x) if x.dtype != shift.dtype else x
-    first, second = (shift, shift) if domains is None else _starts(domains, shift)
-    total = weigh(keep_valid(centre(start, first, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, second), mask)), mask)
+    """Sums deviations and squares of all domains, by the ways of `collect`."""
+    total, square = _select(x, mask, _spread_centre(domains, shift))
     return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
@@ -184,18 +191,10 @@ def _sum_in_turn(
     return totals, squares
 
 
-def _select(x: jax.Array, mask: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _select(x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns weighted deviations and their weighted squares, 0 where the mask is."""
     deviation = keep_valid(centre(x, shift, None), mask)
     return weigh(deviation, mask), weigh(absolute_square(deviation), mask)
-
-
-def _starts(domains: Domains, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the shift of each example for both sums."""
-    if shift.ndim == 0 or shift.shape[domains.axis] == 1:
-        return shift, shift
-    # Gathered for each sum, or XLA for CPUs would write out the rows of all examples.
-    return spread(domains, shift), spread(domains, unshared(shift))
 
 
 def unshared(values: Values) -> Values:
