@@ -27,11 +27,6 @@ ROWS_TO_SUM, ROWS_TO_SPREAD, ARRAYS_OF_A_LOOP = 16, 8, 4
 Arrays: TypeAlias = tuple[jax.Array, ...]
 
 
-def sum_along(axes: Sequence[int], values: jax.Array) -> jax.Array:
-    """Sums over some axes, which stay with size 1."""
-    return lax.expand_dims(lax.reduce_sum(values, tuple(axes)), axes)
-
-
 def sum_together(axes: Sequence[int], *values: jax.Array) -> Arrays:
     """Sums arrays of one shape over some axes, on a CPU in one loop where that can be.
 
@@ -44,7 +39,7 @@ def sum_together(axes: Sequence[int], *values: jax.Array) -> Arrays:
     """
 
     def apart(*values: jax.Array) -> Arrays:
-        return tuple([sum_along(axes, part) for part in values])
+        return tuple([jnp.sum(part, tuple(axes), keepdims=True) for part in values])
 
     rows = rows_of_a_block(axes, values[0], ROWS_TO_SUM)
     if rows is None:

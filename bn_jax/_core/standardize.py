@@ -79,9 +79,12 @@ def _standardize(
 def _apply(
     dtype: DTypeLike, x: jax.Array, transform: Transform, domains: Domains | None = None
 ) -> jax.Array:
-    deviation = centre_by(domains, x, transform.shift, transform.delta)
-    y = deviation * spread(domains, _multiplier(transform))
-    return (y if transform.bias is None else y + spread(domains, transform.bias)).astype(dtype)
+    multiplier, bias = _multiplier(transform), transform.bias
+    if domains is not None:
+        multiplier = spread(domains, multiplier)
+        bias = None if bias is None else spread(domains, bias)
+    y = centre_by(domains, x, transform.shift, transform.delta) * multiplier
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @partial(_standardize.defjvp, symbolic_zeros=True)

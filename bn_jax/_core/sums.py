@@ -13,7 +13,7 @@ from jax import lax
 
 from bn_jax._compat import varying_axes
 from bn_jax._core.axes import Reduction, all_reduce, as_numbers, static_count, vary_over
-from bn_jax._core.blocks import ROWS_TO_SUM, rows_of_a_block, sum_along, sum_together
+from bn_jax._core.blocks import ROWS_TO_SUM, rows_of_a_block, sum_together
 from bn_jax._core.checks import statistics_dtype
 from bn_jax._core.domains import Domains, collect, collect_change, spread
 
@@ -31,13 +31,15 @@ def centre_by(
     domains: Domains | None, x: jax.Array, shift: jax.Array, delta: jax.Array | None
 ) -> jax.Array:
     """Returns ``x - (shift + delta)``, where there are domains by the rows of tables."""
-    of_example = partial(_spread_centre, domains)
-    return centre(x, of_example(shift), None if delta is None else of_example(delta))
+    if domains is not None:
+        shift = _spread_centre(domains, shift)
+        delta = None if delta is None else _spread_centre(domains, delta)
+    return centre(x, shift, delta)
 
 
-def _spread_centre(domains: Domains | None, table: jax.Array) -> jax.Array:
+def _spread_centre(domains: Domains, table: jax.Array) -> jax.Array:
     """Returns the row of each example, or what all examples share."""
-    if domains is None or table.ndim == 0 or table.shape[domains.axis] == 1:
+    if table.ndim == 0 or table.shape[domains.axis] == 1:
         return table
     return spread(domains, table)
 
@@ -135,9 +137,11 @@ def local_sums(
         total, square = sum_together(reduction.axes, *_select(x, mask, shift))
         return total, square
     start = unshared(x) if x.dtype != dtype else x
-    shift = _spread_centre(domains, shift)
-    total = weigh(keep_valid(centre(start, shift, None), mask), mask)
-    square = weigh(absolute_square(keep_valid(centre_apart(start, shift), mask)), mask)
+    if domains is not None:
+        shift = _spread_centre(domains, shift)
+    total, square = centre(start, shift, None), absolute_square(centre_apart(start, shift))
+    if mask is not None:
+        total, square = (weigh(keep_valid(part, mask), mask) for part in (total, square))
     return sum_over(reduction, total, domains), sum_over(reduction, square, domains)
 
 
@@ -230,7 +234,7 @@ def local_count(
 def sum_over(reduction: Reduction, values: jax.Array, domains: Domains | None = None) -> jax.Array:
     """Sums over the reduced axes, which stay with size 1, or by domain, which gives a table."""
     if domains is None:
-        return sum_along(reduction.axes, values)
+        return lax.expand_dims(lax.reduce_sum(values, reduction.axes), reduction.axes)
     return collect(domains, _sum_over_positions(reduction, values, domains))
 
 
@@ -244,7 +248,7 @@ def sum_changes(
 
 def _sum_over_positions(reduction: Reduction, values: jax.Array, domains: Domains) -> jax.Array:
     positions = tuple([axis for axis in reduction.axes if not domains.tell_apart(axis)])
-    return sum_along(positions, values)
+    return sum_over(reduction._replace(axes=positions), values)
 
 
 def keep_valid(values: jax.Array, mask: jax.Array | None) -> jax.Array:
