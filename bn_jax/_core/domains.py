@@ -117,13 +117,21 @@ class Domains:
         ways = {platform: in_turn for platform, number in most.items() if self.number <= number}
         return partial(lax.platform_dependent, default=at_once, **ways) if ways else at_once
 
+    def is_mask(self) -> bool:
+        """Tells whether there is one domain, of some of the examples."""
+        return self.number == 1 and self.tell_apart(self.axis)
+
+    def share(self, table: jax.Array) -> bool:
+        """Tells whether a table has one row for all domains."""
+        return table.ndim == 0 or table.shape[self.axis] == 1
+
     def are_of(self, number: int) -> jax.Array:
         """Tells which examples are of one domain."""
         return self.index == number
 
     def row_of(self, table: jax.Array, number: int) -> jax.Array:
         """Returns the row of one domain, or what the domains share."""
-        if table.ndim == 0 or table.shape[self.axis] == 1:
+        if self.share(table):
             return table
         return lax.slice_in_dim(table, number, number + 1, axis=self.axis)
 
@@ -173,7 +181,7 @@ def spread_changes(
 
     One domain of some examples is a mask, so that the transpose takes both sums together.
     """
-    if domains.number > 1 or not domains.tell_apart(domains.axis):
+    if not domains.is_mask():
         return spread_change(domains, first), spread_change(domains, second)
     first, second = spread_together(like, first, second)
     known = domains.are_of(0)

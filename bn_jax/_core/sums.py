@@ -39,9 +39,7 @@ def centre_by(
 
 def _spread_centre(domains: Domains, table: jax.Array) -> jax.Array:
     """Returns the row of each example, or what all examples share."""
-    if table.ndim == 0 or table.shape[domains.axis] == 1:
-        return table
-    return spread(domains, table)
+    return table if domains.share(table) else spread(domains, table)
 
 
 def centre_apart(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -147,9 +145,8 @@ def local_sums(
 
 def _is_mask(reduction: Reduction, x: jax.Array, domains: Domains) -> bool:
     """Tells whether one domain is summed as a mask, and not after sums over positions."""
-    if domains.number > 1 or not domains.tell_apart(domains.axis):
-        return False
-    return reduction.axes == (domains.axis,) or _has_blocks(reduction, x)
+    rows_or_blocks = reduction.axes == (domains.axis,) or _has_blocks(reduction, x)
+    return domains.is_mask() and rows_or_blocks
 
 
 def _has_blocks(reduction: Reduction, x: jax.Array) -> bool:
